@@ -1,0 +1,90 @@
+"""The errors of `server`, and the one map from errors to HTTP statuses and exit codes.
+
+    ServerError
+    ├── ConfigError             a flag, a key of the config file, an environment variable      exit code 2
+    ├── LoadError               a model could not be loaded                                    exit code 1
+    │   └── DoesNotFitError     ... because the plan says it does not fit                      exit code 3
+    └── RequestError            a request that is refused                                      400
+        ├── AuthenticationError no key, or a wrong one                                         401
+        ├── ModelNotFoundError  a model of that name is not served here                        404
+        ├── BodyTooLargeError   more bytes than the limit                                      413
+        ├── OverloadedError     the queue is full; carries Retry-After                         429
+        └── EngineUnavailableError   the model's engine is loading, or has died                503
+
+`quant` has a tree of its own (quant/errors.py); the two meet in engine/process.py, which turns a QuantError into a
+LoadFailed record, because the HTTP process must not import torch.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+
+class ServerError(Exception):
+    """The root: everything `server` raises on purpose."""
+
+    exit_code: ClassVar[int] = 1
+
+
+class ConfigError(ServerError):
+    """The sentence names the key, its value, and what is accepted."""
+
+    exit_code = 2
+
+
+class LoadError(ServerError):
+    """A model that could not be loaded."""
+
+
+class DoesNotFitError(LoadError):
+    """The plan's bytes are more than the device has; the message carries the arithmetic."""
+
+    exit_code = 3
+
+
+class RequestError(ServerError):
+    """A refused request. `param` is the JSON field at fault, where one is."""
+
+    status: ClassVar[int] = 400
+    kind: ClassVar[str] = "invalid_request_error"
+    code: ClassVar[str | None] = None
+
+    def __init__(self, message: str, *, param: str | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.param = param
+
+
+class AuthenticationError(RequestError):
+    status = 401
+    kind = "authentication_error"
+    code = "invalid_api_key"
+
+
+class ModelNotFoundError(RequestError):
+    status = 404
+    kind = "not_found_error"
+    code = "model_not_found"
+
+
+class BodyTooLargeError(RequestError):
+    status = 413
+    code = "body_too_large"
+
+
+class OverloadedError(RequestError):
+    """The queue is full. `retry_after` is whole seconds, computed from the queue and the recent pace."""
+
+    status = 429
+    kind = "rate_limit_error"
+    code = "overloaded"
+
+    def __init__(self, message: str, *, retry_after: int) -> None:
+        super().__init__(message)
+        self.retry_after = retry_after
+
+
+class EngineUnavailableError(RequestError):
+    status = 503
+    kind = "service_unavailable_error"
+    code = "engine_unavailable"

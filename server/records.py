@@ -1,0 +1,185 @@
+"""What crosses the boundary between the HTTP process and an engine process.
+
+Every message is one frozen msgspec struct, encoded as MessagePack in a length-prefixed frame over a socketpair.
+Nothing here is ever pickled, and nothing here imports torch: both processes import this file.
+
+    HTTP -> engine    LoadModel, then any of Generate, Abort, Shutdown
+    engine -> HTTP    LoadProgress*, then LoadFailed or Loaded, then StepReport*
+"""
+
+from __future__ import annotations
+
+import struct
+from typing import Any, Final, Literal
+
+import msgspec
+
+MAX_FRAME_BYTES: Final = 64 * 1024 * 1024
+_LENGTH: Final = struct.Struct("<I")
+LENGTH_PREFIX_BYTES: Final = _LENGTH.size
+
+FinishReason = Literal["stop", "length", "abort", "error"]
+LoadPhase = Literal["start", "plan", "weights", "cache", "warmup", "ready"]
+FailureKind = Literal["config", "checkpoint", "does_not_fit", "internal"]
+
+
+class Record(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag=True):
+    """The root of every record; `tag=True` writes the class name beside the fields."""
+
+
+class ModelSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """One model as the operator configured it; `quantization` is validated by `quant` in the engine process."""
+
+    name: str
+    path: str
+    quantization: str | dict[str, Any] | None = None
+    """A preset's name, the fields of BitsAndBytesConfig, or None for what the checkpoint itself says."""
+    dtype: str = "auto"
+    """dtype of what is not quantized: auto (the checkpoint's own), float32, bfloat16 or float16."""
+    device: str = "auto"
+    """auto, cpu, cuda or cuda:N."""
+    device_map: str | dict[str, str | int] | None = None
+    max_model_len: int | None = None
+    """Longest prompt plus completion, in tokens; None takes the model's own limit."""
+    kv_cache_tokens: int | None = None
+    """Tokens the KV cache holds over all sequences; None lets the plan choose."""
+    max_batch_tokens: int = 2048
+    """Tokens one step computes at most (prefill chunks and decodes together)."""
+    max_sequences: int = 64
+    """Sequences that share a step at most."""
+    threads: int | None = None
+    """CPU threads this engine may use; None takes its share of the machine."""
+
+
+class LoadModel(Record):
+    spec: ModelSpec
+
+
+class SamplingParams(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """How tokens are chosen; temperature 0 is greedy. `top_k` 0 and `top_p` 1.0 switch those filters off."""
+
+    max_tokens: int
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    seed: int | None = None
+    stop_token_ids: tuple[int, ...] = ()
+    """Ends the sequence (finish_reason "stop"); the token itself is still reported."""
+
+
+class Generate(Record):
+    request_id: str
+    prompt: tuple[int, ...]
+    """Token ids; 1 <= len(prompt), len(prompt) + max_tokens <= ModelInfo.max_model_len."""
+    sampling: SamplingParams
+
+
+class Abort(Record):
+    """Ends a request early; its blocks are free at the next step. Unknown ids are ignored: it may just have ended."""
+
+    request_id: str
+
+
+class Shutdown(Record):
+    """Ends the engine process with exit code 0 after the current step."""
+
+
+class LoadProgress(Record):
+    phase: LoadPhase
+    bytes_loaded: int = 0
+    bytes_total: int = 0
+
+
+class LoadFailed(Record):
+    kind: FailureKind
+    message: str
+    """One sentence: what was wrong, with the value, and what would be accepted."""
+
+
+class ModelInfo(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What the HTTP process must know of a loaded model."""
+
+    max_model_len: int
+    vocab_size: int
+    eos_token_ids: tuple[int, ...]
+    architecture: str
+    dtype: str
+    device: str
+    quantization: dict[str, Any]
+    """The effective quantization config as its JSON dictionary; empty where nothing is quantized."""
+
+
+class MemoryReport(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Bytes by component. `planned` comes from headers and config, `measured` from tensors and the system."""
+
+    device: str
+    planned: dict[str, int]
+    measured: dict[str, int]
+    process: dict[str, int]
+    """The engine process as the system sees it: rss_anonymous, rss_file, peak_anonymous, ... in bytes."""
+
+
+class Loaded(Record):
+    info: ModelInfo
+    memory: MemoryReport
+    load_seconds: float
+
+
+class SequenceOutput(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What one step gave one request: new tokens, or the end, or both."""
+
+    request_id: str
+    token_ids: tuple[int, ...] = ()
+    finish_reason: FinishReason | None = None
+    error: str | None = None
+    """A sentence, exactly when finish_reason is "error"."""
+
+
+class StepReport(Record):
+    """One engine step: who got tokens, and the numbers that the metrics need."""
+
+    step: int
+    outputs: tuple[SequenceOutput, ...]
+    running: int
+    waiting: int
+    prefill_tokens: int
+    decode_tokens: int
+    seconds: float
+    kv_blocks_used: int
+    kv_blocks_total: int
+    forward_passes: int = 1
+    """Model forward calls in this step: 1 for packed batches, 0 where nothing ran."""
+
+
+ToEngine = LoadModel | Generate | Abort | Shutdown
+FromEngine = LoadProgress | LoadFailed | Loaded | StepReport
+
+_encoder = msgspec.msgpack.Encoder()
+_to_engine = msgspec.msgpack.Decoder(ToEngine)
+_from_engine = msgspec.msgpack.Decoder(FromEngine)
+
+
+def encode_frame(record: Record) -> bytes:
+    """One frame: a little-endian uint32 length, then that many bytes of MessagePack."""
+    body = _encoder.encode(record)
+    if len(body) > MAX_FRAME_BYTES:
+        raise ValueError(f"a frame of {len(body)} bytes was about to be sent; at most {MAX_FRAME_BYTES} are accepted")
+    return _LENGTH.pack(len(body)) + body
+
+
+def frame_length(prefix: bytes) -> int:
+    """The body length that a frame's first LENGTH_PREFIX_BYTES announce; raises ValueError beyond MAX_FRAME_BYTES."""
+    (length,) = _LENGTH.unpack(prefix)
+    if length > MAX_FRAME_BYTES:
+        raise ValueError(f"a frame announces {length} bytes; at most {MAX_FRAME_BYTES} are accepted")
+    return int(length)
+
+
+def decode_to_engine(body: bytes) -> ToEngine:
+    """The record in a frame's body, read on the engine's side; raises msgspec.DecodeError."""
+    return _to_engine.decode(body)
+
+
+def decode_from_engine(body: bytes) -> FromEngine:
+    """The record in a frame's body, read on the HTTP side; raises msgspec.DecodeError."""
+    return _from_engine.decode(body)
