@@ -1,0 +1,283 @@
+"""BitsAndBytesConfig: the ten fields of transformers' class, their defaults and their validation, and our extension.
+
+It is a subclass of transformers' class and has its name, because transformers asks for both (it tests the type and
+compares the name). What it adds: every value is checked when it is given, an unknown argument is refused by name, and
+`llm_int8_outliers` chooses how LLM.int8() finds outliers. It quantizes nothing: that is linear.py and hf.py.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import logging
+import math
+import re
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any, Final, Literal, cast, get_args
+
+import torch
+import transformers
+
+from quant.errors import QuantConfigError
+
+logger = logging.getLogger(__name__)
+
+QuantType = Literal["nf4", "fp4"]
+Outliers = Literal["value", "batch"]
+
+QUANT_TYPES: Final[tuple[str, ...]] = get_args(QuantType)
+OUTLIER_MODES: Final[tuple[str, ...]] = get_args(Outliers)
+COMPUTE_DTYPES: Final = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+STORAGE_DTYPES: Final = {
+    "uint8": torch.uint8,
+    "int8": torch.int8,
+    "float16": torch.float16,
+    "bfloat16": torch.bfloat16,
+    "float32": torch.float32,
+    "float64": torch.float64,
+}
+FIELDS: Final = (
+    "load_in_8bit",
+    "load_in_4bit",
+    "llm_int8_threshold",
+    "llm_int8_skip_modules",
+    "llm_int8_enable_fp32_cpu_offload",
+    "llm_int8_has_fp16_weight",
+    "bnb_4bit_compute_dtype",
+    "bnb_4bit_quant_type",
+    "bnb_4bit_use_double_quant",
+    "bnb_4bit_quant_storage",
+)
+EXTENSIONS: Final = ("llm_int8_outliers",)
+"""Fields of our own; written to a file only where they differ from their default."""
+
+QUANT_METHOD: Final = "bitsandbytes"
+_WRITTEN_BESIDE: Final = ("quant_method", "_load_in_8bit", "_load_in_4bit")
+_BOOKKEEPING: Final = ("_from_model_config", "transformers_version")
+_BOTH: Final = "load_in_4bit and load_in_8bit are both True; only one of them is accepted at a time"
+
+
+class BitsAndBytesConfig(transformers.BitsAndBytesConfig):
+    """What bitsandbytes users already write; docs/quantization.md says what each field does.
+
+    `llm_int8_outliers` is ours: "value" (default) takes each activation above the threshold as an outlier, so that
+    rows of a batch do not change each other; "batch" takes whole columns over the batch, as bitsandbytes does.
+
+    Raises QuantConfigError, which is a ValueError, for a value or a name that is not accepted.
+    """
+
+    def __init__(
+        self,
+        load_in_8bit: bool = False,
+        load_in_4bit: bool = False,
+        llm_int8_threshold: float = 6.0,
+        llm_int8_skip_modules: list[str] | None = None,
+        llm_int8_enable_fp32_cpu_offload: bool = False,
+        llm_int8_has_fp16_weight: bool = False,
+        bnb_4bit_compute_dtype: torch.dtype | str | None = None,
+        bnb_4bit_quant_type: str = "fp4",
+        bnb_4bit_use_double_quant: bool = False,
+        bnb_4bit_quant_storage: torch.dtype | str | None = None,
+        *,
+        llm_int8_outliers: str = "value",
+        **kwargs: Any,
+    ) -> None:
+        if load_in_4bit is True and load_in_8bit is True:
+            raise QuantConfigError(_BOTH)
+        super().__init__(  # type: ignore[no-untyped-call]
+            load_in_8bit=_flag("load_in_8bit", load_in_8bit),
+            load_in_4bit=_flag("load_in_4bit", load_in_4bit),
+            llm_int8_threshold=_threshold(llm_int8_threshold),
+            llm_int8_skip_modules=_skip_modules(llm_int8_skip_modules),
+            llm_int8_enable_fp32_cpu_offload=_flag(
+                "llm_int8_enable_fp32_cpu_offload", llm_int8_enable_fp32_cpu_offload
+            ),
+            llm_int8_has_fp16_weight=_flag("llm_int8_has_fp16_weight", llm_int8_has_fp16_weight),
+            bnb_4bit_compute_dtype=_dtype(
+                "bnb_4bit_compute_dtype", bnb_4bit_compute_dtype, COMPUTE_DTYPES, torch.float32
+            ),
+            bnb_4bit_quant_type=_choice("bnb_4bit_quant_type", bnb_4bit_quant_type, QUANT_TYPES),
+            bnb_4bit_use_double_quant=_flag("bnb_4bit_use_double_quant", bnb_4bit_use_double_quant),
+            bnb_4bit_quant_storage=_dtype(
+                "bnb_4bit_quant_storage", bnb_4bit_quant_storage, STORAGE_DTYPES, torch.uint8
+            ),
+        )
+        self.llm_int8_outliers = cast(Outliers, _choice("llm_int8_outliers", llm_int8_outliers, OUTLIER_MODES))
+        self._check_written_beside(kwargs)
+
+    def _check_written_beside(self, kwargs: Mapping[str, Any]) -> None:
+        """The keys that config.json carries beside the fields must agree with them; any other name is refused."""
+        unknown = sorted(set(kwargs) - set(_WRITTEN_BESIDE))
+        if unknown:
+            raise QuantConfigError(
+                f"BitsAndBytesConfig has no argument {', '.join(map(repr, unknown))}; accepted are "
+                f"{', '.join(FIELDS + EXTENSIONS)}"
+            )
+        actual = {
+            "quant_method": QUANT_METHOD,
+            "_load_in_8bit": self.load_in_8bit,
+            "_load_in_4bit": self.load_in_4bit,
+        }
+        for name, value in kwargs.items():
+            if value != actual[name]:
+                raise QuantConfigError(f"{name} is {value!r} where the other fields say {actual[name]!r}")
+
+    @property
+    def load_in_4bit(self) -> bool:
+        """Replace linear layers by 4-bit ones; excludes load_in_8bit."""
+        return bool(self._load_in_4bit)
+
+    @load_in_4bit.setter
+    def load_in_4bit(self, value: bool) -> None:
+        if _flag("load_in_4bit", value) and self.load_in_8bit:
+            raise QuantConfigError(_BOTH)
+        self._load_in_4bit = value
+
+    @property
+    def load_in_8bit(self) -> bool:
+        """Replace linear layers by LLM.int8() ones; excludes load_in_4bit."""
+        return bool(self._load_in_8bit)
+
+    @load_in_8bit.setter
+    def load_in_8bit(self, value: bool) -> None:
+        if _flag("load_in_8bit", value) and self.load_in_4bit:
+            raise QuantConfigError(_BOTH)
+        self._load_in_8bit = value
+
+    @classmethod
+    def from_dict(cls, config_dict: Mapping[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
+        """The config that a checkpoint's config.json holds; keys that this version does not know are reported.
+
+        `kwargs` that name a field replace its value; the others are returned beside the config where
+        `return_unused_kwargs` is set, as transformers does.
+        """
+        known = set(FIELDS + EXTENSIONS + _WRITTEN_BESIDE)
+        unknown = sorted(set(config_dict) - known - set(_BOOKKEEPING))
+        if unknown:
+            logger.warning(
+                "the quantization config holds keys that are not honoured: %s; known are %s",
+                ", ".join(unknown),
+                ", ".join(FIELDS + EXTENSIONS),
+            )
+        fields = {key: value for key, value in config_dict.items() if key in known}
+        changes = {key: kwargs.pop(key) for key in FIELDS + EXTENSIONS if key in kwargs}
+        for flag in ("load_in_8bit", "load_in_4bit"):
+            if flag in changes:
+                fields.pop(f"_{flag}", None)
+        config = cls(**(fields | changes))
+        return (config, kwargs) if return_unused_kwargs else config
+
+    def to_dict(self) -> dict[str, Any]:
+        """Exactly the keys that transformers writes for bitsandbytes, dtypes as names; our own only where used."""
+        output: dict[str, Any] = super().to_dict()
+        if output["llm_int8_outliers"] == OUTLIER_MODES[0]:
+            del output["llm_int8_outliers"]
+        return output
+
+    def to_diff_dict(self) -> dict[str, Any]:
+        """The entries of to_dict() that differ from a config built without arguments."""
+        default = type(self)().to_dict()
+        return {key: value for key, value in self.to_dict().items() if key not in default or value != default[key]}
+
+    def to_json_string(self, use_diff: bool = True) -> str:
+        """to_diff_dict() (or to_dict()) as JSON with sorted keys, indented by two, ending in a newline."""
+        content = self.to_diff_dict() if use_diff else self.to_dict()
+        return json.dumps(content, indent=2, sort_keys=True) + "\n"
+
+    def __eq__(self, other: object) -> bool:
+        # transformers' dataclass has no fields, so that its own comparison finds any two configs equal.
+        return isinstance(other, BitsAndBytesConfig) and self.to_dict() == other.to_dict()
+
+    __hash__ = None  # type: ignore[assignment]  # mutable, like the class it stands for
+
+
+def _flag(name: str, value: object) -> bool:
+    if not isinstance(value, bool):
+        raise QuantConfigError(f"{name} is {value!r}; accepted are True and False")
+    return value
+
+
+def _threshold(value: object) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value < 0:
+        raise QuantConfigError(
+            f"llm_int8_threshold is {value!r}; accepted are finite numbers from 0.0 (no outliers) upwards"
+        )
+    return float(value)
+
+
+def _skip_modules(value: object) -> list[str] | None:
+    if value is None:
+        return None
+    if not isinstance(value, list) or not all(isinstance(entry, str) and entry for entry in value):
+        raise QuantConfigError(
+            f"llm_int8_skip_modules is {value!r}; accepted is a list of module names, suffixes or regular expressions"
+        )
+    for entry in value:
+        try:
+            re.compile(entry)
+        except re.error as error:
+            raise QuantConfigError(
+                f"llm_int8_skip_modules contains {entry!r}, which is not a valid regular expression ({error})"
+            ) from error
+    return list(value)
+
+
+def _choice(name: str, value: object, accepted: tuple[str, ...]) -> str:
+    if not isinstance(value, str) or value not in accepted:
+        raise QuantConfigError(f"{name} is {value!r}; accepted are {' and '.join(map(repr, accepted))}")
+    return value
+
+
+def _dtype(name: str, value: object, accepted: Mapping[str, torch.dtype], default: torch.dtype) -> torch.dtype:
+    """A dtype given as torch.dtype, "bfloat16" or "torch.bfloat16"; None means the default."""
+    if value is None:
+        return default
+    found = accepted.get(value.removeprefix("torch.")) if isinstance(value, str) else value
+    if not isinstance(found, torch.dtype) or found not in accepted.values():
+        raise QuantConfigError(f"{name} is {value!r}; accepted are {', '.join(accepted)}")
+    return found
+
+
+PRESETS: Final[Mapping[str, BitsAndBytesConfig | None]] = MappingProxyType(
+    {
+        "nf4": BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4"),
+        "fp4": BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="fp4"),
+        "nf4-dq": BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True),
+        "fp4-dq": BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="fp4", bnb_4bit_use_double_quant=True),
+        "int8": BitsAndBytesConfig(load_in_8bit=True),
+        "none": None,
+    }
+)
+"""The names that the command line and models.yaml accept. Do not change one in place: from_spec() returns copies."""
+
+
+def from_spec(
+    spec: str | Mapping[str, Any] | None, *, compute_dtype: torch.dtype | str | None = None
+) -> BitsAndBytesConfig | None:
+    """A preset's name, the fields of BitsAndBytesConfig, or None (nothing asked for) as a config of its own.
+
+    A preset computes in `compute_dtype` (usually the model's dtype) where one is given; a dictionary that does not
+    name `bnb_4bit_compute_dtype` keeps the documented default, float32. Raises QuantConfigError.
+    """
+    if spec is None:
+        return None
+    if isinstance(spec, str):
+        if spec not in PRESETS:
+            raise QuantConfigError(f"quantization is {spec!r}; accepted are {', '.join(PRESETS)}")
+        preset = copy.deepcopy(PRESETS[spec])
+        if preset is not None and compute_dtype is not None:
+            preset.bnb_4bit_compute_dtype = _dtype(
+                "compute_dtype", compute_dtype, COMPUTE_DTYPES, preset.bnb_4bit_compute_dtype
+            )
+        return preset
+    if not isinstance(spec, Mapping) or not all(isinstance(key, str) for key in spec):
+        raise QuantConfigError(
+            f"quantization is {spec!r}; accepted are {', '.join(PRESETS)} or the fields of BitsAndBytesConfig"
+        )
+    config = BitsAndBytesConfig(**spec)
+    if not (config.load_in_4bit or config.load_in_8bit):
+        raise QuantConfigError(
+            f"quantization is {dict(spec)!r}, with neither load_in_4bit nor load_in_8bit; set one of them to true"
+        )
+    return config
