@@ -17,6 +17,8 @@ import msgspec
 MAX_FRAME_BYTES: Final = 64 * 1024 * 1024
 _LENGTH: Final = struct.Struct("<I")
 LENGTH_PREFIX_BYTES: Final = _LENGTH.size
+KV_BLOCK_TOKENS: Final = 16
+"""Tokens in one block of the KV cache: the plan counts whole blocks, the engine hands them out."""
 
 FinishReason = Literal["stop", "length", "abort", "error"]
 LoadPhase = Literal["start", "plan", "weights", "cache", "warmup", "ready"]
@@ -51,7 +53,7 @@ class ModelSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """CPU threads this engine may use; None takes its share of the machine."""
 
 
-class LoadModel(Record):
+class LoadModel(Record, frozen=True):
     spec: ModelSpec
 
 
@@ -64,33 +66,37 @@ class SamplingParams(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     top_k: int = 0
     seed: int | None = None
     stop_token_ids: tuple[int, ...] = ()
-    """Ends the sequence (finish_reason "stop"); the token itself is still reported."""
+    """Ends the sequence (finish_reason "stop"); the token itself is still reported.
+
+    The engine adds none of its own: who wants the model's end-of-sequence to end the text puts
+    ModelInfo.eos_token_ids here.
+    """
 
 
-class Generate(Record):
+class Generate(Record, frozen=True):
     request_id: str
     prompt: tuple[int, ...]
     """Token ids; 1 <= len(prompt), len(prompt) + max_tokens <= ModelInfo.max_model_len."""
     sampling: SamplingParams
 
 
-class Abort(Record):
+class Abort(Record, frozen=True):
     """Ends a request early; its blocks are free at the next step. Unknown ids are ignored: it may just have ended."""
 
     request_id: str
 
 
-class Shutdown(Record):
+class Shutdown(Record, frozen=True):
     """Ends the engine process with exit code 0 after the current step."""
 
 
-class LoadProgress(Record):
+class LoadProgress(Record, frozen=True):
     phase: LoadPhase
     bytes_loaded: int = 0
     bytes_total: int = 0
 
 
-class LoadFailed(Record):
+class LoadFailed(Record, frozen=True):
     kind: FailureKind
     message: str
     """One sentence: what was wrong, with the value, and what would be accepted."""
@@ -119,7 +125,7 @@ class MemoryReport(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """The engine process as the system sees it: rss_anonymous, rss_file, peak_anonymous, ... in bytes."""
 
 
-class Loaded(Record):
+class Loaded(Record, frozen=True):
     info: ModelInfo
     memory: MemoryReport
     load_seconds: float
@@ -135,7 +141,7 @@ class SequenceOutput(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """A sentence, exactly when finish_reason is "error"."""
 
 
-class StepReport(Record):
+class StepReport(Record, frozen=True):
     """One engine step: who got tokens, and the numbers that the metrics need."""
 
     step: int
@@ -155,8 +161,8 @@ ToEngine = LoadModel | Generate | Abort | Shutdown
 FromEngine = LoadProgress | LoadFailed | Loaded | StepReport
 
 _encoder = msgspec.msgpack.Encoder()
-_to_engine = msgspec.msgpack.Decoder(ToEngine)
-_from_engine = msgspec.msgpack.Decoder(FromEngine)
+_to_engine: msgspec.msgpack.Decoder[ToEngine] = msgspec.msgpack.Decoder(ToEngine)
+_from_engine: msgspec.msgpack.Decoder[FromEngine] = msgspec.msgpack.Decoder(FromEngine)
 
 
 def encode_frame(record: Record) -> bytes:

@@ -1,0 +1,129 @@
+"""The engine's loop: drain the inbox, schedule, run, apply, report; over and over until told to stop.
+
+One thread owns all state; requests and aborts reach it through a queue and take effect between steps. It knows no
+sockets (process.py) and no tensors (the runner). Whatever goes wrong in a step ends the requests of that step, each
+with a sentence, and the loop goes on.
+"""
+
+from __future__ import annotations
+
+import logging
+import queue
+import time
+from collections.abc import Callable
+
+from server.engine.scheduler import Scheduler
+from server.errors import RequestError
+from server.model.batch import Batch, Runner, StepError, StepResult
+from server.records import Abort, Generate, LoadModel, SequenceOutput, Shutdown, StepReport, ToEngine
+
+log = logging.getLogger(__name__)
+
+
+class EngineLoop:
+    def __init__(
+        self,
+        scheduler: Scheduler,
+        runner: Runner,
+        inbox: queue.SimpleQueue[ToEngine],
+        report: Callable[[StepReport], None],
+        *,
+        vocab_size: int,
+    ) -> None:
+        self._scheduler = scheduler
+        self._runner = runner
+        self._inbox = inbox
+        self._report = report
+        self._vocab_size = vocab_size
+        self._steps = 0
+        self._outputs: list[SequenceOutput] = []
+        """Ends that no step brought about (refused, aborted); they go out with the next report."""
+
+    def run(self) -> None:
+        """Serves until a Shutdown arrives; blocks while there is nothing to do."""
+        while self._drain():
+            self._step()
+
+    def _drain(self) -> bool:
+        """Takes in everything that has arrived, waiting for it when idle; False once a Shutdown is among it."""
+        wait = not self._scheduler.has_work
+        while True:
+            try:
+                record = self._inbox.get(block=wait)
+            except queue.Empty:
+                return True
+            if isinstance(record, Shutdown):
+                return False
+            self._take(record)
+            wait = False
+
+    def _take(self, record: ToEngine) -> None:
+        match record:
+            case Generate(request_id=request_id) if self._scheduler.holds(request_id):
+                log.error("request id %r is in use; the second request of that id was dropped", request_id)
+            case Generate():
+                try:
+                    self._check_tokens(record)
+                    self._scheduler.add(record)
+                except RequestError as error:
+                    self._outputs.append(SequenceOutput(record.request_id, finish_reason="error", error=error.message))
+            case Abort(request_id=request_id):
+                ended = self._scheduler.abort(request_id)
+                if ended is not None:
+                    self._runner.release(request_id)
+                    self._outputs.append(ended)
+            case LoadModel() | Shutdown():
+                log.error("a %s record arrived in the middle of serving and was dropped", type(record).__name__)
+
+    def _check_tokens(self, request: Generate) -> None:
+        """Only ids the embedding has: one that it has not would end the whole step, or on a GPU the whole process."""
+        bad = next((token for token in request.prompt if not 0 <= token < self._vocab_size), None)
+        if bad is not None:
+            raise RequestError(f"the prompt holds token id {bad}; accepted are 0 to {self._vocab_size - 1}")
+
+    def _step(self) -> None:
+        started = time.perf_counter()
+        batch = self._scheduler.schedule()
+        for request_id in self._scheduler.preempted:
+            self._runner.release(request_id)
+        outputs, self._outputs = self._outputs, []
+        passes = 0
+        if batch is not None:
+            computed, passes = self._compute(batch)
+            for output in computed:
+                if output.finish_reason is not None:
+                    self._runner.release(output.request_id)
+            outputs += computed
+        elif not outputs:
+            return  # an abort for what had just ended: no step, nothing to say
+        self._steps += 1
+        self._report(self._summary(batch, outputs, time.perf_counter() - started, passes))
+
+    def _compute(self, batch: Batch) -> tuple[list[SequenceOutput], int]:
+        """Runs a batch and takes in its result; a failure of the whole step ends the batch's requests, no others."""
+        try:
+            result: StepResult = self._runner.step(batch)
+        except StepError as error:
+            log.error("a step of %d tokens failed: %s", batch.tokens, error)
+            return self._scheduler.fail(batch, str(error)), 0
+        except Exception as error:
+            log.exception("a step of %d tokens failed", batch.tokens)
+            sentence = f"the model failed in a step that this request took part in ({type(error).__name__}: {error})"
+            return self._scheduler.fail(batch, sentence.splitlines()[0]), 0
+        return self._scheduler.apply(batch, result), result.forward_passes
+
+    def _summary(self, batch: Batch | None, outputs: list[SequenceOutput], seconds: float, passes: int) -> StepReport:
+        scheduler = self._scheduler
+        tokens, decodes = (batch.tokens, batch.decode_tokens) if batch is not None else (0, 0)
+        return StepReport(
+            step=self._steps,
+            outputs=tuple(outputs),
+            running=len(scheduler.running),
+            waiting=len(scheduler.waiting),
+            prefill_tokens=tokens - decodes,
+            decode_tokens=decodes,
+            seconds=seconds,
+            kv_blocks_used=scheduler.pool.used,
+            kv_blocks_total=scheduler.pool.total,
+            forward_passes=passes,
+        )
