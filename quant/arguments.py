@@ -1,0 +1,138 @@
+"""Checks of operator arguments: what does not belong together is refused before any kernel sees a pointer.
+
+Not a dispatcher: quant/ops.py calls these from the real and from the fake kernels. Every function raises ShapeError
+with one sentence that names the argument, its value and what is accepted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from quant import formats
+from quant.errors import ShapeError
+
+OUTLIER_RULES = ("value", "batch")
+"""Who decides that an activation is an outlier of LLM.int8(): the value alone, or its column over all rows."""
+
+
+def check_values(name: str, tensor: torch.Tensor) -> None:
+    """Values that operators compute with: float32, float16 or bfloat16."""
+    if tensor.dtype not in formats.VALUE_DTYPES:
+        raise ShapeError(f"{name} has dtype {tensor.dtype}; accepted are float32, float16 and bfloat16.")
+
+
+def check_value_dtype(dtype: torch.dtype) -> None:
+    """A dtype asked for as a result."""
+    if dtype not in formats.VALUE_DTYPES:
+        raise ShapeError(f"dtype is {dtype}; accepted are float32, float16 and bfloat16.")
+
+
+def check_format(quant_type: str, blocksize: int) -> None:
+    """A 4-bit format and its block size."""
+    if quant_type not in formats.FOUR_BIT:
+        raise ShapeError(f"quant_type is {quant_type!r}; accepted are {' and '.join(map(repr, formats.FOUR_BIT))}.")
+    if blocksize not in formats.BLOCKSIZES:
+        raise ShapeError(f"blocksize is {blocksize}; accepted are {', '.join(map(str, formats.BLOCKSIZES))}.")
+
+
+def check_nested_blocksize(nested_blocksize: int) -> None:
+    """The block size of the second level."""
+    if nested_blocksize < 1:
+        raise ShapeError(f"nested_blocksize is {nested_blocksize}; accepted is any positive number.")
+
+
+def check_vector(name: str, tensor: torch.Tensor, dtype: torch.dtype, length: int, meaning: str) -> None:
+    """A flat tensor of exactly this dtype and length."""
+    if tensor.dtype != dtype:
+        raise ShapeError(f"{name} has dtype {tensor.dtype}; it must be {dtype}.")
+    if tensor.dim() != 1 or tensor.shape[0] != length:
+        raise ShapeError(f"{name} has shape {list(tensor.shape)}; it must be [{length}] ({meaning}).")
+
+
+def check_same_device(name: str, tensor: torch.Tensor, other_name: str, other: torch.Tensor) -> None:
+    """Tensors of one call live on one device."""
+    if tensor.device != other.device:
+        raise ShapeError(f"{name} is on {tensor.device} but {other_name} is on {other.device}; move one of them.")
+
+
+def element_count(shape: Sequence[int]) -> int:
+    """The number of values of a shape; refuses negative sizes."""
+    count = 1
+    for size in shape:
+        if size < 0:
+            raise ShapeError(f"shape is {list(shape)}; sizes must not be negative.")
+        count *= size
+    return count
+
+
+def check_packed(packed: torch.Tensor, count: int) -> None:
+    """Packed codes of `count` values."""
+    check_vector("packed", packed, torch.uint8, formats.packed_bytes(count), f"{count} codes, two in a byte")
+
+
+def check_nested(codes: torch.Tensor, nested_absmax: torch.Tensor, offset: torch.Tensor, nested_blocksize: int) -> None:
+    """The two levels of a double-quantized absmax."""
+    check_nested_blocksize(nested_blocksize)
+    if codes.dtype != torch.uint8 or codes.dim() != 1:
+        raise ShapeError(f"absmax codes are {codes.dtype} {list(codes.shape)}; they must be uint8 with one dimension.")
+    blocks = formats.block_count(codes.shape[0], nested_blocksize)
+    check_vector("nested_absmax", nested_absmax, torch.float32, blocks, f"blocks of {nested_blocksize} absmax codes")
+    if offset.dtype != torch.float32 or offset.dim() != 0:
+        raise ShapeError(f"offset is {offset.dtype} {list(offset.shape)}; it must be one float32 without dimensions.")
+    check_same_device("nested_absmax", nested_absmax, "the absmax codes", codes)
+    check_same_device("offset", offset, "the absmax codes", codes)
+
+
+def check_statistics(
+    packed: torch.Tensor,
+    absmax: torch.Tensor,
+    blocksize: int,
+    count: int,
+    nested_absmax: torch.Tensor | None,
+    offset: torch.Tensor | None,
+    nested_blocksize: int,
+) -> None:
+    """The packed codes and the absmax of one weight, plain or double-quantized."""
+    check_packed(packed, count)
+    check_same_device("absmax", absmax, "packed", packed)
+    if (nested_absmax is None) != (offset is None):
+        raise ShapeError("nested_absmax and offset belong together: give both (double quantization) or none.")
+    nested = nested_absmax is not None
+    blocks = formats.block_count(count, blocksize)
+    meaning = f"blocks of {blocksize} values" + (", double-quantized" if nested else "")
+    check_vector("absmax", absmax, torch.uint8 if nested else torch.float32, blocks, meaning)
+    if nested_absmax is not None and offset is not None:
+        check_nested(absmax, nested_absmax, offset, nested_blocksize)
+
+
+def check_linear(x: torch.Tensor, shape: Sequence[int], bias: torch.Tensor | None, other: torch.Tensor) -> None:
+    """Activations [..., K] and bias [N] against a weight of shape [N, K] whose data is `other`."""
+    check_values("x", x)
+    if len(shape) != 2:
+        raise ShapeError(f"the weight's shape is {list(shape)}; a linear layer's weight has two dimensions, [N, K].")
+    if x.dim() == 0 or x.shape[-1] != shape[1]:
+        raise ShapeError(f"x has shape {list(x.shape)}; its last size must be {shape[1]}, as in the weight's [N, K].")
+    check_same_device("x", x, "the weight", other)
+    if bias is not None:
+        check_values("bias", bias)
+        if bias.dim() != 1 or bias.shape[0] != shape[0]:
+            raise ShapeError(f"bias has shape {list(bias.shape)}; it must be [{shape[0]}], as in the weight's [N, K].")
+        check_same_device("bias", bias, "x", x)
+
+
+def check_int8(CB: torch.Tensor, SCB: torch.Tensor) -> None:
+    """An int8 weight and its row maxima."""
+    if CB.dtype != torch.int8 or CB.dim() != 2:
+        raise ShapeError(f"CB is {CB.dtype} {list(CB.shape)}; it must be int8 with two dimensions, [N, K].")
+    check_vector("SCB", SCB, torch.float32, CB.shape[0], "one maximum per row of CB")
+    check_same_device("SCB", SCB, "CB", CB)
+
+
+def check_outliers(threshold: float, outliers: str) -> None:
+    """The outlier rule of LLM.int8()."""
+    if outliers not in OUTLIER_RULES:
+        raise ShapeError(f"outliers is {outliers!r}; accepted are {' and '.join(map(repr, OUTLIER_RULES))}.")
+    if not threshold >= 0:
+        raise ShapeError(f"threshold is {threshold}; accepted are 0 (no outliers) and any positive number.")

@@ -1,0 +1,400 @@
+"""The operators as torch sees them: torch.library schemas, fake kernels, gradients, dispatch.
+
+Namespace `halfbyte`; the functions below are the way to call them. A CPU tensor goes to the compiled library, a CUDA
+tensor to the compiled CUDA library; a missing library is a NativeError, never a silent slow path. Other devices run
+quant/reference.py, and so do the operators in REFERENCE_ONLY; `reference_calls()` counts every such run.
+
+Not here: layers, checkpoints, choosing between kernels (each operator has one per device).
+Letters: N = output features, K = input features, B = blocks. Packed tensors are flat uint8.
+"""
+
+from __future__ import annotations
+
+import collections
+from collections.abc import Callable, Sequence
+from typing import Any, Final, cast
+
+import torch
+
+from quant import arguments, formats, reference
+from quant.errors import ShapeError
+
+REFERENCE_ONLY: Final[dict[str, frozenset[str]]] = {}
+"""Operators without a kernel of their own on a device type; they run the reference there."""
+
+_LIBRARY: Final = torch.library.Library("halfbyte", "DEF")  # type: ignore[no-untyped-call]
+_reference_calls: collections.Counter[str] = collections.Counter()
+
+_STATISTICS: Final = "Tensor? nested_absmax, Tensor? offset, int nested_blocksize, Tensor? bias"
+_SCHEMAS: Final = (
+    "quantize_4bit(Tensor x, str quant_type, int blocksize) -> (Tensor, Tensor)",
+    "dequantize_4bit(Tensor packed, Tensor absmax, str quant_type, int blocksize, SymInt[] shape, ScalarType dtype)"
+    " -> Tensor",
+    "quantize_absmax(Tensor absmax, int nested_blocksize) -> (Tensor, Tensor, Tensor)",
+    "dequantize_absmax(Tensor codes, Tensor nested_absmax, Tensor offset, int nested_blocksize) -> Tensor",
+    "linear_4bit(Tensor x, Tensor packed, Tensor absmax, str quant_type, int blocksize, SymInt[] shape,"
+    f" {_STATISTICS}) -> Tensor",
+    "quantize_8bit(Tensor w) -> (Tensor, Tensor)",
+    "dequantize_8bit(Tensor CB, Tensor SCB, ScalarType dtype) -> Tensor",
+    "linear_8bit(Tensor x, Tensor CB, Tensor SCB, float threshold, str outliers, Tensor? bias) -> Tensor",
+)
+NAMES: Final = tuple(schema.partition("(")[0] for schema in _SCHEMAS)
+"""The operators, for tests that go over all of them."""
+
+
+def reference_calls() -> dict[str, int]:
+    """How often each operator has run its plain-torch reference in this process."""
+    return dict(_reference_calls)
+
+
+def _run(name: str, device: torch.device, *args: Any) -> Any:
+    """One call of one operator on the kernel that its device has."""
+    _reference_calls[name] += 1
+    return getattr(reference, name)(*args)
+
+
+# --- the public functions -------------------------------------------------------------------------------------------
+
+
+def quantize_4bit(x: torch.Tensor, quant_type: str, blocksize: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Blockwise 4-bit quantization of the flattened `x`.
+
+    x: any shape, n values, float32 / float16 / bfloat16. quant_type: "nf4" or "fp4". blocksize: one of
+    formats.BLOCKSIZES. Returns packed codes uint8 [ceil(n/2)] and absmax float32 [ceil(n/blocksize)]. A block of zeros
+    gets the code of zero and absmax 0; a block with a NaN or an infinity has that as its absmax. Raises ShapeError.
+    """
+    return cast(tuple[torch.Tensor, torch.Tensor], torch.ops.halfbyte.quantize_4bit(x, quant_type, blocksize))
+
+
+def dequantize_4bit(
+    packed: torch.Tensor,
+    absmax: torch.Tensor,
+    quant_type: str,
+    blocksize: int,
+    shape: Sequence[int],
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    """Values of 4-bit codes, bit for bit what bitsandbytes gives: dtype(float32 table[code] * float32 absmax).
+
+    packed: uint8 [ceil(n/2)]; absmax: float32 [ceil(n/blocksize)]; shape: n values. Returns `shape` in `dtype`
+    (float32 / float16 / bfloat16). Raises ShapeError.
+    """
+    return cast(
+        torch.Tensor, torch.ops.halfbyte.dequantize_4bit(packed, absmax, quant_type, blocksize, list(shape), dtype)
+    )
+
+
+def quantize_absmax(
+    absmax: torch.Tensor, nested_blocksize: int = formats.NESTED_BLOCKSIZE
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Double quantization of absmax.
+
+    absmax: float32 [B]. Returns codes uint8 [B], nested_absmax float32 [ceil(B/nested_blocksize)] and the offset, a
+    float32 without dimensions (the mean of absmax). Raises ShapeError.
+    """
+    result = torch.ops.halfbyte.quantize_absmax(absmax, nested_blocksize)
+    return cast(tuple[torch.Tensor, torch.Tensor, torch.Tensor], result)
+
+
+def dequantize_absmax(
+    codes: torch.Tensor,
+    nested_absmax: torch.Tensor,
+    offset: torch.Tensor,
+    nested_blocksize: int = formats.NESTED_BLOCKSIZE,
+) -> torch.Tensor:
+    """float32 [B] from double-quantized absmax, the product and the sum each rounded. Raises ShapeError."""
+    return cast(torch.Tensor, torch.ops.halfbyte.dequantize_absmax(codes, nested_absmax, offset, nested_blocksize))
+
+
+def linear_4bit(
+    x: torch.Tensor,
+    packed: torch.Tensor,
+    absmax: torch.Tensor,
+    quant_type: str,
+    blocksize: int,
+    shape: Sequence[int],
+    nested_absmax: torch.Tensor | None = None,
+    offset: torch.Tensor | None = None,
+    nested_blocksize: int = formats.NESTED_BLOCKSIZE,
+    bias: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """A linear layer on a 4-bit weight of `shape` [N, K], which is never built.
+
+    x: [..., K] float32 / float16 / bfloat16. absmax: float32 [B], or uint8 [B] with nested_absmax and offset when it is
+    double-quantized. bias: [N], any of the three dtypes. Returns [..., N] in x's dtype: float32 sums of exact float32
+    weights, bias added in float32, rounded once. A row's result does not depend on the other rows or on their number.
+    Gradients flow to x and bias. Raises ShapeError.
+    """
+    return cast(
+        torch.Tensor,
+        torch.ops.halfbyte.linear_4bit(
+            x, packed, absmax, quant_type, blocksize, list(shape), nested_absmax, offset, nested_blocksize, bias
+        ),
+    )
+
+
+def quantize_8bit(w: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rowwise int8 quantization of a weight, as LLM.int8() checkpoints have it.
+
+    w: [N, K] float32 / float16 / bfloat16; values pass through float16 first, as bitsandbytes does, except those that
+    would become infinite there, which stay as they are. Returns CB int8 [N, K] and SCB float32 [N], the row maxima
+    (not divided by 127). A row of zeros gets zeros. Raises ShapeError.
+    """
+    return cast(tuple[torch.Tensor, torch.Tensor], torch.ops.halfbyte.quantize_8bit(w))
+
+
+def dequantize_8bit(CB: torch.Tensor, SCB: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """dtype(CB * SCB / 127), computed in float32. CB: int8 [N, K]; SCB: float32 [N]. Raises ShapeError."""
+    return cast(torch.Tensor, torch.ops.halfbyte.dequantize_8bit(CB, SCB, dtype))
+
+
+def linear_8bit(
+    x: torch.Tensor,
+    CB: torch.Tensor,
+    SCB: torch.Tensor,
+    threshold: float,
+    outliers: str,
+    bias: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """A linear layer on an int8 weight: LLM.int8().
+
+    x: [..., K] float32 / float16 / bfloat16, not passed through float16. CB: int8 [N, K]; SCB: float32 [N].
+    Activations with |x| >= threshold (0: none) are outliers and meet the dequantized weight in float32, added up in
+    column order; the others are rounded to int8 against their row's largest ordinary value and multiplied exactly.
+    outliers: "value" decides for each value alone, so that rows do not see each other; "batch" takes every column that
+    holds an outlier in any row, as bitsandbytes does. bias: [N]. Returns [..., N] in x's dtype, rounded once.
+    Gradients flow to x and bias. Raises ShapeError.
+    """
+    return cast(torch.Tensor, torch.ops.halfbyte.linear_8bit(x, CB, SCB, threshold, outliers, bias))
+
+
+# --- kernels: check, then run -----------------------------------------------------------------------------------------
+
+
+def _quantize_4bit(x: torch.Tensor, quant_type: str, blocksize: int) -> tuple[torch.Tensor, torch.Tensor]:
+    arguments.check_values("x", x)
+    arguments.check_format(quant_type, blocksize)
+    return cast(tuple[torch.Tensor, torch.Tensor], _run("quantize_4bit", x.device, x, quant_type, blocksize))
+
+
+def _fake_quantize_4bit(x: torch.Tensor, quant_type: str, blocksize: int) -> tuple[torch.Tensor, torch.Tensor]:
+    arguments.check_values("x", x)
+    arguments.check_format(quant_type, blocksize)
+    count = x.numel()
+    return (
+        x.new_empty(formats.packed_bytes(count), dtype=torch.uint8),
+        x.new_empty(formats.block_count(count, blocksize), dtype=torch.float32),
+    )
+
+
+def _check_dequantize_4bit(
+    packed: torch.Tensor,
+    absmax: torch.Tensor,
+    quant_type: str,
+    blocksize: int,
+    shape: Sequence[int],
+    dtype: torch.dtype,
+) -> None:
+    arguments.check_format(quant_type, blocksize)
+    arguments.check_value_dtype(dtype)
+    arguments.check_statistics(
+        packed, absmax, blocksize, arguments.element_count(shape), None, None, formats.NESTED_BLOCKSIZE
+    )
+
+
+def _dequantize_4bit(
+    packed: torch.Tensor,
+    absmax: torch.Tensor,
+    quant_type: str,
+    blocksize: int,
+    shape: Sequence[int],
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    _check_dequantize_4bit(packed, absmax, quant_type, blocksize, shape, dtype)
+    result = _run("dequantize_4bit", packed.device, packed, absmax, quant_type, blocksize, shape, dtype)
+    return cast(torch.Tensor, result)
+
+
+def _fake_dequantize_4bit(
+    packed: torch.Tensor,
+    absmax: torch.Tensor,
+    quant_type: str,
+    blocksize: int,
+    shape: Sequence[int],
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    _check_dequantize_4bit(packed, absmax, quant_type, blocksize, shape, dtype)
+    return packed.new_empty(shape, dtype=dtype)
+
+
+def _check_quantize_absmax(absmax: torch.Tensor, nested_blocksize: int) -> None:
+    arguments.check_nested_blocksize(nested_blocksize)
+    arguments.check_vector("absmax", absmax, torch.float32, absmax.numel(), "one per block")
+
+
+def _quantize_absmax(absmax: torch.Tensor, nested_blocksize: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    _check_quantize_absmax(absmax, nested_blocksize)
+    result = _run("quantize_absmax", absmax.device, absmax, nested_blocksize)
+    return cast(tuple[torch.Tensor, torch.Tensor, torch.Tensor], result)
+
+
+def _fake_quantize_absmax(
+    absmax: torch.Tensor, nested_blocksize: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    _check_quantize_absmax(absmax, nested_blocksize)
+    return (
+        torch.empty_like(absmax, dtype=torch.uint8),
+        absmax.new_empty(formats.block_count(absmax.shape[0], nested_blocksize)),
+        absmax.new_empty(()),
+    )
+
+
+def _dequantize_absmax(
+    codes: torch.Tensor, nested_absmax: torch.Tensor, offset: torch.Tensor, nested_blocksize: int
+) -> torch.Tensor:
+    arguments.check_nested(codes, nested_absmax, offset, nested_blocksize)
+    result = _run("dequantize_absmax", codes.device, codes, nested_absmax, offset, nested_blocksize)
+    return cast(torch.Tensor, result)
+
+
+def _fake_dequantize_absmax(
+    codes: torch.Tensor, nested_absmax: torch.Tensor, offset: torch.Tensor, nested_blocksize: int
+) -> torch.Tensor:
+    arguments.check_nested(codes, nested_absmax, offset, nested_blocksize)
+    return torch.empty_like(codes, dtype=torch.float32)
+
+
+def _check_linear_4bit(
+    x: torch.Tensor,
+    packed: torch.Tensor,
+    absmax: torch.Tensor,
+    quant_type: str,
+    blocksize: int,
+    shape: Sequence[int],
+    nested_absmax: torch.Tensor | None,
+    offset: torch.Tensor | None,
+    nested_blocksize: int,
+    bias: torch.Tensor | None,
+) -> None:
+    arguments.check_format(quant_type, blocksize)
+    arguments.check_linear(x, shape, bias, packed)
+    count = arguments.element_count(shape)
+    arguments.check_statistics(packed, absmax, blocksize, count, nested_absmax, offset, nested_blocksize)
+
+
+def _linear_4bit(x: torch.Tensor, *rest: Any) -> torch.Tensor:
+    _check_linear_4bit(x, *rest)
+    return cast(torch.Tensor, _run("linear_4bit", x.device, x, *rest))
+
+
+def _fake_linear_4bit(x: torch.Tensor, *rest: Any) -> torch.Tensor:
+    _check_linear_4bit(x, *rest)
+    shape: Sequence[int] = rest[4]
+    return x.new_empty([*x.shape[:-1], shape[0]])
+
+
+def _check_quantize_8bit(w: torch.Tensor) -> None:
+    arguments.check_values("w", w)
+    if w.dim() != 2:
+        raise ShapeError(f"w has shape {list(w.shape)}; it must have two dimensions, [N, K].")
+
+
+def _quantize_8bit(w: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    _check_quantize_8bit(w)
+    return cast(tuple[torch.Tensor, torch.Tensor], _run("quantize_8bit", w.device, w))
+
+
+def _fake_quantize_8bit(w: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    _check_quantize_8bit(w)
+    return w.new_empty(w.shape, dtype=torch.int8), w.new_empty(w.shape[0], dtype=torch.float32)
+
+
+def _dequantize_8bit(CB: torch.Tensor, SCB: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    arguments.check_int8(CB, SCB)
+    arguments.check_value_dtype(dtype)
+    return cast(torch.Tensor, _run("dequantize_8bit", CB.device, CB, SCB, dtype))
+
+
+def _fake_dequantize_8bit(CB: torch.Tensor, SCB: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    arguments.check_int8(CB, SCB)
+    arguments.check_value_dtype(dtype)
+    return CB.new_empty(CB.shape, dtype=dtype)
+
+
+def _check_linear_8bit(
+    x: torch.Tensor, CB: torch.Tensor, SCB: torch.Tensor, threshold: float, outliers: str, bias: torch.Tensor | None
+) -> None:
+    arguments.check_int8(CB, SCB)
+    arguments.check_linear(x, CB.shape, bias, CB)
+    arguments.check_outliers(threshold, outliers)
+
+
+def _linear_8bit(
+    x: torch.Tensor, CB: torch.Tensor, SCB: torch.Tensor, threshold: float, outliers: str, bias: torch.Tensor | None
+) -> torch.Tensor:
+    _check_linear_8bit(x, CB, SCB, threshold, outliers, bias)
+    return cast(torch.Tensor, _run("linear_8bit", x.device, x, CB, SCB, threshold, outliers, bias))
+
+
+def _fake_linear_8bit(
+    x: torch.Tensor, CB: torch.Tensor, SCB: torch.Tensor, threshold: float, outliers: str, bias: torch.Tensor | None
+) -> torch.Tensor:
+    _check_linear_8bit(x, CB, SCB, threshold, outliers, bias)
+    return x.new_empty([*x.shape[:-1], CB.shape[0]])
+
+
+# --- gradients: to activations and bias, none to packed weights -------------------------------------------------------
+
+
+def _setup_linear_4bit(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+    _, packed, absmax, quant_type, blocksize, shape, nested_absmax, offset, nested_blocksize, bias = inputs
+    ctx.save_for_backward(packed, absmax, nested_absmax, offset)
+    ctx.layout = (quant_type, blocksize, shape, nested_blocksize)
+    ctx.bias_dtype = None if bias is None else bias.dtype
+
+
+def _backward_linear_4bit(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    grad_x = None
+    if ctx.needs_input_grad[0]:
+        packed, absmax, nested_absmax, offset = ctx.saved_tensors
+        quant_type, blocksize, shape, nested_blocksize = ctx.layout
+        if nested_absmax is not None:
+            absmax = dequantize_absmax(absmax, nested_absmax, offset, nested_blocksize)
+        grad_x = grad @ dequantize_4bit(packed, absmax, quant_type, blocksize, shape, grad.dtype)
+    return grad_x, None, None, None, None, None, None, None, None, _bias_gradient(ctx, 9, grad)
+
+
+def _setup_linear_8bit(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+    _, CB, SCB, _, _, bias = inputs
+    ctx.save_for_backward(CB, SCB)
+    ctx.bias_dtype = None if bias is None else bias.dtype
+
+
+def _backward_linear_8bit(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    CB, SCB = ctx.saved_tensors
+    grad_x = grad @ dequantize_8bit(CB, SCB, grad.dtype) if ctx.needs_input_grad[0] else None
+    return grad_x, None, None, None, None, _bias_gradient(ctx, 5, grad)
+
+
+def _bias_gradient(ctx: Any, index: int, grad: torch.Tensor) -> torch.Tensor | None:
+    """The sum over rows in float32, in the bias's dtype."""
+    if ctx.bias_dtype is None or not ctx.needs_input_grad[index]:
+        return None
+    return grad.reshape(-1, grad.shape[-1]).sum(dim=0, dtype=torch.float32).to(ctx.bias_dtype)
+
+
+def _register() -> None:
+    """Schemas, kernels for every backend (dispatch by device happens in `_run`), fakes, gradients."""
+    for schema in _SCHEMAS:
+        _LIBRARY.define(schema)  # type: ignore[no-untyped-call]
+    for name in NAMES:
+        kernel: Callable[..., Any] = globals()[f"_{name}"]
+        _LIBRARY.impl(name, kernel, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
+        torch.library.register_fake(f"halfbyte::{name}", globals()[f"_fake_{name}"], lib=_LIBRARY)
+    for name in ("linear_4bit", "linear_8bit"):
+        torch.library.register_autograd(
+            f"halfbyte::{name}", globals()[f"_backward_{name}"], setup_context=globals()[f"_setup_{name}"], lib=_LIBRARY
+        )
+
+
+_register()

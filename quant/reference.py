@@ -1,0 +1,189 @@
+"""Every operator in plain torch: the readable truth that each compiled kernel is compared with.
+
+Not the way to run a model: `linear_4bit` here builds the whole weight. Functions have the names and arguments of
+quant/ops.py, whose docstrings give shapes, dtypes and errors; arguments are taken as already checked.
+
+Bit-exact everywhere: quantized codes, statistics and dequantized values. The matmuls agree with a kernel up to the
+order in which float32 sums are added.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from quant import formats
+
+# A float32 block maximum below this has no finite reciprocal worth using; both it and the values are scaled up by
+# SUBNORMAL_SCALE first, which is exact.
+SMALLEST_DIVISOR = 2.0**-100
+SUBNORMAL_SCALE = 2.0**100
+
+
+def quantize_4bit(x: torch.Tensor, quant_type: str, blocksize: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Blockwise 4-bit codes and block maxima of `x`."""
+    number_format = formats.FOUR_BIT[quant_type]
+    normalised, absmax = _normalise_blocks(x.reshape(-1).float(), blocksize)
+    ranked = normalised.abs() if number_format.signed_magnitude else normalised
+    rank = torch.zeros_like(ranked, dtype=torch.int64)
+    for threshold in number_format.thresholds:
+        rank += ranked > torch.tensor(threshold, dtype=torch.float32, device="cpu").to(x.device)
+    codes = torch.tensor(number_format.code_of_rank, dtype=torch.uint8, device=x.device)[rank]
+    if number_format.signed_magnitude:
+        codes = codes + (normalised < 0) * torch.tensor(8, dtype=torch.uint8, device=x.device)
+    if codes.numel() % 2:
+        codes = torch.cat([codes, codes.new_full((1,), number_format.zero_code)])
+    pairs = codes.view(-1, 2)
+    return (pairs[:, 0] << formats.HIGH_NIBBLE_SHIFT) | pairs[:, 1], absmax
+
+
+def dequantize_4bit(
+    packed: torch.Tensor,
+    absmax: torch.Tensor,
+    quant_type: str,
+    blocksize: int,
+    shape: Sequence[int],
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    """table[code] * absmax: one float32 product, one rounding to `dtype`."""
+    count = _count(shape)
+    codes = torch.stack([packed >> formats.HIGH_NIBBLE_SHIFT, packed & 15], dim=1).view(-1)[:count]
+    values = formats.CODE_TABLES[quant_type].to(packed.device)[codes.long()]
+    return (values * absmax.repeat_interleave(blocksize)[:count]).to(dtype).view(list(shape))
+
+
+def quantize_absmax(
+    absmax: torch.Tensor, nested_blocksize: int = formats.NESTED_BLOCKSIZE
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Double quantization: 8-bit codes of absmax minus its mean."""
+    offset = mean_absmax(absmax)
+    normalised, nested_absmax = _normalise_blocks(absmax - offset, nested_blocksize)
+    midpoints = formats.DYNAMIC_MIDPOINTS.to(absmax.device)
+    codes = torch.bucketize(normalised, midpoints)  # the number of midpoints strictly below; 255 for NaN
+    return codes.to(torch.uint8), nested_absmax, offset
+
+
+def dequantize_absmax(
+    codes: torch.Tensor,
+    nested_absmax: torch.Tensor,
+    offset: torch.Tensor,
+    nested_blocksize: int = formats.NESTED_BLOCKSIZE,
+) -> torch.Tensor:
+    """map[code] * nested_absmax + offset, rounded after the product and after the sum (no fused multiply-add)."""
+    values = formats.DYNAMIC_TABLE.to(codes.device)[codes.long()]
+    scaled = values * nested_absmax.repeat_interleave(nested_blocksize)[: codes.numel()]
+    return scaled + offset
+
+
+def linear_4bit(
+    x: torch.Tensor,
+    packed: torch.Tensor,
+    absmax: torch.Tensor,
+    quant_type: str,
+    blocksize: int,
+    shape: Sequence[int],
+    nested_absmax: torch.Tensor | None = None,
+    offset: torch.Tensor | None = None,
+    nested_blocksize: int = formats.NESTED_BLOCKSIZE,
+    bias: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """x times the transposed weight in float32, plus bias, rounded once to x's dtype."""
+    if nested_absmax is not None and offset is not None:
+        absmax = dequantize_absmax(absmax, nested_absmax, offset, nested_blocksize)
+    weight = dequantize_4bit(packed, absmax, quant_type, blocksize, shape, torch.float32)
+    out = x.float() @ weight.t()
+    return (out if bias is None else out + bias.float()).to(x.dtype)
+
+
+def quantize_8bit(w: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Row maxima and int8 codes; values pass through float16 where that keeps them finite."""
+    half = w.half().float()
+    values = torch.where(half.isfinite(), half, w.float())
+    row_absmax = _row_absmax(values)
+    return _round_to_int8(values, row_absmax), row_absmax
+
+
+def dequantize_8bit(CB: torch.Tensor, SCB: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """code * row maximum / 127, in float32, rounded once to `dtype`."""
+    return (CB.float() * SCB[:, None] / _int8_max(SCB)).to(dtype)
+
+
+def linear_8bit(
+    x: torch.Tensor,
+    CB: torch.Tensor,
+    SCB: torch.Tensor,
+    threshold: float,
+    outliers: str,
+    bias: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """LLM.int8(): an exact int8 product of the ordinary values plus float32 outlier terms, column by column."""
+    rows = x.reshape(-1, x.shape[-1]).float()
+    is_outlier = rows.abs() >= threshold if threshold > 0 else torch.zeros_like(rows, dtype=torch.bool)
+    row_absmax = _row_absmax(rows.masked_fill(is_outlier, 0.0))
+    if outliers == "batch":
+        is_outlier = is_outlier.any(dim=0).expand_as(is_outlier)
+    codes = _round_to_int8(rows.masked_fill(is_outlier, 0.0), row_absmax)
+    exact = (codes.double() @ CB.double().t()).float()  # integers below 2^53: float64 holds them exactly
+    out = exact * row_absmax[:, None] * SCB * INT8_PRODUCT_SCALE
+    columns = is_outlier.any(dim=0).nonzero().flatten().tolist()
+    if columns:
+        total = torch.zeros_like(out)
+        kept = rows.masked_fill(~is_outlier, 0.0)
+        for column in columns:
+            total = total + kept[:, column, None] * CB[:, column].float()
+        out = out + total * (SCB / _int8_max(SCB))
+    if bias is not None:
+        out = out + bias.float()
+    return out.to(x.dtype).view(*x.shape[:-1], CB.shape[0])
+
+
+INT8_PRODUCT_SCALE = 1.0 / (formats.INT8_MAX * formats.INT8_MAX)
+"""Two int8 codes multiplied stand for this times both maxima; used as a float32."""
+
+
+def mean_absmax(absmax: torch.Tensor) -> torch.Tensor:
+    """The offset of double quantization: the mean, summed in float64 so that the order of addition does not show."""
+    if absmax.numel() == 0:
+        return torch.zeros((), dtype=torch.float32, device=absmax.device)
+    return absmax.double().mean().float()
+
+
+def _normalise_blocks(values: torch.Tensor, blocksize: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """float32 [n] -> values times 1/absmax of their block [n], absmax [blocks]. A block of zeros stays zeros."""
+    count = values.numel()
+    if count == 0:
+        return values, values.clone()
+    blocks = torch.nn.functional.pad(values, (0, -count % blocksize)).view(-1, blocksize)
+    absmax = blocks.abs().amax(dim=1)
+    scale = torch.where(absmax < SMALLEST_DIVISOR, SUBNORMAL_SCALE, 1.0)
+    divisor = absmax * scale
+    reciprocal = torch.where(divisor == 0, 0.0, 1.0 / divisor)
+    return ((blocks * scale[:, None]) * reciprocal[:, None]).view(-1)[:count], absmax
+
+
+def _row_absmax(values: torch.Tensor) -> torch.Tensor:
+    """float32 [M, K] -> float32 [M]; 0 for K = 0."""
+    if values.shape[1] == 0:
+        return values.new_zeros(values.shape[0])
+    return values.abs().amax(dim=1)
+
+
+def _round_to_int8(values: torch.Tensor, row_absmax: torch.Tensor) -> torch.Tensor:
+    """Nearest, ties to even. Rows too small for 127 / absmax, and values that are not finite, give 0."""
+    factor = row_absmax.reciprocal() * formats.INT8_MAX  # two roundings, as in bitsandbytes' own files
+    factor = torch.where(factor.isfinite(), factor, 0.0)
+    scaled = values * factor[:, None]
+    return torch.where(scaled.isfinite(), scaled.round(), 0.0).to(torch.int8)
+
+
+def _int8_max(like: torch.Tensor) -> torch.Tensor:
+    """127 as a tensor: torch turns a division by a Python number, and of one, into a product with a reciprocal."""
+    return like.new_full((), float(formats.INT8_MAX))
+
+
+def _count(shape: Sequence[int]) -> int:
+    count = 1
+    for size in shape:
+        count *= size
+    return count
