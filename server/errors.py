@@ -6,7 +6,9 @@
     │   └── DoesNotFitError     ... because the plan says it does not fit                      exit code 3
     └── RequestError            a request that is refused                                      400
         ├── AuthenticationError no key, or a wrong one                                         401
+        ├── ForbiddenHostError  a Host or Origin header that this server is not meant for      403
         ├── ModelNotFoundError  a model of that name is not served here                        404
+        ├── BodyTimeoutError    the request body did not arrive in time                        408
         ├── BodyTooLargeError   more bytes than the limit                                      413
         ├── OverloadedError     the queue is full; carries Retry-After                         429
         └── EngineUnavailableError   the model's engine is loading, or has died                503
@@ -61,10 +63,23 @@ class AuthenticationError(RequestError):
     code = "invalid_api_key"
 
 
+class ForbiddenHostError(RequestError):
+    """Refused before routing: what keeps a web page from reaching a loopback server by DNS rebinding."""
+
+    status = 403
+    kind = "permission_error"
+    code = "forbidden_host"
+
+
 class ModelNotFoundError(RequestError):
     status = 404
     kind = "not_found_error"
     code = "model_not_found"
+
+
+class BodyTimeoutError(RequestError):
+    status = 408
+    code = "body_timeout"
 
 
 class BodyTooLargeError(RequestError):
@@ -88,3 +103,11 @@ class EngineUnavailableError(RequestError):
     status = 503
     kind = "service_unavailable_error"
     code = "engine_unavailable"
+
+
+_LOAD_FAILURES: dict[str, type[ServerError]] = {"config": ConfigError, "does_not_fit": DoesNotFitError}
+
+
+def load_failure(kind: str, message: str) -> ServerError:
+    """The error that a LoadFailed record stands for; its class carries the exit code."""
+    return _LOAD_FAILURES.get(kind, LoadError)(message)

@@ -1,0 +1,342 @@
+"""One frozen ServerConfig, merged from flags, the environment and models.yaml, in that order of precedence.
+
+Every setting is a field of ServerSettings or ModelConfig and is spelled only there: its flag is `--max-model-len`, its
+environment variable `HALFBYTE_MAX_MODEL_LEN`, its YAML key `max_model_len`. The quantization passes through as it
+stands: the engine validates it, because this file must not import torch. Every mistake is a ConfigError of one sentence
+that names where the value came from.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Final, Literal, TypeVar
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SecretStr, ValidationError, field_validator
+
+from server.cpus import available_cpus
+from server.errors import ConfigError
+from server.records import ModelSpec
+from server.sentences import describe, listed, location, shown
+from server.yaml_file import read_yaml
+
+ENVIRONMENT_PREFIX: Final = "HALFBYTE_"
+DEMO_NAME: Final = "halfbyte-demo"
+DEMO_PATH: Final = Path(__file__).parent / "demo" / "model"
+DEMO_QUANTIZATION: Final = "nf4"
+NOT_SUPPORTED_YET: Final = frozenset({"adapters"})
+"""Keys of a model that the design names and this version does not honour: refused by name, never skipped."""
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:/@-]{0,127}")
+_DEVICE = re.compile(r"auto|cpu|cuda(:[0-9]{1,3})?")
+_HOST = re.compile(r"[A-Za-z0-9.:_-]{1,253}")
+_API_KEY = re.compile(r"[!-+\--~]{8,512}")
+
+_NOT_OURS = re.compile(
+    r"HALFBYTE_CUDA(_ARCHITECTURES)?|HALFBYTE_(\w+_)?(SERVICE_(HOST|PORT\w*)|PORT(_[0-9]+_(TCP|UDP|SCTP)\w*))"
+)
+"""Variables that the build reads, and those that Kubernetes sets for a Service named halfbyte."""
+
+LogLevel = Literal["debug", "info", "warning", "error"]
+
+
+def _from_text(value: object) -> object:
+    """Flags and variables are text: a JSON object becomes a dictionary, anything else stays a preset's name."""
+    if isinstance(value, str) and value.lstrip().startswith("{"):
+        try:
+            return json.loads(value)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{shown(value)} starts like a JSON object and is not one: {error}") from error
+    return value
+
+
+def _split(value: object) -> object:
+    """A list as flags and variables write it: separated by commas."""
+    if isinstance(value, str):
+        return tuple(item.strip() for item in value.split(",") if item.strip())
+    return value
+
+
+class Settings(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=False)
+
+
+_Model = TypeVar("_Model", bound=Settings)
+
+
+class KvCacheConfig(Settings):
+    tokens: Annotated[int, Field(ge=1, le=2**40)] | None = Field(
+        default=None, description="Tokens the KV cache holds over all sequences; without it the plan chooses."
+    )
+
+
+class ModelConfig(Settings):
+    """One model: an entry of `models:` in models.yaml, or the one model that flags and variables describe."""
+
+    name: str = Field(description="The name requests use; the last part of the path unless given.")
+    path: Path = Field(description="A local transformers checkpoint: a directory with config.json and safetensors.")
+    quantization: Annotated[str | dict[str, Any] | None, BeforeValidator(_from_text)] = Field(
+        default=None,
+        description="A preset (nf4, fp4, nf4-dq, fp4-dq, int8, none) or BitsAndBytesConfig's fields; without it, what "
+        "the checkpoint itself says.",
+    )
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        default="auto", description="dtype of what is not quantized; auto takes the checkpoint's own."
+    )
+    device: str = Field(default="auto", description="auto, cpu, cuda or cuda:N.")
+    device_map: Annotated[str | dict[str, str | int] | None, BeforeValidator(_from_text)] = Field(
+        default=None, description="Where modules go, as transformers takes it: a name or a mapping."
+    )
+    max_model_len: Annotated[int, Field(ge=1, le=2**24)] | None = Field(
+        default=None, description="Longest prompt plus completion in tokens; without it the model's own limit."
+    )
+    kv_cache: KvCacheConfig = Field(default=KvCacheConfig(), description="The KV cache's size: {tokens: N}.")
+    max_batch_tokens: Annotated[int, Field(ge=1, le=2**20)] = Field(
+        default=2048, description="Tokens one engine step computes at most."
+    )
+    max_sequences: Annotated[int, Field(ge=1, le=4096)] = Field(
+        default=64, description="Sequences that share an engine step at most."
+    )
+    threads: Annotated[int, Field(ge=1, le=1024)] | None = Field(
+        default=None, description="CPU threads of this engine; without it an equal share of the machine's."
+    )
+
+    @field_validator("name")
+    @classmethod
+    def _check_name(cls, value: str) -> str:
+        if not _NAME.fullmatch(value):
+            raise ValueError(
+                f"'name' is {shown(value)}; accepted are 1 to 128 letters, digits and . _ : / @ -, "
+                "starting with a letter or digit"
+            )
+        return value
+
+    @field_validator("device")
+    @classmethod
+    def _check_device(cls, value: str) -> str:
+        if not _DEVICE.fullmatch(value):
+            raise ValueError(f"'device' is {shown(value)}; accepted are auto, cpu, cuda and cuda:N")
+        return value
+
+    def spec(self, threads: int) -> ModelSpec:
+        """What the engine process is told; `threads` is this engine's share where none was configured."""
+        return ModelSpec(
+            name=self.name,
+            path=str(self.path),
+            quantization=self.quantization,
+            dtype=self.dtype,
+            device=self.device,
+            device_map=self.device_map,
+            max_model_len=self.max_model_len,
+            kv_cache_tokens=self.kv_cache.tokens,
+            max_batch_tokens=self.max_batch_tokens,
+            max_sequences=self.max_sequences,
+            threads=self.threads or threads,
+        )
+
+
+class ServerSettings(Settings):
+    """The server-wide keys: beside `models:` in models.yaml."""
+
+    host: str = Field(default="127.0.0.1", description="Address to listen on; loopback unless told otherwise.")
+    port: Annotated[int, Field(ge=0, le=65535)] = Field(default=8000, description="TCP port; 0 lets the system pick.")
+    api_keys: Annotated[tuple[SecretStr, ...], BeforeValidator(_split), Field(max_length=1024)] = Field(
+        default=(), description="Bearer keys that are accepted; with none, no key is asked for."
+    )
+    allowed_hosts: Annotated[tuple[str, ...], BeforeValidator(_split), Field(max_length=256)] = Field(
+        default=(), description="Host names, beside the listening address, that requests may name."
+    )
+    max_body_bytes: Annotated[int, Field(ge=1024, le=2**30)] = Field(
+        default=4 * 1024 * 1024, description="Largest request body; a larger one is refused with 413."
+    )
+    max_queued_requests: Annotated[int, Field(ge=0, le=2**16)] = Field(
+        default=128, description="Requests per model that may wait beside those that run; beyond, 429."
+    )
+    drain_seconds: Annotated[float, Field(ge=0, le=86400, allow_inf_nan=False)] = Field(
+        default=30.0, description="After SIGINT or SIGTERM, how long running requests may take to finish."
+    )
+    log_level: LogLevel = Field(default="info", description="debug, info, warning or error.")
+
+    @field_validator("host")
+    @classmethod
+    def _check_host(cls, value: str) -> str:
+        if not _HOST.fullmatch(value):
+            raise ValueError(f"'host' is {shown(value)}; accepted is an address or a host name, without scheme or port")
+        return value
+
+    @field_validator("port", mode="before")
+    @classmethod
+    def _check_port(cls, value: object) -> object:
+        if isinstance(value, str) and "://" in value:
+            raise ValueError(
+                f"'port' is {shown(value)}, which is what Kubernetes sets for a Service named halfbyte; set "
+                "enableServiceLinks: false on the pod, or give the Service another name"
+            )
+        return value
+
+    @field_validator("api_keys")
+    @classmethod
+    def _check_keys(cls, keys: tuple[SecretStr, ...]) -> tuple[SecretStr, ...]:
+        for number, key in enumerate(keys, start=1):
+            if not _API_KEY.fullmatch(key.get_secret_value()):
+                raise ValueError(
+                    f"key {number} of 'api_keys' is not accepted; a key is 8 to 512 printable ASCII characters "
+                    "without spaces or commas"
+                )
+        return keys
+
+    @property
+    def loopback(self) -> bool:
+        """Whether only this machine can connect."""
+        if self.host.lower() == "localhost":
+            return True
+        try:
+            return ipaddress.ip_address(self.host).is_loopback
+        except ValueError:
+            return False
+
+
+class ServerConfig(ServerSettings):
+    """Everything `halfbyte serve` needs to know, checked and frozen."""
+
+    models: tuple[ModelConfig, ...]
+
+    def specs(self) -> tuple[ModelSpec, ...]:
+        """One ModelSpec per model; engines without a thread count share the CPUs equally."""
+        share = max(1, available_cpus() // len(self.models))
+        return tuple(model.spec(share) for model in self.models)
+
+
+SERVER_KEYS: Final = tuple(ServerSettings.model_fields)
+MODEL_KEYS: Final = tuple(ModelConfig.model_fields)
+SINGLE_MODEL_KEYS: Final = ("model", *(k for k in MODEL_KEYS if k not in ("path", "kv_cache")), "kv_cache_tokens")
+"""What flags and variables offer for one model: MODEL is its path, --kv-cache-tokens its kv_cache.tokens."""
+ALL_KEYS: Final = ("config", *SERVER_KEYS, *SINGLE_MODEL_KEYS)
+
+
+@dataclass(frozen=True)
+class _Value:
+    """A raw value and the name of the place it came from, as an error message calls it."""
+
+    raw: object
+    origin: str
+
+
+def load_config(flags: Mapping[str, object], environment: Mapping[str, str]) -> ServerConfig:
+    """Merges the three sources and checks the result. `flags` maps setting names to values; None means not given.
+
+    Raises ConfigError: one sentence with the flag, variable or key, its value, and what is accepted.
+    """
+    given = _collect(flags, environment)
+    config_file = given.pop("config", None)
+    document: dict[str, Any] = {}
+    source, folder = "", Path()
+    if config_file is not None:
+        path = Path(str(config_file.raw))
+        document, source, folder = read_yaml(path), str(path), path.parent
+    entries = _model_entries(document.pop("models", None), source, folder)
+    server = {key: _Value(value, f"{source}: {key}") for key, value in document.items()}
+    server |= {key: value for key, value in given.items() if key not in SINGLE_MODEL_KEYS}
+    single = {key: value for key, value in given.items() if key in SINGLE_MODEL_KEYS}
+    models = _models(entries, single, source)
+    settings = _validate(ServerSettings, server, listed([*SERVER_KEYS, "models"]))
+    return ServerConfig(**{key: getattr(settings, key) for key in SERVER_KEYS}, models=models)
+
+
+def _collect(flags: Mapping[str, object], environment: Mapping[str, str]) -> dict[str, _Value]:
+    """Environment first, flags over it. An empty variable counts as not set; an unknown one is refused."""
+    variables = [ENVIRONMENT_PREFIX + key.upper() for key in ALL_KEYS]
+    for variable in environment:
+        if variable.startswith(ENVIRONMENT_PREFIX) and variable not in variables and not _NOT_OURS.fullmatch(variable):
+            raise ConfigError(f"the environment variable {variable!r} is not known; accepted are {listed(variables)}")
+    given: dict[str, _Value] = {}
+    for key in ALL_KEYS:
+        variable = ENVIRONMENT_PREFIX + key.upper()
+        if environment.get(variable):
+            given[key] = _Value(environment[variable], variable)
+        if flags.get(key) is not None:
+            given[key] = _Value(flags[key], "MODEL" if key == "model" else "--" + key.replace("_", "-"))
+    return given
+
+
+def _model_entries(models: object, source: str, folder: Path) -> list[dict[str, _Value]]:
+    if models is None:
+        return []
+    if not isinstance(models, list) or not models:
+        raise ConfigError(f"{source}: 'models' is {shown(models)}; accepted is a list with at least one model")
+    entries = []
+    for index, model in enumerate(models):
+        place = f"{source}: models[{index}]"
+        if not isinstance(model, dict):
+            raise ConfigError(f"{place} is {shown(model)}; accepted is a mapping with the keys {listed(MODEL_KEYS)}")
+        for key in model:
+            if key in NOT_SUPPORTED_YET:
+                raise ConfigError(f"{place}: {key!r} is not supported yet; accepted are {listed(MODEL_KEYS)}")
+        entry = {str(key): _Value(value, f"{place}.{key}") for key, value in model.items()}
+        path = entry.get("path")
+        if path is not None and isinstance(path.raw, str):
+            entry["path"] = _Value(folder / path.raw, path.origin)
+        entries.append(entry)
+    return entries
+
+
+def _models(entries: list[dict[str, _Value]], single: dict[str, _Value], source: str) -> tuple[ModelConfig, ...]:
+    """Flags and variables describe one model: they override the only entry, or stand alone, or fall on the demo."""
+    if len(entries) > 1 and single:
+        culprit = next(iter(single.values())).origin
+        raise ConfigError(
+            f"{culprit} describes one model, and {source} lists {len(entries)}; "
+            "accepted is one or the other: set it in that file, per model"
+        )
+    overrides = dict(single)
+    if "model" in overrides:
+        overrides["path"] = overrides.pop("model")
+    if "kv_cache_tokens" in overrides:
+        tokens = overrides.pop("kv_cache_tokens")
+        overrides["kv_cache"] = _Value({"tokens": tokens.raw}, tokens.origin)
+    if not entries:
+        entries = [{}]
+        if "path" not in overrides:
+            entries = [{"path": _Value(DEMO_PATH, "the demo model"), "name": _Value(DEMO_NAME, "the demo model")}]
+            overrides.setdefault("quantization", _Value(DEMO_QUANTIZATION, "the demo model"))
+    if overrides:
+        entries = [entries[0] | overrides]
+    models = tuple(_model(entry) for entry in entries)
+    names = [model.name for model in models]
+    for name in names:
+        if names.count(name) > 1:
+            raise ConfigError(f"{source}: {names.count(name)} models are named {name!r}; accepted is each name once")
+    return models
+
+
+def _model(entry: dict[str, _Value]) -> ModelConfig:
+    if "path" in entry:
+        path = entry["path"]
+        directory = Path(str(path.raw)).expanduser()
+        if not (directory / "config.json").is_file():
+            found = "a directory without config.json" if directory.is_dir() else "not a directory on this machine"
+            raise ConfigError(
+                f"{path.origin}: {str(path.raw)!r} is {found}; accepted is a local transformers checkpoint, "
+                "a directory with config.json, tokenizer.json and safetensors files"
+            )
+        entry = entry | {"path": _Value(directory.resolve(), path.origin)}
+        entry.setdefault("name", _Value(directory.resolve().name, path.origin))
+    return _validate(ModelConfig, entry, listed(MODEL_KEYS))
+
+
+def _validate(model: type[_Model], values: Mapping[str, _Value], accepted: str) -> _Model:
+    try:
+        return model.model_validate({key: value.raw for key, value in values.items()})
+    except ValidationError as error:
+        detail = error.errors(include_url=False)[0]
+        key = str(detail["loc"][0])
+        origin = values[key].origin if key in values else next(iter(v.origin for v in values.values()), "")
+        secret = key == "api_keys"
+        if secret:
+            detail["input"] = "(not shown)"
+        sentence = describe(detail, location(detail["loc"]), [accepted])
+        raise ConfigError(f"{origin}: {sentence}" if origin else sentence) from None

@@ -1,0 +1,73 @@
+"""Turns tokens into text as they arrive: the pieces, joined, are the text that decoding all tokens at once gives.
+
+A token is not a piece of text of its own: one character may be spread over several tokens, and a tokenizer may drop a
+space at the start of a text. So the last tokens are decoded together with the ones before them, and what is new is the
+difference:
+
+    tokens    ... a b c | d e f | g h          window starts at the tokens that gave the last piece
+    text            known ^     ^ new          nothing is given out while the end is an incomplete character
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Final
+
+from server.text.tokenizer import Tokenizer
+
+_INCOMPLETE: Final = "\ufffd"
+"""What decoders write for bytes that are no character (yet)."""
+_LONGEST_WAIT: Final = 8
+"""Tokens without text after which their bytes can't all belong to one character: keeps the window small."""
+_CHARACTER_BYTES: Final = 4
+
+
+class IncrementalDecoder:
+    """The text of one sequence, piece by piece."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._known: list[int] = []
+        """Tokens whose text was given out last; decoded again as context for the next ones."""
+        self._known_text = ""
+        self._new: list[int] = []
+
+    def push(self, ids: Iterable[int]) -> str:
+        """The text that is certain after these tokens; it may be empty."""
+        text = ""
+        for token in ids:
+            if token not in self._tokenizer.special_ids:
+                self._new.append(token)
+                text += self._advance()
+        return text
+
+    def finish(self) -> str:
+        """What was held back, incomplete characters included; the decoder is empty afterwards."""
+        return self._take(len(self._new), self._fresh()) if self._new else ""
+
+    def _advance(self) -> str:
+        fresh = self._fresh()
+        if fresh and not fresh.endswith(_INCOMPLETE):
+            return self._take(len(self._new), fresh)
+        return self._give_up(fresh) if len(self._new) > _LONGEST_WAIT else ""
+
+    def _fresh(self) -> str:
+        """The text that the new tokens add to what is known."""
+        joined = self._tokenizer.decode(self._known + self._new)
+        if joined.startswith(self._known_text):
+            return joined[len(self._known_text) :]
+        # Bytes that are no character made the decoder change its mind about text that is out already.
+        return self._tokenizer.decode(self._new)
+
+    def _give_up(self, fresh: str) -> str:
+        """Bytes that never become a character: gives out all but the last ones, cut where no character is cut."""
+        for count in range(len(self._new) - 1, len(self._new) - 1 - _CHARACTER_BYTES, -1):
+            head = self._tokenizer.decode(self._new[:count])
+            if head and head + self._tokenizer.decode(self._new[count:]) == fresh:
+                return self._take(count, head)
+        return ""
+
+    def _take(self, count: int, text: str) -> str:
+        self._known, self._new = self._new[:count], self._new[count:]
+        self._known_text = self._tokenizer.decode(self._known)
+        return text

@@ -1,0 +1,83 @@
+"""A model's tokenizer without transformers: text to token ids, with the special tokens its files ask for.
+
+Reads tokenizer.json and tokenizer_config.json. It gives the same ids as transformers' AutoTokenizer for the same files;
+a test compares them. Which special tokens surround a text is decided by tokenizer.json's post-processor alone: where
+that file exists, transformers doesn't look at add_bos_token either. Incremental decoding is decode.py's, the chat template chat_template.py's.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from tokenizers import Tokenizer as RustTokenizer
+
+from server.errors import LoadError
+
+
+class Tokenizer:
+    """Encodes and decodes for one model; safe to use from several threads."""
+
+    def __init__(self, tokenizer: RustTokenizer, settings: dict[str, Any]) -> None:
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
+        self._tokenizer = tokenizer
+        self.settings = settings
+        self.bos_token = _token_text(settings.get("bos_token"))
+        self.eos_token = _token_text(settings.get("eos_token"))
+        self.vocab_size = tokenizer.get_vocab_size(with_added_tokens=True)
+        added = tokenizer.get_added_tokens_decoder()
+        self.special_ids = frozenset(token for token, entry in added.items() if entry.special)
+        """Tokens that have no text when special tokens are left out."""
+        self.longest_token = max((len(token) for token in tokenizer.get_vocab()), default=1)
+        """Characters of the longest token: a text of n characters has at least n / longest_token tokens."""
+
+    @classmethod
+    def from_directory(cls, path: Path) -> Tokenizer:
+        """Reads the tokenizer beside a checkpoint; raises LoadError with one sentence."""
+        file = path / "tokenizer.json"
+        if not file.is_file():
+            raise LoadError(
+                f"{str(path)!r} has no tokenizer.json; accepted is a fast tokenizer, which "
+                "AutoTokenizer.from_pretrained(path).save_pretrained(path) of transformers writes"
+            )
+        try:
+            tokenizer = RustTokenizer.from_file(str(file))
+        except Exception as error:  # tokenizers raises plain Exception
+            raise LoadError(f"{str(file)!r} is not a tokenizer that can be read: {error}") from error
+        return cls(tokenizer, read_json(path / "tokenizer_config.json"))
+
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        """Token ids of a text. Call it in a thread: the batch entry releases Python's lock, the single one doesn't."""
+        (encoding,) = self._tokenizer.encode_batch([text], add_special_tokens=add_special_tokens)
+        return list(encoding.ids)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of a token sequence, special tokens left out."""
+        return self._tokenizer.decode(list(ids), skip_special_tokens=True)
+
+    def at_least(self, text: str) -> int:
+        """A lower bound of the number of tokens, for refusing an endless text before it is encoded."""
+        return len(text) // self.longest_token
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from an optional file; an absent file is an empty object. Raises LoadError."""
+    if not path.is_file():
+        return {}
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise LoadError(f"{str(path)!r} is not valid JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise LoadError(f"{str(path)!r} holds a {type(value).__name__}; accepted is a JSON object")
+    return value
+
+
+def _token_text(value: object) -> str | None:
+    """A special token is written as a string or as {"content": ...}."""
+    if isinstance(value, dict):
+        value = value.get("content")
+    return value if isinstance(value, str) else None

@@ -1,0 +1,234 @@
+"""server/text: incremental decoding equals decoding at once, stop strings equal cutting the full text."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import transformers
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from tokenizers import Tokenizer as RustTokenizer
+from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
+
+from server.errors import LoadError, RequestError
+from server.text.chat_template import ChatTemplate, load_chat_template
+from server.text.decode import IncrementalDecoder
+from server.text.stop import StopStrings, first_stop
+from server.text.tokenizer import Tokenizer
+from tests.tiny_models import byte_tokenizer
+
+PIECES = ["▁", "▁the", "▁cat", "s", "at", "▁sat", ".", "é", "▁日", "本", "</s>"]
+
+
+def byte_level() -> Tokenizer:
+    return Tokenizer(byte_tokenizer().backend_tokenizer, {})
+
+
+def sentencepiece() -> Tokenizer:
+    """A tokenizer as Llama-2 has it: spaces as ▁, bytes as <0xNN>, the first space of the text dropped."""
+    byte_pieces = [f"<0x{byte:02X}>" for byte in range(256)]
+    vocabulary = {piece: index for index, piece in enumerate(["<unk>", "<s>", *byte_pieces, *PIECES])}
+    rust = RustTokenizer(models.BPE(vocabulary, [], unk_token="<unk>", fuse_unk=True, byte_fallback=True))
+    rust.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    rust.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    rust.add_special_tokens(["<s>", "</s>"])
+    return Tokenizer(rust, {"bos_token": "<s>", "eos_token": {"content": "</s>"}})
+
+
+def metaspace() -> Tokenizer:
+    vocabulary = [("<unk>", 0.0), ("</s>", 0.0), *((piece, -1.0 - i) for i, piece in enumerate(PIECES[:-1]))]
+    rust = RustTokenizer(models.Unigram(vocabulary, unk_id=0))
+    rust.pre_tokenizer = pre_tokenizers.Metaspace()
+    rust.decoder = decoders.Metaspace()
+    rust.add_special_tokens(["</s>"])
+    return Tokenizer(rust, {})
+
+
+TOKENIZERS = {"byte-level": byte_level(), "sentencepiece": sentencepiece(), "metaspace": metaspace()}
+
+
+def pieces(tokenizer: Tokenizer, ids: list[int], cuts: list[int]) -> list[str]:
+    """The pieces an incremental decoder gives for these tokens, arriving in groups that end at the cuts."""
+    decoder = IncrementalDecoder(tokenizer)
+    bounds = [0, *sorted({cut % (len(ids) + 1) for cut in cuts}), len(ids)]
+    found = [decoder.push(ids[start:end]) for start, end in itertools.pairwise(bounds)]
+    return [*found, decoder.finish()]
+
+
+@given(ids=st.lists(st.integers(0, 258), max_size=80), cuts=st.lists(st.integers(0, 80)))
+@example(ids=[2 + 0xE4] * 40, cuts=[])
+@settings(deadline=None, max_examples=300)
+def test_byte_level_pieces_join_to_the_full_text_for_any_bytes(ids: list[int], cuts: list[int]) -> None:
+    tokenizer = TOKENIZERS["byte-level"]
+    assert "".join(pieces(tokenizer, ids, cuts)) == tokenizer.decode(ids)
+
+
+@given(text=st.text(max_size=60), cuts=st.lists(st.integers(0, 200)))
+@pytest.mark.parametrize("name", ["byte-level", "sentencepiece"])
+@settings(deadline=None, max_examples=200)
+def test_encoded_text_comes_back_in_pieces(name: str, text: str, cuts: list[int]) -> None:
+    tokenizer = TOKENIZERS[name]
+    ids = tokenizer.encode(text)
+    assert "".join(pieces(tokenizer, ids, cuts)) == tokenizer.decode(ids)
+    if name == "byte-level":
+        assert tokenizer.decode(ids) == text
+
+
+@given(data=st.data(), cuts=st.lists(st.integers(0, 60)))
+@pytest.mark.parametrize("name", ["sentencepiece", "metaspace"])
+@settings(deadline=None, max_examples=200)
+def test_tokens_without_bytes_join_to_the_full_text(name: str, data: st.DataObject, cuts: list[int]) -> None:
+    tokenizer = TOKENIZERS[name]
+    first = tokenizer.vocab_size - len(PIECES)
+    ids = data.draw(st.lists(st.integers(first, tokenizer.vocab_size - 1), max_size=60))
+    assert "".join(pieces(tokenizer, ids, cuts)) == tokenizer.decode(ids)
+
+
+def test_no_piece_ends_in_the_middle_of_a_character() -> None:
+    tokenizer = TOKENIZERS["byte-level"]
+    found = pieces(tokenizer, tokenizer.encode("a日本🦙b"), list(range(20)))
+    assert [piece for piece in found if piece] == ["a", "日", "本", "🦙", "b"]
+
+
+def test_endless_invalid_bytes_are_given_out_and_keep_the_window_small() -> None:
+    tokenizer = TOKENIZERS["byte-level"]
+    decoder = IncrementalDecoder(tokenizer)
+    (lone,) = {i for i in range(3, 259) if tokenizer.decode([i]) == "\ufffd"} & {
+        tokenizer.encode("é", add_special_tokens=False)[0]
+    }
+    text = "".join(decoder.push([lone]) for _ in range(500))
+    assert len(text) > 480
+    assert len(decoder._new) < 16
+    assert text + decoder.finish() == tokenizer.decode([lone] * 500)
+
+
+letters = st.text(alphabet="ab¶日", max_size=24)
+stops = st.lists(st.text(alphabet="ab¶日", min_size=1, max_size=4), min_size=1, max_size=4)
+
+
+@given(text=letters, stop=stops, cuts=st.lists(st.integers(0, 24)))
+@settings(deadline=None, max_examples=500)
+def test_stop_strings_cut_the_full_text_whatever_the_pieces(text: str, stop: list[str], cuts: list[int]) -> None:
+    watcher = StopStrings(stop)
+    bounds = [0, *sorted({cut % (len(text) + 1) for cut in cuts}), len(text)]
+    given_out = ""
+    for start, end in itertools.pairwise(bounds):
+        given_out += watcher.push(text[start:end])
+        assert not any(word in given_out for word in stop)
+    given_out += watcher.finish()
+    cut = first_stop(text, stop)
+    assert given_out == (text if cut is None else text[:cut])
+    assert watcher.stopped == (cut is not None)
+
+
+@given(text=letters, stop=stops)
+@settings(deadline=None)
+def test_no_more_is_held_back_than_could_become_a_stop_string(text: str, stop: list[str]) -> None:
+    watcher = StopStrings(stop)
+    given_out = watcher.push(text)
+    if not watcher.stopped:
+        held = text[len(given_out) :]
+        assert held == "" or any(word.startswith(held) and word != held for word in stop)
+
+
+@pytest.mark.parametrize(
+    ("stop", "text", "cut"),
+    [(["abc", "b"], "abc", 1), (["bc", "abc"], "abc", 0), (["x"], "abc", None), (["a", "c"], "abc", 0)],
+)
+def test_the_stop_string_that_is_complete_first_wins_then_the_longest(
+    stop: list[str], text: str, cut: int | None
+) -> None:
+    assert first_stop(text, stop) == cut
+
+
+def save_tokenizer(path: Path, post_processor: bool, **config: object) -> None:
+    fast = byte_tokenizer()
+    if post_processor:
+        fast.backend_tokenizer.post_processor = processors.TemplateProcessing(
+            single="<s> $A", special_tokens=[("<s>", 1)]
+        )
+    fast.save_pretrained(path)
+    file = path / "tokenizer_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | config))
+
+
+@pytest.mark.parametrize("post_processor", [False, True], ids=["no-post-processor", "post-processor"])
+@pytest.mark.parametrize("config", [{}, {"add_bos_token": True}, {"add_eos_token": True, "add_bos_token": True}])
+def test_ids_equal_transformers(tmp_path: Path, post_processor: bool, config: dict[str, object]) -> None:
+    save_tokenizer(tmp_path, post_processor, **config)
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    ours = Tokenizer.from_directory(tmp_path)
+    for text in ("Hello, wörld", "", "</s> inside"):
+        assert ours.encode(text) == theirs(text)["input_ids"]
+        assert ours.encode(text, add_special_tokens=False) == theirs(text, add_special_tokens=False)["input_ids"]
+
+
+TEMPLATE = (
+    "{{ bos_token }}{% for m in messages %}{% if loop.index > 9 %}{% break %}{% endif %}\n"
+    "  {%- if m.role == 'assistant' %}{% generation %}{{ m.content }}{% endgeneration %}\n"
+    "  {%- else %}[{{ m.role }}] {{ m | tojson }}\n"
+    "  {%- endif %}\n"
+    "{% endfor %}{{ strftime_now('%Y') | length }}{% if add_generation_prompt %}assistant:{% endif %}"
+)
+
+
+def test_a_template_renders_as_in_transformers(tmp_path: Path) -> None:
+    fast = byte_tokenizer()
+    fast.chat_template = TEMPLATE
+    fast.save_pretrained(tmp_path)
+    tokenizer = Tokenizer.from_directory(tmp_path)
+    template = load_chat_template(tmp_path, tokenizer)
+    assert template is not None
+    messages = [
+        {"role": "system", "content": "<be> 'kind' & 日"},
+        {"role": "user", "content": "hi"},
+        {"role": "assistant", "content": "yes"},
+    ]
+    expected = fast.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    assert template.render(messages) == expected
+    ids = fast.apply_chat_template(messages, add_generation_prompt=True)["input_ids"]
+    assert tokenizer.encode(template.render(messages), add_special_tokens=False) == ids
+
+
+@pytest.mark.parametrize(
+    ("source", "sentence"),
+    [
+        ("{{ raise_exception('roles must alternate') }}", "roles must alternate"),
+        ("{{ messages[0].content.__class__.__mro__ }}", "unsafe"),
+        ("{{ messages.append(1) }}", "unsafe"),
+        ("{{ messages[0].missing.deeper }}", "no attribute"),
+        ("{{ 1 / 0 }}", "division"),
+        ("{% for i in range(10 ** 9) %}{% endfor %}", "Range too big"),
+    ],
+)
+def test_a_template_that_fails_is_a_refused_request(source: str, sentence: str) -> None:
+    with pytest.raises(RequestError, match=sentence) as caught:
+        ChatTemplate(source, {}).render([{"role": "user", "content": "hi"}])
+    assert caught.value.param == "messages"
+
+
+@pytest.mark.parametrize(
+    ("files", "sentence"),
+    [
+        ({}, "has no tokenizer.json"),
+        ({"tokenizer.json": "{}"}, "is not a tokenizer that can be read"),
+        ({"tokenizer.json": None, "tokenizer_config.json": "[]"}, "accepted is a JSON object"),
+        ({"tokenizer.json": None, "tokenizer_config.json": "{"}, "is not valid JSON"),
+        ({"tokenizer.json": None, "chat_template.jinja": "{% if %}"}, "the chat template is not valid"),
+    ],
+)
+def test_broken_files_are_one_sentence(tmp_path: Path, files: dict[str, Any], sentence: str) -> None:
+    for name, content in files.items():
+        if content is None:
+            byte_tokenizer().backend_tokenizer.save(str(tmp_path / name))
+        else:
+            (tmp_path / name).write_text(content)
+    with pytest.raises(LoadError, match=sentence) as caught:
+        load_chat_template(tmp_path, Tokenizer.from_directory(tmp_path))
+    assert "\n" not in str(caught.value)
