@@ -14,7 +14,7 @@ from collections.abc import Callable
 
 from server.engine.scheduler import Scheduler
 from server.errors import RequestError
-from server.model.batch import Batch, Runner, StepError, StepResult
+from server.model.batch import Batch, Runner, StepError, StepResult, failure_sentence
 from server.records import Abort, Generate, LoadModel, SequenceOutput, Shutdown, StepReport, ToEngine
 
 log = logging.getLogger(__name__)
@@ -108,8 +108,7 @@ class EngineLoop:
             return self._scheduler.fail(batch, str(error)), 0
         except Exception as error:
             log.exception("a step of %d tokens failed", batch.tokens)
-            sentence = f"the model failed in a step that this request took part in ({type(error).__name__}: {error})"
-            return self._scheduler.fail(batch, sentence.splitlines()[0]), 0
+            return self._scheduler.fail(batch, failure_sentence(error)), 0
         return self._scheduler.apply(batch, result), result.forward_passes
 
     def _summary(self, batch: Batch | None, outputs: list[SequenceOutput], seconds: float, passes: int) -> StepReport:

@@ -21,6 +21,11 @@ class StepError(Exception):
     """A step that failed as a whole, with one sentence for everyone who took part in it."""
 
 
+def failure_sentence(error: Exception) -> str:
+    """What a request is told of an error that nobody foresaw: one line; the traceback is in the log."""
+    return f"the model failed in a step of this request ({type(error).__name__}: {error})".splitlines()[0]
+
+
 @dataclass(frozen=True, slots=True)
 class Draw:
     """How a chunk's next token is chosen: the request's parameters, its seed, and which of its tokens this is."""

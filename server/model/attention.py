@@ -1,0 +1,228 @@
+"""Attention over a paged KV cache, plugged into transformers' models; the plain-torch version for every device.
+
+transformers calls `attention` in every layer of a model set to ATTENTION_NAME, and hands it whatever the forward call
+got under CONTEXT_ARGUMENT. No mask function is registered under that name, so transformers builds no mask; causality
+and windows are ours. A batch is packed: all sequences' tokens in one row, `[1, T]`.
+
+    T packed tokens      | chunk of s1 | s2 | s3 |         segments: which rows, from which position on
+    per layer store      [blocks, block_tokens, kv_heads, head_dim]
+    write                row t -> slot = block * block_tokens + place      (one index_copy for the whole batch)
+    read                 per sequence: its blocks in order, cut to its length; nothing beyond is ever read
+
+This file chooses no batches and owns no queue; runner.py fills the context.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Final, Protocol
+
+import torch
+from torch.nn import functional as F
+from transformers import AttentionInterface
+
+from server.records import KV_BLOCK_TOKENS
+
+ATTENTION_NAME: Final = "halfbyte"
+CONTEXT_ARGUMENT: Final = "paged"
+"""The keyword argument of the model's forward that reaches `attention` in every layer."""
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """One layer's call, in the letters T tokens, H heads, G kv heads, D and E head sizes of keys and values."""
+
+    query: torch.Tensor  # [H, T, D]
+    key: torch.Tensor  # [G, T, D]
+    value: torch.Tensor  # [G, T, E]
+    scale: float
+    window: int | None
+    """Positions a token sees, itself included; None for all before it."""
+    softcap: float | None
+    sinks: torch.Tensor | None  # [H]: one more logit per head that takes its share of the softmax and gives nothing
+
+
+class Context(Protocol):
+    """What CONTEXT_ARGUMENT carries: a batch over the cache in service, a recorder while a model is being probed."""
+
+    def attend(self, call: Call) -> torch.Tensor:
+        """The layer's output, [T, H, E]."""
+        ...
+
+
+def attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    *,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: torch.Tensor | None = None,
+    position_bias: torch.Tensor | None = None,
+    **others: Any,
+) -> tuple[torch.Tensor, None]:
+    """transformers' attention interface: [1, H, T, D], [1, G, T, D], [1, G, T, E] -> [1, T, H, E].
+
+    Raises ValueError for what would change the result and isn't honoured here: a mask or a position bias of the
+    model's own, a batch of more than one row, a forward call without our context.
+    """
+    context: Context | None = others.get(CONTEXT_ARGUMENT)
+    if context is None:
+        raise ValueError(f"{type(module).__name__} was not handed the batch's {CONTEXT_ARGUMENT!r} context")
+    if attention_mask is not None or position_bias is not None:
+        raise ValueError(f"{type(module).__name__} brings a mask or a position bias of its own")
+    if not others.get("is_causal", getattr(module, "is_causal", True)):
+        raise ValueError(f"{type(module).__name__} is not causal")
+    if query.shape[0] != 1:
+        raise ValueError(f"{type(module).__name__} has a batch of {query.shape[0]} rows; packed batches have one")
+    scale = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
+    call = Call(query[0], key[0], value[0], scale, sliding_window, softcap, s_aux)
+    return context.attend(call)[None], None
+
+
+def register() -> None:
+    """Makes ATTENTION_NAME known to transformers; may be called again."""
+    AttentionInterface.register(ATTENTION_NAME, attention)
+
+
+@dataclass(frozen=True, slots=True)
+class LayerShape:
+    """What one layer stores per token, as a probe forward saw it."""
+
+    kv_heads: int
+    key_dim: int
+    value_dim: int
+    dtype: torch.dtype
+    device: torch.device
+
+    @property
+    def bytes_per_token(self) -> int:
+        return self.kv_heads * (self.key_dim + self.value_dim) * self.dtype.itemsize
+
+
+class PagedCache:
+    """Keys and values of every layer, [blocks, block_tokens, kv_heads, head_dim] each. Filled with zeros at first."""
+
+    def __init__(self, layers: Sequence[LayerShape], blocks: int, block_tokens: int = KV_BLOCK_TOKENS) -> None:
+        self.blocks = blocks
+        self.block_tokens = block_tokens
+        self.keys = [_store(layer, layer.key_dim, blocks, block_tokens) for layer in layers]
+        self.values = [_store(layer, layer.value_dim, blocks, block_tokens) for layer in layers]
+
+    @property
+    def tensors(self) -> list[torch.Tensor]:
+        return [*self.keys, *self.values]
+
+
+def _store(layer: LayerShape, dim: int, blocks: int, block_tokens: int) -> torch.Tensor:
+    return torch.zeros(blocks, block_tokens, layer.kv_heads, dim, dtype=layer.dtype, device=layer.device)
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """One sequence's part of a packed batch."""
+
+    row: int
+    """First row in the packed batch."""
+    rows: int
+    start: int
+    """Position of the first row in its sequence."""
+    blocks: torch.Tensor
+    """The sequence's cache blocks in order, int64 [n]; may be longer than needed."""
+
+    @property
+    def end(self) -> int:
+        return self.start + self.rows
+
+
+@dataclass(slots=True)
+class PagedBatch:
+    """The context of one forward call. Layers are told apart by the order of their calls."""
+
+    cache: PagedCache
+    slots: torch.Tensor
+    """Where each row's key and value go, int64 [T]: block * block_tokens + place."""
+    segments: list[Segment]
+    calls: int = 0
+    _masks: dict[tuple[int, int | None, torch.device], torch.Tensor] = field(default_factory=dict)
+
+    def attend(self, call: Call) -> torch.Tensor:
+        keys, values = self.cache.keys[self.calls], self.cache.values[self.calls]
+        self.calls += 1
+        slots = self.slots.to(keys.device)
+        keys.flatten(0, 1).index_copy_(0, slots, call.key.transpose(0, 1))
+        values.flatten(0, 1).index_copy_(0, slots, call.value.transpose(0, 1))
+        outputs = [self._attend_segment(call, index, keys, values) for index in range(len(self.segments))]
+        return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+
+    def _attend_segment(self, call: Call, index: int, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+        segment = self.segments[index]
+        first = 0 if call.window is None else max(0, segment.start - call.window + 1)  # nothing before it is seen
+        key, value = self._gather(keys, segment, first), self._gather(values, segment, first)
+        query = call.query[:, segment.row : segment.row + segment.rows]
+        mask = self._mask(index, first, call.window, key.device)
+        if call.softcap is not None or call.sinks is not None:
+            return attend_plainly(query, key, value, mask, call)
+        return _attend_fused(query, key, value, mask, call.scale)
+
+    def _gather(self, store: torch.Tensor, segment: Segment, first: int) -> torch.Tensor:
+        """Positions first .. segment.end of a sequence: [heads, length, dim]."""
+        size = self.cache.block_tokens
+        blocks = segment.blocks[first // size : -(-segment.end // size)].to(store.device)
+        skipped = first // size * size
+        found = store.index_select(0, blocks).flatten(0, 1)[first - skipped : segment.end - skipped]
+        return found.transpose(0, 1)
+
+    def _mask(self, index: int, first: int, window: int | None, device: torch.device) -> torch.Tensor | None:
+        """What each row may see of positions first .. end: bool [rows, length], or None for everything."""
+        segment = self.segments[index]
+        if segment.rows == 1:
+            return None
+        known = self._masks.get((index, window, device))
+        if known is None:
+            rows = torch.arange(segment.start, segment.end, device=device)[:, None]
+            columns = torch.arange(first, segment.end, device=device)
+            known = columns <= rows
+            if window is not None:
+                known &= columns > rows - window
+            self._masks[index, window, device] = known
+        return known
+
+
+def _attend_fused(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None, scale: float
+) -> torch.Tensor:
+    """torch's fused attention: [H, n, D], [G, L, D], [G, L, E] -> [n, H, E]."""
+    heads, rows, _ = query.shape
+    if rows == 1:  # heads that share keys become rows of one: no key is copied per head
+        grouped = query.reshape(key.shape[0], -1, query.shape[-1])
+        out = F.scaled_dot_product_attention(grouped[None], key[None], value[None], scale=scale)
+        return out.reshape(1, heads, -1)
+    grouped_heads = heads != key.shape[0]
+    out = F.scaled_dot_product_attention(
+        query[None], key[None], value[None], attn_mask=mask, scale=scale, enable_gqa=grouped_heads
+    )
+    return out[0].transpose(0, 1)
+
+
+def attend_plainly(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None, call: Call
+) -> torch.Tensor:
+    """The same spelled out, with soft cap and sinks; the softmax in float32. Same shapes as the fused one."""
+    groups = query.shape[0] // key.shape[0]
+    key, value = key.repeat_interleave(groups, 0), value.repeat_interleave(groups, 0)
+    scores = (query @ key.transpose(1, 2)).float() * call.scale
+    if call.softcap is not None:
+        scores = torch.tanh(scores / call.softcap) * call.softcap
+    if mask is not None:
+        scores = scores.masked_fill(~mask, float("-inf"))
+    if call.sinks is not None:
+        sinks = call.sinks.float()[:, None, None].expand(-1, scores.shape[1], 1)
+        weights = torch.softmax(torch.cat([scores, sinks], dim=-1), dim=-1)[..., :-1]
+    else:
+        weights = torch.softmax(scores, dim=-1)
+    return (weights.to(value.dtype) @ value).transpose(0, 1)

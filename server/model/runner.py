@@ -1,0 +1,158 @@
+"""The paged runner: a batch of chunks in, one packed forward call, the next token of each chunk that draws out.
+
+Input buffers are made once and filled anew each step: token ids, positions, cache slots and block tables go to the
+device in two copies, and the sampled tokens come back in one. It knows no queues: whoever calls `step` hands every
+chunk its blocks. Architectures that never call our attention have a runner of their own (cache_runner.py).
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from server.model.attention import CONTEXT_ARGUMENT, PagedBatch, PagedCache, Segment
+from server.model.batch import Batch, Chunk, StepError, StepResult
+from server.model.sampler import sample
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+NOT_A_NUMBER = "the model computed logits that are not finite numbers for this request, so that no token can be chosen"
+
+
+class PagedRunner:
+    """A model whose every layer calls server.model.attention, set to it, and its cache."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        cache: PagedCache,
+        *,
+        max_batch_tokens: int,
+        max_sequences: int,
+        max_model_len: int,
+    ) -> None:
+        self.model = model
+        self.cache = cache
+        self.device = input_device(model)
+        self._keeps_logits = keeps_logits(model)
+        tables = (max_sequences, -(-max_model_len // cache.block_tokens))
+        self._rows = _Buffer((3, max_batch_tokens), self.device)  # token ids, positions, slots
+        self._tables = _Buffer(tables, self.device)
+
+    def step(self, batch: Batch) -> StepResult:
+        """One forward call for the whole batch. Raises StepError where memory runs out."""
+        with memory_guard(batch.tokens):
+            return drawn([chunk for chunk in batch.chunks if chunk.draw is not None], self.logits(batch))
+
+    def release(self, request_id: str) -> None:
+        """Nothing to forget: what a sequence left in its blocks is never read by another."""
+
+    @property
+    def kv_tensors(self) -> list[torch.Tensor]:
+        return self.cache.tensors
+
+    @torch.inference_mode()
+    def logits(self, batch: Batch) -> torch.Tensor:
+        """[drawing chunks, vocabulary] in the model's dtype, in the order of the batch."""
+        context, kept = self._prepare(batch)
+        ids, positions, _ = self._rows.device[:, : batch.tokens].unbind()
+        arguments: dict[str, Any] = {CONTEXT_ARGUMENT: context}
+        # One row at least: an empty product would ask every layer's kernel about a case nobody needs.
+        wanted = torch.tensor(kept or [0], device=self.device)
+        if self._keeps_logits:
+            arguments["logits_to_keep"] = wanted
+        output = self.model(input_ids=ids[None], position_ids=positions[None], use_cache=False, **arguments)
+        logits: torch.Tensor = output.logits[0]
+        if not self._keeps_logits:
+            logits = logits.index_select(0, wanted.to(logits.device))
+        return logits[: len(kept)]
+
+    def _prepare(self, batch: Batch) -> tuple[PagedBatch, list[int]]:
+        """Fills the buffers; returns the attention's context and the rows whose logits are wanted."""
+        size = self.cache.block_tokens
+        segments: list[Segment] = []
+        kept: list[int] = []
+        row = 0
+        for index, chunk in enumerate(batch.chunks):
+            count = len(chunk.tokens)
+            positions = np.arange(chunk.start, chunk.end)
+            blocks = np.asarray(chunk.blocks, dtype=np.int64)
+            rows = self._rows.host[:, row : row + count]
+            rows[0] = chunk.tokens
+            rows[1] = positions
+            rows[2] = blocks[positions // size] * size + positions % size
+            self._tables.host[index, : len(blocks)] = blocks
+            segments.append(Segment(row, count, chunk.start, self._tables.device[index, : len(blocks)]))
+            row += count
+            if chunk.draw is not None:
+                kept.append(row - 1)
+        self._rows.send(row)
+        self._tables.send()
+        return PagedBatch(self.cache, self._rows.device[2, :row], segments), kept
+
+
+class _Buffer:
+    """An int64 array that is filled on the host and read on the device; on the CPU the two are the same memory."""
+
+    def __init__(self, shape: tuple[int, int], device: torch.device) -> None:
+        on_host = torch.zeros(shape, dtype=torch.int64, pin_memory=device.type == "cuda")
+        self.host = on_host.numpy()
+        self.device = on_host if device.type == "cpu" else on_host.to(device)
+        self._on_host = on_host
+
+    def send(self, columns: int | None = None) -> None:
+        """Copies the first `columns` columns to the device."""
+        if self.device is not self._on_host:
+            self.device[:, :columns].copy_(self._on_host[:, :columns], non_blocking=True)
+
+
+def drawn(chunks: list[Chunk], logits: torch.Tensor) -> StepResult:
+    """Chooses a token for each chunk from its row of logits; a row that is not finite becomes that request's error."""
+    result = StepResult()
+    draws = [chunk.draw for chunk in chunks if chunk.draw is not None]
+    for chunk, token in zip(chunks, sample(logits, draws), strict=True):
+        if token is None:
+            result.errors[chunk.request_id] = NOT_A_NUMBER
+        else:
+            result.tokens[chunk.request_id] = token
+    return result
+
+
+@contextmanager
+def memory_guard(tokens: int) -> Iterator[None]:
+    """Turns an out-of-memory error of any device into a StepError's sentence."""
+    try:
+        yield
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        raise StepError(_out_of_memory(tokens)) from error
+    except RuntimeError as error:
+        if "can't allocate memory" in str(error):  # torch's CPU allocator has no exception of its own
+            raise StepError(_out_of_memory(tokens)) from error
+        raise
+
+
+def _out_of_memory(tokens: int) -> str:
+    return (
+        f"memory ran out in a step of {tokens} tokens that this request took part in; "
+        "lower max_batch_tokens, max_sequences or kv_cache_tokens of this model"
+    )
+
+
+def input_device(model: PreTrainedModel) -> torch.device:
+    """Where token ids must be: the embedding's device, or where its weights are brought to if they are offloaded."""
+    weight: Any = model.get_input_embeddings().weight
+    if weight.device.type != "meta":
+        return torch.device(weight.device)
+    places = [place for place in getattr(model, "hf_device_map", {}).values() if place not in ("cpu", "disk")]
+    return torch.device(places[0] if places else "cpu")
+
+
+def keeps_logits(model: PreTrainedModel) -> bool:
+    """Whether the forward call can be asked for the logits of some rows only."""
+    return "logits_to_keep" in inspect.signature(model.forward).parameters
