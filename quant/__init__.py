@@ -1,5 +1,13 @@
-"""4-bit and 8-bit linear layers in bitsandbytes' formats. It knows nothing of serving."""
+"""4-bit and 8-bit linear layers in bitsandbytes' formats. It knows nothing of serving.
+
+Importing this package makes transformers use these layers in this process (quant/hf.py); unregister() undoes it.
+"""
 
 from quant.config import BitsAndBytesConfig
+from quant.hf import register, unregister
+from quant.linear import Linear4bit, Linear8bit
+from quant.state import PackedWeight
 
-__all__ = ["BitsAndBytesConfig"]
+__all__ = ["BitsAndBytesConfig", "Linear4bit", "Linear8bit", "PackedWeight", "register", "unregister"]
+
+register()

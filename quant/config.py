@@ -14,21 +14,19 @@ import math
 import re
 from collections.abc import Mapping
 from types import MappingProxyType
-from typing import Any, Final, Literal, cast, get_args
+from typing import Any, Final
 
 import torch
 import transformers
 
+from quant import formats
+from quant.arguments import OUTLIER_RULES
 from quant.errors import QuantConfigError
 
 logger = logging.getLogger(__name__)
 
-QuantType = Literal["nf4", "fp4"]
-Outliers = Literal["value", "batch"]
-
-QUANT_TYPES: Final[tuple[str, ...]] = get_args(QuantType)
-OUTLIER_MODES: Final[tuple[str, ...]] = get_args(Outliers)
-COMPUTE_DTYPES: Final = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+QUANT_TYPES: Final = tuple(formats.FOUR_BIT)
+COMPUTE_DTYPES: Final = {str(dtype).removeprefix("torch."): dtype for dtype in formats.VALUE_DTYPES}
 STORAGE_DTYPES: Final = {
     "uint8": torch.uint8,
     "int8": torch.int8,
@@ -103,7 +101,7 @@ class BitsAndBytesConfig(transformers.BitsAndBytesConfig):
                 "bnb_4bit_quant_storage", bnb_4bit_quant_storage, STORAGE_DTYPES, torch.uint8
             ),
         )
-        self.llm_int8_outliers = cast(Outliers, _choice("llm_int8_outliers", llm_int8_outliers, OUTLIER_MODES))
+        self.llm_int8_outliers = _choice("llm_int8_outliers", llm_int8_outliers, OUTLIER_RULES)
         self._check_written_beside(kwargs)
 
     def _check_written_beside(self, kwargs: Mapping[str, Any]) -> None:
@@ -171,7 +169,7 @@ class BitsAndBytesConfig(transformers.BitsAndBytesConfig):
     def to_dict(self) -> dict[str, Any]:
         """Exactly the keys that transformers writes for bitsandbytes, dtypes as names; our own only where used."""
         output: dict[str, Any] = super().to_dict()
-        if output["llm_int8_outliers"] == OUTLIER_MODES[0]:
+        if output["llm_int8_outliers"] == OUTLIER_RULES[0]:
             del output["llm_int8_outliers"]
         return output
 
