@@ -1,0 +1,219 @@
+"""Real models through the real loop: token for token what transformers.generate says, alone and in company."""
+
+from __future__ import annotations
+
+import random
+from functools import cache
+from itertools import pairwise
+
+import pytest
+import torch
+import transformers
+
+from server.errors import LoadError
+from server.model.batch import Batch, Chunk, Draw, StepError
+from server.model.cache_runner import CacheRunner
+from server.model.probe import ModelRunner, choose_runner
+from server.model.runner import PagedRunner
+from server.records import KV_BLOCK_TOKENS, Abort, ModelSpec, SamplingParams
+from tests.server.engines import Engine, generate
+from tests.tiny_models import VOCABULARY, tiny_model
+
+PAGED = ("llama", "mistral", "qwen3", "gpt2")
+CACHED = ("bloom", "gptj")
+WINDOWED = {"mistral": {"sliding_window": 5}}
+"""Changes to tiny models that exercise what a short test would otherwise not reach."""
+LENGTH = 256
+
+
+@cache
+def original(architecture: str) -> transformers.PreTrainedModel:
+    """The model as transformers runs it; never handed to a runner."""
+    return tiny_model(architecture, **WINDOWED.get(architecture, {}))
+
+
+@cache
+def runner_for(architecture: str) -> ModelRunner:
+    model = tiny_model(architecture, **WINDOWED.get(architecture, {}))
+    return choose_runner(model, ModelSpec(architecture, ""), blocks=64, max_model_len=LENGTH)
+
+
+def prompt_of(length: int) -> list[int]:
+    return [random.randrange(3, VOCABULARY) for _ in range(length)]
+
+
+@torch.inference_mode()
+def expected(model: transformers.PreTrainedModel, prompt: list[int], count: int) -> list[int]:
+    """transformers' own greedy answer, past any end-of-sequence token."""
+    ids = torch.tensor([prompt])
+    found = model.generate(
+        ids,
+        attention_mask=torch.ones_like(ids),
+        generation_config=transformers.GenerationConfig(
+            max_new_tokens=count, do_sample=False, eos_token_id=None, pad_token_id=0
+        ),
+    )
+    return list(found[0, len(prompt) :].tolist())
+
+
+@pytest.mark.parametrize("architecture", PAGED + CACHED)
+def test_each_architecture_gets_its_runner(architecture: str) -> None:
+    assert type(runner_for(architecture)) is (PagedRunner if architecture in PAGED else CacheRunner)
+
+
+@pytest.mark.parametrize("architecture", PAGED + CACHED)
+def test_greedy_is_transformers_generate_alone_and_in_company(architecture: str) -> None:
+    model = original(architecture)
+    prompts = {f"r{i}": prompt_of(length) for i, length in enumerate((1, 3, 17, 40, 70))}
+    counts = {name: random.randint(8, 16) for name in prompts}
+    answers = {name: expected(model, prompt, counts[name]) for name, prompt in prompts.items()}
+    requests = {name: generate(name, prompt, counts[name]) for name, prompt in prompts.items()}
+
+    engine = Engine(runner_for(architecture), max_batch_tokens=24)
+    assert engine.serve([requests["r3"]]) == {"r3": answers["r3"]}
+    alone = len(engine.reports)
+
+    neighbours = [generate(f"n{i}", prompt_of(random.randint(1, 30)), 20, temperature=1.0) for i in range(4)]
+    later = {2: [requests["r1"], neighbours[2]], 4: [requests["r4"], Abort("n0")], 7: [requests["r2"], neighbours[3]]}
+    found = engine.serve([requests["r0"], *neighbours[:2], requests["r3"]], later)
+    assert {name: found[name] for name in prompts} == answers
+    assert engine.ends["n0"] == ("abort", None)
+    mixed = [report for report in engine.reports[alone:] if report.prefill_tokens and report.decode_tokens]
+    assert len(mixed) >= 3, "chunks of prompts were computed beside decodes"
+    assert engine.reports[-1].kv_blocks_used == 0
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gptj"])
+def test_greedy_survives_preemption(architecture: str) -> None:
+    model = original(architecture)
+    prompts = {f"r{i}": prompt_of(30) for i in range(4)}
+    engine = Engine(runner_for(architecture), blocks=6, max_model_len=6 * KV_BLOCK_TOKENS)
+    found = engine.serve([generate(name, prompt, 40) for name, prompt in prompts.items()])
+    assert found == {name: expected(model, prompt, 40) for name, prompt in prompts.items()}
+    recomputed = sum(report.prefill_tokens for report in engine.reports) - 4 * 30
+    assert recomputed > 0, "the pool was small enough to throw somebody out"
+
+
+def test_eight_requests_share_forward_passes() -> None:
+    runner = runner_for("llama")
+    passes = 0
+
+    def count(*_: object) -> None:
+        nonlocal passes
+        passes += 1
+
+    handle = runner.model.register_forward_hook(count)
+    engine = Engine(runner)
+    late = {3: [generate(f"late{i}", prompt_of(4), 10) for i in range(4)]}
+    engine.serve([generate(f"r{i}", prompt_of(5), 20) for i in range(8)], late)
+    handle.remove()
+    assert passes == sum(report.forward_passes for report in engine.reports) == 20
+    assert max(report.decode_tokens for report in engine.reports) == 12
+    assert len(engine.ends) == 12
+
+
+def test_a_seed_gives_the_same_tokens_in_any_company() -> None:
+    engine = Engine(runner_for("qwen3"), max_batch_tokens=24)
+    prompt = prompt_of(35)
+    settings = {"temperature": 1.2, "top_p": 0.95, "top_k": 50}
+    alone = engine.serve([generate("a", prompt, 20, seed=42, **settings)])["a"]
+    neighbours = [generate(f"n{i}", prompt_of(10 + i), 25, temperature=1.0) for i in range(5)]
+    company = engine.serve([*neighbours, generate("a", prompt, 20, seed=42, **settings)])["a"]
+    assert company == alone
+    assert engine.serve([generate("a", prompt, 20, seed=43, **settings)])["a"] != alone
+
+
+def test_stop_ids_end_the_text() -> None:
+    prompt = prompt_of(6)
+    answer = expected(original("gpt2"), prompt, 12)
+    stop = answer[5]
+    engine = Engine(runner_for("gpt2"))
+    found = engine.serve([generate("a", prompt, 12, stop_token_ids=(stop,))])["a"]
+    assert found == answer[: answer.index(stop) + 1]
+    assert engine.ends["a"] == ("stop", None)
+
+
+BF16_TOLERANCE = 0.02
+"""Of teacher-forced logits, |difference| / |expected|: bfloat16 keeps 8 bits, and the two attentions round apart."""
+
+
+@pytest.mark.parametrize("architecture", PAGED + CACHED)
+def test_bfloat16_logits_are_near_the_models_own(architecture: str) -> None:
+    changes = WINDOWED.get(architecture, {})
+    own = tiny_model(architecture, dtype=torch.bfloat16, **changes)
+    runner = choose_runner(
+        tiny_model(architecture, dtype=torch.bfloat16, **changes), ModelSpec("m", ""), blocks=8, max_model_len=64
+    )
+    prompt, table = prompt_of(40), [5, 2, 7]
+    with torch.inference_mode():
+        wanted = own(input_ids=torch.tensor([prompt])).logits[0].float()
+    draw = Draw(SamplingParams(max_tokens=1), 0, 0)
+    cuts = [0, 11, 16, *range(17, 41)]
+    for start, end in pairwise(cuts):
+        found = runner.logits(Batch((Chunk("a", prompt[start:end], start, table, draw),)))[0].float()
+        error = float((found - wanted[end - 1]).norm() / wanted[end - 1].norm())
+        assert error < BF16_TOLERANCE
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gptj"])
+def test_logits_that_are_not_numbers_end_one_request_only(architecture: str) -> None:
+    model = tiny_model(architecture)
+    with torch.no_grad():
+        model.get_input_embeddings().weight[77] = float("nan")
+    engine = Engine(choose_runner(model, ModelSpec("m", ""), blocks=64, max_model_len=LENGTH))
+    good = [token for token in prompt_of(12) if token != 77]
+    found = engine.serve([generate("good", good, 10), generate("bad", [5, 77, 9], 10)])
+    assert engine.ends["bad"][0] == "error"
+    assert "not finite" in str(engine.ends["bad"][1])
+    assert found["good"] == expected(original(architecture), good, 10)
+
+
+def test_running_out_of_memory_ends_the_step_and_not_the_engine() -> None:
+    runner = choose_runner(tiny_model("llama"), ModelSpec("m", ""), blocks=64, max_model_len=LENGTH)
+    handle = runner.model.register_forward_pre_hook(lambda *_: torch.empty(1 << 55, dtype=torch.uint8) and None)
+    engine = Engine(runner)
+    engine.serve([generate("a", [5, 6], 4), generate("b", [7], 4)])
+    for name in "ab":
+        assert engine.ends[name][0] == "error"
+        assert "memory ran out in a step of 3 tokens" in str(engine.ends[name][1])
+    handle.remove()
+    assert engine.serve([generate("c", [5, 6], 4)])["c"] == expected(original("llama"), [5, 6], 4)
+
+
+def test_a_cache_runner_reports_a_sequence_that_is_not_there() -> None:
+    runner = runner_for("bloom")
+    chunk = Chunk("nobody", [5], 3, [0], Draw(SamplingParams(max_tokens=1), 0, 0))
+    assert "where its cache does not end" in runner.step(Batch((chunk,))).errors["nobody"]
+    with pytest.raises(StepError):
+        runner.logits(Batch((chunk,)))
+
+
+def test_a_model_that_looks_ahead_is_refused_by_name() -> None:
+    config = transformers.BertConfig(
+        vocab_size=320, hidden_size=64, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64
+    )
+    torch.manual_seed(0)
+    model = transformers.BertLMHeadModel(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(4.0)  # weak attention would look like rounding
+    with pytest.raises(LoadError, match="architecture 'bert' .* later tokens change the logits of earlier ones"):
+        choose_runner(model, ModelSpec("m", ""), blocks=8, max_model_len=64)
+
+
+def test_a_model_that_leaks_between_packed_sequences_is_not_paged() -> None:
+    """BART calls the interface in every layer, and ignores position ids; only the logits tell."""
+    config = transformers.BartConfig(
+        vocab_size=320, d_model=64, decoder_layers=2, decoder_attention_heads=2, decoder_ffn_dim=64,
+        encoder_layers=2, encoder_attention_heads=2, encoder_ffn_dim=64,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = transformers.BartForCausalLM(config).eval()
+    runner = choose_runner(model, ModelSpec("m", ""), blocks=8, max_model_len=64)
+    assert isinstance(runner, CacheRunner)
+
+
+def test_the_cache_holds_what_the_probe_saw() -> None:
+    runner = runner_for("llama")
+    assert [tuple(tensor.shape) for tensor in runner.kv_tensors] == [(64, KV_BLOCK_TOKENS, 2, 32)] * 4
+    assert runner_for("bloom").kv_tensors == []
