@@ -1,0 +1,206 @@
+// Argument checks that both libraries share. Host code only; nothing here reads a tensor.
+//
+// A check function answers a status; HB_REQUIRE returns the first one that is not HB_OK from an entry.
+#pragma once
+
+#include <stdint.h>
+
+#include "formats.h"
+#include "halfbyte.h"
+
+#define HB_REQUIRE(check)                     \
+    do {                                      \
+        const hb_status status_ = (check);    \
+        if (status_ != HB_OK) return status_; \
+    } while (0)
+
+namespace hb {
+
+inline hb_status fail_unless(bool good, hb_status status) {
+    return good ? HB_OK : status;
+}
+
+inline int64_t ceil_div(int64_t a, int64_t b) {
+    return a / b + (a % b != 0);
+}
+
+inline int64_t round_up(int64_t a, int64_t multiple) {
+    return ceil_div(a, multiple) * multiple;
+}
+
+// The common part of every call; `bytes` is the size of the struct that this library knows.
+inline hb_status check_call(const hb_call* call, int64_t bytes) {
+    if (call == nullptr) return HB_NULL_POINTER;
+    if (call->struct_bytes != bytes) return HB_BAD_STRUCT;
+    return fail_unless(call->threads >= 1 && call->threads <= HB_MAX_THREADS, HB_BAD_THREADS);
+}
+
+// rows * columns, refused where a size is negative or the product is beyond HB_MAX_ELEMENTS.
+inline hb_status check_shape(int64_t rows, int64_t columns, int64_t* count) {
+    if (rows < 0 || columns < 0 || rows > HB_MAX_ELEMENTS || columns > HB_MAX_ELEMENTS) return HB_BAD_SHAPE;
+    if (columns != 0 && rows > HB_MAX_ELEMENTS / columns) return HB_BAD_SHAPE;
+    *count = rows * columns;
+    return HB_OK;
+}
+
+inline int64_t dtype_bytes(int64_t dtype) {
+    return dtype == HB_FLOAT32 ? 4 : 2;
+}
+
+inline hb_status check_dtype(int64_t dtype) {
+    return fail_unless(dtype == HB_FLOAT32 || dtype == HB_FLOAT16 || dtype == HB_BFLOAT16, HB_BAD_DTYPE);
+}
+
+inline hb_status check_format(int64_t format) {
+    return fail_unless(format == HB_NF4 || format == HB_FP4, HB_BAD_FORMAT);
+}
+
+inline hb_status check_blocksize(int64_t blocksize) {
+    const bool power_of_two = blocksize > 0 && (blocksize & (blocksize - 1)) == 0;
+    return fail_unless(power_of_two && blocksize >= kSmallestBlocksize && blocksize <= kLargestBlocksize,
+                       HB_BAD_BLOCKSIZE);
+}
+
+inline hb_status check_nested_blocksize(int64_t blocksize) {
+    return fail_unless(blocksize >= 1 && blocksize <= HB_MAX_ELEMENTS, HB_BAD_BLOCKSIZE);
+}
+
+// A tensor of `count` elements of `element_bytes`: there if it has elements, and aligned to them.
+inline hb_status check_tensor(const void* pointer, int64_t count, int64_t element_bytes) {
+    if (count == 0) return HB_OK;
+    if (pointer == nullptr) return HB_NULL_POINTER;
+    return fail_unless(reinterpret_cast<uintptr_t>(pointer) % static_cast<uintptr_t>(element_bytes) == 0,
+                       HB_MISALIGNED);
+}
+
+inline hb_status check_workspace(const hb_call& call, int64_t needed_bytes) {
+    if (needed_bytes == 0) return HB_OK;
+    if (call.workspace == nullptr) return HB_NULL_POINTER;
+    if (reinterpret_cast<uintptr_t>(call.workspace) % HB_WORKSPACE_ALIGNMENT != 0) return HB_WORKSPACE_MISALIGNED;
+    return fail_unless(call.workspace_bytes >= needed_bytes, HB_WORKSPACE_TOO_SMALL);
+}
+
+// --- one per entry: everything but the workspace ---------------------------------------------------------------------
+
+inline hb_status check(const hb_quantize4_args* a) {
+    HB_REQUIRE(check_call(a == nullptr ? nullptr : &a->call, sizeof *a));
+    HB_REQUIRE(check_dtype(a->x_dtype));
+    HB_REQUIRE(check_format(a->format));
+    HB_REQUIRE(check_blocksize(a->blocksize));
+    int64_t count = 0;
+    HB_REQUIRE(check_shape(a->n, 1, &count));
+    HB_REQUIRE(check_tensor(a->x, count, dtype_bytes(a->x_dtype)));
+    HB_REQUIRE(check_tensor(a->packed, count, 1));
+    return check_tensor(a->absmax, count, sizeof(float));
+}
+
+inline hb_status check(const hb_dequantize4_args* a) {
+    HB_REQUIRE(check_call(a == nullptr ? nullptr : &a->call, sizeof *a));
+    HB_REQUIRE(check_dtype(a->out_dtype));
+    HB_REQUIRE(check_format(a->format));
+    HB_REQUIRE(check_blocksize(a->blocksize));
+    int64_t count = 0;
+    HB_REQUIRE(check_shape(a->n, 1, &count));
+    HB_REQUIRE(check_tensor(a->packed, count, 1));
+    HB_REQUIRE(check_tensor(a->absmax, count, sizeof(float)));
+    return check_tensor(a->out, count, dtype_bytes(a->out_dtype));
+}
+
+inline hb_status check(const hb_quantize_absmax_args* a) {
+    HB_REQUIRE(check_call(a == nullptr ? nullptr : &a->call, sizeof *a));
+    HB_REQUIRE(check_nested_blocksize(a->nested_blocksize));
+    int64_t count = 0;
+    HB_REQUIRE(check_shape(a->blocks, 1, &count));
+    HB_REQUIRE(check_tensor(a->absmax, count, sizeof(float)));
+    HB_REQUIRE(check_tensor(a->offset, count, sizeof(float)));
+    HB_REQUIRE(check_tensor(a->codes, count, 1));
+    return check_tensor(a->nested_absmax, count, sizeof(float));
+}
+
+inline hb_status check(const hb_dequantize_absmax_args* a) {
+    HB_REQUIRE(check_call(a == nullptr ? nullptr : &a->call, sizeof *a));
+    HB_REQUIRE(check_nested_blocksize(a->nested_blocksize));
+    int64_t count = 0;
+    HB_REQUIRE(check_shape(a->blocks, 1, &count));
+    HB_REQUIRE(check_tensor(a->codes, count, 1));
+    HB_REQUIRE(check_tensor(a->nested_absmax, count, sizeof(float)));
+    HB_REQUIRE(check_tensor(a->offset, count, sizeof(float)));
+    return check_tensor(a->absmax, count, sizeof(float));
+}
+
+// Shapes and options alone: what the size of the workspace depends on.
+inline hb_status check_linear4_shape(const hb_linear4_args* a) {
+    HB_REQUIRE(check_call(a == nullptr ? nullptr : &a->call, sizeof *a));
+    HB_REQUIRE(check_dtype(a->x_dtype));
+    HB_REQUIRE(check_format(a->format));
+    HB_REQUIRE(check_blocksize(a->blocksize));
+    int64_t count = 0;
+    HB_REQUIRE(check_shape(a->M, a->K, &count));
+    HB_REQUIRE(check_shape(a->M, a->N, &count));
+    return check_shape(a->N, a->K, &count);
+}
+
+inline hb_status check(const hb_linear4_args* a) {
+    HB_REQUIRE(check_linear4_shape(a));
+    HB_REQUIRE(check_tensor(a->x, a->M * a->K, dtype_bytes(a->x_dtype)));
+    HB_REQUIRE(check_tensor(a->packed, a->N * a->K, 1));
+    if (a->nested_absmax != nullptr) {
+        HB_REQUIRE(check_nested_blocksize(a->nested_blocksize));
+        HB_REQUIRE(check_tensor(a->absmax, a->N * a->K, 1));
+        HB_REQUIRE(check_tensor(a->nested_absmax, a->N * a->K, sizeof(float)));
+        HB_REQUIRE(check_tensor(a->offset, 1, sizeof(float)));
+    } else {
+        HB_REQUIRE(check_tensor(a->absmax, a->N * a->K, sizeof(float)));
+    }
+    if (a->bias != nullptr) {
+        HB_REQUIRE(check_dtype(a->bias_dtype));
+        HB_REQUIRE(check_tensor(a->bias, a->N, dtype_bytes(a->bias_dtype)));
+    }
+    return check_tensor(a->out, a->M * a->N, dtype_bytes(a->x_dtype));
+}
+
+inline hb_status check(const hb_quantize8_args* a) {
+    HB_REQUIRE(check_call(a == nullptr ? nullptr : &a->call, sizeof *a));
+    HB_REQUIRE(check_dtype(a->w_dtype));
+    int64_t count = 0;
+    HB_REQUIRE(check_shape(a->N, a->K, &count));
+    HB_REQUIRE(check_tensor(a->w, count, dtype_bytes(a->w_dtype)));
+    HB_REQUIRE(check_tensor(a->codes, count, 1));
+    return check_tensor(a->absmax, a->N, sizeof(float));
+}
+
+inline hb_status check(const hb_dequantize8_args* a) {
+    HB_REQUIRE(check_call(a == nullptr ? nullptr : &a->call, sizeof *a));
+    HB_REQUIRE(check_dtype(a->out_dtype));
+    int64_t count = 0;
+    HB_REQUIRE(check_shape(a->N, a->K, &count));
+    HB_REQUIRE(check_tensor(a->codes, count, 1));
+    HB_REQUIRE(check_tensor(a->absmax, a->N, sizeof(float)));
+    return check_tensor(a->out, count, dtype_bytes(a->out_dtype));
+}
+
+inline hb_status check_linear8_shape(const hb_linear8_args* a) {
+    HB_REQUIRE(check_call(a == nullptr ? nullptr : &a->call, sizeof *a));
+    HB_REQUIRE(check_dtype(a->x_dtype));
+    const bool known_rule = a->outlier_rule == HB_OUTLIERS_VALUE || a->outlier_rule == HB_OUTLIERS_BATCH;
+    HB_REQUIRE(fail_unless(known_rule && a->threshold >= 0, HB_BAD_OPTION));
+    int64_t count = 0;
+    HB_REQUIRE(check_shape(a->M, a->K, &count));
+    HB_REQUIRE(check_shape(a->M, a->N, &count));
+    HB_REQUIRE(check_shape(a->N, a->K, &count));
+    return fail_unless(a->K <= INT32_MAX, HB_BAD_SHAPE);  // outlier columns are kept as int32
+}
+
+inline hb_status check(const hb_linear8_args* a) {
+    HB_REQUIRE(check_linear8_shape(a));
+    HB_REQUIRE(check_tensor(a->x, a->M * a->K, dtype_bytes(a->x_dtype)));
+    HB_REQUIRE(check_tensor(a->codes, a->N * a->K, 1));
+    HB_REQUIRE(check_tensor(a->absmax, a->N, sizeof(float)));
+    if (a->bias != nullptr) {
+        HB_REQUIRE(check_dtype(a->bias_dtype));
+        HB_REQUIRE(check_tensor(a->bias, a->N, dtype_bytes(a->bias_dtype)));
+    }
+    return check_tensor(a->out, a->M * a->N, dtype_bytes(a->x_dtype));
+}
+
+}  // namespace hb

@@ -1,0 +1,89 @@
+// Rowwise int8: weights -> codes and row maxima, and back.
+#include "int8.h"
+
+#include "checks.h"
+#include "floats.h"
+#include "halfbyte.h"
+#include "pool.h"
+
+namespace hb {
+
+namespace {
+
+// Values as float16 would hold them; one that float16 would make infinite stays as it is.
+HB_CLONES void round_through_half(const float* in, int64_t count, float* out) {
+    for (int64_t i = 0; i < count; ++i) {
+        const uint16_t half = to_half(in[i]);
+        out[i] = (half & 0x7c00) == 0x7c00 ? in[i] : from_half(half);
+    }
+}
+
+HB_CLONES float row_absmax(const float* values, int64_t count) {
+    return largest_magnitude(values, count);
+}
+
+HB_CLONES void scale_codes(const int8_t* codes, int64_t count, float absmax, float* out) {
+    for (int64_t i = 0; i < count; ++i) out[i] = static_cast<float>(codes[i]) * absmax / kInt8Max;
+}
+
+// Rows are worked on in pieces that fit the stack; the maximum of pieces is the maximum of the row.
+constexpr int64_t kPiece = 4096;
+
+}  // namespace
+
+HB_CLONES void round_to_int8(const float* values, int64_t count, float factor, int8_t* codes) {
+    for (int64_t i = 0; i < count; ++i) {
+        const float scaled = values[i] * factor;
+        // Adding 1.5 * 2^23 leaves no fraction bits: the sum is rounded to nearest, ties to even.
+        const float rounded = (scaled + 0x1.8p23f) - 0x1.8p23f;
+        const float bounded = rounded >= -kInt8Max && rounded <= kInt8Max ? rounded : 0.0f;  // NaN and infinity: 0
+        codes[i] = static_cast<int8_t>(static_cast<int32_t>(bounded));
+    }
+}
+
+}  // namespace hb
+
+extern "C" hb_status hb_quantize8(const hb_quantize8_args* args) {
+    using namespace hb;
+    HB_REQUIRE(check(args));
+    const hb_quantize8_args& a = *args;
+    parallel_for(threads_for(a.call.threads, a.N * a.K), a.N, [&a](int64_t, int64_t begin, int64_t end) {
+        float loaded[kPiece], values[kPiece];
+        for (int64_t row = begin; row < end; ++row) {
+            float largest = 0;
+            for (int64_t k = 0; k < a.K; k += kPiece) {
+                const int64_t count = a.K - k < kPiece ? a.K - k : kPiece;
+                load_floats(a.w, a.w_dtype, row * a.K + k, count, loaded);
+                round_through_half(loaded, count, values);
+                const float both[2] = {largest, row_absmax(values, count)};
+                largest = largest_magnitude(both, 2);
+            }
+            const float factor = int8_factor(largest);
+            for (int64_t k = 0; k < a.K; k += kPiece) {
+                const int64_t count = a.K - k < kPiece ? a.K - k : kPiece;
+                load_floats(a.w, a.w_dtype, row * a.K + k, count, loaded);
+                round_through_half(loaded, count, values);
+                round_to_int8(values, count, factor, a.codes + row * a.K + k);
+            }
+            a.absmax[row] = largest;
+        }
+    });
+    return HB_OK;
+}
+
+extern "C" hb_status hb_dequantize8(const hb_dequantize8_args* args) {
+    using namespace hb;
+    HB_REQUIRE(check(args));
+    const hb_dequantize8_args& a = *args;
+    parallel_for(threads_for(a.call.threads, a.N * a.K), a.N, [&a](int64_t, int64_t begin, int64_t end) {
+        float values[kPiece];
+        for (int64_t row = begin; row < end; ++row) {
+            for (int64_t k = 0; k < a.K; k += kPiece) {
+                const int64_t count = a.K - k < kPiece ? a.K - k : kPiece;
+                scale_codes(a.codes + row * a.K + k, count, a.absmax[row], values);
+                store_floats(values, count, a.out, a.out_dtype, row * a.K + k);
+            }
+        }
+    });
+    return HB_OK;
+}

@@ -1,0 +1,21 @@
+// Rounding to int8 codes, for weights (int8.cpp) and activations (linear8.cpp).
+#pragma once
+
+#include <math.h>
+#include <stdint.h>
+
+#include "formats.h"
+
+namespace hb {
+
+// 127 / absmax, in two roundings as bitsandbytes' own files have it; 0 where that is not finite, so that such a row's
+// codes are zeros.
+inline float int8_factor(float absmax) {
+    const float factor = (1.0f / absmax) * kInt8Max;
+    return isfinite(factor) ? factor : 0.0f;
+}
+
+// codes[i] = values[i] * factor to nearest, ties to even; 0 for a product that is not finite.
+void round_to_int8(const float* values, int64_t count, float factor, int8_t* codes);
+
+}  // namespace hb

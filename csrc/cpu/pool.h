@@ -1,0 +1,34 @@
+// One small pool of persistent threads for the whole process. Not a scheduler: work is cut into equal parts, once.
+#pragma once
+
+#include <stdint.h>
+
+namespace hb {
+
+// Calls body(context, part, begin, end) for consecutive ranges that make up [0, count), at most `threads` of them at a
+// time; `part` is below `threads` and no two running calls share it. Returns when all are done.
+//
+// Any thread may call. While one caller holds the pool, others run their whole range themselves (part 0), so several
+// callers never wait for each other and never oversubscribe the machine. A forked child starts with a fresh pool.
+using RangeBody = void (*)(const void* context, int64_t part, int64_t begin, int64_t end);
+void parallel_ranges(int64_t threads, int64_t count, RangeBody body, const void* context) noexcept;
+
+// The same for a callable body(part, begin, end).
+template <typename Body>
+void parallel_for(int64_t threads, int64_t count, const Body& body) noexcept {
+    parallel_ranges(
+        threads, count,
+        [](const void* context, int64_t part, int64_t begin, int64_t end) {
+            (*static_cast<const Body*>(context))(part, begin, end);
+        },
+        &body);
+}
+
+// Threads worth using for `work` elementary steps (a value quantized, a weight multiplied): waking one costs some
+// microseconds.
+inline int64_t threads_for(int64_t threads, int64_t work) {
+    const int64_t useful = work / 32768 + 1;
+    return threads < useful ? threads : useful;
+}
+
+}  // namespace hb

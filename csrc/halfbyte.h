@@ -1,0 +1,212 @@
+/* The whole C interface of Halfbyte's kernels. Plain structs, no torch, no Python, no C++.
+ *
+ * Two libraries export exactly these names: libhalfbyte_cpu.so and libhalfbyte_cuda.so. Their pointers are host and
+ * device pointers respectively.
+ *
+ * Every entry
+ *   - takes one struct, reads it, and writes only the outputs named in it;
+ *   - allocates nothing and never waits for a device: scratch memory is the caller's workspace, whose size the
+ *     *_workspace function of the entry tells (entries without one need none);
+ *   - returns an hb_status, HB_OK or the reason; on any other status no output has been written on the CPU.
+ *
+ * Letters: n values of a flat tensor, M rows of activations, N output features, K input features, B blocks.
+ * Sizes are in elements unless a name ends in _bytes. Tensors are contiguous and row-major, each pointer aligned to its
+ * element. A pointer may be null only where its tensor has no elements or its comment says so.
+ */
+#ifndef HALFBYTE_H
+#define HALFBYTE_H
+
+#include <stdint.h>
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+#define HB_API __attribute__((visibility("default")))
+
+/* Goes up with every change of a struct, a code or a meaning in this file. */
+#define HB_ABI_VERSION 1
+/* Required alignment of a workspace. */
+#define HB_WORKSPACE_ALIGNMENT 64
+/* The largest number of elements that any tensor may have. */
+#define HB_MAX_ELEMENTS ((int64_t)1 << 46)
+/* The largest number of threads that a call may ask for. */
+#define HB_MAX_THREADS 1024
+
+typedef int32_t hb_status;
+enum {
+    HB_OK = 0,
+    HB_NULL_POINTER = 1,
+    HB_BAD_STRUCT = 2,
+    HB_BAD_DTYPE = 3,
+    HB_BAD_FORMAT = 4,
+    HB_BAD_BLOCKSIZE = 5,
+    HB_BAD_SHAPE = 6,
+    HB_MISALIGNED = 7,
+    HB_WORKSPACE_MISALIGNED = 8,
+    HB_WORKSPACE_TOO_SMALL = 9,
+    HB_BAD_THREADS = 10,
+    HB_BAD_OPTION = 11,
+    HB_NO_DEVICE = 12,
+    HB_NO_DEVICE_CODE = 13,
+    HB_LAUNCH_FAILED = 14,
+    HB_STATUS_COUNT = 15
+};
+
+/* Dtypes of values. */
+enum { HB_FLOAT32 = 0, HB_FLOAT16 = 1, HB_BFLOAT16 = 2 };
+/* 4-bit formats. */
+enum { HB_NF4 = 0, HB_FP4 = 1 };
+/* Who decides that an activation is an outlier: the value alone, or its column over all M rows. */
+enum { HB_OUTLIERS_VALUE = 0, HB_OUTLIERS_BATCH = 1 };
+/* Tables that hb_table copies out. */
+enum {
+    HB_TABLE_NF4 = 0,              /* [16] */
+    HB_TABLE_FP4 = 1,              /* [16] */
+    HB_TABLE_NF4_THRESHOLDS = 2,   /* [15] */
+    HB_TABLE_FP4_THRESHOLDS = 3,   /* [7] */
+    HB_TABLE_NF4_RANKS = 4,        /* [16] code of each rank */
+    HB_TABLE_FP4_RANKS = 5,        /* [8] */
+    HB_TABLE_DYNAMIC = 6,          /* [256] */
+    HB_TABLE_DYNAMIC_MIDPOINTS = 7 /* [255] */
+};
+
+/* What every call carries. */
+typedef struct hb_call {
+    int64_t struct_bytes; /* sizeof the struct that holds this one: a caller built against another header is refused */
+    void* stream;         /* cudaStream_t to launch on; ignored by the CPU library */
+    void* workspace;      /* scratch, aligned to HB_WORKSPACE_ALIGNMENT; may be null when none is needed */
+    int64_t workspace_bytes; /* its size */
+    int64_t threads; /* 1 .. HB_MAX_THREADS threads may work; the result does not depend on it; CUDA ignores it */
+} hb_call;
+
+/* Flat values -> 4-bit codes and block maxima. */
+typedef struct hb_quantize4_args {
+    hb_call call;
+    const void* x;     /* [n] values */
+    int64_t x_dtype;   /* HB_FLOAT32, HB_FLOAT16 or HB_BFLOAT16 */
+    int64_t n;         /* number of values */
+    int64_t format;    /* HB_NF4 or HB_FP4 */
+    int64_t blocksize; /* values per block: a power of two from 32 to 4096 */
+    uint8_t* packed;   /* out [ceil(n/2)] two codes per byte, the first in the high nibble */
+    float* absmax;     /* out [ceil(n/blocksize)] */
+} hb_quantize4_args;
+HB_API hb_status hb_quantize4(const hb_quantize4_args* args);
+
+/* 4-bit codes -> values: dtype(table[code] * absmax), one float32 product and one rounding. */
+typedef struct hb_dequantize4_args {
+    hb_call call;
+    const uint8_t* packed; /* [ceil(n/2)] */
+    const float* absmax;   /* [ceil(n/blocksize)] */
+    int64_t n;             /* number of values */
+    int64_t format;        /* HB_NF4 or HB_FP4 */
+    int64_t blocksize;     /* values per block: a power of two from 32 to 4096 */
+    void* out;             /* out [n] */
+    int64_t out_dtype;     /* HB_FLOAT32, HB_FLOAT16 or HB_BFLOAT16 */
+} hb_dequantize4_args;
+HB_API hb_status hb_dequantize4(const hb_dequantize4_args* args);
+
+/* Block maxima minus an offset -> 8-bit codes of the dynamic map. */
+typedef struct hb_quantize_absmax_args {
+    hb_call call;
+    const float* absmax;      /* [B] */
+    int64_t blocks;           /* B */
+    const float* offset;      /* [1] subtracted from each */
+    int64_t nested_blocksize; /* maxima per second-level block: any positive number */
+    uint8_t* codes;           /* out [B] */
+    float* nested_absmax;     /* out [ceil(B/nested_blocksize)] */
+} hb_quantize_absmax_args;
+HB_API hb_status hb_quantize_absmax(const hb_quantize_absmax_args* args);
+
+/* 8-bit codes -> block maxima: map[code] * nested_absmax + offset, rounded after the product and after the sum. */
+typedef struct hb_dequantize_absmax_args {
+    hb_call call;
+    const uint8_t* codes;       /* [B] */
+    int64_t blocks;             /* B */
+    const float* nested_absmax; /* [ceil(B/nested_blocksize)] */
+    const float* offset;        /* [1] */
+    int64_t nested_blocksize;   /* any positive number */
+    float* absmax;              /* out [B] */
+} hb_dequantize_absmax_args;
+HB_API hb_status hb_dequantize_absmax(const hb_dequantize_absmax_args* args);
+
+/* out[M,N] = x[M,K] * W[N,K]^T + bias, W in 4 bits, decoded a few rows at a time into the workspace. Float32 sums; a
+ * row's sum is added up in the same order whatever M is. */
+typedef struct hb_linear4_args {
+    hb_call call;
+    const void* x;              /* [M, K] */
+    int64_t x_dtype;            /* dtype of x and out */
+    int64_t M;                  /* rows of x */
+    int64_t N;                  /* output features */
+    int64_t K;                  /* input features */
+    const uint8_t* packed;      /* [ceil(N*K/2)] codes of the flattened W; blocks may cross rows */
+    int64_t format;             /* HB_NF4 or HB_FP4 */
+    int64_t blocksize;          /* values per block: a power of two from 32 to 4096 */
+    const void* absmax;         /* [B], B = ceil(N*K/blocksize): float32, or uint8 codes when nested_absmax is given */
+    const float* nested_absmax; /* [ceil(B/nested_blocksize)], or null: absmax is not double-quantized */
+    const float* offset;        /* [1] when nested_absmax is given, else null */
+    int64_t nested_blocksize;   /* any positive number; ignored without nested_absmax */
+    const void* bias;           /* [N] or null */
+    int64_t bias_dtype;         /* dtype of bias; ignored without bias */
+    void* out;                  /* out [M, N] in x_dtype */
+} hb_linear4_args;
+HB_API hb_status hb_linear4(const hb_linear4_args* args);
+/* Writes the bytes of workspace that hb_linear4 needs for these shapes and threads; reads no other pointer. */
+HB_API hb_status hb_linear4_workspace(const hb_linear4_args* args, int64_t* bytes);
+
+/* Rows -> int8 codes and row maxima, values rounded to float16 first unless that makes them infinite. */
+typedef struct hb_quantize8_args {
+    hb_call call;
+    const void* w;   /* [N, K] */
+    int64_t w_dtype; /* HB_FLOAT32, HB_FLOAT16 or HB_BFLOAT16 */
+    int64_t N;       /* rows */
+    int64_t K;       /* columns */
+    int8_t* codes;   /* out [N, K] "CB" */
+    float* absmax;   /* out [N] "SCB", not divided by 127 */
+} hb_quantize8_args;
+HB_API hb_status hb_quantize8(const hb_quantize8_args* args);
+
+/* int8 codes -> values: dtype(code * absmax / 127) in float32. */
+typedef struct hb_dequantize8_args {
+    hb_call call;
+    const int8_t* codes; /* [N, K] */
+    const float* absmax; /* [N] */
+    int64_t N;           /* rows */
+    int64_t K;           /* columns */
+    void* out;           /* out [N, K] */
+    int64_t out_dtype;   /* HB_FLOAT32, HB_FLOAT16 or HB_BFLOAT16 */
+} hb_dequantize8_args;
+HB_API hb_status hb_dequantize8(const hb_dequantize8_args* args);
+
+/* LLM.int8(): out[M,N] = x[M,K] * W[N,K]^T + bias, W in int8. Values with |x| >= threshold meet the dequantized weight
+ * in float32 in column order; the others are rounded to int8 per row and multiplied exactly. */
+typedef struct hb_linear8_args {
+    hb_call call;
+    const void* x;        /* [M, K] */
+    int64_t x_dtype;      /* dtype of x and out */
+    int64_t M;            /* rows of x */
+    int64_t N;            /* output features */
+    int64_t K;            /* input features */
+    const int8_t* codes;  /* [N, K] "CB" */
+    const float* absmax;  /* [N] "SCB" */
+    double threshold;     /* 0: no outliers; must not be negative or NaN */
+    int64_t outlier_rule; /* HB_OUTLIERS_VALUE or HB_OUTLIERS_BATCH */
+    const void* bias;     /* [N] or null */
+    int64_t bias_dtype;   /* dtype of bias; ignored without bias */
+    void* out;            /* out [M, N] in x_dtype */
+} hb_linear8_args;
+HB_API hb_status hb_linear8(const hb_linear8_args* args);
+/* Writes the bytes of workspace that hb_linear8 needs for these shapes and threads; reads no other pointer. */
+HB_API hb_status hb_linear8_workspace(const hb_linear8_args* args, int64_t* bytes);
+
+/* HB_ABI_VERSION of the library. */
+HB_API int32_t hb_abi_version(void);
+/* One sentence saying what a status means; never null. */
+HB_API const char* hb_status_text(hb_status status);
+/* Copies a table (HB_TABLE_*) as float32 and returns its length; -1 for an unknown table or too little room. */
+HB_API int64_t hb_table(int32_t table, float* out, int64_t room);
+
+#ifdef __cplusplus
+}
+#endif
+#endif

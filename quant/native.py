@@ -1,0 +1,358 @@
+"""Finds and loads the compiled kernels, and calls them with torch tensors.
+
+The C interface is csrc/halfbyte.h; the structs below mirror it field by field (a test compares the sizes and the
+tables). Not here: checks of shapes (arguments.py has made them), choosing between devices (ops.py).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import functools
+import importlib.metadata
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Final, cast
+
+import torch
+
+from quant import formats, reference
+from quant.errors import NativeError
+
+ABI_VERSION: Final = 1
+MAX_THREADS: Final = 1024
+DTYPE_CODES: Final = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+FORMAT_CODES: Final = {"nf4": 0, "fp4": 1}
+OUTLIER_CODES: Final = {"value": 0, "batch": 1}
+TABLE_CODES: Final = {
+    "nf4": 0,
+    "fp4": 1,
+    "nf4_thresholds": 2,
+    "fp4_thresholds": 3,
+    "nf4_ranks": 4,
+    "fp4_ranks": 5,
+    "dynamic": 6,
+    "dynamic_midpoints": 7,
+}
+_OK: Final = 0
+_I64: Final = ctypes.c_int64
+_PTR: Final = ctypes.c_void_p
+_BUILD_HINT: Final = {
+    "cpu": "build and install it with `pip install -e .` (or `make install`) in the source tree",
+    "cuda": "build it where nvcc is, with `pip install -e . -C cmake.define.HALFBYTE_CUDA=ON`",
+}
+
+
+class Call(ctypes.Structure):
+    """hb_call: what every call carries."""
+
+    _fields_ = (
+        ("struct_bytes", _I64),
+        ("stream", _PTR),
+        ("workspace", _PTR),
+        ("workspace_bytes", _I64),
+        ("threads", _I64),
+    )
+
+
+def _struct(name: str, pointers_and_sizes: str) -> type[ctypes.Structure]:
+    """An args struct: `call`, then the named fields; `*name` is a pointer, `%name` a double, the rest int64."""
+    kinds = {"*": _PTR, "%": ctypes.c_double}
+    fields: list[tuple[str, Any]] = [("call", Call)]
+    fields += [(word.lstrip("*%"), kinds.get(word[0], _I64)) for word in pointers_and_sizes.split()]
+    return type(name, (ctypes.Structure,), {"_fields_": fields})
+
+
+STRUCTS: Final = {
+    "hb_quantize4": _struct("Quantize4", "*x x_dtype n format blocksize *packed *absmax"),
+    "hb_dequantize4": _struct("Dequantize4", "*packed *absmax n format blocksize *out out_dtype"),
+    "hb_quantize_absmax": _struct("QuantizeAbsmax", "*absmax blocks *offset nested_blocksize *codes *nested_absmax"),
+    "hb_dequantize_absmax": _struct(
+        "DequantizeAbsmax", "*codes blocks *nested_absmax *offset nested_blocksize *absmax"
+    ),
+    "hb_linear4": _struct(
+        "Linear4",
+        "*x x_dtype M N K *packed format blocksize *absmax *nested_absmax *offset nested_blocksize"
+        " *bias bias_dtype *out",
+    ),
+    "hb_quantize8": _struct("Quantize8", "*w w_dtype N K *codes *absmax"),
+    "hb_dequantize8": _struct("Dequantize8", "*codes *absmax N K *out out_dtype"),
+    "hb_linear8": _struct("Linear8", "*x x_dtype M N K *codes *absmax %threshold outlier_rule *bias bias_dtype *out"),
+}
+"""The argument struct of each entry."""
+ENTRIES_WITH_WORKSPACE: Final = ("hb_linear4", "hb_linear8")
+
+
+def library_path(device_type: str) -> Path:
+    """Where the library of "cpu" or "cuda" is installed; raises NativeError that says how to build it."""
+    name = f"libhalfbyte_{device_type}.so"
+    candidates = [Path(__file__).parent / "lib" / name]
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+        distribution = importlib.metadata.distribution("halfbyte")
+        candidates.append(Path(str(distribution.locate_file(f"quant/lib/{name}"))))
+    for candidate in candidates:
+        if candidate.is_file():
+            return candidate
+    raise NativeError(
+        f"The compiled {device_type} kernels are missing (looked for {' and '.join(map(str, candidates))}); "
+        f"{_BUILD_HINT[device_type]}."
+    )
+
+
+def load_library(path: Path) -> ctypes.CDLL:
+    """The library with its entries typed; raises NativeError when it can't be loaded or has another ABI."""
+    try:
+        library = ctypes.CDLL(str(path))
+    except OSError as error:
+        raise NativeError(f"The compiled kernels at {path} cannot be loaded: {error}.") from error
+    found = library.hb_abi_version()
+    if found != ABI_VERSION:
+        raise NativeError(f"{path} has ABI version {found} but this Halfbyte needs {ABI_VERSION}; reinstall Halfbyte.")
+    library.hb_status_text.restype = ctypes.c_char_p
+    library.hb_table.argtypes = (ctypes.c_int32, _PTR, _I64)
+    library.hb_table.restype = _I64
+    for name, struct in STRUCTS.items():
+        getattr(library, name).argtypes = (ctypes.POINTER(struct),)
+    for name in ENTRIES_WITH_WORKSPACE:
+        getattr(library, f"{name}_workspace").argtypes = (ctypes.POINTER(STRUCTS[name]), ctypes.POINTER(_I64))
+    return library
+
+
+@functools.lru_cache(maxsize=2)  # a failure is not kept: the library may be built while the process runs
+def kernels(device_type: str) -> Kernels:
+    """The kernels for tensors on "cpu" or "cuda", loaded once; raises NativeError."""
+    return Kernels(load_library(library_path(device_type)), device_type)
+
+
+def unavailable_because(device_type: str) -> str | None:
+    """None where the library of this device type loads, else the sentence that says why it does not."""
+    try:
+        kernels(device_type)
+    except NativeError as error:
+        return str(error)
+    return None
+
+
+class Kernels:
+    """The operators of one loaded library under the names that quant/ops.py gives them; arguments are checked."""
+
+    def __init__(self, library: ctypes.CDLL, device_type: str) -> None:
+        self.library = library
+        self.device_type = device_type
+
+    def table(self, name: str) -> list[float]:
+        """A table of csrc/formats.h as Python floats: one of TABLE_CODES."""
+        buffer = (ctypes.c_float * 256)()
+        length = self.library.hb_table(TABLE_CODES[name], buffer, len(buffer))
+        return list(buffer[:length])
+
+    def status_text(self, status: int) -> str:
+        """The library's sentence for a status."""
+        return cast(bytes, self.library.hb_status_text(status)).decode()
+
+    def call(self, entry: str, device: torch.device, **fields: Any) -> None:
+        """Calls an entry; tensors among `fields` are passed by address, None as null. Raises NativeError."""
+        struct = STRUCTS[entry]
+        args = struct(**{k: v.data_ptr() if isinstance(v, torch.Tensor) else v for k, v in fields.items()})
+        args.call.struct_bytes = ctypes.sizeof(struct)
+        args.call.threads = min(torch.get_num_threads(), MAX_THREADS)
+        workspace = None
+        if entry in ENTRIES_WITH_WORKSPACE:
+            needed = _I64()
+            self._check(entry, getattr(self.library, f"{entry}_workspace")(ctypes.byref(args), ctypes.byref(needed)))
+            if needed.value:
+                workspace = torch.empty(needed.value, dtype=torch.uint8, device=device)
+                args.call.workspace = workspace.data_ptr()
+                args.call.workspace_bytes = needed.value
+        if self.device_type == "cuda":
+            with torch.cuda.device(device):
+                args.call.stream = torch.cuda.current_stream(device).cuda_stream
+                status = getattr(self.library, entry)(ctypes.byref(args))
+        else:
+            status = getattr(self.library, entry)(ctypes.byref(args))
+        self._check(entry, status)
+
+    def _check(self, entry: str, status: int) -> None:
+        if status != _OK:
+            raise NativeError(f"{entry} in the {self.device_type} library refused: {self.status_text(status)}")
+
+    def quantize_4bit(self, x: torch.Tensor, quant_type: str, blocksize: int) -> tuple[torch.Tensor, torch.Tensor]:
+        x = _ready(x)
+        count = x.numel()
+        packed = torch.empty(formats.packed_bytes(count), dtype=torch.uint8, device=x.device)
+        absmax = torch.empty(formats.block_count(count, blocksize), dtype=torch.float32, device=x.device)
+        self.call(
+            "hb_quantize4",
+            x.device,
+            x=x,
+            x_dtype=DTYPE_CODES[x.dtype],
+            n=count,
+            format=FORMAT_CODES[quant_type],
+            blocksize=blocksize,
+            packed=packed,
+            absmax=absmax,
+        )
+        return packed, absmax
+
+    def dequantize_4bit(
+        self,
+        packed: torch.Tensor,
+        absmax: torch.Tensor,
+        quant_type: str,
+        blocksize: int,
+        shape: Sequence[int],
+        dtype: torch.dtype,
+    ) -> torch.Tensor:
+        packed, absmax = _ready(packed), _ready(absmax)
+        out = torch.empty(list(shape), dtype=dtype, device=packed.device)
+        self.call(
+            "hb_dequantize4",
+            packed.device,
+            packed=packed,
+            absmax=absmax,
+            n=out.numel(),
+            format=FORMAT_CODES[quant_type],
+            blocksize=blocksize,
+            out=out,
+            out_dtype=DTYPE_CODES[dtype],
+        )
+        return out
+
+    def quantize_absmax(
+        self, absmax: torch.Tensor, nested_blocksize: int
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        absmax = _ready(absmax)
+        blocks = absmax.numel()
+        offset = reference.mean_absmax(absmax)
+        codes = torch.empty(blocks, dtype=torch.uint8, device=absmax.device)
+        nested_blocks = formats.block_count(blocks, nested_blocksize)
+        nested_absmax = torch.empty(nested_blocks, dtype=torch.float32, device=absmax.device)
+        self.call(
+            "hb_quantize_absmax",
+            absmax.device,
+            absmax=absmax,
+            blocks=blocks,
+            offset=offset,
+            nested_blocksize=nested_blocksize,
+            codes=codes,
+            nested_absmax=nested_absmax,
+        )
+        return codes, nested_absmax, offset
+
+    def dequantize_absmax(
+        self, codes: torch.Tensor, nested_absmax: torch.Tensor, offset: torch.Tensor, nested_blocksize: int
+    ) -> torch.Tensor:
+        codes, nested_absmax, offset = _ready(codes), _ready(nested_absmax), _ready(offset)
+        absmax = torch.empty(codes.numel(), dtype=torch.float32, device=codes.device)
+        self.call(
+            "hb_dequantize_absmax",
+            codes.device,
+            codes=codes,
+            blocks=codes.numel(),
+            nested_absmax=nested_absmax,
+            offset=offset,
+            nested_blocksize=nested_blocksize,
+            absmax=absmax,
+        )
+        return absmax
+
+    def linear_4bit(
+        self,
+        x: torch.Tensor,
+        packed: torch.Tensor,
+        absmax: torch.Tensor,
+        quant_type: str,
+        blocksize: int,
+        shape: Sequence[int],
+        nested_absmax: torch.Tensor | None,
+        offset: torch.Tensor | None,
+        nested_blocksize: int,
+        bias: torch.Tensor | None,
+    ) -> torch.Tensor:
+        x, packed, absmax = _ready(x), _ready(packed), _ready(absmax)
+        nested_absmax, offset, bias = _ready_or_none(nested_absmax), _ready_or_none(offset), _ready_or_none(bias)
+        N, K = shape
+        out = torch.empty([*x.shape[:-1], N], dtype=x.dtype, device=x.device)
+        self.call(
+            "hb_linear4",
+            x.device,
+            x=x,
+            x_dtype=DTYPE_CODES[x.dtype],
+            M=_rows(x),
+            N=N,
+            K=K,
+            packed=packed,
+            format=FORMAT_CODES[quant_type],
+            blocksize=blocksize,
+            absmax=absmax,
+            nested_absmax=nested_absmax,
+            offset=offset,
+            nested_blocksize=nested_blocksize,
+            bias=bias,
+            bias_dtype=0 if bias is None else DTYPE_CODES[bias.dtype],
+            out=out,
+        )
+        return out
+
+    def quantize_8bit(self, w: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        w = _ready(w)
+        N, K = w.shape
+        CB = torch.empty((N, K), dtype=torch.int8, device=w.device)
+        SCB = torch.empty(N, dtype=torch.float32, device=w.device)
+        self.call("hb_quantize8", w.device, w=w, w_dtype=DTYPE_CODES[w.dtype], N=N, K=K, codes=CB, absmax=SCB)
+        return CB, SCB
+
+    def dequantize_8bit(self, CB: torch.Tensor, SCB: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        CB, SCB = _ready(CB), _ready(SCB)
+        N, K = CB.shape
+        out = torch.empty((N, K), dtype=dtype, device=CB.device)
+        self.call("hb_dequantize8", CB.device, codes=CB, absmax=SCB, N=N, K=K, out=out, out_dtype=DTYPE_CODES[dtype])
+        return out
+
+    def linear_8bit(
+        self,
+        x: torch.Tensor,
+        CB: torch.Tensor,
+        SCB: torch.Tensor,
+        threshold: float,
+        outliers: str,
+        bias: torch.Tensor | None,
+    ) -> torch.Tensor:
+        x, CB, SCB, bias = _ready(x), _ready(CB), _ready(SCB), _ready_or_none(bias)
+        N, K = CB.shape
+        out = torch.empty([*x.shape[:-1], N], dtype=x.dtype, device=x.device)
+        self.call(
+            "hb_linear8",
+            x.device,
+            x=x,
+            x_dtype=DTYPE_CODES[x.dtype],
+            M=_rows(x),
+            N=N,
+            K=K,
+            codes=CB,
+            absmax=SCB,
+            threshold=threshold,
+            outlier_rule=OUTLIER_CODES[outliers],
+            bias=bias,
+            bias_dtype=0 if bias is None else DTYPE_CODES[bias.dtype],
+            out=out,
+        )
+        return out
+
+
+def _rows(x: torch.Tensor) -> int:
+    """M: the product of all sizes but the last."""
+    rows = 1
+    for size in x.shape[:-1]:
+        rows *= size
+    return rows
+
+
+def _ready(tensor: torch.Tensor) -> torch.Tensor:
+    """Contiguous and aligned to its element, as the C interface asks (a tensor mapped from a file may be neither)."""
+    tensor = tensor.contiguous()
+    return tensor if tensor.data_ptr() % tensor.element_size() == 0 else tensor.clone()
+
+
+def _ready_or_none(tensor: torch.Tensor | None) -> torch.Tensor | None:
+    return None if tensor is None else _ready(tensor)
