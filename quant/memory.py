@@ -1,0 +1,188 @@
+"""The bytes of a model's weights by component: predicted from headers and config, or measured from tensors.
+
+The two are independent on purpose. `predict_weights` knows the model's shapes (built on the meta device), the file's
+headers and the formats' arithmetic, and sees no tensor; `measure_weights` walks the tensors of a loaded model and
+knows no arithmetic. Where they disagree, one of them is wrong. KV cache, activations and everything else a process
+needs are not here but in server/memory.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+import torch
+import transformers
+
+from quant import hf
+from quant.config import BitsAndBytesConfig
+from quant.errors import CheckpointError
+from quant.formats import DEFAULT_BLOCKSIZE, NESTED_BLOCKSIZE
+from quant.headers import TensorHeader, read_checkpoint_headers
+from quant.linear import Linear4bit, Linear8bit
+
+if TYPE_CHECKING:
+    from torch import nn
+
+PACKED_WEIGHTS: Final = "packed_weights"
+ABSMAX: Final = "absmax"
+NESTED_STATISTICS: Final = "nested_statistics"
+UNQUANTIZED: Final = "unquantized_"
+"""Prefix of one component per dtype: unquantized_bfloat16, unquantized_float32, ..."""
+
+_FLOAT32_BYTES: Final = 4
+
+
+def unquantized(dtype: torch.dtype) -> str:
+    """The component that holds what is not quantized, in this dtype."""
+    return UNQUANTIZED + str(dtype).removeprefix("torch.")
+
+
+def read_config(directory: Path) -> transformers.PretrainedConfig:
+    """The transformers config of a checkpoint directory; raises CheckpointError where there is none that is known."""
+    if not (directory / "config.json").is_file():
+        raise CheckpointError(f"{directory} is not a model: it has no config.json")
+    try:
+        config = transformers.AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+    except (ValueError, OSError, KeyError, TypeError) as error:
+        raise CheckpointError(
+            f"{directory / 'config.json'} is not a config that transformers knows: {error}"
+        ) from error
+    return config
+
+
+def meta_model(config: transformers.PretrainedConfig, dtype: torch.dtype) -> transformers.PreTrainedModel:
+    """The causal language model of a config on the meta device: every shape and dtype, no byte of weights."""
+    try:
+        with torch.device("meta"):
+            model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
+    except ValueError as error:
+        raise CheckpointError(f"architecture {config.model_type!r} is not a causal language model: {error}") from error
+    return model  # type: ignore[no-any-return]
+
+
+def predict_weights(
+    directory: Path,
+    config: BitsAndBytesConfig | None,
+    dtype: torch.dtype,
+    *,
+    model: transformers.PreTrainedModel | None = None,
+) -> Counter[str]:
+    """Bytes by component that the loaded model's parameters and buffers will take, from headers and config alone.
+
+    `config` is the effective quantization (the request's, or the checkpoint's own), None where nothing is quantized;
+    `dtype` is that of everything else. `model` spares building the meta model again. Tied tensors count once.
+    """
+    if model is None:
+        model = meta_model(read_config(directory), dtype)
+    return predict_meta(model, config, dtype, read_checkpoint_headers(directory))
+
+
+def predict_meta(
+    model: transformers.PreTrainedModel,
+    config: BitsAndBytesConfig | None,
+    dtype: torch.dtype,
+    headers: Mapping[str, TensorHeader] | None = None,
+) -> Counter[str]:
+    """The same for a model on the meta device; layers whose statistics are in `headers` are quantized in the file."""
+    headers = headers or {}
+    kinds = hf.modules_to_quantize(model, config) if config is not None else {}
+    plan = model._get_dtype_plan(dtype)
+    bytes_of: Counter[str] = Counter()
+    for name, tensor in _distinct_tensors(model):
+        module, _, leaf = name.rpartition(".")
+        if config is None or leaf != "weight" or module not in kinds:
+            kept = _kept_dtype(name, tensor, plan)
+            bytes_of[unquantized(kept)] += tensor.numel() * kept.itemsize
+        elif _is_prequantized(headers, module):
+            bytes_of.update(_bytes_in_file(headers, module))
+        elif kinds[module] == "4bit":
+            bytes_of.update(_bytes_of_4bit(tensor.numel(), config))
+        else:
+            bytes_of.update(_bytes_of_8bit(tensor.shape, config, transposed=_is_transposed(model, module)))
+    return bytes_of
+
+
+def measure_weights(model: nn.Module) -> Counter[str]:
+    """Bytes by component of a loaded model's parameters and buffers, from the tensors themselves; shared ones once."""
+    bytes_of: Counter[str] = Counter()
+    component_of: dict[int, str] = {}
+    for module in model.modules():
+        for leaf, tensor in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)):
+            component_of.setdefault(id(tensor), _component(module, leaf, tensor))
+    for _, tensor in _distinct_tensors(model):
+        if tensor.device.type != "meta":
+            bytes_of[component_of[id(tensor)]] += tensor.nbytes
+    return bytes_of
+
+
+def _component(module: nn.Module, leaf: str, tensor: torch.Tensor) -> str:
+    if isinstance(module, Linear4bit | Linear8bit):
+        holds_fp16 = isinstance(module, Linear8bit) and tensor.dtype == torch.float16  # llm_int8_has_fp16_weight
+        if leaf == "weight" and not holds_fp16:
+            return PACKED_WEIGHTS
+        if leaf in ("absmax", "SCB"):
+            return ABSMAX
+        if leaf.startswith("nested_"):
+            return NESTED_STATISTICS
+    return unquantized(tensor.dtype)
+
+
+def _distinct_tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """Parameters and buffers, each object once: a tied weight has several names and one body."""
+    yield from model.named_parameters(remove_duplicate=True)
+    yield from model.named_buffers(remove_duplicate=True)
+
+
+def _kept_dtype(name: str, tensor: torch.Tensor, plan: Mapping[str, torch.dtype]) -> torch.dtype:
+    """The dtype an unquantized tensor is loaded in: transformers keeps some modules in float32 by name."""
+    if not tensor.is_floating_point():
+        return tensor.dtype
+    return next((dtype for key, dtype in plan.items() if key in name.split(".")), tensor.dtype)
+
+
+def _bytes_of_4bit(elements: int, config: BitsAndBytesConfig) -> dict[str, int]:
+    """Two codes a byte and one absmax a block; doubly quantized: a byte a block, a float32 a group, and one offset."""
+    item = _storage_itemsize(config.bnb_4bit_quant_storage)
+    packed = -(-elements // (2 * item)) * item
+    blocks = -(-elements // DEFAULT_BLOCKSIZE)
+    if not config.bnb_4bit_use_double_quant:
+        return {PACKED_WEIGHTS: packed, ABSMAX: blocks * _FLOAT32_BYTES}
+    groups = -(-blocks // NESTED_BLOCKSIZE)
+    return {PACKED_WEIGHTS: packed, ABSMAX: blocks, NESTED_STATISTICS: (groups + 1) * _FLOAT32_BYTES}
+
+
+def _bytes_of_8bit(shape: torch.Size, config: BitsAndBytesConfig, *, transposed: bool) -> dict[str, int]:
+    """One byte a weight and one float32 an output row; with fp16 main weights nothing is packed."""
+    if config.llm_int8_has_fp16_weight:
+        return {unquantized(torch.float16): shape.numel() * torch.float16.itemsize}
+    rows = shape[1] if transposed else shape[0]
+    return {PACKED_WEIGHTS: shape.numel(), ABSMAX: rows * _FLOAT32_BYTES}
+
+
+def _storage_itemsize(storage: Any) -> int:
+    dtype = storage if isinstance(storage, torch.dtype) else getattr(torch, str(storage).removeprefix("torch."))
+    return int(dtype.itemsize)
+
+
+def _is_prequantized(headers: Mapping[str, TensorHeader], module: str) -> bool:
+    return f"{module}.weight.absmax" in headers or f"{module}.SCB" in headers
+
+
+def _bytes_in_file(headers: Mapping[str, TensorHeader], module: str) -> dict[str, int]:
+    """What a quantized layer's own tensors take in its file, which is what they take in memory; tables are shared."""
+    weight = headers[f"{module}.weight"].nbytes
+    if f"{module}.SCB" in headers:
+        return {PACKED_WEIGHTS: weight, ABSMAX: headers[f"{module}.SCB"].nbytes}
+    sizes = {PACKED_WEIGHTS: weight, ABSMAX: headers[f"{module}.weight.absmax"].nbytes}
+    nested = headers.get(f"{module}.weight.nested_absmax")
+    if nested is not None:
+        sizes[NESTED_STATISTICS] = nested.nbytes + _FLOAT32_BYTES  # the offset, which the file keeps in its JSON
+    return sizes
+
+
+def _is_transposed(model: nn.Module, module: str) -> bool:
+    """GPT-2's Conv1D keeps [in, out] where a linear layer keeps [out, in]."""
+    return isinstance(model.get_submodule(module), transformers.pytorch_utils.Conv1D)
