@@ -5,7 +5,8 @@
 Writes a random bfloat16 checkpoint (2.2 GB, kept under --directory), loads it in a process of its own through
 transformers and `quant`, and samples that process's /proc/PID/status every 10 ms. Anonymous memory is what the process
 alone pays for; mapped file pages are the checkpoint's own, which the kernel may drop at any time: the two are reported
-apart. Results: benchmarks/results/load_memory_<quantization>.json and .png.
+apart. What is not quantized (embedding, output head) stays a view of the mapped file in transformers' loader, so the
+peak can lie below runtime plus model. Results: benchmarks/results/load_memory_<quantization>.json and .png.
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ MB: Final = 1e6
 CHILD: Final = """
 import sys, time, torch, transformers
 import quant
+transformers.logging.disable_progress_bar()
 from quant.config import from_spec
 from quant.memory import measure_weights
 print("imported", flush=True)
@@ -87,7 +89,8 @@ def make_checkpoint(directory: Path) -> Path:
             tie_word_embeddings=False,
             dtype=torch.bfloat16,
         )
-        transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(target)
+        model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)  # type: ignore[no-untyped-call]
+        model.save_pretrained(target)
     return target
 
 

@@ -45,7 +45,9 @@ def read_config(directory: Path) -> transformers.PretrainedConfig:
     if not (directory / "config.json").is_file():
         raise CheckpointError(f"{directory} is not a model: it has no config.json")
     try:
-        config = transformers.AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+        config: transformers.PretrainedConfig = transformers.AutoConfig.from_pretrained(
+            directory, local_files_only=True, trust_remote_code=False
+        )
     except (ValueError, OSError, KeyError, TypeError) as error:
         raise CheckpointError(
             f"{directory / 'config.json'} is not a config that transformers knows: {error}"
@@ -57,10 +59,12 @@ def meta_model(config: transformers.PretrainedConfig, dtype: torch.dtype) -> tra
     """The causal language model of a config on the meta device: every shape and dtype, no byte of weights."""
     try:
         with torch.device("meta"):
-            model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
+            model: transformers.PreTrainedModel = transformers.AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
+                config, dtype=dtype, trust_remote_code=False
+            )
     except ValueError as error:
         raise CheckpointError(f"architecture {config.model_type!r} is not a causal language model: {error}") from error
-    return model  # type: ignore[no-any-return]
+    return model
 
 
 def predict_weights(

@@ -93,7 +93,8 @@ def effective_quantization(
             "leave quantization out to serve what the files hold"
         )
     fields = own if isinstance(own, dict) else own.to_dict()
-    return BitsAndBytesConfig.from_dict(fields)
+    config_in_files: BitsAndBytesConfig = BitsAndBytesConfig.from_dict(fields)
+    return config_in_files
 
 
 def resolve_device(spec: ModelSpec) -> str:
@@ -209,7 +210,7 @@ def describe(config: BitsAndBytesConfig | None) -> str:
         return "none"
     if config.load_in_8bit:
         return "int8"
-    return config.bnb_4bit_quant_type + ("-dq" if config.bnb_4bit_use_double_quant else "")
+    return f"{config.bnb_4bit_quant_type}{'-dq' if config.bnb_4bit_use_double_quant else ''}"
 
 
 def _refusal(spec: ModelSpec, facts: _Facts, plan: Plan) -> str:
