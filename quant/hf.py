@@ -7,7 +7,7 @@ the swap uses it, and so does the prediction of memory. Not here: the layers (li
 Loading runs in transformers. It swaps nothing itself: preprocess_model (here) puts Linear4bit or Linear8bit on the meta
 device, then each tensor of the file goes through one of two operations: Quantize (an unquantized file) or Deserialize
 (a quantized one). transformers turns whatever an operation raises into a report of its own; so that the reader gets
-our sentence, operations keep the first error, do nothing from then on, and postprocess_model raises it.
+our sentence, operations keep the first error, pack nothing from then on, and postprocess_model raises it.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import functools
 import logging
 import re
 from collections.abc import Callable, Mapping
-from typing import Any, Final, Literal, cast
+from typing import Any, Final, Literal, Self, cast
 
 import torch
 from torch import nn
@@ -100,14 +100,13 @@ class HalfbyteQuantizer(HfQuantizer):
             quantization_config = BitsAndBytesConfig.from_dict(quantization_config.to_dict())
         if not (quantization_config.load_in_4bit or quantization_config.load_in_8bit):
             raise QuantConfigError("neither load_in_4bit nor load_in_8bit is set; set one of them to True")
-        super().__init__(quantization_config, **kwargs)  # type: ignore[no-untyped-call]
+        super().__init__(quantization_config, **kwargs)
+        # Which names of a file make up one `weight`.
+        self.serialized_names = {"weight": list(NAMES_8BIT if quantization_config.load_in_8bit else NAMES_4BIT)}
         self.failure: QuantError | None = None
+        self.is_spread = False
+        """The model lies on several devices, so that transformers dispatches it before it lets us report."""
         self._float32_patterns: list[str] = []
-
-    @property
-    def serialized_names(self) -> dict[str, list[str]]:
-        """Which names of a file make up one `weight`."""
-        return {"weight": list(NAMES_8BIT if self.quantization_config.load_in_8bit else NAMES_4BIT)}
 
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
         """Called with the device map as given and once more as worked out from "auto"."""
@@ -131,9 +130,14 @@ class HalfbyteQuantizer(HfQuantizer):
 
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
         config = self.quantization_config
-        names = modules_to_quantize(model, config, kwargs.get("device_map"))
+        device_map = kwargs.get("device_map")
+        self.is_spread = isinstance(device_map, Mapping) and len(set(device_map.values())) > 1
+        names = modules_to_quantize(model, config, device_map)
         for name, kind in names.items():
-            model.set_submodule(name, LAYERS[kind].from_float(model.get_submodule(name), config))
+            layer = LAYERS[kind].from_float(model.get_submodule(name), config)
+            # Until its weight arrives: transformers would draw random numbers into bytes that are missing.
+            layer._is_hf_initialized = True  # type: ignore[assignment]
+            model.set_submodule(name, layer)
         plan = model._get_dtype_plan(kwargs.get("dtype"))
         self._float32_patterns = [pattern for pattern, dtype in plan.items() if dtype == torch.float32]
         if not names:
@@ -155,6 +159,9 @@ class HalfbyteQuantizer(HfQuantizer):
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         if self.failure is not None:
             raise self.failure
+        for name, module in model.named_modules():
+            if isinstance(module, PackedLinear) and any(buffer.is_meta for buffer in module.buffers(recurse=False)):
+                raise CheckpointError(f"tensor {name}.weight is missing")
         # Saving replays the load operations backwards; ours needs none of that, as layers write their own names.
         model._weight_conversions = [
             conversion
@@ -195,16 +202,22 @@ class _Operation(ConversionOps):
         # transformers asks for this very attribute; without it float32 statistics would be cast to the model's dtype.
         self.hf_quantizer = hf_quantizer
 
-    def _guarded(self, name: str, model: nn.Module, work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        if self.hf_quantizer.failure is None:
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        # transformers copies an operation for each weight; they all must report to the one quantizer.
+        return type(self)(self.hf_quantizer)
+
+    def _guarded(
+        self, name: str, module: nn.Module, missing_keys: set[str] | None, work: Callable[[], dict[str, Any]]
+    ) -> dict[str, Any]:
+        quantizer = self.hf_quantizer
+        if quantizer.failure is None or not isinstance(module, PackedLinear):
             try:
                 return work()
             except QuantError as error:
                 text = str(error)
-                kind = error if name in text else type(error)(f"{name}: {text}")
-                self.hf_quantizer.failure = kind
-        module, _ = get_module_from_name(model, name)
-        module._is_hf_initialized = True  # loading is over; nothing is to be initialised in its place
+                quantizer.failure = error if name in text else type(error)(f"{name}: {text}")
+        if missing_keys is not None and not quantizer.is_spread:
+            missing_keys.discard(name)  # the error says it; a table of all that is missing since would hide it
         return {}
 
 
@@ -216,11 +229,12 @@ class _Quantize(_Operation):
         results: dict[str, Any] = {}
         for name, values in input_dict.items():
             value = values[0] if isinstance(values, list) else values
-            results |= self._guarded(name, model, functools.partial(self._pack, name, value, model))
+            module, _ = get_module_from_name(model, name)
+            work = functools.partial(self._pack, name, value, module)
+            results |= self._guarded(name, module, kwargs.get("missing_keys"), work)
         return results
 
-    def _pack(self, name: str, value: torch.Tensor, model: nn.Module) -> dict[str, Any]:
-        module, _ = get_module_from_name(model, name)
+    def _pack(self, name: str, value: torch.Tensor, module: nn.Module) -> dict[str, Any]:
         if not isinstance(module, PackedLinear):
             return {name: value}
         weight = value.t() if module.is_transposed_source else value
@@ -228,6 +242,7 @@ class _Quantize(_Operation):
         if tuple(weight.shape) != wanted:
             raise CheckpointError(f"tensor {name} has shape {list(weight.shape)}; {list(wanted)} is needed")
         module.quantize(weight)
+        module._is_hf_initialized = False  # type: ignore[assignment]
         return {name: module.weight}
 
 
@@ -238,19 +253,23 @@ class _Deserialize(_Operation):
         model: nn.Module = kwargs["model"]
         name: str = kwargs["full_layer_name"]
         tensors = {key: values[0] if isinstance(values, list) else values for key, values in input_dict.items()}
-        return self._guarded(name, model, functools.partial(self._adopt, name, tensors, model))
-
-    def _adopt(self, name: str, tensors: dict[str, torch.Tensor], model: Any) -> dict[str, Any]:
         module, _ = get_module_from_name(model, name)
+        work = functools.partial(self._adopt, name, tensors, module, model)
+        return self._guarded(name, module, kwargs.get("missing_keys"), work)
+
+    def _adopt(
+        self, name: str, tensors: dict[str, torch.Tensor], module: nn.Module, model: nn.Module
+    ) -> dict[str, Any]:
         if not isinstance(module, PackedLinear):
-            return {name: self._unquantized(name, tensors, model)}
+            return {name: self._unquantized(name, tensors, module, model)}
         if isinstance(module, Linear8bit) and module.has_fp16_weight and "SCB" not in tensors:
             module.quantize(tensors["weight"])
         else:
             module.adopt(PackedWeight.from_checkpoint(tensors, name=name.removesuffix(".weight")))
+        module._is_hf_initialized = False  # type: ignore[assignment]
         return {name: module.weight}
 
-    def _unquantized(self, name: str, tensors: dict[str, torch.Tensor], model: Any) -> torch.Tensor:
+    def _unquantized(self, name: str, tensors: dict[str, torch.Tensor], module: nn.Module, model: Any) -> torch.Tensor:
         meta = model.get_parameter_or_buffer(name)
         dtype = self.hf_quantizer.unquantized_dtype(name, meta)
         if len(tensors) == 1:
@@ -263,7 +282,6 @@ class _Deserialize(_Operation):
             )
         # A packed file, and a module that is to stay unquantized because it is offloaded.
         weight = PackedWeight.from_checkpoint(tensors, name=name.removesuffix(".weight")).dequantize(dtype)
-        module, _ = get_module_from_name(model, name)
         return weight.t().contiguous() if isinstance(module, Conv1D) else weight
 
 
