@@ -19,15 +19,13 @@ from typing import Annotated, Any, Final, Literal, TypeVar
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SecretStr, ValidationError, field_validator
 
 from server.cpus import available_cpus
+from server.demo import DEMO_MODEL_NAME, DEMO_MODEL_PATH, DEMO_QUANTIZATION
 from server.errors import ConfigError
 from server.records import ModelSpec
 from server.sentences import describe, listed, location, shown
 from server.yaml_file import read_yaml
 
 ENVIRONMENT_PREFIX: Final = "HALFBYTE_"
-DEMO_NAME: Final = "halfbyte-demo"
-DEMO_PATH: Final = Path(__file__).parent / "demo" / "model"
-DEMO_QUANTIZATION: Final = "nf4"
 NOT_SUPPORTED_YET: Final = frozenset({"adapters"})
 """Keys of a model that the design names and this version does not honour: refused by name, never skipped."""
 
@@ -301,8 +299,9 @@ def _models(entries: list[dict[str, _Value]], single: dict[str, _Value], source:
     if not entries:
         entries = [{}]
         if "path" not in overrides:
-            entries = [{"path": _Value(DEMO_PATH, "the demo model"), "name": _Value(DEMO_NAME, "the demo model")}]
-            overrides.setdefault("quantization", _Value(DEMO_QUANTIZATION, "the demo model"))
+            origin = "the demo model"
+            entries = [{"path": _Value(DEMO_MODEL_PATH, origin), "name": _Value(DEMO_MODEL_NAME, origin)}]
+            overrides.setdefault("quantization", _Value(DEMO_QUANTIZATION, origin))
     if overrides:
         entries = [entries[0] | overrides]
     models = tuple(_model(entry) for entry in entries)

@@ -2,7 +2,7 @@
 
 Reads tokenizer.json and tokenizer_config.json. It gives the same ids as transformers' AutoTokenizer for the same files;
 a test compares them. Which special tokens surround a text is decided by tokenizer.json's post-processor alone: where
-that file exists, transformers doesn't look at add_bos_token either. Incremental decoding is decode.py's, the chat template chat_template.py's.
+that file exists, transformers doesn't look at add_bos_token either. Decoding piece by piece is decode.py's.
 """
 
 from __future__ import annotations

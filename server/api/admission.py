@@ -1,0 +1,51 @@
+"""How many requests of one model may be open, and when a refused client should come back. No engine, no HTTP."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Final
+
+from server.errors import OverloadedError
+
+LONGEST_RETRY_SECONDS: Final = 600
+_REMEMBERED: Final = 32
+
+
+class Admission:
+    """Counts one model's open requests against a fixed capacity: those that run and those that may wait."""
+
+    def __init__(self, model: str, capacity: int, clock: Callable[[], float] = time.monotonic) -> None:
+        self._model = model
+        self._capacity = capacity
+        self._clock = clock
+        self._ends: deque[float] = deque(maxlen=_REMEMBERED)
+        self.open = 0
+
+    @contextmanager
+    def enter(self, count: int = 1) -> Iterator[None]:
+        """Holds `count` places while the block runs; raises OverloadedError when they are not free."""
+        if self.open + count > self._capacity:
+            seconds = self.retry_after(count)
+            raise OverloadedError(
+                f"model {self._model!r} has {self.open} requests open and accepts at most {self._capacity}; "
+                f"try again in {seconds} s",
+                retry_after=seconds,
+            )
+        self.open += count
+        try:
+            yield
+        finally:
+            self.open -= count
+            self._ends.extend([self._clock()] * count)
+
+    def retry_after(self, count: int) -> int:
+        """Whole seconds until `count` places should be free, at the pace at which requests ended lately."""
+        needed = self.open + count - self._capacity
+        if len(self._ends) < 2:
+            return 1
+        span = self._clock() - self._ends[0]
+        return max(1, min(LONGEST_RETRY_SECONDS, math.ceil(needed * span / len(self._ends))))

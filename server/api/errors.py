@@ -1,0 +1,116 @@
+"""Every refusal as OpenAI's error body: {"error": {"message", "type", "param", "code"}}, one sentence each.
+
+The statuses are in server/errors.py; this file only writes them on the wire. What nobody expected becomes a 500 without
+details, and its traceback goes to the log.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from typing import Any, Final
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from pydantic import BaseModel
+from starlette.exceptions import HTTPException
+from starlette.responses import JSONResponse
+
+from server.errors import OverloadedError, RequestError
+from server.sentences import describe, location
+
+log = logging.getLogger(__name__)
+INTERNAL: Final = {
+    "error": {
+        "message": "the server failed on this request; its log has the details",
+        "type": "internal_error",
+        "param": None,
+        "code": "internal_error",
+    }
+}
+
+
+def error_body(error: RequestError) -> dict[str, Any]:
+    """The JSON object that clients of OpenAI's API expect for an error."""
+    return {"error": {"message": error.message, "type": error.kind, "param": error.param, "code": error.code}}
+
+
+def error_response(error: RequestError) -> JSONResponse:
+    headers = {"Retry-After": str(error.retry_after)} if isinstance(error, OverloadedError) else {}
+    if error.status == 401:
+        headers["WWW-Authenticate"] = "Bearer"
+    return JSONResponse(error_body(error), status_code=error.status, headers=headers)
+
+
+def install_handlers(app: FastAPI) -> None:
+    """Makes every error of the app an OpenAI error body."""
+    app.add_exception_handler(RequestError, _refused)
+    app.add_exception_handler(RequestValidationError, _invalid)
+    app.add_exception_handler(HTTPException, _http)
+    app.add_exception_handler(Exception, _unexpected)
+
+
+async def _refused(_: Request, error: Exception) -> JSONResponse:
+    return error_response(error) if isinstance(error, RequestError) else JSONResponse(INTERNAL, status_code=500)
+
+
+async def _invalid(request: Request, error: Exception) -> JSONResponse:
+    details = error.errors() if isinstance(error, RequestValidationError) else ()
+    return error_response(invalid_request(details, _body_model(request)))
+
+
+async def _http(request: Request, error: Exception) -> JSONResponse:
+    status = error.status_code if isinstance(error, HTTPException) else 500
+    sentences = {
+        404: f"there is no {request.url.path!r} here; /openapi.json lists what there is",
+        405: f"{request.method} is not accepted on {request.url.path!r}",
+    }
+    refusal = RequestError(sentences.get(status, "the request body is not JSON that can be read"))
+    body = error_body(refusal)
+    headers = error.headers if isinstance(error, HTTPException) else None
+    return JSONResponse(body, status_code=status, headers=dict(headers) if headers else None)
+
+
+async def _unexpected(request: Request, error: Exception) -> JSONResponse:
+    log.error("%s %s failed", request.method, request.url.path, exc_info=error)
+    return JSONResponse(INTERNAL, status_code=500)
+
+
+def invalid_request(details: Sequence[Any], model: type[BaseModel] | None) -> RequestError:
+    """The first of pydantic's complaints as a sentence that names the field."""
+    if not details:
+        return RequestError("the request is not accepted")
+    detail = details[0]
+    path = [part for part in detail["loc"] if part not in ("body", "query", "path")]
+    if detail["type"] == "json_invalid":
+        problem = detail.get("ctx", {}).get("error", "malformed")
+        position = path[0] if path else 0
+        return RequestError(f"the request body is not valid JSON at character {position}: {problem}")
+    if not path:
+        return RequestError("the request body must be a JSON object, sent with Content-Type: application/json")
+    param = location(path)
+    return RequestError(describe(detail, param, _accepted(model, path)), param=param)
+
+
+def _accepted(model: type[BaseModel] | None, path: Sequence[int | str]) -> Sequence[str]:
+    """The fields beside the one at `path`, found by walking down the model of the body."""
+    current: Any = model
+    for part in path[:-1]:
+        if isinstance(part, int) or current is None:
+            continue
+        field = current.model_fields.get(part)
+        current = _nested_model(field.annotation) if field is not None else None
+    return list(current.model_fields) if current is not None else []
+
+
+def _nested_model(annotation: Any) -> type[BaseModel] | None:
+    """The model inside `Model`, `list[Model]` or `Model | None`."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    found = (_nested_model(argument) for argument in getattr(annotation, "__args__", ()))
+    return next((model for model in found if model is not None), None)
+
+
+def _body_model(request: Request) -> type[BaseModel] | None:
+    body = getattr(request.scope.get("route"), "body_field", None)
+    return _nested_model(getattr(getattr(body, "field_info", None), "annotation", None))

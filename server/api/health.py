@@ -1,0 +1,47 @@
+"""The probes: /livez, /startupz, /readyz, and /health for those who know only one.
+
+/livez     200 while the server can do its work or may come to; 503 when every engine is dead: restart it
+/startupz  503 with phase and bytes until every model was ready once, then 200
+/readyz    200 while requests are taken: started, not draining, at least one engine ready
+/health    the same as /readyz
+"""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from fastapi import APIRouter, Depends
+from starlette.responses import JSONResponse
+
+from server.api.service import Service, get_service
+
+router = APIRouter()
+
+
+def _answer(service: Service, status: str, *, ok: bool) -> JSONResponse:
+    return JSONResponse({"status": status, "models": service.states()}, status_code=200 if ok else 503)
+
+
+@router.get("/livez")
+async def livez(service: Annotated[Service, Depends(get_service)]) -> JSONResponse:
+    """Whether a restart would not help."""
+    dead = all(model.state == "dead" for model in service.models.values())
+    return _answer(service, "dead" if dead else "alive", ok=not dead)
+
+
+@router.get("/startupz")
+async def startupz(service: Annotated[Service, Depends(get_service)]) -> JSONResponse:
+    """Whether every model has been loaded, and how far loading is."""
+    return _answer(service, "started" if service.started else "starting", ok=service.started)
+
+
+@router.get("/readyz")
+@router.get("/health")
+async def readyz(service: Annotated[Service, Depends(get_service)]) -> JSONResponse:
+    """Whether every model answers now. One that is dead leaves the others answering, but sends no new traffic here."""
+    if service.draining:
+        return _answer(service, "draining", ok=False)
+    if not service.started:
+        return _answer(service, "starting", ok=False)
+    ready = all(model.state == "ready" for model in service.models.values())
+    return _answer(service, "ready" if ready else "degraded", ok=ready)

@@ -1,0 +1,190 @@
+"""What every request passes before routing: counting, host check, key check, body limit. Plain ASGI, outermost first.
+
+HttpMetrics -> HostCheck -> KeyCheck -> BodyLimit -> the app
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import hmac
+import time
+from collections.abc import Iterable
+from typing import Final
+from urllib.parse import urlsplit
+
+from starlette.datastructures import Headers
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from server.api.errors import error_response
+from server.errors import (
+    AuthenticationError,
+    BodyTimeoutError,
+    BodyTooLargeError,
+    ForbiddenHostError,
+    RequestError,
+)
+from server.metrics import Metrics
+from server.sentences import listed, shown
+
+OPEN_PATHS: Final = frozenset({"/livez", "/startupz", "/readyz", "/health"})
+"""Answered without a key: probes come from kubelets and container runtimes, and tell nothing secret."""
+BODY_SECONDS: Final = 30.0
+"""How long a request body may take to arrive."""
+LOOPBACK_NAMES: Final = frozenset({"localhost", "127.0.0.1", "::1"})
+_METHODS: Final = frozenset({"GET", "HEAD", "POST", "PUT", "DELETE", "PATCH", "OPTIONS"})
+
+
+class HttpMetrics:
+    """Counts requests by route, not by path, so that a scanner can't create series."""
+
+    def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
+        self._app = app
+        self._requests = metrics.counters["http_requests"]
+        self._seconds = metrics.histograms["http_request_duration_seconds"]
+        self._in_flight = metrics.gauges["http_requests_in_flight"]
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            return await self._app(scope, receive, send)
+        status = 499  # what a client that went away before the answer is counted as
+
+        async def watch(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+            await send(message)
+
+        started = time.monotonic()
+        self._in_flight.inc()
+        try:
+            await self._app(scope, receive, watch)
+        finally:
+            self._in_flight.dec()
+            method = scope["method"] if scope["method"] in _METHODS else "other"
+            route = getattr(scope.get("route"), "path", "unmatched")
+            self._requests.labels(method, route, str(status)).inc()
+            self._seconds.labels(method, route).observe(time.monotonic() - started)
+        return None
+
+
+class HostCheck:
+    """Refuses hosts and origins this server is not meant for.
+
+    Bound to loopback, a web page could reach the server by a name of its own that resolves to 127.0.0.1 (DNS
+    rebinding); the Host header gives it away. Bound to other addresses, any Host is accepted unless `allowed` names
+    some. An Origin must always be the server itself or an allowed name: no page of another site is served.
+    """
+
+    def __init__(self, app: ASGIApp, *, loopback: bool, host: str, allowed: Iterable[str]) -> None:
+        self._app = app
+        self._allowed = frozenset(name.lower() for name in allowed)
+        own = LOOPBACK_NAMES | {host.lower()} if loopback else frozenset({host.lower()}) | LOOPBACK_NAMES
+        self._hosts = own | self._allowed if loopback or self._allowed else None
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http":
+            headers = Headers(scope=scope)
+            try:
+                self._check(headers.get("host", ""), headers.get("origin"))
+            except RequestError as error:
+                return await error_response(error)(scope, receive, send)
+        return await self._app(scope, receive, send)
+
+    def _check(self, host: str, origin: str | None) -> None:
+        name = host_name(host)
+        if self._hosts is not None and name not in self._hosts:
+            raise ForbiddenHostError(
+                f"the Host header is {shown(host)}; accepted are {listed(sorted(self._hosts))}, "
+                "and what the setting allowed_hosts adds"
+            )
+        if origin is not None:
+            page = urlsplit(origin).netloc.lower()
+            if page != host.lower() and host_name(page) not in self._allowed:
+                raise ForbiddenHostError(
+                    f"the Origin header is {shown(origin)}; accepted are pages of this server, "
+                    "and what the setting allowed_hosts adds"
+                )
+
+
+def host_name(host: str) -> str:
+    """The name in a Host header, without port and brackets, in lower case."""
+    host = host.strip().lower()
+    if host.startswith("["):
+        return host[1:].partition("]")[0]
+    return host.rpartition(":")[0] if host.count(":") == 1 else host
+
+
+class KeyCheck:
+    """Asks for `Authorization: Bearer KEY` on every path but the probes; compares digests in constant time."""
+
+    def __init__(self, app: ASGIApp, keys: Iterable[str]) -> None:
+        self._app = app
+        self._digests = [hashlib.sha256(key.encode()).digest() for key in keys]
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and self._digests and scope["path"] not in OPEN_PATHS:
+            problem = self._problem(Headers(scope=scope).get("authorization", ""))
+            if problem is not None:
+                return await error_response(AuthenticationError(problem))(scope, receive, send)
+        return await self._app(scope, receive, send)
+
+    def _problem(self, header: str) -> str | None:
+        scheme, _, key = header.partition(" ")
+        if scheme.lower() != "bearer" or not key.strip():
+            return "this server asks for a key; accepted is the header 'Authorization: Bearer KEY'"
+        digest = hashlib.sha256(key.strip().encode("utf-8", "surrogateescape")).digest()
+        matches = [hmac.compare_digest(digest, known) for known in self._digests]
+        return None if any(matches) else "the key in the Authorization header is not one of this server's"
+
+
+class BodyLimit:
+    """Reads the whole body, up to a limit in bytes and in time, before anything parses it."""
+
+    def __init__(self, app: ASGIApp, limit: int, seconds: float = BODY_SECONDS) -> None:
+        self._app = app
+        self._limit = limit
+        self._seconds = seconds
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or scope["method"] in ("GET", "HEAD", "OPTIONS", "DELETE"):
+            return await self._app(scope, receive, send)
+        try:
+            announced = Headers(scope=scope).get("content-length", "")
+            if announced.isdigit() and int(announced) > self._limit:
+                raise self._too_large(f"{announced} bytes")
+            message = await asyncio.wait_for(self._read(receive), self._seconds)
+        except TimeoutError:
+            error = BodyTimeoutError(f"the request body did not arrive within {self._seconds:g} seconds")
+            return await self._refuse(error, scope, receive, send)
+        except BodyTooLargeError as refusal:
+            return await self._refuse(refusal, scope, receive, send)
+        if message is None:
+            return None
+        pending: list[Message] = [message]
+
+        async def replay() -> Message:
+            return pending.pop() if pending else await receive()
+
+        return await self._app(scope, replay, send)
+
+    async def _read(self, receive: Receive) -> Message | None:
+        """The body as one message; None when the client left."""
+        body = bytearray()
+        while True:
+            message = await receive()
+            if message["type"] == "http.disconnect":
+                return None
+            body += message.get("body", b"")
+            if len(body) > self._limit:
+                raise self._too_large(f"more than {self._limit} bytes")
+            if not message.get("more_body", False):
+                return {"type": "http.request", "body": bytes(body), "more_body": False}
+
+    def _too_large(self, size: str) -> BodyTooLargeError:
+        return BodyTooLargeError(f"the request body has {size}; accepted are at most {self._limit} bytes")
+
+    async def _refuse(self, error: RequestError, scope: Scope, receive: Receive, send: Send) -> None:
+        response = error_response(error)
+        response.headers["Connection"] = "close"  # the rest of the body is not read
+        await response(scope, receive, send)

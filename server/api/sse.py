@@ -1,0 +1,103 @@
+"""Server-sent events, and work that ends when the client leaves. Knows no models."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import logging
+from collections.abc import AsyncGenerator, Coroutine
+from typing import Any, Final, TypeVar
+
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from server.api.errors import INTERNAL, error_body
+from server.errors import RequestError
+
+log = logging.getLogger(__name__)
+DONE: Final = "[DONE]"
+_Result = TypeVar("_Result")
+
+
+class ClientGoneError(Exception):
+    """The client closed its connection; whatever was being done for it has been stopped."""
+
+
+async def unless_gone(request: Request, work: Coroutine[Any, Any, _Result]) -> _Result:
+    """The result of `work`, which is cancelled when the client disconnects first (ClientGoneError)."""
+    working = asyncio.create_task(work)
+    watching = asyncio.create_task(_disconnected(request.receive))
+    try:
+        await asyncio.wait({working, watching}, return_when=asyncio.FIRST_COMPLETED)
+        if working.done():
+            return working.result()
+        raise ClientGoneError
+    finally:
+        await _cancelled(working, watching)
+
+
+async def _disconnected(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+async def _cancelled(*tasks: asyncio.Task[Any]) -> None:
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
+
+
+class EventStream(Response):
+    """Sends JSON objects as events, then [DONE]. A failure in between is sent as an error event, and ends the stream.
+
+    The generators are always closed, whether it ended, failed, or the client left.
+    """
+
+    def __init__(self, events: AsyncGenerator[dict[str, Any], None], source: AsyncGenerator[Any, None]) -> None:
+        self._events = events
+        self._source = source
+        """What `events` reads from: closed too, because `events` can't do it when it was never started."""
+        self.status_code = 200
+        self.background = None
+        self.body = b""
+        self.init_headers({"Content-Type": "text/event-stream; charset=utf-8", "Cache-Control": "no-store"})
+        del self.headers["Content-Length"]
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+        writing = asyncio.create_task(self._write(send))
+        watching = asyncio.create_task(_disconnected(receive))
+        try:
+            await asyncio.wait({writing, watching}, return_when=asyncio.FIRST_COMPLETED)
+            if writing.done():
+                writing.result()
+        finally:
+            await _cancelled(writing, watching)
+            await self._events.aclose()
+            await self._source.aclose()
+
+    async def _write(self, send: Send) -> None:
+        async def data(text: str, *, more: bool = True) -> None:
+            body = f"data: {text}\n\n".encode()
+            await send({"type": "http.response.body", "body": body, "more_body": more})
+
+        try:
+            async for event in self._events:
+                await data(compact(event))
+        except RequestError as error:
+            await data(compact(error_body(error)), more=False)
+        except OSError:
+            return  # the connection broke while writing
+        except Exception:
+            log.exception("a stream failed")
+            with contextlib.suppress(OSError):
+                await data(compact(INTERNAL), more=False)
+        else:
+            await data(DONE, more=False)
+
+
+def compact(value: object) -> str:
+    """JSON on one line, non-ASCII characters as they are."""
+    return json.dumps(value, ensure_ascii=False, separators=(",", ":"))

@@ -1,0 +1,325 @@
+"""The HTTP process's end of one engine: starts its process, sends requests, hands each request its tokens.
+
+One asyncio task reads the socket and owns all changing state; everything else sends records. The socket's end-of-file
+is how a dead engine is noticed: every open request then ends with EngineUnavailableError, none is left waiting. How
+many requests may be open is decided before (api/admission.py). No torch here, and no text.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import signal
+import socket
+import sys
+import time
+from collections.abc import Callable, Sequence
+from types import TracebackType
+from typing import Final, Literal
+
+import msgspec
+
+from server.errors import EngineUnavailableError, LoadError, RequestError, ServerError, load_failure
+from server.metrics import ModelMetrics
+from server.records import (
+    LENGTH_PREFIX_BYTES,
+    Abort,
+    FinishReason,
+    FromEngine,
+    Generate,
+    Loaded,
+    LoadFailed,
+    LoadModel,
+    LoadProgress,
+    ModelSpec,
+    Record,
+    SamplingParams,
+    SequenceOutput,
+    Shutdown,
+    StepReport,
+    decode_from_engine,
+    encode_frame,
+    frame_length,
+)
+
+EngineState = Literal["loading", "ready", "dead"]
+log = logging.getLogger(__name__)
+
+SHUTDOWN_SECONDS: Final = 5.0
+"""How long an engine may take to end after a Shutdown record; a step is expected to be shorter."""
+_KILL_SECONDS: Final = 2.0
+
+
+def engine_command(descriptor: int) -> list[str]:
+    """The command of an engine process; `-P` keeps modules in the working directory from being found first."""
+    return [sys.executable, "-P", "-m", "server.engine.process", str(descriptor)]
+
+
+class OutputStream:
+    """The outputs of one open request: an async iterator, and a context manager that ends what is still running."""
+
+    def __init__(self, client: EngineClient, request_id: str, prompt_tokens: int, metrics: ModelMetrics) -> None:
+        self.request_id = request_id
+        self.tokens = 0
+        self._client = client
+        self._metrics = metrics
+        self._outputs: asyncio.Queue[SequenceOutput | ServerError] = asyncio.Queue()
+        self._started = time.monotonic()
+        self._last_token: float | None = None
+        self._reason: FinishReason | None = None
+        self._closed = False
+        metrics.admitted(prompt_tokens)
+
+    def __aiter__(self) -> OutputStream:
+        return self
+
+    async def __anext__(self) -> SequenceOutput:
+        """The next output. Raises EngineUnavailableError when the engine dies, RequestError when it refuses."""
+        if self._closed or self._reason is not None:
+            raise StopAsyncIteration
+        output = await self._outputs.get()
+        if isinstance(output, ServerError):
+            self._reason = "error"
+            raise output
+        self._reason = output.finish_reason
+        if output.finish_reason == "error":
+            raise RequestError(output.error or "the engine ended this request and gave no reason")
+        return output
+
+    def deliver(self, output: SequenceOutput | ServerError) -> None:
+        """Called by the client as outputs arrive; times are taken here, however late the consumer is."""
+        if isinstance(output, SequenceOutput) and output.token_ids:
+            now, count = time.monotonic(), len(output.token_ids)
+            if self._last_token is None:
+                self._metrics.first_token(now - self._started)
+            else:
+                self._metrics.next_token((now - self._last_token) / count)
+            self._last_token = now
+            self.tokens += count
+            self._metrics.generated(count)
+        self._outputs.put_nowait(output)
+
+    def close(self, reason: FinishReason = "abort") -> None:
+        """Ends the request, in the engine too if it is still running; `reason` is how the metrics count that."""
+        if self._closed:
+            return
+        self._closed = True
+        self._client.forget(self.request_id, abort=self._reason is None)
+        self._metrics.finished(self._reason or reason, self.tokens, time.monotonic() - self._started)
+
+    def __enter__(self) -> OutputStream:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+class EngineClient:
+    """One model's engine. `start`, then `wait_loaded`; `generate` while ready; `shutdown` in the end."""
+
+    def __init__(
+        self,
+        spec: ModelSpec,
+        metrics: ModelMetrics,
+        *,
+        command: Callable[[int], list[str]] = engine_command,
+    ) -> None:
+        self.spec = spec
+        self.state: EngineState = "loading"
+        self.progress = LoadProgress("start")
+        self.loaded: Loaded | None = None
+        self._metrics = metrics
+        self._command = command
+        self._requests: dict[str, OutputStream] = {}
+        self._load_result: asyncio.Future[Loaded] | None = None
+        self._process: asyncio.subprocess.Process | None = None
+        self._writer: asyncio.StreamWriter | None = None
+        self._reading: asyncio.Task[None] | None = None
+        self._stopping = False
+        self._death = ""
+
+    @property
+    def open_requests(self) -> int:
+        return len(self._requests)
+
+    @property
+    def process_id(self) -> int | None:
+        return self._process.pid if self._process else None
+
+    async def start(self) -> None:
+        """Starts the process and sends it LoadModel; returns at once, loading goes on by itself."""
+        ours, theirs = socket.socketpair()
+        try:
+            self._process = await asyncio.create_subprocess_exec(
+                *self._command(theirs.fileno()),
+                pass_fds=(theirs.fileno(),),
+                stdin=asyncio.subprocess.DEVNULL,
+                start_new_session=True,  # Ctrl-C is for the server, which then tells the engine
+            )
+        except OSError as error:
+            ours.close()
+            raise LoadError(f"the engine of model {self.spec.name!r} could not be started: {error}") from error
+        finally:
+            theirs.close()
+        reader, self._writer = await asyncio.open_connection(sock=ours)
+        self._load_result = asyncio.get_running_loop().create_future()
+        self._send(LoadModel(self.spec))
+        self._reading = asyncio.create_task(self._read(reader), name=f"engine {self.spec.name}")
+
+    async def wait_loaded(self) -> Loaded:
+        """The Loaded record; raises what a LoadFailed record stands for, or LoadError when the engine died."""
+        if self._load_result is None:
+            raise RuntimeError("wait_loaded was called before start")
+        return await asyncio.shield(self._load_result)
+
+    def require_ready(self) -> Loaded:
+        """What was loaded; raises EngineUnavailableError with the reason when no request can be served."""
+        if self.state == "ready" and not self._stopping and self.loaded is not None:
+            return self.loaded
+        raise self._unavailable()
+
+    def generate(self, request_id: str, prompt: Sequence[int], sampling: SamplingParams) -> OutputStream:
+        """Sends a request; the outputs come from the stream, which must be closed.
+
+        Raises EngineUnavailableError when the engine is not ready.
+        """
+        self.require_ready()
+        stream = OutputStream(self, request_id, len(prompt), self._metrics)
+        self._requests[request_id] = stream
+        self._send(Generate(request_id, tuple(prompt), sampling))
+        return stream
+
+    def forget(self, request_id: str, *, abort: bool) -> None:
+        """Called by a stream that is closed: it gets no more outputs."""
+        if self._requests.pop(request_id, None) is not None and abort:
+            self._send(Abort(request_id))
+
+    async def shutdown(self) -> None:
+        """Ends the process: a Shutdown record, then end-of-file, then SIGTERM, then SIGKILL. Safe to call twice."""
+        self._stopping = True
+        process = self._process
+        if process is None:
+            return
+        if self.state == "ready":
+            self._send(Shutdown())
+            await self._ended_within(SHUTDOWN_SECONDS)
+        if self._writer is not None:
+            self._writer.close()
+        for number in (None, signal.SIGTERM, signal.SIGKILL):
+            if number is not None:
+                self.kill(number)
+            if await self._ended_within(_KILL_SECONDS):
+                break
+        await process.wait()
+        if self._reading is not None:
+            await asyncio.gather(self._reading, return_exceptions=True)
+
+    def kill(self, number: int = signal.SIGKILL) -> None:
+        """Sends a signal to the engine's process group at once."""
+        if self._process is not None and self._process.returncode is None:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self._process.pid, number)
+
+    def end_requests(self, sentence: str) -> None:
+        """Ends every open request with an error; the engine forgets them at its next step."""
+        for request_id, stream in self._requests.items():
+            stream.deliver(EngineUnavailableError(sentence))
+            self._send(Abort(request_id))
+
+    async def _ended_within(self, seconds: float) -> bool:
+        if self._process is None:
+            return True
+        try:
+            await asyncio.wait_for(self._process.wait(), seconds)
+        except TimeoutError:
+            return False
+        return True
+
+    def _send(self, record: Record) -> None:
+        """Queues a frame. No waiting: what is open is bounded, and so is what can be queued for a slow engine."""
+        if self._writer is not None and not self._writer.is_closing():
+            self._writer.write(encode_frame(record))
+
+    async def _read(self, reader: asyncio.StreamReader) -> None:
+        """Takes in records until the end-of-file, or until a frame makes no sense; either way the engine is gone."""
+        problem = ""
+        try:
+            while True:
+                length = frame_length(await reader.readexactly(LENGTH_PREFIX_BYTES))
+                self._take(decode_from_engine(await reader.readexactly(length)))
+        except (asyncio.IncompleteReadError, ConnectionError):
+            pass
+        except (ValueError, msgspec.DecodeError) as error:
+            problem = f" after sending a record that can't be read ({error})"
+            log.error("engine of model %r: %s", self.spec.name, problem.strip())
+        finally:
+            await self._died(problem)
+
+    def _take(self, record: FromEngine) -> None:
+        match record:
+            case LoadProgress():
+                self.progress = record
+                self._metrics.loading(record)
+            case Loaded():
+                self.loaded = record
+                self.state = "ready"
+                self.progress = LoadProgress("ready", self.progress.bytes_total, self.progress.bytes_total)
+                self._metrics.loaded(record)
+                self._settle(record)
+            case LoadFailed(kind=kind, message=message):
+                self._settle(load_failure(kind, message))
+            case StepReport(outputs=outputs):
+                self._metrics.step(record)
+                for output in outputs:
+                    stream = self._requests.get(output.request_id)
+                    if stream is not None:  # else it was aborted a moment ago
+                        stream.deliver(output)
+
+    def _settle(self, result: Loaded | ServerError) -> None:
+        future = self._load_result
+        if future is None or future.done():
+            return
+        if isinstance(result, Loaded):
+            future.set_result(result)
+        else:
+            future.set_exception(result)
+            future.exception()  # somebody may have stopped waiting; that is no reason for a warning
+
+    async def _died(self, problem: str) -> None:
+        """The process has closed its end: finds out how it ended, and tells everyone who waits."""
+        if self._writer is not None:
+            self._writer.close()
+        if not self._stopping and not await self._ended_within(_KILL_SECONDS):
+            self.kill()
+            await self._ended_within(_KILL_SECONDS)
+        self._death = f"the engine of model {self.spec.name!r} {self._how_it_ended()}{problem}"
+        self.state = "dead"
+        self._metrics.died()
+        if self.loaded is not None and not self._stopping:
+            log.error("%s; %d requests were open", self._death, len(self._requests))
+        self._settle(LoadError(f"{self._death} while loading"))
+        for stream in self._requests.values():
+            stream.deliver(self._unavailable())
+
+    def _how_it_ended(self) -> str:
+        code = self._process.returncode if self._process else None
+        if code is None:
+            return "does not answer"
+        if code < 0:
+            name = signal.Signals(-code).name if -code in set(signal.Signals) else "unknown"
+            return f"was killed by signal {-code} ({name})"
+        return f"ended with exit code {code}"
+
+    def _unavailable(self) -> EngineUnavailableError:
+        if self._stopping:
+            return EngineUnavailableError("the server is shutting down")
+        if self.state == "dead":
+            return EngineUnavailableError(self._death)
+        return EngineUnavailableError(
+            f"model {self.spec.name!r} is still loading (phase {self.progress.phase!r}, "
+            f"{self.progress.bytes_loaded} of {self.progress.bytes_total} bytes)"
+        )

@@ -1,0 +1,167 @@
+"""A small engine process without a model, for testing what talks to one. Not a test.
+
+Speaks the records of server/records.py over the descriptor in argv[1]. It answers every request with its own prompt,
+one token per step and request. What else it does comes as ModelSpec.quantization:
+
+    {"fail": [kind, message]}     answers LoadModel with LoadFailed
+    {"die_while_loading": CODE}   exits with that code before Loaded
+    {"load_seconds": S}           takes that long to load, in slices, reporting progress
+    {"step_seconds": S}           takes that long per step
+    {"die_after_steps": N}        kills itself with SIGKILL after N steps
+    {"hang_after_steps": N}       stops reading and answering after N steps
+    {"refuse": SENTENCE}          ends every request with that error
+    {"garbage_after_steps": N}    sends a frame that is no record
+    {"max_model_len": N}, {"eos": [ids]}, {"vocab_size": N}
+"""
+
+from __future__ import annotations
+
+import os
+import select
+import signal
+import socket
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from server.records import (
+    LENGTH_PREFIX_BYTES,
+    Abort,
+    Generate,
+    Loaded,
+    LoadFailed,
+    LoadModel,
+    LoadProgress,
+    MemoryReport,
+    ModelInfo,
+    Record,
+    SequenceOutput,
+    Shutdown,
+    StepReport,
+    decode_to_engine,
+    encode_frame,
+    frame_length,
+)
+
+
+def command(descriptor: int) -> list[str]:
+    """How a test starts this engine: the `command` of EngineClient and create_app."""
+    return [sys.executable, "-c", f"import sys; sys.path.insert(0, {str(ROOT)!r}); {_START}", str(descriptor)]
+
+
+ROOT = Path(__file__).parent.parent.parent
+_START = "import tests.server.scripted_engine as engine; engine.main(int(sys.argv[1]))"
+BLOCKS = 100
+
+
+class Engine:
+    def __init__(self, connection: socket.socket) -> None:
+        self.connection = connection
+        self.script: dict[str, Any] = {}
+        self.running: dict[str, tuple[Generate, int]] = {}
+        self.ended: list[SequenceOutput] = []
+        self.steps = 0
+
+    def send(self, record: Record) -> None:
+        self.connection.sendall(encode_frame(record))
+
+    def receive(self) -> Any:
+        prefix = self._exactly(LENGTH_PREFIX_BYTES)
+        return decode_to_engine(self._exactly(frame_length(prefix)))
+
+    def _exactly(self, count: int) -> bytes:
+        data = b""
+        while len(data) < count:
+            part = self.connection.recv(count - len(data))
+            if not part:
+                sys.exit(0)
+            data += part
+        return data
+
+    def load(self) -> None:
+        spec = self.receive().spec
+        self.script = spec.quantization if isinstance(spec.quantization, dict) else {}
+        self.send(LoadProgress("weights", 0, 1000))
+        if "fail" in self.script:
+            self.send(LoadFailed(*self.script["fail"]))
+            sys.exit(1)
+        if "die_while_loading" in self.script:
+            sys.exit(self.script["die_while_loading"])
+        for part in range(10):
+            self.send(LoadProgress("weights", 100 * part, 1000))
+            if select.select([self.connection], [], [], self.script.get("load_seconds", 0) / 10)[0]:
+                sys.exit(0)
+        info = ModelInfo(
+            max_model_len=self.script.get("max_model_len", 512),
+            vocab_size=self.script.get("vocab_size", 320),
+            eos_token_ids=tuple(self.script.get("eos", [2])),
+            architecture="ScriptedForCausalLM",
+            dtype="float32",
+            device="cpu",
+            quantization={"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"},
+        )
+        memory = MemoryReport(
+            device="cpu",
+            planned={"packed_weights": 4096, "kv_cache": 1024},
+            measured={"packed_weights": 4096, "kv_cache": 1024},
+            process={"rss_anonymous": 6000},
+        )
+        self.send(Loaded(info, memory, 0.25))
+
+    def serve(self) -> None:
+        while True:
+            while select.select([self.connection], [], [], 0 if self.running or self.ended else None)[0]:
+                record = self.receive()
+                match record:
+                    case Generate() if "refuse" in self.script:
+                        refused = SequenceOutput(
+                            record.request_id, finish_reason="error", error=str(self.script["refuse"])
+                        )
+                        self.ended.append(refused)
+                    case Generate():
+                        self.running[record.request_id] = (record, 0)
+                    case Abort(request_id=request_id):
+                        if self.running.pop(request_id, None) is not None:
+                            self.ended.append(SequenceOutput(request_id, finish_reason="abort"))
+                    case Shutdown():
+                        sys.exit(0)
+                    case LoadModel():
+                        sys.exit(9)
+            self.step()
+
+    def step(self) -> None:
+        outputs = [*self.ended]
+        self.ended.clear()
+        running = len(self.running)
+        for request_id, (request, done) in list(self.running.items()):
+            token = request.prompt[done % len(request.prompt)]
+            finish = None
+            if token in request.sampling.stop_token_ids:
+                finish = "stop"
+            elif done + 1 == request.sampling.max_tokens:
+                finish = "length"
+            self.running[request_id] = (request, done + 1)
+            if finish is not None:
+                del self.running[request_id]
+            outputs.append(SequenceOutput(request_id, (token,), finish))  # type: ignore[arg-type]
+        time.sleep(self.script.get("step_seconds", 0))
+        self.steps += 1
+        self.send(StepReport(self.steps, tuple(outputs), running, 0, 0, running, 0.01, len(self.running), BLOCKS))
+        self.misbehave()
+
+    def misbehave(self) -> None:
+        if self.steps == self.script.get("die_after_steps"):
+            os.kill(os.getpid(), signal.SIGKILL)
+        if self.steps == self.script.get("hang_after_steps"):
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+            while True:
+                time.sleep(60)
+        if self.steps == self.script.get("garbage_after_steps"):
+            self.connection.sendall(b"\x02\x00\x00\x00{}")
+
+
+def main(descriptor: int) -> None:
+    engine = Engine(socket.socket(fileno=descriptor))
+    engine.load()
+    engine.serve()

@@ -1,0 +1,233 @@
+"""engine/client.py against a real process that speaks the records: loading, streams, aborts, every way to die."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from server.engine.client import EngineClient, OutputStream
+from server.errors import ConfigError, DoesNotFitError, EngineUnavailableError, LoadError, RequestError, ServerError
+from server.metrics import Metrics, ModelMetrics
+from server.records import ModelSpec, SamplingParams
+from tests.server.scripted_engine import command
+
+PARAMS = SamplingParams(max_tokens=5)
+
+
+def sample(metrics: Metrics, name: str, **labels: str) -> float | None:
+    return metrics.registry.get_sample_value("halfbyte_" + name, labels)
+
+
+@asynccontextmanager
+async def engine(metrics: Metrics | None = None, wait: bool = True, **script: Any) -> AsyncIterator[EngineClient]:
+    spec = ModelSpec(name="m", path="/nowhere", quantization=script)
+    client = EngineClient(spec, ModelMetrics(metrics or Metrics(), "m"), command=command)
+    await client.start()
+    try:
+        if wait:
+            await client.wait_loaded()
+        yield client
+    finally:
+        await client.shutdown()
+        assert client.process_id is not None
+        assert not Path(f"/proc/{client.process_id}").exists()
+
+
+def run(test: Callable[[], Awaitable[None]]) -> None:
+    asyncio.run(asyncio.wait_for(test(), 30))  # type: ignore[arg-type]
+
+
+async def tokens(stream: OutputStream) -> list[int]:
+    with stream:
+        return [token async for output in stream for token in output.token_ids]
+
+
+def test_requests_share_steps_and_each_gets_its_own_tokens() -> None:
+    metrics = Metrics()
+
+    async def test() -> None:
+        async with engine(metrics, step_seconds=0.01) as client:
+            streams = [client.generate(f"r{i}", [10 * i + 1, 10 * i + 2, 10 * i + 3], PARAMS) for i in range(8)]
+            assert client.open_requests == 8
+            answers = await asyncio.gather(*map(tokens, streams))
+            assert answers == [[10 * i + k for k in (1, 2, 3, 1, 2)] for i in range(8)]
+            assert client.open_requests == 0
+
+    run(test)
+    assert sample(metrics, "requests_total", model="m", finish_reason="length") == 8
+    assert sample(metrics, "prompt_tokens_total", model="m") == 24
+    assert sample(metrics, "generation_tokens_total", model="m") == 40
+    assert sample(metrics, "time_to_first_token_seconds_count", model="m") == 8
+    assert sample(metrics, "inter_token_latency_seconds_count", model="m") == 32
+    steps = sample(metrics, "engine_forward_passes_total", model="m")
+    assert steps is not None
+    assert 5 <= steps <= 13
+
+
+def test_loading_reports_progress_and_refuses_requests() -> None:
+    async def test() -> None:
+        async with engine(wait=False, load_seconds=0.5) as client:
+            while client.progress.bytes_loaded < 300:
+                await asyncio.sleep(0.01)
+            assert client.state == "loading"
+            with pytest.raises(EngineUnavailableError, match=r"still loading \(phase 'weights', \d+ of 1000 bytes\)"):
+                client.generate("r", [1], PARAMS)
+            loaded = await client.wait_loaded()
+            assert loaded.info.max_model_len == 512
+            assert client.progress.phase == "ready"
+
+    run(test)
+
+
+@pytest.mark.parametrize(
+    ("kind", "error", "code"),
+    [
+        ("config", ConfigError, 2),
+        ("checkpoint", LoadError, 1),
+        ("does_not_fit", DoesNotFitError, 3),
+        ("internal", LoadError, 1),
+    ],
+)
+def test_a_load_failure_is_the_error_of_its_kind(kind: str, error: type[ServerError], code: int) -> None:
+    async def test() -> None:
+        async with engine(wait=False, fail=[kind, "it is too purple"]) as client:
+            with pytest.raises(ServerError, match="it is too purple") as caught:
+                await client.wait_loaded()
+            assert type(caught.value) is error
+            assert caught.value.exit_code == code
+
+    run(test)
+
+
+def test_an_engine_that_dies_while_loading_is_a_load_error() -> None:
+    async def test() -> None:
+        async with engine(wait=False, die_while_loading=7) as client:
+            with pytest.raises(LoadError, match="the engine of model 'm' ended with exit code 7 while loading"):
+                await client.wait_loaded()
+
+    run(test)
+
+
+def test_a_command_that_does_not_exist_is_a_load_error() -> None:
+    async def test() -> None:
+        client = EngineClient(
+            ModelSpec(name="m", path="/"), ModelMetrics(Metrics(), "m"), command=lambda _: ["/nowhere/python"]
+        )
+        with pytest.raises(LoadError, match="could not be started"):
+            await client.start()
+
+    run(test)
+
+
+def test_a_killed_engine_ends_every_open_request() -> None:
+    metrics = Metrics()
+
+    async def test() -> None:
+        async with engine(metrics, step_seconds=0.01) as client:
+            streams = [client.generate(f"r{i}", [1, 3], SamplingParams(max_tokens=10**6)) for i in range(3)]
+            for stream in streams:
+                await anext(stream)
+            assert client.process_id is not None
+            os.kill(client.process_id, signal.SIGKILL)
+            for stream in streams:
+                with pytest.raises(EngineUnavailableError, match=r"'m' was killed by signal 9 \(SIGKILL\)"):
+                    await tokens(stream)
+            assert client.state == "dead"
+            with pytest.raises(EngineUnavailableError, match="SIGKILL"):
+                client.generate("late", [1], PARAMS)
+
+    run(test)
+    assert sample(metrics, "engine_up", model="m") == 0
+    assert sample(metrics, "requests_running", model="m") == 0
+    assert sample(metrics, "requests_total", model="m", finish_reason="error") == 3
+
+
+def test_a_frame_that_is_no_record_ends_the_engine() -> None:
+    async def test() -> None:
+        async with engine(garbage_after_steps=1) as client:
+            with pytest.raises(EngineUnavailableError, match="a record that can't be read"):
+                await tokens(client.generate("r", [1], SamplingParams(max_tokens=100)))
+
+    run(test)
+
+
+def test_what_the_engine_refuses_is_a_request_error() -> None:
+    async def test() -> None:
+        async with engine(refuse="too long by 3 tokens") as client:
+            with pytest.raises(RequestError, match="too long by 3 tokens") as caught:
+                await tokens(client.generate("r", [1], PARAMS))
+            assert caught.value.status == 400
+
+    run(test)
+
+
+def test_closing_a_stream_aborts_it_and_leaves_the_others() -> None:
+    metrics = Metrics()
+
+    async def test() -> None:
+        async with engine(metrics, step_seconds=0.005) as client:
+            endless = client.generate("endless", [5], SamplingParams(max_tokens=10**6))
+            other = client.generate("other", [6], SamplingParams(max_tokens=30))
+            await anext(endless)
+            endless.close()
+            endless.close()
+            assert client.open_requests == 1
+            assert await tokens(other) == [6] * 30
+            deadline = time.monotonic() + 5
+            while sample(metrics, "kv_blocks_used", model="m") and time.monotonic() < deadline:
+                await tokens(client.generate(f"probe{time.monotonic()}", [7], SamplingParams(max_tokens=1)))
+            assert sample(metrics, "kv_blocks_used", model="m") == 0
+
+    run(test)
+    assert sample(metrics, "requests_total", model="m", finish_reason="abort") == 1
+
+
+def test_a_cancelled_consumer_aborts_its_request() -> None:
+    async def test() -> None:
+        async with engine(step_seconds=0.005) as client:
+            task = asyncio.create_task(tokens(client.generate("r", [5], SamplingParams(max_tokens=10**6))))
+            await asyncio.sleep(0.05)
+            task.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await task
+            assert client.open_requests == 0
+
+    run(test)
+
+
+def test_ending_requests_gives_each_the_sentence() -> None:
+    async def test() -> None:
+        async with engine(step_seconds=0.005) as client:
+            stream = client.generate("r", [5], SamplingParams(max_tokens=10**6))
+            await anext(stream)
+            client.end_requests("enough for today")
+            with pytest.raises(EngineUnavailableError, match="enough for today"):
+                await tokens(stream)
+            assert await tokens(client.generate("next", [8], SamplingParams(max_tokens=2))) == [8, 8]
+
+    run(test)
+
+
+def test_an_engine_that_hangs_and_ignores_sigterm_is_killed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("server.engine.client.SHUTDOWN_SECONDS", 0.2)
+    monkeypatch.setattr("server.engine.client._KILL_SECONDS", 0.2)
+
+    async def test() -> None:
+        async with engine(hang_after_steps=1) as client:
+            stream = client.generate("r", [5], SamplingParams(max_tokens=100))
+            await anext(stream)
+            started = time.monotonic()
+            await client.shutdown()
+            assert time.monotonic() - started < 2
+            with pytest.raises(EngineUnavailableError, match="shutting down"):
+                await tokens(stream)
+
+    run(test)
