@@ -155,6 +155,8 @@ class StepReport(Record, frozen=True):
     kv_blocks_total: int
     forward_passes: int = 1
     """Model forward calls in this step: 1 for packed batches, 0 where nothing ran."""
+    queue_seconds: tuple[float, ...] = ()
+    """How long the requests that took part in a step for the first time had waited in the engine."""
 
 
 ToEngine = LoadModel | Generate | Abort | Shutdown

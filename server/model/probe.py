@@ -73,6 +73,13 @@ def choose_runner(
     return _proven_cache_runner(model, prompts, expected, block_tokens, blocks)
 
 
+def warm_up(runner: ModelRunner) -> None:
+    """One small step that draws: what is set up at a first use (threads, kernels, the sampler) is set up now."""
+    draw = Draw(SamplingParams(max_tokens=1, top_p=0.9), seed=0, index=0)
+    runner.step(Batch((Chunk("warm-up", (0,), 0, (0,), draw),)))
+    runner.release("warm-up")
+
+
 def _proven_cache_runner(
     model: PreTrainedModel, prompts: list[list[int]], expected: torch.Tensor, block_tokens: int, blocks: int
 ) -> CacheRunner:

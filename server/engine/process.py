@@ -1,0 +1,242 @@
+"""An engine process: `python -P -m server.engine.process FD`, one model behind one end of a socketpair.
+
+    1. a reader thread starts: frames become records in the inbox; end-of-file ends the process at once, also in
+       the middle of loading, because then nobody is left to serve
+    2. the first record is LoadModel: the plan from headers, then weights, cache, a first step; progress goes out
+    3. Loaded, and the loop runs until a Shutdown - or LoadFailed with one sentence, and exit code 1
+
+SIGINT is ignored: Ctrl-C reaches the whole terminal group, and the HTTP process decides what it means. SIGTERM ends
+the process. Torch is imported late, so that end-of-file is heard from the first millisecond on.
+"""
+
+from __future__ import annotations
+
+import gc
+import logging
+import os
+import queue
+import signal
+import socket
+import sys
+import threading
+import time
+from typing import TYPE_CHECKING, Final, NoReturn
+
+import msgspec
+
+from server.engine.blocks import BlockPool
+from server.engine.loop import EngineLoop
+from server.engine.scheduler import Scheduler
+from server.errors import ConfigError, DoesNotFitError, LoadError
+from server.records import (
+    KV_BLOCK_TOKENS,
+    LENGTH_PREFIX_BYTES,
+    FailureKind,
+    Loaded,
+    LoadFailed,
+    LoadModel,
+    LoadPhase,
+    LoadProgress,
+    MemoryReport,
+    ModelSpec,
+    Record,
+    Shutdown,
+    ToEngine,
+    decode_to_engine,
+    encode_frame,
+    frame_length,
+)
+
+if TYPE_CHECKING:
+    from server.model.load import LoadedModel
+
+log = logging.getLogger(__name__)
+
+EXIT_FINE: Final = 0
+EXIT_LOAD_FAILED: Final = 1
+_PROGRESS_SECONDS: Final = 0.05
+_QUIET: Final = {
+    "TRANSFORMERS_VERBOSITY": "error",
+    "HF_HUB_OFFLINE": "1",
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+}
+
+
+class Connection:
+    """The engine's end of the socket: one thread reads, the main thread writes."""
+
+    def __init__(self, end: socket.socket) -> None:
+        self._socket = end
+        self.inbox: queue.SimpleQueue[ToEngine] = queue.SimpleQueue()
+        self.serving = False
+        """Once true, a Shutdown waits for the current step; before, it ends the process at once."""
+        self.loaded: LoadedModel | None = None
+        """Once there, so that what it keeps on disk goes when the process does."""
+
+    def start_reading(self) -> None:
+        threading.Thread(target=self._read, name="engine-reader", daemon=True).start()
+
+    def send(self, record: Record) -> None:
+        try:
+            self._socket.sendall(encode_frame(record))
+        except OSError:
+            self.leave(EXIT_FINE)  # the other end is gone, which the reader is about to learn too
+
+    def leave(self, code: int) -> NoReturn:
+        """Ends the process from whichever thread, without the interpreter's farewell to gigabytes of tensors."""
+        if self.loaded is not None and self.loaded.offload is not None:
+            self.loaded.offload.cleanup()
+        logging.shutdown()
+        os._exit(code)
+
+    def _read(self) -> None:
+        try:
+            while (record := self._receive()) is not None:
+                if isinstance(record, Shutdown) and not self.serving:
+                    self.leave(EXIT_FINE)
+                self.inbox.put(record)
+        except (ValueError, msgspec.DecodeError, OSError):
+            log.exception("the connection to the HTTP process broke")
+            self.leave(EXIT_LOAD_FAILED)
+        self.leave(EXIT_FINE)
+
+    def _receive(self) -> ToEngine | None:
+        """The next record; None at end-of-file."""
+        prefix = self._exactly(LENGTH_PREFIX_BYTES)
+        if prefix is None:
+            return None
+        body = self._exactly(frame_length(prefix))
+        return None if body is None else decode_to_engine(body)
+
+    def _exactly(self, count: int) -> bytes | None:
+        received = bytearray()
+        while len(received) < count:
+            part = self._socket.recv(count - len(received))
+            if not part:
+                return None
+            received += part
+        return bytes(received)
+
+
+def main(descriptor: int) -> NoReturn:
+    """Runs one engine on an open socket's descriptor; ends the process itself, with 0 or 1."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    os.environ.update(_QUIET)
+    end = socket.socket(fileno=descriptor)
+    end.setblocking(True)
+    connection = Connection(end)
+    connection.start_reading()
+    first = connection.inbox.get()
+    spec = first.spec if isinstance(first, LoadModel) else ModelSpec(name="(none)", path="")
+    logging.basicConfig(stream=sys.stderr, level=logging.WARNING, format=f"{spec.name}: %(levelname)s: %(message)s")
+    try:
+        if not isinstance(first, LoadModel):
+            raise ConfigError(f"the first record must be LoadModel and was {type(first).__name__}")
+        loop = load_engine(spec, connection)
+    except Exception as error:
+        connection.send(explain(error, spec))
+        connection.leave(EXIT_LOAD_FAILED)
+    try:
+        loop.run()
+    except BaseException:
+        log.exception("the engine's loop ended by an error of its own")
+        connection.leave(EXIT_LOAD_FAILED)
+    connection.leave(EXIT_FINE)
+
+
+def load_engine(spec: ModelSpec, connection: Connection) -> EngineLoop:
+    """From a spec to a loop that is ready to run, with progress and finally Loaded sent on the way."""
+    started = time.monotonic()
+    _phase(connection, "start")
+    import torch  # here, because it takes a second or more, in which end-of-file must already be heard
+
+    from server.memory.ledger import measure, process_memory
+    from server.memory.plan import make_plan
+    from server.model.load import check_path, load_model
+    from server.model.probe import choose_runner, warm_up
+
+    if spec.threads is not None:
+        torch.set_num_threads(spec.threads)
+    check_path(spec)
+    _phase(connection, "plan")
+    plan = make_plan(spec)
+    pool = BlockPool(max(plan.kv_tokens, plan.max_model_len + KV_BLOCK_TOKENS - 1) // KV_BLOCK_TOKENS)
+    scheduler = Scheduler(
+        pool,
+        max_batch_tokens=spec.max_batch_tokens,
+        max_sequences=spec.max_sequences,
+        max_model_len=plan.max_model_len,
+    )
+    loaded = connection.loaded = load_model(spec, _Progress(connection))
+    _phase(connection, "cache")
+    runner = choose_runner(loaded.model, spec, blocks=pool.total, max_model_len=plan.max_model_len)
+    _phase(connection, "warmup")
+    warm_up(runner)
+    gc.collect()
+    gc.freeze()  # what is loaded stays loaded: the collector need not walk a model's modules again and again
+    info = loaded.info(plan.max_model_len)
+    memory = MemoryReport(
+        device=loaded.device,
+        planned=plan.components,
+        measured=measure(loaded.model, runner.kv_tensors),
+        process=process_memory(),
+    )
+    _phase(connection, "ready")
+    connection.serving = True
+    connection.send(Loaded(info=info, memory=memory, load_seconds=time.monotonic() - started))
+    return EngineLoop(scheduler, runner, connection.inbox, connection.send, vocab_size=info.vocab_size)
+
+
+def explain(error: Exception, spec: ModelSpec) -> LoadFailed:
+    """An error of loading as the record that the HTTP process shows: its kind, and one sentence without a traceback."""
+    try:
+        from quant.errors import CheckpointError, QuantConfigError, QuantError
+    except ImportError:
+        log.exception("quant cannot be imported")
+        return LoadFailed("internal", f"the engine's packages are not in order: {_one_line(error)}")
+    kind: FailureKind
+    match error:
+        case ConfigError() | QuantConfigError():
+            kind = "config"
+        case DoesNotFitError():
+            kind = "does_not_fit"
+        case LoadError() | CheckpointError():
+            kind = "checkpoint"
+        case QuantError():
+            kind = "internal"
+        case _:
+            log.error("model %r did not load", spec.name, exc_info=error)
+            return LoadFailed(
+                "internal",
+                f"model {spec.name!r} did not load because of an error that nobody foresaw "
+                f"({type(error).__name__}: {_one_line(error)}); the engine's log has the details",
+            )
+    return LoadFailed(kind, _one_line(error))
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
+
+
+def _phase(connection: Connection, phase: LoadPhase) -> None:
+    connection.send(LoadProgress(phase))
+
+
+class _Progress:
+    """Sends bytes loaded, now and then: a checkpoint may have ten thousand tensors, and nobody reads that fast."""
+
+    def __init__(self, connection: Connection) -> None:
+        self._connection = connection
+        self._last = -_PROGRESS_SECONDS
+
+    def __call__(self, loaded: int, total: int) -> None:
+        now = time.monotonic()
+        if loaded >= total or now - self._last >= _PROGRESS_SECONDS:
+            self._last = now
+            self._connection.send(LoadProgress("weights", loaded, total))
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]))
