@@ -1,0 +1,291 @@
+// What must be refused, and with which status: null, misaligned, odd, empty and huge arguments of every entry.
+#include "testing.h"
+
+using namespace testing;
+
+namespace {
+
+// One valid call of each entry on small real buffers, to be spoiled one field at a time.
+struct Valid {
+    alignas(64) float x[64] = {};
+    alignas(64) float absmax[64] = {};
+    alignas(64) float out[64] = {};
+    alignas(64) uint8_t bytes[256] = {};
+    alignas(64) int8_t codes[256] = {};
+    alignas(64) char scratch[1 << 16] = {};
+    float offset = 0;
+
+    template <typename Args>
+    Args with_workspace() {
+        Args args = args_with<Args>();
+        args.call.workspace = scratch;
+        args.call.workspace_bytes = sizeof scratch;
+        return args;
+    }
+    hb_quantize4_args quantize4() {
+        auto a = args_with<hb_quantize4_args>();
+        a.x = x, a.n = 64, a.blocksize = 64, a.packed = bytes, a.absmax = absmax;
+        return a;
+    }
+    hb_dequantize4_args dequantize4() {
+        auto a = args_with<hb_dequantize4_args>();
+        a.packed = bytes, a.absmax = absmax, a.n = 64, a.blocksize = 64, a.out = out;
+        return a;
+    }
+    hb_quantize_absmax_args quantize_absmax() {
+        auto a = args_with<hb_quantize_absmax_args>();
+        a.absmax = x, a.blocks = 64, a.offset = &offset, a.nested_blocksize = 256, a.codes = bytes;
+        a.nested_absmax = absmax;
+        return a;
+    }
+    hb_dequantize_absmax_args dequantize_absmax() {
+        auto a = args_with<hb_dequantize_absmax_args>();
+        a.codes = bytes, a.blocks = 64, a.nested_absmax = absmax, a.offset = &offset, a.nested_blocksize = 256;
+        a.absmax = out;
+        return a;
+    }
+    hb_linear4_args linear4() {
+        auto a = with_workspace<hb_linear4_args>();
+        a.x = x, a.M = 2, a.N = 3, a.K = 21, a.packed = bytes, a.blocksize = 64, a.absmax = absmax, a.out = out;
+        return a;
+    }
+    hb_quantize8_args quantize8() {
+        auto a = args_with<hb_quantize8_args>();
+        a.w = x, a.N = 3, a.K = 21, a.codes = codes, a.absmax = absmax;
+        return a;
+    }
+    hb_dequantize8_args dequantize8() {
+        auto a = args_with<hb_dequantize8_args>();
+        a.codes = codes, a.absmax = absmax, a.N = 3, a.K = 21, a.out = out;
+        return a;
+    }
+    hb_linear8_args linear8() {
+        auto a = with_workspace<hb_linear8_args>();
+        a.x = x, a.M = 2, a.N = 3, a.K = 21, a.codes = codes, a.absmax = absmax, a.out = out;
+        return a;
+    }
+};
+
+template <typename Args>
+void expect_refused(hb_status (*entry)(const Args*), Args args, void (*spoil)(Args&), hb_status expected,
+                    const char* what) {
+    const hb_status before = entry(&args);
+    EXPECT(before == HB_OK, "%s: the valid call gave %d", what, before);
+    spoil(args);
+    const hb_status status = entry(&args);
+    EXPECT(status == expected, "%s gave %d, not %d", what, status, expected);
+}
+
+template <typename Pointer>
+Pointer shifted(Pointer pointer, int bytes = 1) {
+    return reinterpret_cast<Pointer>(reinterpret_cast<uintptr_t>(pointer) + static_cast<uintptr_t>(bytes));
+}
+
+#define REFUSED(entry, field_change, expected)                                                              \
+    do {                                                                                                    \
+        Valid valid;                                                                                        \
+        using Args = hb_##entry##_args;                                                                     \
+        expect_refused<Args>(                                                                               \
+            hb_##entry, valid.entry(), [](Args& a) { field_change; }, expected, #entry ": " #field_change); \
+    } while (0)
+
+// What every entry refuses in the part that all calls share.
+#define REFUSED_CALLS(entry)                                                       \
+    do {                                                                           \
+        EXPECT(hb_##entry(nullptr) == HB_NULL_POINTER, #entry ": null arguments"); \
+        REFUSED(entry, a.call.struct_bytes -= 8, HB_BAD_STRUCT);                   \
+        REFUSED(entry, a.call.threads = 0, HB_BAD_THREADS);                        \
+        REFUSED(entry, a.call.threads = -1, HB_BAD_THREADS);                       \
+        REFUSED(entry, a.call.threads = HB_MAX_THREADS + 1, HB_BAD_THREADS);       \
+    } while (0)
+
+constexpr int64_t kHuge = std::numeric_limits<int64_t>::max();
+
+}  // namespace
+
+TEST(every_entry_refuses_a_bad_call) {
+    REFUSED_CALLS(quantize4);
+    REFUSED_CALLS(dequantize4);
+    REFUSED_CALLS(quantize_absmax);
+    REFUSED_CALLS(dequantize_absmax);
+    REFUSED_CALLS(linear4);
+    REFUSED_CALLS(quantize8);
+    REFUSED_CALLS(dequantize8);
+    REFUSED_CALLS(linear8);
+}
+
+TEST(null_pointers_are_refused) {
+    REFUSED(quantize4, a.x = nullptr, HB_NULL_POINTER);
+    REFUSED(quantize4, a.packed = nullptr, HB_NULL_POINTER);
+    REFUSED(quantize4, a.absmax = nullptr, HB_NULL_POINTER);
+    REFUSED(dequantize4, a.packed = nullptr, HB_NULL_POINTER);
+    REFUSED(dequantize4, a.absmax = nullptr, HB_NULL_POINTER);
+    REFUSED(dequantize4, a.out = nullptr, HB_NULL_POINTER);
+    REFUSED(quantize_absmax, a.absmax = nullptr, HB_NULL_POINTER);
+    REFUSED(quantize_absmax, a.offset = nullptr, HB_NULL_POINTER);
+    REFUSED(quantize_absmax, a.codes = nullptr, HB_NULL_POINTER);
+    REFUSED(quantize_absmax, a.nested_absmax = nullptr, HB_NULL_POINTER);
+    REFUSED(dequantize_absmax, a.codes = nullptr, HB_NULL_POINTER);
+    REFUSED(dequantize_absmax, a.nested_absmax = nullptr, HB_NULL_POINTER);
+    REFUSED(dequantize_absmax, a.offset = nullptr, HB_NULL_POINTER);
+    REFUSED(dequantize_absmax, a.absmax = nullptr, HB_NULL_POINTER);
+    REFUSED(linear4, a.x = nullptr, HB_NULL_POINTER);
+    REFUSED(linear4, a.packed = nullptr, HB_NULL_POINTER);
+    REFUSED(linear4, a.absmax = nullptr, HB_NULL_POINTER);
+    REFUSED(linear4, a.out = nullptr, HB_NULL_POINTER);
+    REFUSED(linear4, a.call.workspace = nullptr, HB_NULL_POINTER);
+    REFUSED(linear4, (a.nested_absmax = static_cast<const float*>(a.absmax), a.nested_blocksize = 1), HB_NULL_POINTER);
+    REFUSED(quantize8, a.w = nullptr, HB_NULL_POINTER);
+    REFUSED(quantize8, a.codes = nullptr, HB_NULL_POINTER);
+    REFUSED(quantize8, a.absmax = nullptr, HB_NULL_POINTER);
+    REFUSED(dequantize8, a.codes = nullptr, HB_NULL_POINTER);
+    REFUSED(dequantize8, a.absmax = nullptr, HB_NULL_POINTER);
+    REFUSED(dequantize8, a.out = nullptr, HB_NULL_POINTER);
+    REFUSED(linear8, a.x = nullptr, HB_NULL_POINTER);
+    REFUSED(linear8, a.codes = nullptr, HB_NULL_POINTER);
+    REFUSED(linear8, a.absmax = nullptr, HB_NULL_POINTER);
+    REFUSED(linear8, a.out = nullptr, HB_NULL_POINTER);
+    REFUSED(linear8, a.call.workspace = nullptr, HB_NULL_POINTER);
+}
+
+TEST(misaligned_pointers_are_refused) {
+    REFUSED(quantize4, a.x = shifted(a.x), HB_MISALIGNED);
+    REFUSED(quantize4, (a.x_dtype = HB_BFLOAT16, a.x = shifted(a.x)), HB_MISALIGNED);
+    REFUSED(quantize4, a.absmax = shifted(a.absmax, 2), HB_MISALIGNED);
+    REFUSED(dequantize4, a.absmax = shifted(a.absmax), HB_MISALIGNED);
+    REFUSED(dequantize4, a.out = shifted(a.out, 2), HB_MISALIGNED);
+    REFUSED(quantize_absmax, a.absmax = shifted(a.absmax), HB_MISALIGNED);
+    REFUSED(quantize_absmax, a.offset = shifted(a.offset), HB_MISALIGNED);
+    REFUSED(dequantize_absmax, a.nested_absmax = shifted(a.nested_absmax), HB_MISALIGNED);
+    REFUSED(linear4, a.x = shifted(a.x), HB_MISALIGNED);
+    REFUSED(linear4, a.absmax = shifted(a.absmax), HB_MISALIGNED);
+    REFUSED(linear4, a.bias = shifted(a.x), HB_MISALIGNED);
+    REFUSED(linear4, a.out = shifted(a.out), HB_MISALIGNED);
+    REFUSED(linear4, a.call.workspace = shifted(a.call.workspace, 32), HB_WORKSPACE_MISALIGNED);
+    REFUSED(quantize8, a.w = shifted(a.w), HB_MISALIGNED);
+    REFUSED(dequantize8, a.out = shifted(a.out), HB_MISALIGNED);
+    REFUSED(linear8, a.x = shifted(a.x), HB_MISALIGNED);
+    REFUSED(linear8, a.bias = shifted(a.x), HB_MISALIGNED);
+    REFUSED(linear8, a.call.workspace = shifted(a.call.workspace, 4), HB_WORKSPACE_MISALIGNED);
+}
+
+TEST(unknown_choices_are_refused) {
+    REFUSED(quantize4, a.x_dtype = 3, HB_BAD_DTYPE);
+    REFUSED(quantize4, a.format = 2, HB_BAD_FORMAT);
+    REFUSED(quantize4, a.format = -1, HB_BAD_FORMAT);
+    for (const int64_t blocksize : {int64_t{0}, int64_t{-64}, int64_t{16}, int64_t{48}, int64_t{8192}, kHuge}) {
+        Valid valid;
+        hb_quantize4_args quantize = valid.quantize4();
+        hb_dequantize4_args dequantize = valid.dequantize4();
+        hb_linear4_args linear = valid.linear4();
+        quantize.blocksize = dequantize.blocksize = linear.blocksize = blocksize;
+        EXPECT(hb_quantize4(&quantize) == HB_BAD_BLOCKSIZE, "%lld", static_cast<long long>(blocksize));
+        EXPECT(hb_dequantize4(&dequantize) == HB_BAD_BLOCKSIZE, "%lld", static_cast<long long>(blocksize));
+        EXPECT(hb_linear4(&linear) == HB_BAD_BLOCKSIZE, "%lld", static_cast<long long>(blocksize));
+    }
+    REFUSED(dequantize4, a.out_dtype = -1, HB_BAD_DTYPE);
+    REFUSED(quantize_absmax, a.nested_blocksize = 0, HB_BAD_BLOCKSIZE);
+    REFUSED(dequantize_absmax, a.nested_blocksize = -256, HB_BAD_BLOCKSIZE);
+    REFUSED(linear4, (a.bias = a.x, a.bias_dtype = 7), HB_BAD_DTYPE);
+    REFUSED(linear8, a.outlier_rule = 2, HB_BAD_OPTION);
+    REFUSED(linear8, a.threshold = -1.0, HB_BAD_OPTION);
+    REFUSED(linear8, a.threshold = std::numeric_limits<double>::quiet_NaN(), HB_BAD_OPTION);
+}
+
+TEST(negative_and_huge_sizes_are_refused) {
+    for (const int64_t size :
+         {int64_t{-1}, kHuge, kHuge / 2, std::numeric_limits<int64_t>::min(), HB_MAX_ELEMENTS + 1}) {
+        Valid valid;
+        auto quantize4 = valid.quantize4();
+        quantize4.n = size;
+        EXPECT(hb_quantize4(&quantize4) == HB_BAD_SHAPE, "n %lld", static_cast<long long>(size));
+        auto dequantize4 = valid.dequantize4();
+        dequantize4.n = size;
+        EXPECT(hb_dequantize4(&dequantize4) == HB_BAD_SHAPE, "n %lld", static_cast<long long>(size));
+        auto quantize_absmax = valid.quantize_absmax();
+        quantize_absmax.blocks = size;
+        EXPECT(hb_quantize_absmax(&quantize_absmax) == HB_BAD_SHAPE, "blocks %lld", static_cast<long long>(size));
+        for (int64_t hb_linear4_args::* field : {&hb_linear4_args::M, &hb_linear4_args::N, &hb_linear4_args::K}) {
+            auto linear = valid.linear4();
+            linear.*field = size;
+            int64_t bytes = 0;
+            EXPECT(hb_linear4(&linear) == HB_BAD_SHAPE, "%lld", static_cast<long long>(size));
+            EXPECT(hb_linear4_workspace(&linear, &bytes) == HB_BAD_SHAPE, "%lld", static_cast<long long>(size));
+        }
+        for (int64_t hb_linear8_args::* field : {&hb_linear8_args::M, &hb_linear8_args::N, &hb_linear8_args::K}) {
+            auto linear = valid.linear8();
+            linear.*field = size;
+            int64_t bytes = 0;
+            EXPECT(hb_linear8(&linear) == HB_BAD_SHAPE, "%lld", static_cast<long long>(size));
+            EXPECT(hb_linear8_workspace(&linear, &bytes) == HB_BAD_SHAPE, "%lld", static_cast<long long>(size));
+        }
+        auto quantize8 = valid.quantize8();
+        quantize8.N = size;
+        EXPECT(hb_quantize8(&quantize8) == HB_BAD_SHAPE, "N %lld", static_cast<long long>(size));
+        auto dequantize8 = valid.dequantize8();
+        dequantize8.K = size;
+        EXPECT(hb_dequantize8(&dequantize8) == HB_BAD_SHAPE, "K %lld", static_cast<long long>(size));
+    }
+    // Sizes that are fine alone but whose product wraps around to something small.
+    Valid valid;
+    auto linear = valid.linear4();
+    linear.N = linear.K = int64_t{1} << 32;
+    EXPECT(hb_linear4(&linear) == HB_BAD_SHAPE, "2^32 * 2^32");
+}
+
+TEST(a_workspace_one_byte_short_is_refused) {
+    Valid valid;
+    auto linear4 = valid.linear4();
+    EXPECT(hb_linear4_workspace(&linear4, &linear4.call.workspace_bytes) == HB_OK, "linear4");
+    EXPECT(hb_linear4(&linear4) == HB_OK, "linear4 with what it asked for");
+    --linear4.call.workspace_bytes;
+    EXPECT(hb_linear4(&linear4) == HB_WORKSPACE_TOO_SMALL, "linear4");
+    auto linear8 = valid.linear8();
+    EXPECT(hb_linear8_workspace(&linear8, &linear8.call.workspace_bytes) == HB_OK, "linear8");
+    EXPECT(hb_linear8(&linear8) == HB_OK, "linear8 with what it asked for");
+    --linear8.call.workspace_bytes;
+    EXPECT(hb_linear8(&linear8) == HB_WORKSPACE_TOO_SMALL, "linear8");
+    EXPECT(hb_linear4_workspace(&linear4, nullptr) == HB_NULL_POINTER, "nowhere to write the size");
+    EXPECT(hb_linear8_workspace(&linear8, nullptr) == HB_NULL_POINTER, "nowhere to write the size");
+}
+
+TEST(empty_tensors_need_no_pointers) {
+    auto quantize4 = args_with<hb_quantize4_args>();
+    quantize4.blocksize = 64;
+    EXPECT(hb_quantize4(&quantize4) == HB_OK, "n = 0");
+    auto dequantize4 = args_with<hb_dequantize4_args>();
+    dequantize4.blocksize = 64;
+    EXPECT(hb_dequantize4(&dequantize4) == HB_OK, "n = 0");
+    auto quantize_absmax = args_with<hb_quantize_absmax_args>();
+    quantize_absmax.nested_blocksize = 256;
+    EXPECT(hb_quantize_absmax(&quantize_absmax) == HB_OK, "B = 0");
+    auto dequantize_absmax = args_with<hb_dequantize_absmax_args>();
+    dequantize_absmax.nested_blocksize = 256;
+    EXPECT(hb_dequantize_absmax(&dequantize_absmax) == HB_OK, "B = 0");
+    auto linear4 = args_with<hb_linear4_args>();
+    linear4.blocksize = 64;
+    linear4.K = 100;
+    EXPECT(hb_linear4(&linear4) == HB_OK, "M = N = 0");
+    auto quantize8 = args_with<hb_quantize8_args>();
+    EXPECT(hb_quantize8(&quantize8) == HB_OK, "N = K = 0");
+    auto dequantize8 = args_with<hb_dequantize8_args>();
+    EXPECT(hb_dequantize8(&dequantize8) == HB_OK, "N = K = 0");
+    auto linear8 = args_with<hb_linear8_args>();
+    linear8.K = 100;
+    EXPECT(hb_linear8(&linear8) == HB_OK, "M = N = 0");
+}
+
+TEST(every_status_has_a_sentence_and_every_table_a_length) {
+    for (hb_status status = -1; status <= HB_STATUS_COUNT; ++status) {
+        const char* const text = hb_status_text(status);
+        EXPECT(text != nullptr && strlen(text) > 10 && text[strlen(text) - 1] == '.', "status %d", status);
+    }
+    const int64_t lengths[] = {16, 16, 15, 7, 16, 8, 256, 255};
+    std::vector<float> room(256);
+    for (int32_t which = 0; which < 8; ++which) {
+        EXPECT(hb_table(which, room.data(), lengths[which]) == lengths[which], "table %d", which);
+        EXPECT(hb_table(which, room.data(), lengths[which] - 1) == -1, "table %d, too little room", which);
+    }
+    EXPECT(hb_table(8, room.data(), 256) == -1, "an unknown table");
+    EXPECT(hb_table(0, nullptr, 256) == -1, "nowhere to write");
+}

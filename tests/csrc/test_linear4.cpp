@@ -1,0 +1,113 @@
+// The 4-bit matmul against float64, on odd shapes, with exact-size buffers and a workspace full of NaNs.
+#include "testing.h"
+
+using namespace testing;
+
+namespace {
+
+struct Weight {
+    int64_t N, K, format, blocksize, nested_blocksize;
+    std::vector<uint8_t> packed, absmax_codes;
+    std::vector<float> absmax, nested_absmax;
+    float offset;
+
+    Weight(int64_t n, int64_t k, bool nested)
+        : N(n),
+          K(k),
+          format(any_of({HB_NF4, HB_FP4})),
+          blocksize(any_of({32, 64, 256})),
+          nested_blocksize(nested ? any_of({3, 256}) : 0),
+          offset(0.75f) {
+        packed.resize(static_cast<size_t>((N * K + 1) / 2));
+        for (uint8_t& byte : packed) byte = static_cast<uint8_t>(generator());
+        const int64_t blocks = ceil_div(N * K, blocksize);
+        absmax = normal_values(blocks);
+        if (!nested) return;
+        nested_absmax = normal_values(ceil_div(blocks, nested_blocksize));
+        absmax_codes.resize(static_cast<size_t>(blocks));
+        const auto map = table(HB_TABLE_DYNAMIC);
+        for (int64_t b = 0; b < blocks; ++b) {
+            absmax_codes[static_cast<size_t>(b)] = static_cast<uint8_t>(generator());
+            const float product =
+                map[absmax_codes[static_cast<size_t>(b)]] * nested_absmax[static_cast<size_t>(b / nested_blocksize)];
+            absmax[static_cast<size_t>(b)] = product + offset;
+        }
+    }
+
+    double at(int64_t n, int64_t k) const {
+        static const auto nf4 = table(HB_TABLE_NF4);
+        static const auto fp4 = table(HB_TABLE_FP4);
+        const int64_t i = n * K + k;
+        const int byte = packed[static_cast<size_t>(i / 2)];
+        const auto& values = format == HB_NF4 ? nf4 : fp4;
+        const float value = values[static_cast<size_t>(i % 2 == 0 ? byte / 16 : byte % 16)];
+        return value * absmax[static_cast<size_t>(i / blocksize)];
+    }
+};
+
+std::vector<float> run(const Weight& w, const std::vector<float>& x, int64_t M, const std::vector<float>* bias,
+                       int64_t threads) {
+    std::vector<float> out = poisoned<float>(M * w.N);
+    auto args = args_with<hb_linear4_args>(threads);
+    args.x = x.data(), args.M = M, args.N = w.N, args.K = w.K, args.packed = w.packed.data(), args.format = w.format;
+    args.blocksize = w.blocksize, args.out = out.data();
+    args.absmax = w.absmax.data();
+    if (!w.absmax_codes.empty()) {
+        args.absmax = w.absmax_codes.data(), args.nested_absmax = w.nested_absmax.data(), args.offset = &w.offset;
+        args.nested_blocksize = w.nested_blocksize;
+    }
+    if (bias != nullptr) args.bias = bias->data(), args.bias_dtype = HB_FLOAT32;
+    int64_t bytes = -1;
+    EXPECT(hb_linear4_workspace(&args, &bytes) == HB_OK, "workspace");
+    const Workspace workspace(bytes);
+    workspace.give_to(args.call);
+    EXPECT(hb_linear4(&args) == HB_OK, "M %d N %d K %d", (int)M, (int)w.N, (int)w.K);
+    return out;
+}
+
+}  // namespace
+
+TEST(products_are_right_at_every_shape) {
+    const int64_t shapes[][3] = {{1, 1, 1},   {1, 1, 64},  {2, 3, 5},    {3, 7, 33},    {5, 9, 129},
+                                 {9, 5, 300}, {4, 4, 256}, {1, 130, 64}, {17, 3, 1000}, {300, 5, 19}};
+    for (const auto& [M, N, K] : shapes) {
+        for (const bool nested : {false, true}) {
+            const Weight w(N, K, nested);
+            const std::vector<float> x = normal_values(M * K);
+            const std::vector<float> bias = normal_values(N);
+            for (const int64_t threads : {1, 3}) {
+                const std::vector<float> out = run(w, x, M, &bias, threads);
+                for (int64_t m = 0; m < M; ++m) {
+                    for (int64_t n = 0; n < N; ++n) {
+                        double sum = bias[static_cast<size_t>(n)], size = std::fabs(sum);
+                        for (int64_t k = 0; k < K; ++k) {
+                            const double product = x[static_cast<size_t>(m * K + k)] * w.at(n, k);
+                            sum += product, size += std::fabs(product);
+                        }
+                        const double error = std::fabs(out[static_cast<size_t>(m * N + n)] - sum);
+                        EXPECT(error <= 1e-6 * size, "out[%d, %d] of %d x %d x %d off by %g of %g", (int)m, (int)n,
+                               (int)M, (int)N, (int)K, error, size);
+                    }
+                }
+            }
+        }
+    }
+}
+
+TEST(a_row_is_the_same_in_every_batch) {
+    const Weight w(37, 333, true);
+    const std::vector<float> x = normal_values(9 * w.K);
+    const std::vector<float> together = run(w, x, 9, nullptr, 2);
+    for (int64_t M = 1; M <= 9; ++M) {
+        const std::vector<float> fewer(x.begin(), x.begin() + M * w.K);
+        const std::vector<float> out = run(w, fewer, M, nullptr, any_of({1, 2, 3}));
+        EXPECT(memcmp(out.data(), together.data(), out.size() * sizeof(float)) == 0, "M = %d", (int)M);
+    }
+}
+
+TEST(no_input_features_give_the_bias) {
+    Weight w(5, 0, false);
+    const std::vector<float> bias = normal_values(5);
+    const std::vector<float> out = run(w, {}, 2, &bias, 1);
+    for (size_t i = 0; i < out.size(); ++i) EXPECT(out[i] == bias[i % 5], "out %d", (int)i);
+}
