@@ -38,6 +38,8 @@ class EngineLoop:
         self._steps = 0
         self._outputs: list[SequenceOutput] = []
         """Ends that no step brought about (refused, aborted); they go out with the next report."""
+        self._arrived: dict[str, float] = {}
+        """When the requests came that have not been in a step yet."""
 
     def run(self) -> None:
         """Serves until a Shutdown arrives; blocks while there is nothing to do."""
@@ -61,13 +63,15 @@ class EngineLoop:
         match record:
             case Generate(request_id=request_id) if self._scheduler.holds(request_id):
                 log.error("request id %r is in use; the second request of that id was dropped", request_id)
-            case Generate():
+            case Generate(request_id=request_id):
                 try:
                     self._check_tokens(record)
                     self._scheduler.add(record)
+                    self._arrived[request_id] = time.perf_counter()
                 except RequestError as error:
                     self._outputs.append(SequenceOutput(record.request_id, finish_reason="error", error=error.message))
             case Abort(request_id=request_id):
+                self._arrived.pop(request_id, None)
                 ended = self._scheduler.abort(request_id)
                 if ended is not None:
                     self._runner.release(request_id)
@@ -88,7 +92,10 @@ class EngineLoop:
             self._runner.release(request_id)
         outputs, self._outputs = self._outputs, []
         passes = 0
+        queued: list[float] = []
         if batch is not None:
+            arrivals = (self._arrived.pop(chunk.request_id, None) for chunk in batch.chunks)
+            queued = [started - arrival for arrival in arrivals if arrival is not None]
             computed, passes = self._compute(batch)
             for output in computed:
                 if output.finish_reason is not None:
@@ -97,7 +104,7 @@ class EngineLoop:
         elif not outputs:
             return  # an abort for what had just ended: no step, nothing to say
         self._steps += 1
-        self._report(self._summary(batch, outputs, time.perf_counter() - started, passes))
+        self._report(self._summary(batch, outputs, time.perf_counter() - started, passes, tuple(queued)))
 
     def _compute(self, batch: Batch) -> tuple[list[SequenceOutput], int]:
         """Runs a batch and takes in its result; a failure of the whole step ends the batch's requests, no others."""
@@ -111,7 +118,14 @@ class EngineLoop:
             return self._scheduler.fail(batch, failure_sentence(error)), 0
         return self._scheduler.apply(batch, result), result.forward_passes
 
-    def _summary(self, batch: Batch | None, outputs: list[SequenceOutput], seconds: float, passes: int) -> StepReport:
+    def _summary(
+        self,
+        batch: Batch | None,
+        outputs: list[SequenceOutput],
+        seconds: float,
+        passes: int,
+        queue_seconds: tuple[float, ...],
+    ) -> StepReport:
         scheduler = self._scheduler
         tokens, decodes = (batch.tokens, batch.decode_tokens) if batch is not None else (0, 0)
         return StepReport(
@@ -125,4 +139,5 @@ class EngineLoop:
             kv_blocks_used=scheduler.pool.used,
             kv_blocks_total=scheduler.pool.total,
             forward_passes=passes,
+            queue_seconds=queue_seconds,
         )
