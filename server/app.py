@@ -29,6 +29,8 @@ from server.errors import ConfigError, ServerError
 log = logging.getLogger(__name__)
 CLOSE_SECONDS: Final = 3
 """After draining, how long connections that are still open may take to take their last bytes."""
+BACKLOG: Final = 2048
+"""Connections that may wait to be accepted."""
 SIGNALS: Final = (signal.SIGINT, signal.SIGTERM)
 
 
@@ -103,13 +105,15 @@ def run(config: ServerConfig) -> None:
     logging.basicConfig(
         level=config.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s", force=True
     )
+    if config.log_level == "info":
+        logging.getLogger("uvicorn.error").setLevel(logging.WARNING)  # it says at info what we say ourselves
     listener = bind(config.host, config.port)
     with contextlib.closing(listener):
         asyncio.run(_serve(config, listener))
 
 
 def bind(host: str, port: int) -> socket.socket:
-    """A socket bound to the address; raises ConfigError when it is taken or not this machine's."""
+    """A socket that listens on the address; raises ConfigError when it is taken or not this machine's."""
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         listener = socket.socket(family, kind, protocol)
@@ -118,6 +122,7 @@ def bind(host: str, port: int) -> socket.socket:
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind(address)
+        listener.listen(BACKLOG)
     except OSError as error:
         listener.close()
         raise ConfigError(f"can't listen on {host!r} port {port}: {error.strerror}; accepted is a free one") from error
@@ -145,6 +150,7 @@ async def _serve(config: ServerConfig, listener: socket.socket) -> None:
         uvicorn.Config(
             app,
             log_config=None,
+            backlog=BACKLOG,
             access_log=config.log_level == "debug",
             server_header=False,
             timeout_graceful_shutdown=CLOSE_SECONDS,
@@ -164,6 +170,7 @@ async def _serve(config: ServerConfig, listener: socket.socket) -> None:
         await service.shutdown()
         for number in SIGNALS:
             loop.remove_signal_handler(number)
+            signal.signal(number, signal.SIG_IGN)  # the process is about to end; one more must not change its exit code
     if failures:
         raise failures[0]
 
@@ -187,7 +194,9 @@ class _Drain:
         log.info("%s again: stopping at once", name)
         for model in self._service.models.values():
             model.client.kill()
-        self._server.should_exit = self._server.force_exit = True
+        # Not uvicorn's force_exit: that would skip the lifespan's end. Killed engines have ended every stream anyway.
+        self._server.config.timeout_graceful_shutdown = 1
+        self._server.should_exit = True
 
     async def finish(self) -> None:
         if self._task is not None:

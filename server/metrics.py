@@ -18,12 +18,14 @@ from prometheus_client import (
     Gauge,
     Histogram,
     ProcessCollector,
+    disable_created_metrics,
     generate_latest,
 )
 
 from server.records import FinishReason, Loaded, LoadProgress, MemoryReport, StepReport
 
 PREFIX: Final = "halfbyte_"
+disable_created_metrics()  # type: ignore[no-untyped-call]  # they would double the page
 
 # The OpenTelemetry GenAI buckets, continued upwards: what dashboards for other servers already use.
 FIRST_TOKEN_BUCKETS: Final = (
@@ -225,6 +227,8 @@ class ModelMetrics:
         if report.forward_passes:
             self._histograms["engine_step_duration_seconds"].observe(report.seconds)
             self._histograms["engine_step_sequences"].observe(sum(1 for output in report.outputs if output.token_ids))
+        for seconds in report.queue_seconds:
+            self._histograms["request_queue_seconds"].observe(seconds)
         phases = self._metrics.counters["engine_step_tokens"]
         phases.labels(self._model, "prefill").inc(report.prefill_tokens)
         phases.labels(self._model, "decode").inc(report.decode_tokens)
@@ -239,9 +243,6 @@ class ModelMetrics:
     def admitted(self, prompt_tokens: int) -> None:
         self._counters["prompt_tokens"].inc(prompt_tokens)
         self._histograms["request_prompt_tokens"].observe(prompt_tokens)
-
-    def queued(self, seconds: float) -> None:
-        self._histograms["request_queue_seconds"].observe(seconds)
 
     def first_token(self, seconds: float) -> None:
         self._histograms["time_to_first_token_seconds"].observe(seconds)

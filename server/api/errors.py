@@ -80,27 +80,40 @@ def invalid_request(details: Sequence[Any], model: type[BaseModel] | None) -> Re
     """The first of pydantic's complaints as a sentence that names the field."""
     if not details:
         return RequestError("the request is not accepted")
-    detail = details[0]
+    # A union reports a complaint per member; the one that got furthest into the body is about what was meant.
+    detail = max(details, key=lambda one: len(one["loc"]))
     path = [part for part in detail["loc"] if part not in ("body", "query", "path")]
     if detail["type"] == "json_invalid":
         problem = detail.get("ctx", {}).get("error", "malformed")
         position = path[0] if path else 0
         return RequestError(f"the request body is not valid JSON at character {position}: {problem}")
-    if not path:
+    if not path and detail["type"] != "value_error":
         return RequestError("the request body must be a JSON object, sent with Content-Type: application/json")
-    param = location(path)
-    return RequestError(describe(detail, param, _accepted(model, path)), param=param)
+    fields, accepted = _walk(model, path)
+    param = location(fields)
+    return RequestError(describe(detail, param, accepted), param=param or None)
 
 
-def _accepted(model: type[BaseModel] | None, path: Sequence[int | str]) -> Sequence[str]:
-    """The fields beside the one at `path`, found by walking down the model of the body."""
+def _walk(model: type[BaseModel] | None, path: Sequence[int | str]) -> tuple[list[int | str], Sequence[str]]:
+    """The path without the names pydantic gives to a union's members, and the fields beside its last part."""
     current: Any = model
-    for part in path[:-1]:
-        if isinstance(part, int) or current is None:
-            continue
-        field = current.model_fields.get(part)
-        current = _nested_model(field.annotation) if field is not None else None
-    return list(current.model_fields) if current is not None else []
+    fields: list[int | str] = []
+    accepted: Sequence[str] = list(model.model_fields) if model is not None else []
+    for number, part in enumerate(path):
+        known = isinstance(part, int) or current is None or part in current.model_fields
+        if known or (number == len(path) - 1 and not _is_member(part)):
+            fields.append(part)
+        if isinstance(part, str) and current is not None:
+            accepted = list(current.model_fields)
+            field = current.model_fields.get(part)
+            if field is not None:
+                current = _nested_model(field.annotation) or current
+    return fields, accepted
+
+
+def _is_member(part: int | str) -> bool:
+    """Whether a part of a path is a union member's name, such as str or list[TextPart]."""
+    return part in ("str", "int", "float", "bool") or str(part).startswith(("list[", "function-", "constrained-"))
 
 
 def _nested_model(annotation: Any) -> type[BaseModel] | None:

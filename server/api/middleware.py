@@ -59,6 +59,8 @@ class HttpMetrics:
         self._in_flight.inc()
         try:
             await self._app(scope, receive, watch)
+        except asyncio.CancelledError:
+            return None  # uvicorn cancels what is left when it stops; this is the task's outermost frame
         finally:
             self._in_flight.dec()
             method = scope["method"] if scope["method"] in _METHODS else "other"

@@ -59,6 +59,12 @@ def _as_list(value: object) -> object:
     return [] if value is None else [value] if isinstance(value, str) else value
 
 
+def _content(value: object) -> object:
+    if not isinstance(value, str | list):
+        raise ValueError(f"'content' is {shown(value)}; accepted are a string or a list of text parts")
+    return value
+
+
 def _prompts(value: object) -> list[Prompt]:
     """The four shapes of `prompt` as a list of texts or token sequences."""
     if isinstance(value, str):
@@ -162,7 +168,9 @@ class Message(Wire):
     """One message of a chat; `developer` is OpenAI's newer word for `system`."""
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | Annotated[list[TextPart], Field(min_length=1, max_length=MAX_PARTS)]
+    content: Annotated[
+        str | Annotated[list[TextPart], Field(min_length=1, max_length=MAX_PARTS)], BeforeValidator(_content)
+    ]
     name: only(None) = None  # type: ignore[valid-type]
     refusal: only(None) = None  # type: ignore[valid-type]
     audio: only(None) = None  # type: ignore[valid-type]

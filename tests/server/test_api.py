@@ -1,0 +1,516 @@
+"""The HTTP surface over a real socket, with an engine that repeats the prompt: answers, streams, refusals, overload."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import httpx
+import pytest
+
+from server.api.admission import Admission
+from server.errors import OverloadedError
+from tests.server.conftest import RunningApp, ServeScript, wait_for
+
+
+def complete(running: RunningApp, **fields: Any) -> httpx.Response:
+    body = {"model": "echo", "prompt": "abc", "max_tokens": 6, "temperature": 0} | fields
+    with running.client() as client:
+        return client.post("/v1/completions", json=body)
+
+
+def chat(running: RunningApp, **fields: Any) -> httpx.Response:
+    body = {"model": "echo", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 8} | fields
+    with running.client() as client:
+        return client.post("/v1/chat/completions", json=body)
+
+
+def events(response: httpx.Response) -> list[dict[str, Any]]:
+    """The JSON events of a complete stream, whose end was marked."""
+    lines = [line for line in response.text.split("\n\n") if line]
+    assert lines[-1] == "data: [DONE]"
+    return [json.loads(line.removeprefix("data: ")) for line in lines[:-1]]
+
+
+def test_a_completion(echo: RunningApp) -> None:
+    answer = complete(echo).json()
+    assert answer["object"] == "text_completion"
+    assert answer["choices"] == [{"index": 0, "text": "abcabc", "logprobs": None, "finish_reason": "length"}]
+    assert answer["usage"] == {"prompt_tokens": 3, "completion_tokens": 6, "total_tokens": 9}
+
+
+def test_a_completion_generates_sixteen_tokens_unless_told_otherwise(echo: RunningApp) -> None:
+    assert complete(echo, max_tokens=None).json()["usage"]["completion_tokens"] == 16
+
+
+@pytest.mark.parametrize(
+    ("prompt", "texts"),
+    [
+        ("日本", ["日本"]),
+        (["ab", "xyz"], ["ababab", "xyzxyz"]),
+        ([67, 68], ["ababab"]),
+        ([[67], [69, 70]], ["aaaaaa", "cdcdcd"]),
+        (["ab", [69]], ["ababab", "cccccc"]),
+    ],
+)
+def test_every_shape_of_prompt(echo: RunningApp, prompt: object, texts: list[str]) -> None:
+    ids = {"a": 67, "b": 68, "c": 69, "d": 70}
+    assert echo.service.models["echo"].tokenizer.encode("abcd") == list(ids.values())
+    answer = complete(echo, prompt=prompt).json()
+    assert [choice["text"] for choice in answer["choices"]] == texts
+    assert [choice["index"] for choice in answer["choices"]] == list(range(len(texts)))
+
+
+def test_the_model_s_end_token_is_a_stop_and_not_in_the_text(echo: RunningApp) -> None:
+    answer = complete(echo, prompt=[67, 68, 2, 69], max_tokens=50).json()
+    assert answer["choices"][0] == {"index": 0, "text": "ab", "logprobs": None, "finish_reason": "stop"}
+    assert answer["usage"]["completion_tokens"] == 3
+    ignored = complete(echo, prompt=[67, 68, 2, 69], max_tokens=8, ignore_eos=True).json()
+    assert ignored["choices"][0]["text"] == "abcabc"
+    assert ignored["choices"][0]["finish_reason"] == "length"
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(
+    ("stop", "text", "tokens"), [("cd", "ab", 4), (["x", "da"], "abc", 5), ("dab", "abc", 6), ("zz", "abcdabcdab", 10)]
+)
+def test_stop_strings(echo: RunningApp, stop: object, text: str, tokens: int, stream: bool) -> None:
+    response = complete(
+        echo,
+        prompt="abcd",
+        stop=stop,
+        max_tokens=10,
+        stream=stream,
+        **({"stream_options": {"include_usage": True}} if stream else {}),
+    )
+    answers = events(response) if stream else [response.json()]
+    choices = [choice for answer in answers for choice in answer["choices"]]
+    assert "".join(choice["text"] for choice in choices) == text
+    assert choices[-1]["finish_reason"] == ("length" if tokens == 10 else "stop")
+    assert answers[-1]["usage"]["completion_tokens"] == tokens
+
+
+def test_a_stream_is_one_event_per_piece(echo: RunningApp) -> None:
+    chunks = events(complete(echo, prompt="a日", max_tokens=8, stream=True))
+    texts = [choice["text"] for chunk in chunks for choice in chunk["choices"]]
+    assert texts == ["a", "日", "a", "日", ""]
+    assert chunks[-1]["choices"][0]["finish_reason"] == "length"
+    assert len({chunk["id"] for chunk in chunks}) == 1
+    assert not any("usage" in chunk for chunk in chunks)
+
+
+def test_a_stream_of_several_prompts_marks_each_piece_with_its_choice(echo: RunningApp) -> None:
+    texts = {0: "", 1: "", 2: ""}
+    for chunk in events(complete(echo, prompt=["ab", "c", "xyz"], stream=True)):
+        for choice in chunk["choices"]:
+            texts[choice["index"]] += choice["text"]
+    assert texts == {0: "ababab", 1: "cccccc", 2: "xyzxyz"}
+
+
+def test_a_chat(echo: RunningApp) -> None:
+    prompt = "user: hi\nassistant:"
+    answer = chat(echo).json()
+    assert answer["object"] == "chat.completion"
+    assert answer["choices"][0]["message"] == {"role": "assistant", "content": prompt[:8], "refusal": None}
+    assert answer["usage"]["prompt_tokens"] == len(prompt)
+    parts = [{"type": "text", "text": "h"}, {"type": "text", "text": "i"}]
+    assert (
+        chat(echo, messages=[{"role": "developer", "content": parts}], max_tokens=11).json()["choices"][0]["message"][
+            "content"
+        ]
+        == "system: h\ni"
+    )
+
+
+def test_a_chat_without_a_limit_fills_the_context(echo: RunningApp) -> None:
+    usage = chat(echo, max_tokens=None).json()["usage"]
+    assert usage["total_tokens"] == 256
+
+
+def test_a_chat_stream(echo: RunningApp) -> None:
+    chunks = events(chat(echo, stream=True, max_completion_tokens=8, stream_options={"include_usage": True}))
+    assert {chunk["object"] for chunk in chunks} == {"chat.completion.chunk"}
+    assert chunks[0]["choices"][0]["delta"] == {"role": "assistant", "content": ""}
+    assert "".join(c["delta"].get("content", "") for chunk in chunks for c in chunk["choices"]) == "user: hi"
+    assert [c["finish_reason"] for chunk in chunks for c in chunk["choices"]][-1] == "length"
+    assert chunks[-1]["choices"] == []
+    assert chunks[-1]["usage"]["completion_tokens"] == 8
+
+
+REFUSED: list[tuple[dict[str, Any], str, str]] = [
+    ({"temperature": -0.1}, "temperature", "greater than or equal to 0"),
+    ({"temperature": 2.1}, "temperature", "less than or equal to 2"),
+    ({"temperature": "hot"}, "temperature", "'hot'"),
+    ({"temperature": "1"}, "temperature", "valid number"),
+    ({"top_p": 0}, "top_p", "greater than 0"),
+    ({"top_p": 1.5}, "top_p", "less than or equal to 1"),
+    ({"top_k": -1}, "top_k", "greater than or equal to 0"),
+    ({"top_k": 1.5}, "top_k", "integer"),
+    ({"max_tokens": 0}, "max_tokens", "greater than or equal to 1"),
+    ({"max_tokens": True}, "max_tokens", "integer"),
+    ({"max_tokens": 10**30}, "max_tokens", "less than or equal"),
+    ({"seed": -1}, "seed", "greater than or equal to 0"),
+    ({"stop": ["x"] * 17}, "stop", "at most 16"),
+    ({"stop": ""}, "stop[0]", "at least 1"),
+    ({"stop": [5]}, "stop[0]", "string"),
+    ({"stop": "x" * 257}, "stop[0]", "at most 256"),
+    ({"stream": "yes"}, "stream", "boolean"),
+    ({"stream_options": {"include_usage": True}}, "", "'stream_options'"),
+    ({"stream": True, "stream_options": {"usage": True}}, "stream_options.usage", "include_usage"),
+    ({"n": 2}, "n", "accepted is 1"),
+    ({"n": True}, "n", "accepted is 1"),
+    ({"presence_penalty": 0.5}, "presence_penalty", "accepted is 0"),
+    ({"logit_bias": {"5": 1}}, "logit_bias", "not supported"),
+    ({"flavour": 1}, "flavour", "accepted are model"),
+    ({"model": 5}, "model", "string"),
+    ({"model": ""}, "model", "at least 1"),
+    ({"ignore_eos": None}, "ignore_eos", "boolean"),
+]
+REFUSED_COMPLETIONS = [
+    ({"prompt": None}, "prompt", "accepted are a string"),
+    ({"prompt": []}, "prompt", "accepted are a string"),
+    ({"prompt": ""}, "prompt", "no tokens"),
+    ({"prompt": [1, "a"]}, "prompt", "prompt[0]"),
+    ({"prompt": [-1]}, "prompt", "prompt[0]"),
+    ({"prompt": [[]]}, "prompt", "prompt[0]"),
+    ({"prompt": ["a"] * 33}, "prompt", "at most 32"),
+    ({"prompt": [320]}, "prompt", "0 to 319"),
+    ({"prompt": "x" * 256}, "prompt", "256 tokens, and the model's context holds 256"),
+    ({"prompt": "x" * 100_000}, "prompt", "tokens, and the model's context holds 256"),
+    ({"prompt": "x" * 200, "max_tokens": 57}, "max_tokens", "together 257"),
+    ({"logprobs": 3}, "logprobs", "accepted is null"),
+    ({"echo": True}, "echo", "accepted is false"),
+    ({"best_of": 4}, "best_of", "accepted is 1"),
+    ({"suffix": "x"}, "suffix", "not supported"),
+]
+REFUSED_CHATS = [
+    ({"messages": []}, "messages", "at least 1"),
+    ({"messages": "hi"}, "messages", "list"),
+    ({"messages": [{"role": "user"}]}, "messages[0].content", "missing"),
+    ({"messages": [{"role": "wizard", "content": ""}]}, "messages[0].role", "'system'"),
+    ({"messages": [{"role": "user", "content": 5}]}, "messages[0].content", "text parts"),
+    ({"messages": [{"role": "user", "content": "x", "colour": 1}]}, "messages[0].colour", "accepted are role"),
+    (
+        {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]},
+        "messages[0].content[0]",
+        "image_url",
+    ),
+    ({"messages": [{"role": "user", "content": "x", "tool_calls": [{}]}]}, "messages[0].tool_calls", "not supported"),
+    ({"messages": [{"role": "user", "content": "x" * 400}]}, "prompt", "tokens, and the model's context holds 256"),
+    ({"tools": [{"type": "function"}]}, "tools", "not supported"),
+    ({"response_format": {"type": "json_object"}}, "response_format", "not supported"),
+    ({"logprobs": True}, "logprobs", "not supported"),
+    ({"max_tokens": 5, "max_completion_tokens": 6}, "", "'max_completion_tokens' is 6"),
+]
+
+
+@pytest.mark.parametrize(
+    ("path", "fields", "param", "words"),
+    [("completions", *case) for case in REFUSED + REFUSED_COMPLETIONS]
+    + [("chat/completions", *case) for case in REFUSED + REFUSED_CHATS],
+    ids=lambda value: str(value)[:40],
+)
+def test_a_refusal_names_the_field(echo: RunningApp, path: str, fields: dict[str, Any], param: str, words: str) -> None:
+    base: dict[str, Any] = {"model": "echo"}
+    base |= {"prompt": "a"} if path == "completions" else {"messages": [{"role": "user", "content": "a"}]}
+    with echo.client() as client:
+        response = client.post(f"/v1/{path}", json=base | fields)
+    assert response.status_code == 400, response.text
+    error = response.json()["error"]
+    assert set(error) == {"message", "type", "param", "code"}
+    assert error["type"] == "invalid_request_error"
+    assert words in error["message"]
+    assert "\n" not in error["message"]
+    assert len(error["message"]) < 1200
+    if param:
+        assert (error["param"] or "").startswith(param)
+
+
+@pytest.mark.parametrize(
+    ("body", "words"),
+    [
+        (b"{", "not valid JSON"),
+        (b"", "JSON object"),
+        (b"[]", "JSON object"),
+        (b"nonsense", "not valid JSON"),
+        (b'{"model": "\xff"}', "JSON"),
+        (b"[" * 200_000, "JSON"),
+        (b'{"model": "echo", "prompt": "a", "temperature": NaN}', "temperature"),
+        (b'{"model": "echo", "prompt": "a", "seed": ' + b"9" * 5000 + b"}", "JSON"),
+    ],
+)
+def test_a_body_that_is_no_json_object(echo: RunningApp, body: bytes, words: str) -> None:
+    with echo.client() as client:
+        response = client.post("/v1/completions", content=body, headers={"Content-Type": "application/json"})
+    assert response.status_code == 400, response.text
+    assert words in response.json()["error"]["message"]
+
+
+def test_unknown_models_routes_and_methods(echo: RunningApp) -> None:
+    response = complete(echo, model="gpt-9")
+    assert response.status_code == 404
+    assert response.json()["error"]["code"] == "model_not_found"
+    assert "'echo'" in response.json()["error"]["message"]
+    with echo.client() as client:
+        assert client.get("/v1/models/gpt-9").status_code == 404
+        assert "'/nope'" in client.get("/nope").json()["error"]["message"]
+        assert client.get("/v1/completions").status_code == 405
+        assert client.get("/docs").status_code == 404
+
+
+def test_models_memory_and_openapi(echo: RunningApp) -> None:
+    with echo.client() as client:
+        (listed,) = client.get("/v1/models").json()["data"]
+        assert listed == client.get("/v1/models/echo").json()
+        memory = client.get("/memory").json()
+        schema = client.get("/openapi.json").json()
+    assert listed["id"] == "echo"
+    assert listed["max_model_len"] == 256
+    assert listed["quantization"] == {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
+    assert memory["models"][0]["planned"] == {"packed_weights": 4096, "kv_cache": 1024}
+    assert memory["devices"] == [{"device": "cpu", "models": 1, "planned": 5120, "measured": 5120, "unaccounted": 880}]
+    assert "/v1/chat/completions" in schema["paths"]
+    assert schema["components"]["schemas"]["CompletionRequest"]["additionalProperties"] is False
+
+
+def test_metrics_count_what_happened(echo: RunningApp) -> None:
+    before = echo.metric("prompt_tokens_total", model="echo")
+    complete(echo, prompt="abcd", max_tokens=7)
+    with echo.client() as client:
+        text = client.get("/metrics").text
+    assert echo.metric("prompt_tokens_total", model="echo") == before + 4
+    assert 'halfbyte_memory_bytes{component="packed_weights",device="cpu",model="echo"} 4096.0' in text
+    assert 'halfbyte_memory_unaccounted_bytes{device="cpu"} 880.0' in text
+    assert 'halfbyte_model_info{architecture="ScriptedForCausalLM",device="cpu",dtype="float32",' in text
+    assert 'quantization="nf4"} 1.0' in text
+    assert 'route="/v1/completions",status="200"' in text
+    assert "/nope" not in text
+    assert "_created" not in text
+
+
+def test_a_client_that_leaves_aborts_its_request(serve_scripts: ServeScript) -> None:
+    with serve_scripts({"echo": {"step_seconds": 0.01, "max_model_len": 100_000}}) as running:
+        for stream in (True, False):
+            body = {"model": "echo", "prompt": "abc", "max_tokens": 90_000, "stream": stream}
+            payload = json.dumps(body).encode()
+            with socket.create_connection(("127.0.0.1", running.port)) as connection:
+                connection.sendall(
+                    b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+                    + f"Content-Length: {len(payload)}\r\n\r\n".encode()
+                    + payload
+                )
+                wait_for(lambda: running.service.open_requests == 1)
+                if stream:
+                    assert b"200 OK" in connection.recv(4096)
+                time.sleep(0.05)
+            wait_for(lambda: running.service.open_requests == 0)
+        wait_for(lambda: running.metric("requests_running", model="echo") == 0)
+        assert running.metric("requests_total", model="echo", finish_reason="abort") == 2
+
+
+def test_an_engine_killed_in_the_middle_of_a_stream(serve_scripts: ServeScript) -> None:
+    with serve_scripts({"dies": {"die_after_steps": 5}, "lives": {}}) as running, running.client() as client:
+        body = {"model": "dies", "prompt": "abc", "max_tokens": 100, "stream": True}
+        with client.stream("POST", "/v1/completions", json=body) as response:
+            assert response.status_code == 200
+            lines = [line for line in response.iter_lines() if line]
+        error = json.loads(lines[-1].removeprefix("data: "))["error"]
+        assert error["message"] == "the engine of model 'dies' was killed by signal 9 (SIGKILL)"
+        assert error["code"] == "engine_unavailable"
+        assert complete(running, model="dies").status_code == 503
+        assert complete(running, model="lives").json()["choices"][0]["text"] == "abcabc"
+        assert client.get("/livez").status_code == 200
+        ready = client.get("/readyz")
+        assert ready.status_code == 503
+        assert ready.json()["status"] == "degraded"
+        assert ready.json()["models"]["dies"]["state"] == "dead"
+        assert client.get("/startupz").status_code == 200
+
+
+def test_when_every_engine_is_dead_a_restart_is_asked_for(serve_scripts: ServeScript) -> None:
+    with serve_scripts({"dies": {"die_after_steps": 1}}) as running, running.client() as client:
+        response = client.post("/v1/completions", json={"model": "dies", "prompt": "a", "max_tokens": 2})
+        assert response.status_code == 503
+        assert client.get("/livez").status_code == 503
+
+
+def test_probes_while_loading(serve_scripts: ServeScript) -> None:
+    with serve_scripts({"slow": {"load_seconds": 1.0}}, wait=False) as running, running.client() as client:
+        assert client.get("/livez").status_code == 200
+        wait_for(lambda: running.service.models["slow"].client.progress.bytes_total)
+        for path in ("/startupz", "/readyz", "/health"):
+            answer = client.get(path)
+            assert answer.status_code == 503
+            assert answer.json()["status"] == "starting"
+            assert answer.json()["models"]["slow"]["phase"] == "weights"
+            assert answer.json()["models"]["slow"]["bytes_total"] == 1000
+        refused = complete(running, model="slow")
+        assert refused.status_code == 503
+        assert "still loading" in refused.json()["error"]["message"]
+        assert client.get("/v1/models").json()["data"][0]["state"] == "loading"
+        wait_for(lambda: running.service.started)
+        for path in ("/startupz", "/readyz", "/health"):
+            assert client.get(path).status_code == 200
+
+
+def test_a_full_queue_is_429_with_a_computed_retry_after(serve_scripts: ServeScript) -> None:
+    with serve_scripts({"echo": {"step_seconds": 0.01}}, max_sequences=2, max_queued_requests=1) as running:
+        threads = [
+            threading.Thread(target=complete, args=(running,), kwargs={"prompt": "ab", "max_tokens": 100})
+            for _ in range(3)
+        ]
+        for thread in threads:
+            thread.start()
+        wait_for(lambda: running.service.open_requests == 3)
+        refused = complete(running)
+        assert refused.status_code == 429
+        assert refused.json()["error"]["code"] == "overloaded"
+        assert "at most 3" in refused.json()["error"]["message"]
+        assert int(refused.headers["Retry-After"]) >= 1
+        assert complete(running, prompt=["a", "b"], stream=True).status_code == 429
+        assert running.metric("requests_rejected_total", model="echo", reason="overloaded") == 2
+        for thread in threads:
+            thread.join()
+        assert complete(running).status_code == 200
+
+
+def test_retry_after_follows_the_pace() -> None:
+    now = 0.0
+    admission = Admission("m", 10, clock=lambda: now)
+    for _ in range(20):  # one request ends every 3 seconds
+        with admission.enter():
+            now += 3
+    with admission.enter(10):
+        with pytest.raises(OverloadedError) as one:
+            admission.enter(1).__enter__()
+        with pytest.raises(OverloadedError) as four:
+            admission.enter(4).__enter__()
+    assert one.value.retry_after == 3
+    assert four.value.retry_after == 12
+    assert admission.open == 0
+
+
+KEY = "secret-key-1"
+
+
+@pytest.fixture(scope="module")
+def guarded(serve_scripts: ServeScript) -> Iterator[RunningApp]:
+    with serve_scripts({"echo": {}}, api_keys=(KEY, "secret-key-2"), max_body_bytes=2000) as running:
+        yield running
+
+
+@pytest.mark.parametrize("path", ["/v1/models", "/v1/models/echo", "/metrics", "/memory", "/openapi.json", "/nope"])
+def test_everything_but_the_probes_asks_for_a_key(guarded: RunningApp, path: str) -> None:
+    with guarded.client() as client:
+        for header in (None, "Bearer wrong-key-1", f"Basic {KEY}", KEY, "Bearer", f"Bearer {KEY}x", "Bearer \xe9"):
+            headers = [] if header is None else [(b"Authorization", header.encode("latin-1"))]
+            response = client.get(path, headers=headers)
+            assert response.status_code == 401
+            assert response.headers["WWW-Authenticate"] == "Bearer"
+            assert response.json()["error"]["code"] == "invalid_api_key"
+        assert client.get(path, headers={"Authorization": f"bearer {KEY}"}).status_code in (200, 404)
+        assert client.get(path, headers={"Authorization": "Bearer secret-key-2"}).status_code in (200, 404)
+    with guarded.client() as client:
+        for probe in ("/livez", "/startupz", "/readyz", "/health"):
+            assert client.get(probe).status_code == 200
+
+
+def test_a_body_over_the_limit_is_refused_unread(guarded: RunningApp) -> None:
+    headers = {"Authorization": f"Bearer {KEY}", "Content-Type": "application/json"}
+    with guarded.client() as client:
+        fits = json.dumps({"model": "echo", "prompt": "a", "max_tokens": 1}).encode()
+        padded = fits + b" " * (2000 - len(fits))
+        assert client.post("/v1/completions", content=padded, headers=headers).status_code == 200
+        announced = client.post("/v1/completions", content=padded + b" ", headers=headers)
+        assert announced.status_code == 413
+        assert "at most 2000 bytes" in announced.json()["error"]["message"]
+        streamed = client.post("/v1/completions", content=iter([padded, b" "]), headers=headers)
+        assert streamed.status_code == 413
+
+
+def test_a_body_that_does_not_arrive_is_408(monkeypatch: pytest.MonkeyPatch, serve_scripts: ServeScript) -> None:
+    monkeypatch.setattr("server.api.middleware.BODY_SECONDS", 0.2)
+    from server.api.middleware import BodyLimit
+
+    async def test() -> None:
+        sent: list[Any] = []
+
+        async def never() -> Any:
+            await asyncio.sleep(60)
+
+        async def send(message: Any) -> None:
+            sent.append(message)
+
+        async def app(*_: Any) -> None:
+            pytest.fail("the app was called")
+
+        scope = {"type": "http", "method": "POST", "headers": [], "path": "/"}
+        await BodyLimit(app, 1000, seconds=0.1)(scope, never, send)
+        assert sent[0]["status"] == 408
+
+    asyncio.run(test())
+
+
+@pytest.mark.parametrize(
+    ("headers", "status"),
+    [
+        ({"Host": "evil.example"}, 403),
+        ({"Host": "evil.example:8000"}, 403),
+        ({"Host": "127.0.0.1.evil.example"}, 403),
+        ({"Host": "localhost:1234"}, 200),
+        ({"Host": "LOCALHOST"}, 200),
+        ({"Host": "[::1]:80"}, 200),
+        ({"Host": "localhost:80", "Origin": "http://localhost:80"}, 200),
+        ({"Host": "localhost:80", "Origin": "http://localhost:3000"}, 403),
+        ({"Origin": "https://evil.example"}, 403),
+        ({"Origin": "null"}, 403),
+    ],
+    ids=str,
+)
+def test_hosts_and_origins_on_loopback(echo: RunningApp, headers: dict[str, str], status: int) -> None:
+    with echo.client() as client:
+        response = client.get("/v1/models", headers=headers)
+    assert response.status_code == status
+    if status == 403:
+        assert response.json()["error"]["code"] == "forbidden_host"
+
+
+def test_allowed_hosts_are_accepted_as_host_and_as_origin(serve_scripts: ServeScript) -> None:
+    with serve_scripts({"echo": {}}, allowed_hosts=("llm.example",)) as running, running.client() as client:
+        for headers in ({"Host": "llm.example"}, {"Origin": "https://llm.example"}):
+            assert client.get("/v1/models", headers=headers).status_code == 200
+        assert client.get("/v1/models", headers={"Host": "other.example"}).status_code == 403
+
+
+def test_a_model_that_cannot_be_loaded_is_reported(serve_scripts: ServeScript) -> None:
+    with serve_scripts({"good": {}, "bad": {"fail": ["does_not_fit", "3 bytes too many"]}}, wait=False) as running:
+        wait_for(lambda: running.failures)
+        assert [str(error) for error in running.failures] == ["3 bytes too many"]
+        assert running.failures[0].exit_code == 3
+
+
+def test_a_model_without_a_chat_template_refuses_chats(echo: RunningApp, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(echo.service.models["echo"], "template", None)
+    response = chat(echo)
+    assert response.status_code == 400
+    assert "has no chat template" in response.json()["error"]["message"]
+    assert complete(echo).status_code == 200
+
+
+def test_many_clients_at_once_each_get_their_own_text(echo: RunningApp) -> None:
+    async def test() -> None:
+        async with httpx.AsyncClient(base_url=echo.url, timeout=30) as client:
+
+            async def ask(number: int) -> None:
+                body = {"model": "echo", "prompt": f"<{number}>", "max_tokens": 2 * len(f"<{number}>")}
+                answer = await client.post("/v1/completions", json=body)
+                assert answer.json()["choices"][0]["text"] == f"<{number}>" * 2
+
+            await asyncio.gather(*(ask(number) for number in range(100)))
+
+    asyncio.run(test())
