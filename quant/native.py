@@ -159,7 +159,9 @@ class Kernels:
         workspace = None
         if entry in ENTRIES_WITH_WORKSPACE:
             needed = _I64()
-            self._check(entry, getattr(self.library, f"{entry}_workspace")(ctypes.byref(args), ctypes.byref(needed)))
+            self.check_status(
+                entry, getattr(self.library, f"{entry}_workspace")(ctypes.byref(args), ctypes.byref(needed))
+            )
             if needed.value:
                 workspace = torch.empty(needed.value, dtype=torch.uint8, device=device)
                 args.call.workspace = workspace.data_ptr()
@@ -170,9 +172,10 @@ class Kernels:
                 status = getattr(self.library, entry)(ctypes.byref(args))
         else:
             status = getattr(self.library, entry)(ctypes.byref(args))
-        self._check(entry, status)
+        self.check_status(entry, status)
 
-    def _check(self, entry: str, status: int) -> None:
+    def check_status(self, entry: str, status: int) -> None:
+        """Raises NativeError with the library's sentence unless the call succeeded."""
         if status != _OK:
             raise NativeError(f"{entry} in the {self.device_type} library refused: {self.status_text(status)}")
 
