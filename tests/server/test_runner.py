@@ -5,19 +5,22 @@ from __future__ import annotations
 import random
 from functools import cache
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 import torch
 import transformers
 
+from quant.config import from_spec
 from server.errors import LoadError
 from server.model.batch import Batch, Chunk, Draw, StepError
 from server.model.cache_runner import CacheRunner
+from server.model.load import load_model
 from server.model.probe import ModelRunner, choose_runner
 from server.model.runner import PagedRunner
 from server.records import KV_BLOCK_TOKENS, Abort, ModelSpec, SamplingParams
 from tests.server.engines import Engine, generate
-from tests.tiny_models import VOCABULARY, tiny_model
+from tests.tiny_models import VOCABULARY, save_tiny, tiny_model
 
 PAGED = ("llama", "mistral", "qwen3", "gpt2")
 CACHED = ("bloom", "gptj")
@@ -45,13 +48,12 @@ def prompt_of(length: int) -> list[int]:
 @torch.inference_mode()
 def expected(model: transformers.PreTrainedModel, prompt: list[int], count: int) -> list[int]:
     """transformers' own greedy answer, past any end-of-sequence token."""
+    model.generation_config.eos_token_id = None  # else generate would take it up again
     ids = torch.tensor([prompt])
     found = model.generate(
         ids,
         attention_mask=torch.ones_like(ids),
-        generation_config=transformers.GenerationConfig(
-            max_new_tokens=count, do_sample=False, eos_token_id=None, pad_token_id=0
-        ),
+        generation_config=transformers.GenerationConfig(max_new_tokens=count, do_sample=False, pad_token_id=0),
     )
     return list(found[0, len(prompt) :].tolist())
 
@@ -92,6 +94,23 @@ def test_greedy_survives_preemption(architecture: str) -> None:
     assert found == {name: expected(model, prompt, 40) for name, prompt in prompts.items()}
     recomputed = sum(report.prefill_tokens for report in engine.reports) - 4 * 30
     assert recomputed > 0, "the pool was small enough to throw somebody out"
+
+
+@pytest.mark.parametrize("quantization", ["nf4-dq", "fp4", "int8"])
+@pytest.mark.parametrize("architecture", ["llama", "qwen3", "bloom"])
+def test_quantized_models_answer_as_transformers_does(architecture: str, quantization: str, tmp_path: Path) -> None:
+    path = save_tiny(architecture, tmp_path / "model")
+    config = from_spec(quantization, compute_dtype=torch.float32)
+    model = transformers.AutoModelForCausalLM.from_pretrained(path, quantization_config=config)
+    loaded = load_model(ModelSpec("m", str(path), quantization=quantization), lambda *_: None)
+    runner = choose_runner(loaded.model, ModelSpec("m", ""), blocks=64, max_model_len=LENGTH)
+    prompts = {f"r{i}": prompt_of(length) for i, length in enumerate((1, 9, 33, 50))}
+    engine = Engine(runner, max_batch_tokens=24)
+    found = engine.serve(
+        [generate("r0", prompts["r0"], 12), generate("r2", prompts["r2"], 12)],
+        {3: [generate("r1", prompts["r1"], 12), generate("r3", prompts["r3"], 12)]},
+    )
+    assert found == {name: expected(model, prompt, 12) for name, prompt in prompts.items()}
 
 
 def test_eight_requests_share_forward_passes() -> None:

@@ -1,0 +1,317 @@
+"""The engine as a process behind a real socketpair: loading, serving, aborting, dying, and every way not to load."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+
+from quant.errors import QuantError
+from server.engine.process import Connection, explain, load_engine
+from server.errors import ServerError
+from server.records import (
+    KV_BLOCK_TOKENS,
+    LENGTH_PREFIX_BYTES,
+    Abort,
+    FromEngine,
+    Generate,
+    Loaded,
+    LoadFailed,
+    LoadModel,
+    LoadProgress,
+    ModelSpec,
+    Record,
+    SamplingParams,
+    SequenceOutput,
+    Shutdown,
+    StepReport,
+    decode_from_engine,
+    encode_frame,
+    frame_length,
+)
+from tests.tiny_models import VOCABULARY, save_tiny
+
+SECONDS = 120
+
+
+class Engine:
+    """The HTTP side of one engine process, spelled out with a blocking socket."""
+
+    def __init__(self) -> None:
+        self.socket, theirs = socket.socketpair()
+        self.socket.settimeout(SECONDS)
+        self.process = subprocess.Popen(
+            [sys.executable, "-P", "-m", "server.engine.process", str(theirs.fileno())],
+            pass_fds=[theirs.fileno()],
+            start_new_session=True,
+            stderr=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )
+        theirs.close()
+
+    def send(self, record: Record) -> None:
+        self.socket.sendall(encode_frame(record))
+
+    def receive(self) -> FromEngine:
+        return decode_from_engine(self._exactly(frame_length(self._exactly(LENGTH_PREFIX_BYTES))))
+
+    def _exactly(self, count: int) -> bytes:
+        received = b""
+        while len(received) < count:
+            part = self.socket.recv(count - len(received))
+            if not part:
+                raise EOFError(self.stderr())
+            received += part
+        return received
+
+    def load(self, spec: ModelSpec) -> tuple[Loaded | LoadFailed, list[LoadProgress]]:
+        self.send(LoadModel(spec))
+        progress: list[LoadProgress] = []
+        while isinstance(record := self.receive(), LoadProgress):
+            progress.append(record)
+        assert isinstance(record, Loaded | LoadFailed)
+        return record, progress
+
+    def outputs(self) -> Iterator[SequenceOutput]:
+        while True:
+            report = self.receive()
+            assert isinstance(report, StepReport)
+            yield from report.outputs
+
+    def wait(self) -> int:
+        return self.process.wait(SECONDS)
+
+    def stderr(self) -> str:
+        assert self.process.stderr is not None
+        return self.process.stderr.read().decode()
+
+
+@pytest.fixture
+def engine() -> Iterator[Engine]:
+    engine = Engine()
+    yield engine
+    engine.socket.close()
+    engine.process.kill()
+    engine.process.communicate()
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny("llama", tmp_path_factory.mktemp("llama") / "model")
+
+
+def spec(path: Path, /, **changes: Any) -> ModelSpec:
+    return ModelSpec(**{"name": "tiny", "path": str(path), "threads": 1, "kv_cache_tokens": 2048, **changes})
+
+
+def greedy(path: Path, prompt: list[int], count: int) -> list[int]:
+    model = transformers.AutoModelForCausalLM.from_pretrained(path)
+    model.generation_config.eos_token_id = None  # else generate would take it up again
+    ids = torch.tensor([prompt])
+    settings = transformers.GenerationConfig(max_new_tokens=count, do_sample=False, pad_token_id=0)
+    found = model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=settings)
+    return list(found[0, len(prompt) :].tolist())
+
+
+def test_a_model_is_loaded_serves_and_shuts_down(engine: Engine, llama: Path) -> None:
+    loaded, progress = engine.load(spec(llama))
+    assert isinstance(loaded, Loaded), loaded
+    assert [record.phase for record in progress if record.phase != "weights"] == [
+        "start",
+        "plan",
+        "cache",
+        "warmup",
+        "ready",
+    ]
+    weights = [record for record in progress if record.phase == "weights"]
+    assert weights[-1].bytes_loaded == weights[-1].bytes_total > 0
+    assert loaded.info.vocab_size == VOCABULARY
+    assert loaded.info.eos_token_ids == (2,)
+    assert (loaded.info.max_model_len, loaded.info.dtype, loaded.info.device) == (512, "float32", "cpu")
+    assert loaded.info.quantization == {}
+    assert loaded.memory.planned == loaded.memory.measured
+
+    prompts = {f"r{i}": [random.randrange(3, VOCABULARY) for _ in range(random.randint(1, 30))] for i in range(4)}
+    for name, prompt in prompts.items():
+        engine.send(Generate(name, tuple(prompt), SamplingParams(max_tokens=12, temperature=0.0)))
+    engine.send(Generate("endless", (5, 6), SamplingParams(max_tokens=500, seed=1)))
+    answers: dict[str, list[int]] = {name: [] for name in (*prompts, "endless")}
+    ends: dict[str, str] = {}
+    for output in engine.outputs():
+        answers[output.request_id] += output.token_ids
+        if output.finish_reason is not None:
+            ends[output.request_id] = output.finish_reason
+        if len(ends) == 4 and "endless" not in ends:
+            engine.send(Abort("endless"))
+        if len(ends) == 5:
+            break
+    assert ends == {**dict.fromkeys(prompts, "length"), "endless": "abort"}
+    assert {name: answers[name] for name in prompts} == {name: greedy(llama, prompts[name], 12) for name in prompts}
+
+    engine.send(Shutdown())
+    assert engine.wait() == 0
+    assert engine.stderr() == "", "normal operation is quiet"
+
+
+@pytest.mark.parametrize("quantization", ["nf4-dq", "int8"])
+def test_quantized_the_plan_is_what_is_measured(engine: Engine, llama: Path, quantization: str) -> None:
+    loaded, _ = engine.load(spec(llama, quantization=quantization, kv_cache_tokens=None, max_sequences=3))
+    assert isinstance(loaded, Loaded), loaded
+    assert loaded.memory.planned == loaded.memory.measured
+    assert loaded.memory.measured["packed_weights"] > 0
+    assert loaded.memory.measured["kv_cache"] % (KV_BLOCK_TOKENS * 2 * 2 * 2 * 32 * 4) == 0
+    assert loaded.info.quantization["load_in_8bit"] == (quantization == "int8")
+    engine.send(Generate("a", (5, 6, 7), SamplingParams(max_tokens=3, temperature=0.0)))
+    outputs = engine.outputs()
+    assert [next(outputs).finish_reason for _ in range(3)] == [None, None, "length"]
+
+
+@pytest.mark.parametrize("moment", ["before the first record", "while loading", "while generating"])
+def test_end_of_file_ends_the_process(engine: Engine, llama: Path, moment: str) -> None:
+    if moment == "while loading":
+        engine.send(LoadModel(spec(llama)))
+        assert engine.receive() == LoadProgress("start")
+    elif moment == "while generating":
+        engine.load(spec(llama))
+        engine.send(Generate("a", (5, 6), SamplingParams(max_tokens=500)))
+        engine.receive()
+    started = time.monotonic()
+    engine.socket.close()
+    assert engine.wait() == 0
+    if moment != "before the first record":  # there, Python itself is still starting
+        assert time.monotonic() - started < 5
+
+
+def test_signals(engine: Engine, llama: Path) -> None:
+    engine.load(spec(llama))
+    engine.process.send_signal(signal.SIGINT)
+    engine.send(Generate("a", (5,), SamplingParams(max_tokens=2)))
+    assert [output.finish_reason for output in islice(engine.outputs(), 2)] == [None, "length"]
+    engine.process.send_signal(signal.SIGTERM)
+    assert engine.wait() == -signal.SIGTERM
+
+
+def truncate(path: Path) -> None:
+    file = path / "model.safetensors"
+    os.truncate(file, file.stat().st_size - 1000)
+
+
+def garble(path: Path) -> None:
+    (path / "model.safetensors").write_bytes(os.urandom(5000))
+
+
+def keep_only_pickles(path: Path) -> None:
+    (path / "model.safetensors").rename(path / "pytorch_model.bin")
+
+
+def drop_config(path: Path) -> None:
+    (path / "config.json").unlink()
+
+
+def drop_weights(path: Path) -> None:
+    (path / "model.safetensors").unlink()
+
+
+def lose_a_tensor(path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(path / "model.safetensors")
+    del tensors["model.layers.1.mlp.up_proj.weight"]
+    save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
+
+
+def change_config(**changes: Any) -> Callable[[Path], None]:
+    def change(path: Path) -> None:
+        config = json.loads((path / "config.json").read_text())
+        (path / "config.json").write_text(json.dumps(config | changes))
+
+    return change
+
+
+def nothing(path: Path) -> None:
+    """The checkpoint stays as it is: the spec is at fault."""
+
+
+def damaged(llama: Path, path: Path, damage: Callable[[Path], None]) -> Path:
+    path.mkdir()
+    for file in llama.iterdir():
+        (path / file.name).write_bytes(file.read_bytes())
+    damage(path)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("damage", "changes", "kind", "words"),
+    [
+        (nothing, {"path": "/nowhere/at/all"}, "config", "'/nowhere/at/all', which is not a directory"),
+        (truncate, {}, "checkpoint", "model.safetensors is truncated"),
+        (nothing, {"quantization": {"load_in_4bit": True, "load_in_8bit": True}}, "config", "only one of them"),
+    ],
+    ids=["no such path", "truncated file", "both flags"],
+)
+def test_a_process_that_cannot_load_says_so_and_exits_with_1(
+    engine: Engine,
+    llama: Path,
+    tmp_path: Path,
+    damage: Callable[[Path], None],
+    changes: dict[str, Any],
+    kind: str,
+    words: str,
+) -> None:
+    path = damaged(llama, tmp_path / "model", damage)
+    failed, _ = engine.load(spec(path, **changes))
+    assert isinstance(failed, LoadFailed), failed
+    assert failed.kind == kind, failed
+    assert words in failed.message
+    assert engine.wait() == 1
+    assert engine.stderr() == "", "the sentence goes over the socket, and nothing else is said"
+
+
+@pytest.mark.parametrize(
+    ("damage", "changes", "kind", "words"),
+    [
+        (drop_config, {}, "config", "has no config.json"),
+        (drop_weights, {}, "checkpoint", "model.safetensors"),
+        (keep_only_pickles, {}, "checkpoint", "safetensors only"),
+        (garble, {}, "checkpoint", "model.safetensors"),
+        (lose_a_tensor, {}, "checkpoint", "lacks 1 of the model's tensors: model.layers.1.mlp.up_proj.weight"),
+        (change_config(model_type="t5"), {}, "checkpoint", "'t5'"),
+        (change_config(model_type="no-such-model"), {}, "checkpoint", "no-such-model"),
+        (change_config(intermediate_size=256), {}, "checkpoint", "could not be loaded"),
+        (nothing, {"quantization": "nf5"}, "config", "'nf5'; accepted are nf4"),
+        (nothing, {"quantization": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf3"}}, "config", "'nf3'"),
+        (nothing, {"quantization": {"load_in_5bit": True}}, "config", "load_in_5bit"),
+        (nothing, {"dtype": "float8"}, "config", "float8"),
+        (nothing, {"device": "tpu"}, "config", "tpu"),
+        (nothing, {"max_model_len": 100_000}, "config", "100000"),
+        (nothing, {"max_sequences": 64, "max_batch_tokens": 8}, "config", "max_sequences is 64"),
+        (nothing, {"kv_cache_tokens": 10**15}, "does_not_fit", "needs"),
+    ],
+    ids=lambda value: getattr(value, "__name__", None) or (value if isinstance(value, str) else str(value)),
+)
+def test_what_does_not_load_becomes_one_sentence(
+    llama: Path, tmp_path: Path, damage: Callable[[Path], None], changes: dict[str, Any], kind: str, words: str
+) -> None:
+    """The same function that the process runs, without the seconds that a process takes to import torch."""
+    path = damaged(llama, tmp_path / "model", damage)
+    ours, theirs = socket.socketpair()
+    with ours, theirs, pytest.raises((ServerError, QuantError)) as raised:
+        load_engine(spec(path, **changes), Connection(theirs))
+    failed = explain(raised.value, spec(path))
+    assert failed.kind == kind, failed
+    assert words in failed.message
+    assert "\n" not in failed.message
