@@ -1,0 +1,343 @@
+"""The compiled kernels against the reference and float64: equal bits, honest sums, refusals in words."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import itertools
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+
+from quant import formats, native, ops, reference
+from quant.errors import NativeError
+from tests.quant import operands
+from tests.quant.operands import Weight4, same_bits
+
+DTYPES = list(formats.VALUE_DTYPES)
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)]
+
+
+@pytest.fixture
+def generator() -> torch.Generator:
+    return operands.fresh_generator()
+
+
+@pytest.fixture(params=DEVICES)
+def device(request: pytest.FixtureRequest) -> str:
+    name: str = request.param
+    reason = native.unavailable_because(name)
+    if name == "cuda" and reason is not None:
+        pytest.skip(reason)
+    return name
+
+
+@pytest.fixture(autouse=True)
+def no_reference_behind_the_back() -> object:
+    """No operator with a kernel may run the reference in any test of this file."""
+    before = ops.reference_calls()
+    yield
+    assert ops.reference_calls() == before
+
+
+@pytest.mark.parametrize("quant_type", formats.FOUR_BIT)
+@pytest.mark.parametrize("blocksize", formats.BLOCKSIZES)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_4bit_codes_and_values_are_the_references(
+    device: str, quant_type: str, blocksize: int, dtype: torch.dtype, generator: torch.Generator
+) -> None:
+    for shape in [*operands.SHAPES, (0, 5), (5, 4097)]:
+        x = operands.hostile_values(shape, dtype, generator)
+        packed, absmax = ops.quantize_4bit(x.to(device), quant_type, blocksize)
+        expected_packed, expected_absmax = reference.quantize_4bit(x, quant_type, blocksize)
+        assert same_bits(packed.cpu(), expected_packed), shape
+        assert same_bits(absmax.cpu(), expected_absmax), shape
+        weight = Weight4.random(shape, quant_type, blocksize, None, generator)  # every byte, negative absmax
+        for out_dtype in DTYPES:
+            got = ops.dequantize_4bit(
+                weight.packed.to(device), weight.absmax.to(device), quant_type, blocksize, shape, out_dtype
+            )
+            assert same_bits(got.cpu(), weight.dense(out_dtype)), (shape, out_dtype)
+
+
+@pytest.mark.parametrize("quant_type", formats.FOUR_BIT)
+def test_nan_and_infinity_stay_in_their_block(device: str, quant_type: str, generator: torch.Generator) -> None:
+    x = torch.randn(6, 64, generator=generator)
+    x[1, 3], x[2, 5], x[3, 7] = torch.nan, torch.inf, -torch.inf
+    packed, absmax = ops.quantize_4bit(x.to(device), quant_type, 64)
+    expected_packed, expected_absmax = reference.quantize_4bit(x, quant_type, 64)
+    assert same_bits(packed.cpu(), expected_packed)
+    assert same_bits(absmax.cpu(), expected_absmax)
+    got = ops.dequantize_4bit(packed, absmax, quant_type, 64, x.shape, torch.bfloat16).cpu()
+    assert same_bits(
+        got, reference.dequantize_4bit(packed.cpu(), absmax.cpu(), quant_type, 64, x.shape, torch.bfloat16)
+    )
+    assert got[[0, 4, 5]].isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_every_16_bit_value_is_read_and_written_right(device: str, dtype: torch.dtype) -> None:
+    """All 65536 patterns in, as values to quantize; and out, as products of a code and an absmax."""
+    every = torch.arange(65536, dtype=torch.int32).to(torch.uint16).view(dtype)
+    finite = every[every.isfinite()]
+    packed, absmax = ops.quantize_4bit(finite.to(device), "nf4", 32)
+    expected = reference.quantize_4bit(finite, "nf4", 32)
+    assert same_bits(packed.cpu(), expected[0])
+    assert same_bits(absmax.cpu(), expected[1])
+    # One block per pattern: code 15 stands for 1, so each block's absmax itself is rounded to the dtype. Values half
+    # way between two neighbours, and those beside them, are among the absmax.
+    bits = torch.randint(-(2**31), 2**31, (4096,), dtype=torch.int64).to(torch.int32)
+    ties = (bits & ~0x1FFF) | 0x1000
+    values = torch.cat([bits, ties, ties + 1, ties - 1, (bits & ~0xFFFF) | 0x8000]).view(torch.float32)
+    packed = torch.full((values.numel() * 16,), 0xFF, dtype=torch.uint8, device=device)
+    out = ops.dequantize_4bit(packed, values.to(device), "nf4", 32, [values.numel(), 32], dtype)
+    assert same_bits(out[:, 0].cpu(), values.to(dtype))
+
+
+@pytest.mark.parametrize("nested_blocksize", [1, 3, 256, 4096])
+@pytest.mark.parametrize("count", [0, 1, 255, 256, 257, 70001])
+def test_absmax_codes_and_values_are_the_references(
+    device: str, count: int, nested_blocksize: int, generator: torch.Generator
+) -> None:
+    for absmax in (torch.rand(count, generator=generator), torch.full((count,), 0.5)):
+        result = ops.quantize_absmax(absmax.to(device), nested_blocksize)
+        expected = reference.quantize_absmax(absmax, nested_blocksize)
+        assert all(same_bits(got.cpu(), want) for got, want in zip(result, expected, strict=True))
+        back = ops.dequantize_absmax(*result, nested_blocksize)
+        assert same_bits(back.cpu(), reference.dequantize_absmax(*expected, nested_blocksize))
+
+
+@pytest.mark.parametrize("nested", [None, 256, 3], ids=["plain", "nested", "nested-by-3"])
+@pytest.mark.parametrize("quant_type", formats.FOUR_BIT)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_linear_4bit_is_no_further_from_float64_than_dequantizing(
+    device: str, dtype: torch.dtype, quant_type: str, nested: int | None, generator: torch.Generator
+) -> None:
+    """Against x @ dequantize(dtype).T with float32 sums: the baseline's error, with room for the order of addition."""
+    for shape, rows in itertools.product([*operands.SHAPES, (64, 1000)], [1, 3, 18]):
+        weight = Weight4.random(shape, quant_type, 64, nested, generator)
+        x = torch.randn(rows, shape[1], generator=generator).to(dtype)
+        bias = torch.randn(shape[0], generator=generator)
+        moved = weight.to(device)
+        out = ops.linear_4bit(x.to(device), *moved.arguments(bias.to(device))).cpu()  # type: ignore[arg-type]
+        assert out.dtype == dtype
+        exact = x.double() @ weight.dense().double().t() + bias.double()
+        baseline = (x.float() @ weight.dense(dtype).float().t() + bias).to(dtype)
+        size = x.double().abs() @ weight.dense().double().abs().t() + bias.abs()
+        error, allowed = (out.double() - exact).abs(), (baseline.double() - exact).abs()
+        rounding = exact.abs() * torch.finfo(dtype).eps  # one rounding to the dtype may fall either way
+        assert (error <= allowed + rounding + 2e-7 * size).all(), (shape, rows)
+        if out.numel() >= 100 and dtype != torch.float32:
+            assert error.square().mean() <= allowed.square().mean() * 1.02, (shape, rows)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(37, 333), (64, 512), (5, 4100)])
+def test_linear_4bit_row_is_the_same_in_every_batch(
+    device: str, shape: tuple[int, int], dtype: torch.dtype, generator: torch.Generator
+) -> None:
+    moved = Weight4.random(shape, "nf4", 64, 256, generator).to(device)
+    x = torch.randn(300, shape[1], generator=generator).to(dtype).to(device)
+    x[6, ::3] = torch.nan  # a poisoned neighbour is seen by no other row
+    together = ops.linear_4bit(x, *moved.arguments())  # type: ignore[arg-type]
+    for rows in [*range(1, 10), 257]:
+        alone = ops.linear_4bit(x[:rows], *moved.arguments())  # type: ignore[arg-type]
+        assert same_bits(alone, together[:rows]), rows
+    last = ops.linear_4bit(x[299], *moved.arguments())  # type: ignore[arg-type]
+    assert same_bits(last, together[299])
+    assert together[6].isnan().all()
+    assert together[[5, 7]].isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_int8_codes_and_values_are_the_references(device: str, dtype: torch.dtype, generator: torch.Generator) -> None:
+    for shape in [*operands.SHAPES, (0, 4), (4, 0), (2, 70000)]:
+        w = operands.hostile_values(shape, dtype, generator)
+        if w.numel() > 1000:
+            w[0, 1] = 1e5  # beyond float16
+            w[1] *= 1e-7
+        CB, SCB = ops.quantize_8bit(w.to(device))
+        expected_CB, expected_SCB = reference.quantize_8bit(w)
+        assert same_bits(CB.cpu(), expected_CB), shape
+        assert same_bits(SCB.cpu(), expected_SCB), shape
+        for out_dtype in DTYPES:
+            got = ops.dequantize_8bit(CB, SCB, out_dtype).cpu()
+            assert same_bits(got, reference.dequantize_8bit(expected_CB, expected_SCB, out_dtype)), shape
+
+
+@pytest.mark.parametrize("outliers", ["value", "batch"])
+@pytest.mark.parametrize("threshold", [0.0, 6.0, 0.5])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_linear_8bit_is_the_reference_bit_for_bit(
+    device: str, dtype: torch.dtype, threshold: float, outliers: str, generator: torch.Generator
+) -> None:
+    for shape, rows in itertools.product([(1, 1), (7, 33), (33, 250), (3, 4100)], [1, 5, 70]):
+        CB, SCB = reference.quantize_8bit(torch.randn(shape, generator=generator))
+        x = torch.randn(rows, shape[1], generator=generator).to(dtype)
+        x[-1, 0] = threshold
+        if shape[1] > 30:
+            x[0, 3], x[-1, 20:23] = 100.0, -60.0
+        for bias in (None, torch.randn(shape[0], generator=generator)):
+            on_device = None if bias is None else bias.to(device)
+            out = ops.linear_8bit(x.to(device), CB.to(device), SCB.to(device), threshold, outliers, on_device)
+            assert same_bits(out.cpu(), reference.linear_8bit(x, CB, SCB, threshold, outliers, bias)), (shape, rows)
+
+
+def test_linear_8bit_sums_beyond_int32_are_exact(device: str) -> None:
+    K = 200_000
+    CB = torch.full((1, K), 127, dtype=torch.int8)
+    x = torch.full((1, K), 2.0)
+    out = ops.linear_8bit(x.to(device), CB.to(device), torch.full((1,), 3.0, device=device), 0.0, "value")
+    assert out.item() == pytest.approx(6.0 * K, rel=1e-6)
+
+
+def test_linear_8bit_rows_do_not_see_each_other(device: str, generator: torch.Generator) -> None:
+    CB, SCB = (t.to(device) for t in reference.quantize_8bit(torch.randn(33, 250, generator=generator)))
+    x = torch.randn(100, 250, generator=generator).to(device)
+    x[3, ::2] = 50.0
+    together = ops.linear_8bit(x, CB, SCB, 6.0, "value")
+    for rows in [*range(1, 10), 65]:
+        assert same_bits(ops.linear_8bit(x[:rows], CB, SCB, 6.0, "value"), together[:rows])
+
+
+def test_threads_change_no_bit(generator: torch.Generator) -> None:
+    weight = Weight4.random((257, 1000), "nf4", 64, 256, generator)
+    x = torch.randn(3, 1000, generator=generator)
+    big = torch.randn(700_001, generator=generator)
+    before = torch.get_num_threads()
+    results = []
+    try:
+        for threads in (1, 2, 5):
+            torch.set_num_threads(threads)
+            product = ops.linear_4bit(x, *weight.arguments())  # type: ignore[arg-type]
+            results.append((product, *ops.quantize_4bit(big, "fp4", 64)))
+    finally:
+        torch.set_num_threads(before)
+    for other in results[1:]:
+        assert all(same_bits(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+def test_python_threads_can_call_at_once(generator: torch.Generator) -> None:
+    weight = Weight4.random((300, 700), "fp4", 64, None, generator)
+    inputs = [torch.randn(4, 700, generator=generator) for _ in range(16)]
+    expected = [ops.linear_4bit(x, *weight.arguments()) for x in inputs]  # type: ignore[arg-type]
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        with concurrent.futures.ThreadPoolExecutor(4) as pool:
+            got = list(pool.map(lambda x: ops.linear_4bit(x, *weight.arguments()), inputs * 4))  # type: ignore[arg-type]
+    finally:
+        torch.set_num_threads(before)
+    assert all(same_bits(a, b) for a, b in zip(expected * 4, got, strict=True))
+
+
+def test_operands_may_be_views_and_misaligned(generator: torch.Generator) -> None:
+    weight = Weight4.random((7, 33), "nf4", 64, None, generator)
+    x = torch.randn(33, 5, generator=generator).t()  # not contiguous
+    raw = torch.zeros(weight.absmax.numel() * 4 + 1, dtype=torch.uint8)
+    raw[1:] = weight.absmax.view(torch.uint8)
+    absmax = torch.frombuffer(raw.numpy(), dtype=torch.float32, offset=1)  # not aligned to four bytes
+    assert absmax.data_ptr() % 4 == 1
+    out = ops.linear_4bit(x, weight.packed, absmax, "nf4", 64, [7, 33])
+    assert same_bits(out, ops.linear_4bit(x.contiguous(), weight.packed, weight.absmax, "nf4", 64, [7, 33]))
+
+
+def _memory_kib(field: str) -> int:
+    line = next(s for s in Path("/proc/self/status").read_text().splitlines() if s.startswith(field))
+    return int(line.split()[1])
+
+
+@pytest.mark.parametrize("rows", [1, 64])
+def test_linear_4bit_never_builds_the_weight(rows: int, generator: torch.Generator) -> None:
+    """Peak memory of a call on a weight that would take 64 MiB in float32 and 32 MiB in bfloat16."""
+    clear = Path("/proc/self/clear_refs")
+    if not clear.exists():
+        pytest.skip("needs Linux's /proc/self/clear_refs to reset the peak of resident memory")
+    weight = Weight4.random((4096, 4096), "nf4", 64, 256, generator)
+    x = torch.randn(rows, 4096, generator=generator)
+    clear.write_text("5")
+    before = _memory_kib("VmRSS")
+    ops.linear_4bit(x, *weight.arguments())  # type: ignore[arg-type]
+    assert _memory_kib("VmHWM") - before < 8 * 1024
+    with torch.profiler.profile(profile_memory=True, activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        ops.linear_4bit(x, *weight.arguments())  # type: ignore[arg-type]
+    allocated = sum(event.self_cpu_memory_usage for event in profile.key_averages() if event.self_cpu_memory_usage > 0)
+    assert 0 < allocated < 8 * 2**20
+
+
+def test_outputs_are_written_completely(generator: torch.Generator) -> None:
+    """Memory that torch hands out again is full of NaN patterns; none may survive in a result."""
+    for shape in operands.SHAPES:
+        weight = Weight4.random(shape, "nf4", 64, None, generator)
+        x = torch.randn(9, shape[1], generator=generator)
+        expected = reference.linear_4bit(x, *weight.arguments())  # type: ignore[arg-type]
+        for _ in range(4):
+            poison = [torch.full((9, shape[0]), torch.nan) for _ in range(8)]
+            del poison
+            torch.testing.assert_close(ops.linear_4bit(x, *weight.arguments()), expected, rtol=1e-4, atol=1e-4)  # type: ignore[arg-type]
+
+
+# --- the library itself -----------------------------------------------------------------------------------------------
+
+
+def test_a_refusal_is_a_sentence() -> None:
+    kernels = native.kernels("cpu")
+    x = torch.randn(64)
+    with pytest.raises(NativeError, match=r"hb_quantize4 in the cpu library refused: A size is negative"):
+        kernels.call("hb_quantize4", x.device, x=x, n=-1, blocksize=64)
+    with pytest.raises(NativeError, match=r"A pointer is null"):
+        kernels.call("hb_quantize4", x.device, x=None, n=64, blocksize=64)
+    with pytest.raises(NativeError, match=r"The block size is not accepted"):
+        kernels.call("hb_quantize4", x.device, x=x, n=64, blocksize=7)
+
+
+def test_a_missing_library_says_how_to_build_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(native, "__file__", str(tmp_path / "native.py"))
+    monkeypatch.setattr(native.importlib.metadata, "distribution", _no_distribution)
+    native.kernels.cache_clear()
+    try:
+        with pytest.raises(NativeError, match=r"cpu kernels are missing .*pip install -e"):
+            ops.quantize_4bit(torch.randn(64), "nf4", 64)
+        reason = native.unavailable_because("cuda")
+        assert reason is not None
+        assert "HALFBYTE_CUDA=ON" in reason
+    finally:
+        native.kernels.cache_clear()
+
+
+def _no_distribution(name: str) -> None:
+    raise native.importlib.metadata.PackageNotFoundError(name)
+
+
+def test_a_library_that_is_not_one_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "libhalfbyte_cpu.so"
+    path.write_bytes(b"not a library")
+    with pytest.raises(NativeError, match="cannot be loaded"):
+        native.load_library(path)
+
+
+def test_a_library_of_another_version_is_refused(tmp_path: Path) -> None:
+    compiler = shutil.which("cc")
+    if compiler is None:
+        pytest.skip("needs a C compiler to build a library of another version")
+    source, path = tmp_path / "other.c", tmp_path / "libother.so"
+    source.write_text(f"int hb_abi_version(void) {{ return {native.ABI_VERSION + 1}; }}\n")
+    subprocess.run([compiler, "-shared", "-fPIC", str(source), "-o", str(path)], check=True)
+    with pytest.raises(NativeError, match=f"ABI version {native.ABI_VERSION + 1}"):
+        native.load_library(path)
+
+
+def test_the_headers_numbers_are_these() -> None:
+    """halfbyte.h is the source of codes that native.py has to repeat."""
+    header = (Path(__file__).parents[2] / "csrc" / "halfbyte.h").read_text()
+    assert f"#define HB_ABI_VERSION {native.ABI_VERSION}\n" in header
+    assert any(line.split()[1:] == ["HB_MAX_THREADS", str(native.MAX_THREADS)] for line in header.splitlines())
+    for prefix, codes in (("HB_TABLE_", native.TABLE_CODES), ("HB_OUTLIERS_", native.OUTLIER_CODES)):
+        for name, code in codes.items():
+            assert f"{prefix}{name.upper()} = {code}" in header
+    for name, code in native.FORMAT_CODES.items():
+        assert f"HB_{name.upper()} = {code}" in header
+    for dtype, code in native.DTYPE_CODES.items():
+        assert f"HB_{str(dtype).removeprefix('torch.').upper()} = {code}" in header

@@ -1,0 +1,237 @@
+"""The operators as torch sees them: schemas, fakes, gradients, dispatch, refusals."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from quant import formats, native, ops, reference
+from quant.errors import NativeError, ShapeError
+from tests.quant import operands
+from tests.quant.operands import Weight4
+
+DTYPES = list(formats.VALUE_DTYPES)
+
+
+@pytest.fixture
+def generator() -> torch.Generator:
+    return operands.fresh_generator()
+
+
+def sample_arguments(name: str, generator: torch.Generator, dtype: torch.dtype = torch.float32) -> list[Any]:
+    """Valid arguments of one operator, every one given."""
+    weight = Weight4.random((7, 33), "nf4", 64, 256, generator)
+    CB, SCB = reference.quantize_8bit(torch.randn(7, 33, generator=generator))
+    x = torch.randn(2, 3, 33, generator=generator).to(dtype)
+    bias = torch.randn(7, generator=generator).to(dtype)
+    absmax = torch.rand(300, generator=generator)
+    return {
+        "quantize_4bit": [x, "fp4", 64],
+        "dequantize_4bit": [weight.packed, weight.plain_absmax(), "nf4", 64, [7, 33], dtype],
+        "quantize_absmax": [absmax, 256],
+        "dequantize_absmax": [*reference.quantize_absmax(absmax), 256],
+        "linear_4bit": [x, *weight.arguments(bias)],
+        "quantize_8bit": [x[0]],
+        "dequantize_8bit": [CB, SCB, dtype],
+        "linear_8bit": [x, CB, SCB, 2.0, "value", bias],
+    }[name]
+
+
+def operator(name: str) -> Any:
+    return getattr(torch.ops.halfbyte, name).default
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", ops.NAMES)
+def test_opcheck(name: str, dtype: torch.dtype, generator: torch.Generator) -> None:
+    torch.library.opcheck(operator(name), sample_arguments(name, generator, dtype))
+
+
+@pytest.mark.parametrize("name", ["linear_4bit", "linear_8bit"])
+def test_opcheck_with_gradients(name: str, generator: torch.Generator) -> None:
+    arguments = sample_arguments(name, generator)
+    arguments[0].requires_grad_()
+    arguments[-1].requires_grad_()
+    torch.library.opcheck(operator(name), arguments)
+
+
+@pytest.mark.parametrize("name", ops.NAMES)
+def test_fake_kernel_tells_shapes_and_dtypes(name: str, generator: torch.Generator) -> None:
+    arguments = sample_arguments(name, generator, torch.bfloat16)
+    real = operator(name)(*arguments)
+    on_meta = [a.to("meta") if isinstance(a, torch.Tensor) else a for a in arguments]
+    fake = operator(name)(*on_meta)
+    for got, want in zip(_as_tuple(fake), _as_tuple(real), strict=True):
+        assert (got.shape, got.dtype, got.device.type) == (want.shape, want.dtype, "meta")
+
+
+def _as_tuple(result: Any) -> tuple[torch.Tensor, ...]:
+    return (result,) if isinstance(result, torch.Tensor) else tuple(result)
+
+
+@pytest.mark.parametrize("name", ops.NAMES)
+def test_reference_never_runs_where_a_kernel_is(name: str, generator: torch.Generator) -> None:
+    """The compiled library has every operator; if one fell back, this would see it."""
+    assert not ops.REFERENCE_ONLY["cpu"]
+    assert callable(getattr(native.kernels("cpu"), name))
+    before = ops.reference_calls()
+    operator(name)(*sample_arguments(name, generator))
+    assert ops.reference_calls() == before
+
+
+@pytest.mark.parametrize("name", ops.NAMES)
+def test_reference_runs_are_counted(name: str, monkeypatch: pytest.MonkeyPatch, generator: torch.Generator) -> None:
+    monkeypatch.setitem(ops.REFERENCE_ONLY, "cpu", frozenset([name]))
+    before = ops.reference_calls().get(name, 0)
+    operator(name)(*sample_arguments(name, generator))
+    assert ops.reference_calls()[name] == before + 1
+
+
+@pytest.mark.parametrize("name", ops.NAMES)
+def test_missing_library_is_an_error_not_a_slow_path(
+    name: str, monkeypatch: pytest.MonkeyPatch, generator: torch.Generator
+) -> None:
+    def missing(device_type: str) -> None:
+        raise NativeError(f"no {device_type} library")
+
+    monkeypatch.setattr(native, "kernels", missing)
+    with pytest.raises(NativeError, match="no cpu library"):
+        operator(name)(*sample_arguments(name, generator))
+
+
+# --- gradients --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("nested", [None, 256])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_linear_4bit_gradients(dtype: torch.dtype, nested: int | None, generator: torch.Generator) -> None:
+    weight = Weight4.random((7, 33), "fp4", 32, nested, generator)
+    dense = weight.dense(dtype)
+    x, bias = _differentiable((2, 3, 33), dtype, generator), _differentiable((7,), dtype, generator)
+    out = ops.linear_4bit(x, *weight.arguments(bias))  # type: ignore[arg-type]
+    _compare_gradients(out, x, bias, dense, generator)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_linear_8bit_gradients(dtype: torch.dtype, generator: torch.Generator) -> None:
+    CB, SCB = ops.quantize_8bit(torch.randn(7, 33, generator=generator))
+    x, bias = _differentiable((2, 3, 33), dtype, generator), _differentiable((7,), dtype, generator)
+    out = ops.linear_8bit(x, CB, SCB, 2.0, "value", bias)
+    _compare_gradients(out, x, bias, ops.dequantize_8bit(CB, SCB, dtype), generator)
+
+
+def _differentiable(shape: tuple[int, ...], dtype: torch.dtype, generator: torch.Generator) -> torch.Tensor:
+    return torch.randn(shape, generator=generator).to(dtype).requires_grad_()
+
+
+def _compare_gradients(
+    out: torch.Tensor, x: torch.Tensor, bias: torch.Tensor, dense: torch.Tensor, generator: torch.Generator
+) -> None:
+    """Against torch's own linear layer on the dequantized weight."""
+    grad = torch.randn(out.shape, generator=generator).to(out.dtype)
+    got = torch.autograd.grad(out, [x, bias], grad)
+    want = torch.autograd.grad(
+        torch.nn.functional.linear(x.float(), dense.float(), bias.float()), [x, bias], grad.float()
+    )
+    tolerance = {torch.float32: 1e-5, torch.float16: 5e-3, torch.bfloat16: 4e-2}[out.dtype]
+    for g, w in zip(got, want, strict=True):
+        assert g.dtype == out.dtype
+        torch.testing.assert_close(g.float(), w.float(), rtol=tolerance, atol=tolerance * w.abs().max().item())
+
+
+def test_frozen_input_gets_no_gradient(generator: torch.Generator) -> None:
+    weight = Weight4.random((7, 33), "nf4", 64, None, generator)
+    x = torch.randn(2, 33, generator=generator)
+    assert not ops.linear_4bit(x, *weight.arguments()).requires_grad  # type: ignore[arg-type]
+    bias = _differentiable((7,), torch.float32, generator)
+    ops.linear_4bit(x, *weight.arguments(bias)).sum().backward()  # type: ignore[arg-type]
+    assert bias.grad is not None
+    assert torch.equal(bias.grad, torch.full((7,), 2.0))
+
+
+def test_mixed_bias_dtype_keeps_its_own_gradient_dtype(generator: torch.Generator) -> None:
+    weight = Weight4.random((7, 33), "nf4", 64, None, generator)
+    x, bias = _differentiable((4, 33), torch.bfloat16, generator), _differentiable((7,), torch.float32, generator)
+    out = ops.linear_4bit(x, *weight.arguments(bias))  # type: ignore[arg-type]
+    assert out.dtype == torch.bfloat16
+    out.sum().backward()
+    assert bias.grad is not None
+    assert bias.grad.dtype == torch.float32
+
+
+# --- empty and refused ------------------------------------------------------------------------------------------------
+
+
+def test_empty_batches_and_weights(generator: torch.Generator) -> None:
+    weight = Weight4.random((7, 33), "nf4", 64, None, generator)
+    assert ops.linear_4bit(torch.empty(2, 0, 33), *weight.arguments()).shape == (2, 0, 7)  # type: ignore[arg-type]
+    nothing = Weight4.random((0, 33), "nf4", 64, None, generator)
+    assert ops.linear_4bit(torch.empty(2, 33), *nothing.arguments()).shape == (2, 0)  # type: ignore[arg-type]
+    no_input = Weight4.random((5, 0), "nf4", 64, None, generator)
+    bias = torch.randn(5, generator=generator)
+    assert torch.equal(ops.linear_4bit(torch.empty(2, 0), *no_input.arguments(bias)), bias.expand(2, 5))  # type: ignore[arg-type]
+    CB, SCB = ops.quantize_8bit(torch.empty(0, 4))
+    assert ops.linear_8bit(torch.randn(3, 4), CB, SCB, 6.0, "value").shape == (3, 0)
+    assert ops.linear_8bit(torch.empty(0, 4), CB, SCB, 6.0, "batch").shape == (0, 0)
+
+
+REFUSALS: list[tuple[str, int, Callable[[Any], Any], str]] = [
+    ("quantize_4bit", 0, lambda x: x.double(), "x has dtype torch.float64"),
+    ("quantize_4bit", 1, lambda _: "int4", "quant_type is 'int4'; accepted are 'nf4' and 'fp4'"),
+    ("quantize_4bit", 2, lambda _: 48, "blocksize is 48; accepted are 32, 64"),
+    ("dequantize_4bit", 0, lambda p: p[:-1], r"packed has shape \[115\]; it must be \[116\]"),
+    ("dequantize_4bit", 0, lambda p: p.view(torch.int8), "packed has dtype torch.int8"),
+    ("dequantize_4bit", 0, lambda p: p[:, None], r"packed has shape \[116, 1\]"),
+    ("dequantize_4bit", 1, lambda a: a[1:], r"absmax has shape \[3\]; it must be \[4\]"),
+    ("dequantize_4bit", 1, lambda a: a.half(), "absmax has dtype torch.float16"),
+    ("dequantize_4bit", 4, lambda _: [-7, -33], "sizes must not be negative"),
+    ("dequantize_4bit", 5, lambda _: torch.int8, "dtype is torch.int8"),
+    ("quantize_absmax", 0, lambda a: a.view(2, -1), "absmax has shape"),
+    ("quantize_absmax", 1, lambda _: 0, "nested_blocksize is 0"),
+    ("dequantize_absmax", 1, lambda a: a[:1], "nested_absmax has shape"),
+    ("dequantize_absmax", 2, lambda o: o[None], "offset is torch.float32"),
+    ("linear_4bit", 0, lambda x: x[..., :-1], r"its last size must be 33"),
+    ("linear_4bit", 0, lambda x: x.to(torch.int32), "x has dtype torch.int32"),
+    ("linear_4bit", 2, lambda a: a.float(), "absmax has dtype torch.float32; it must be torch.uint8"),
+    ("linear_4bit", 5, lambda _: [7, 33, 1], "has two dimensions"),
+    ("linear_4bit", 6, lambda _: None, "nested_absmax and offset belong together"),
+    ("linear_4bit", 9, lambda b: b[1:], r"bias has shape \[6\]; it must be \[7\]"),
+    ("quantize_8bit", 0, lambda w: w[0], "it must have two dimensions"),
+    ("dequantize_8bit", 0, lambda c: c.view(torch.uint8), "CB is torch.uint8"),
+    ("linear_8bit", 2, lambda s: s[1:], "SCB has shape"),
+    ("linear_8bit", 3, lambda _: -1.0, "threshold is -1.0"),
+    ("linear_8bit", 3, lambda _: float("nan"), "threshold is nan"),
+    ("linear_8bit", 4, lambda _: "column", "outliers is 'column'"),
+]
+
+
+@pytest.mark.parametrize(("name", "index", "spoil", "sentence"), REFUSALS)
+def test_arguments_that_do_not_belong_together_are_refused(
+    name: str, index: int, spoil: Callable[[Any], Any], sentence: str, generator: torch.Generator
+) -> None:
+    arguments = sample_arguments(name, generator)
+    arguments[index] = spoil(arguments[index])
+    with pytest.raises(ShapeError, match=sentence):
+        operator(name)(*arguments)
+
+
+def test_tensors_on_two_devices_are_refused(generator: torch.Generator) -> None:
+    arguments = sample_arguments("linear_8bit", generator)
+    arguments[2] = arguments[2].to("meta")
+    with pytest.raises(ShapeError, match="SCB is on meta but CB is on cpu"):
+        ops.linear_8bit(*arguments)
+
+
+def test_compiled_graph_holds_the_operator_whole(generator: torch.Generator) -> None:
+    """torch.compile sees one node, not the inside; the eager backend needs no compiler."""
+    weight = Weight4.random((7, 33), "nf4", 64, 256, generator)
+
+    def double(x: torch.Tensor) -> torch.Tensor:
+        return ops.linear_4bit(x, *weight.arguments()) * 2  # type: ignore[arg-type]
+
+    x = torch.randn(3, 33, generator=generator)
+    compiled = torch.compile(double, backend="eager", fullgraph=True)
+    assert torch.equal(compiled(x), double(x))
