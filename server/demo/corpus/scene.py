@@ -148,7 +148,7 @@ class Scene:
             self.tale.say(f"[{ASIDES[self.weather.adjective]}].")
         else:
             self.tale.say(
-                f"[{{A}} looked at|There were|All around were|{{A}} liked to look at] {self.here.sight}.", A=self.hero
+                f"[{{A}} looked at|{{A}} could see|{{A}} saw|{{A}} liked to look at] {self.here.sight}.", A=self.hero
             )
 
     def go(self, being: Person | Animal, place: Place, how: str = "[went|walked|ran|hurried]") -> None:
