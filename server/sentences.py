@@ -5,15 +5,21 @@ Shared by the configuration (server/config.py) and the request bodies (server/ap
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Iterable, Mapping
 from typing import Any, Final
 
 _SHOWN_CHARACTERS: Final = 80
 
 
+_repr = reprlib.Repr()
+_repr.maxlevel = 3
+_repr.maxstring = _repr.maxother = _repr.maxlong = _SHOWN_CHARACTERS
+
+
 def shown(value: object) -> str:
-    """A value as an error message quotes it: its repr, cut to a length that fits a sentence."""
-    text = repr(value)
+    """A value as an error message quotes it: its repr, cut to fit a sentence, however long or deep the value is."""
+    text = _repr.repr(value)
     return text if len(text) <= _SHOWN_CHARACTERS else text[: _SHOWN_CHARACTERS - 3] + "..."
 
 

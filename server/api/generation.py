@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -58,26 +58,33 @@ class TextJob:
     async def pieces(self, options: Options) -> AsyncGenerator[Piece, None]:
         """Pieces of all choices as they come. Closing the generator aborts what still runs. Raises RequestError."""
         model = self._model
-        try:
-            info = model.info
-            place = model.admission.enter(self._count)
-            with place:
-                prompts = await self._encode()
-                params = [sampling(prompt, options, info) for prompt in prompts]
-                self.prompt_tokens = sum(map(len, prompts))
-                runs = [
-                    self._choice(index, prompt, param, options.stop)
-                    for index, (prompt, param) in enumerate(zip(prompts, params, strict=True))
-                ]
-                async with contextlib.aclosing(runs[0] if len(runs) == 1 else _merged(runs)) as merged:
-                    async for piece in merged:
-                        yield piece
-        except OverloadedError:
-            model.metrics.rejected("overloaded")
-            raise
-        except EngineUnavailableError:
-            model.metrics.rejected("unavailable")
-            raise
+        with self._place():
+            prompts = await self._encode()
+            params = [sampling(prompt, options, model.info) for prompt in prompts]
+            self.prompt_tokens = sum(map(len, prompts))
+            runs = [
+                self._choice(index, prompt, param, options.stop)
+                for index, (prompt, param) in enumerate(zip(prompts, params, strict=True))
+            ]
+            async with contextlib.aclosing(runs[0] if len(runs) == 1 else _merged(runs)) as merged:
+                async for piece in merged:
+                    yield piece
+
+    @contextlib.contextmanager
+    def _place(self) -> Iterator[None]:
+        """A place among the model's open requests; a refusal is counted by its reason."""
+        model = self._model
+        with contextlib.ExitStack() as stack:
+            try:
+                model.client.require_ready()
+                stack.enter_context(model.admission.enter(self._count))
+            except OverloadedError:
+                model.metrics.rejected("overloaded")
+                raise
+            except EngineUnavailableError:
+                model.metrics.rejected("unavailable")
+                raise
+            yield
 
     async def _choice(
         self, index: int, prompt: list[int], params: SamplingParams, stop: Sequence[str]

@@ -10,7 +10,6 @@ import json
 from typing import Annotated, Any, Final, Literal
 
 from pydantic import (
-    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
@@ -18,6 +17,7 @@ from pydantic import (
     PlainValidator,
     ValidationInfo,
     WithJsonSchema,
+    field_validator,
     model_validator,
 )
 
@@ -42,17 +42,23 @@ Prompt = str | list[int]
 class Wire(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
 
-
-def only(*accepted: Any) -> Any:
-    """The type of a field that is not supported: it takes these values and no others."""
-
-    def check(value: object, info: ValidationInfo) -> object:
+    @field_validator("*")
+    @classmethod
+    def _check_only(cls, value: Any, info: ValidationInfo) -> Any:
+        """What `only` promises; the schema is the rule."""
+        extra = cls.model_fields[str(info.field_name)].json_schema_extra
+        accepted = extra.get("enum") if isinstance(extra, dict) else None
+        if not isinstance(accepted, list):
+            return value
         if any(value == one and isinstance(value, bool) == isinstance(one, bool) for one in accepted):
             return value
-        choices = " or ".join(json.dumps(one) for one in accepted)
+        choices = " or ".join(map(json.dumps, accepted))
         raise ValueError(f"'{info.field_name}' is {shown(value)}, which is not supported; accepted is {choices}")
 
-    return Annotated[Any, AfterValidator(check), WithJsonSchema({"enum": list(accepted)})]
+
+def only(*accepted: Any) -> Any:
+    """A field that is not supported: it takes these values and no others; the first is its default."""
+    return Field(default=accepted[0], json_schema_extra={"enum": list(accepted)})
 
 
 def _as_list(value: object) -> object:
@@ -116,7 +122,7 @@ TokenCount = Annotated[int, Field(ge=1, le=MAX_TOKENS)]
 
 class StreamOptions(Wire):
     include_usage: bool = False
-    include_obfuscation: only(False) = False  # type: ignore[valid-type]
+    include_obfuscation: Any = only(False)
 
 
 class Sampling(Wire):
@@ -133,10 +139,10 @@ class Sampling(Wire):
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     user: Annotated[str, Field(max_length=MAX_NAME_CHARACTERS)] | None = None
-    n: only(1, None) = 1  # type: ignore[valid-type]
-    presence_penalty: only(0, None) = 0  # type: ignore[valid-type]
-    frequency_penalty: only(0, None) = 0  # type: ignore[valid-type]
-    logit_bias: only(None, {}) = None  # type: ignore[valid-type]
+    n: Any = only(1, None)
+    presence_penalty: Any = only(0, None)
+    frequency_penalty: Any = only(0, None)
+    logit_bias: Any = only(None, {})
 
     @model_validator(mode="after")
     def _check_stream_options(self) -> Sampling:
@@ -153,10 +159,10 @@ class CompletionRequest(Sampling):
     """POST /v1/completions"""
 
     prompt: Annotated[list[Prompt], PlainValidator(_prompts), WithJsonSchema(_PROMPT_SCHEMA)]
-    best_of: only(1, None) = 1  # type: ignore[valid-type]
-    echo: only(False, None) = False  # type: ignore[valid-type]
-    logprobs: only(None) = None  # type: ignore[valid-type]
-    suffix: only(None, "") = None  # type: ignore[valid-type]
+    best_of: Any = only(1, None)
+    echo: Any = only(False, None)
+    logprobs: Any = only(None)
+    suffix: Any = only(None, "")
 
 
 class TextPart(Wire):
@@ -171,12 +177,12 @@ class Message(Wire):
     content: Annotated[
         str | Annotated[list[TextPart], Field(min_length=1, max_length=MAX_PARTS)], BeforeValidator(_content)
     ]
-    name: only(None) = None  # type: ignore[valid-type]
-    refusal: only(None) = None  # type: ignore[valid-type]
-    audio: only(None) = None  # type: ignore[valid-type]
-    annotations: only(None, []) = None  # type: ignore[valid-type]
-    function_call: only(None) = None  # type: ignore[valid-type]
-    tool_calls: only(None, []) = None  # type: ignore[valid-type]
+    name: Any = only(None)
+    refusal: Any = only(None)
+    audio: Any = only(None)
+    annotations: Any = only(None, [])
+    function_call: Any = only(None)
+    tool_calls: Any = only(None, [])
 
     def plain(self) -> dict[str, str]:
         """What the chat template sees: a role and one string."""
@@ -191,22 +197,22 @@ class ChatRequest(Sampling):
 
     messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES)]
     max_completion_tokens: TokenCount | None = None
-    logprobs: only(False, None) = False  # type: ignore[valid-type]
-    top_logprobs: only(None, 0) = None  # type: ignore[valid-type]
-    response_format: only(None, {"type": "text"}) = None  # type: ignore[valid-type]
-    tools: only(None, []) = None  # type: ignore[valid-type]
-    tool_choice: only(None, "none", "auto") = None  # type: ignore[valid-type]
-    parallel_tool_calls: only(None, True, False) = None  # type: ignore[valid-type]
-    functions: only(None, []) = None  # type: ignore[valid-type]
-    function_call: only(None, "none", "auto") = None  # type: ignore[valid-type]
-    modalities: only(None, ["text"]) = None  # type: ignore[valid-type]
-    audio: only(None) = None  # type: ignore[valid-type]
-    prediction: only(None) = None  # type: ignore[valid-type]
-    reasoning_effort: only(None, "none") = None  # type: ignore[valid-type]
-    service_tier: only(None, "auto", "default") = None  # type: ignore[valid-type]
-    store: only(None, False) = None  # type: ignore[valid-type]
-    metadata: only(None, {}) = None  # type: ignore[valid-type]
-    web_search_options: only(None) = None  # type: ignore[valid-type]
+    logprobs: Any = only(False, None)
+    top_logprobs: Any = only(None, 0)
+    response_format: Any = only(None, {"type": "text"})
+    tools: Any = only(None, [])
+    tool_choice: Any = only(None, "none", "auto")
+    parallel_tool_calls: Any = only(None, True, False)
+    functions: Any = only(None, [])
+    function_call: Any = only(None, "none", "auto")
+    modalities: Any = only(None, ["text"])
+    audio: Any = only(None)
+    prediction: Any = only(None)
+    reasoning_effort: Any = only(None, "none")
+    service_tier: Any = only(None, "auto", "default")
+    store: Any = only(None, False)
+    metadata: Any = only(None, {})
+    web_search_options: Any = only(None)
 
     @model_validator(mode="after")
     def _check_limits(self) -> ChatRequest:
