@@ -110,7 +110,29 @@ def test_quantized_models_answer_as_transformers_does(architecture: str, quantiz
         [generate("r0", prompts["r0"], 12), generate("r2", prompts["r2"], 12)],
         {3: [generate("r1", prompts["r1"], 12), generate("r3", prompts["r3"], 12)]},
     )
-    assert found == {name: expected(model, prompt, 12) for name, prompt in prompts.items()}
+    for name, prompt in prompts.items():
+        answer = expected(model, prompt, 12)
+        if quantization == "int8":
+            same_up_to_a_tie(model, prompt, found[name], answer)
+        else:
+            assert found[name] == answer
+
+
+INT8_TIE = 0.05
+"""In standard deviations of a row's logits. Activations are rounded to int8 in every layer: where one lies between two
+steps, a difference of 1e-7 in its input turns it over, which moves the logits by about 0.01 (seen in 1 prompt of 20)."""
+
+
+@torch.inference_mode()
+def same_up_to_a_tie(
+    model: transformers.PreTrainedModel, prompt: list[int], found: list[int], answer: list[int]
+) -> None:
+    """Equal, or equal up to a token where the model's own two best are as near as one turned rounding moves them."""
+    different = [place for place, (ours, theirs) in enumerate(zip(found, answer, strict=True)) if ours != theirs]
+    if different:
+        place = different[0]
+        logits = model(input_ids=torch.tensor([prompt + answer[:place]]), use_cache=False).logits[0, -1]
+        assert float(logits[answer[place]] - logits[found[place]]) < INT8_TIE * float(logits.std())
 
 
 def test_eight_requests_share_forward_passes() -> None:
