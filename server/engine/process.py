@@ -162,7 +162,7 @@ def load_engine(spec: ModelSpec, connection: Connection) -> EngineLoop:
     check_path(spec)
     _phase(connection, "plan")
     plan = make_plan(spec)
-    pool = BlockPool(max(plan.kv_tokens, plan.max_model_len + KV_BLOCK_TOKENS - 1) // KV_BLOCK_TOKENS)
+    pool = BlockPool(plan.kv_tokens // KV_BLOCK_TOKENS)
     scheduler = Scheduler(
         pool,
         max_batch_tokens=spec.max_batch_tokens,

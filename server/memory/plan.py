@@ -19,7 +19,7 @@ from quant.config import PRESETS, BitsAndBytesConfig, from_spec
 from quant.headers import checkpoint_files, read_checkpoint_headers
 from server.errors import ConfigError, DoesNotFitError
 from server.memory.ledger import KV_CACHE
-from server.records import ModelSpec
+from server.records import KV_BLOCK_TOKENS, ModelSpec
 
 DTYPES: Final = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 KV_SHARE: Final = 0.25
@@ -170,6 +170,7 @@ def _plan(spec: ModelSpec, facts: _Facts, config: BitsAndBytesConfig | None, ava
         raise ConfigError(
             f"model {spec.name!r}: kv_cache.tokens is {tokens}, too few for one sequence of max_model_len {length}"
         )
+    tokens = -(-tokens // KV_BLOCK_TOKENS) * KV_BLOCK_TOKENS  # the cache is made of whole blocks
     components[KV_CACHE] = tokens * per_token
     return Plan(
         model=spec.name,

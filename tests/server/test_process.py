@@ -169,7 +169,7 @@ def test_a_model_is_loaded_serves_and_shuts_down(engine: Engine, llama: Path) ->
 
 @pytest.mark.parametrize("quantization", ["nf4-dq", "int8"])
 def test_quantized_the_plan_is_what_is_measured(engine: Engine, llama: Path, quantization: str) -> None:
-    loaded, _ = engine.load(spec(llama, quantization=quantization, kv_cache_tokens=None, max_sequences=3))
+    loaded, _ = engine.load(spec(llama, quantization=quantization, kv_cache_tokens=None, max_sequences=3, max_model_len=37))
     assert isinstance(loaded, Loaded), loaded
     assert loaded.memory.planned == loaded.memory.measured
     assert loaded.memory.measured["packed_weights"] > 0

@@ -120,7 +120,7 @@ def test_quantized_models_answer_as_transformers_does(architecture: str, quantiz
 
 INT8_TIE = 0.05
 """In standard deviations of a row's logits. Activations are rounded to int8 in every layer: where one lies between two
-steps, a difference of 1e-7 in its input turns it over, which moves the logits by about 0.01 (seen in 1 prompt of 20)."""
+steps, a difference of 1e-7 in its input turns it over, which moves the logits by about 0.01 (in 1 prompt of 20)."""
 
 
 @torch.inference_mode()
