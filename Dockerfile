@@ -15,6 +15,7 @@ RUN apt-get update \
     && apt-get install --yes --no-install-recommends g++ python3 python3-venv \
     && rm -rf /var/lib/apt/lists/*
 RUN python3 -m venv /opt/halfbyte
+# The compiled bytecode stays: on a read-only file system it would be made anew at every start.
 # torch before the sources: a change of the code does not fetch it again.
 # hadolint ignore=SC2086,DL3059
 RUN /opt/halfbyte/bin/pip install --no-cache-dir ${TORCH}
@@ -25,8 +26,7 @@ COPY quant quant
 COPY server server
 RUN /opt/halfbyte/bin/pip install --no-cache-dir --constraint constraints.txt \
         --config-settings=cmake.define.HALFBYTE_CUDA=${CUDA} . \
-    && /opt/halfbyte/bin/pip uninstall --yes pip setuptools \
-    && find /opt/halfbyte -name '__pycache__' -prune -exec rm -rf '{}' +
+    && /opt/halfbyte/bin/pip uninstall --yes pip setuptools
 
 FROM ${BASE_IMAGE}
 # hadolint ignore=DL3008
