@@ -142,7 +142,7 @@ class HalfbyteQuantizer(HfQuantizer):
         self._float32_patterns = [pattern for pattern, dtype in plan.items() if dtype == torch.float32]
         if not names:
             logger.warning("no module of %s is converted; its linear layers are all skipped", type(model).__name__)
-        stacked = [name for name, parameter in model.named_parameters() if parameter.dim() == 3]
+        stacked = [name for name, p in model.named_parameters() if p.dim() == 3 and not name.endswith(".weight")]
         if stacked:
             logger.warning(
                 "%d stacked expert weights of %s stay unquantized, among them %s; only linear layers are converted",
