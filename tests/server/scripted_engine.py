@@ -163,5 +163,8 @@ class Engine:
 
 def main(descriptor: int) -> None:
     engine = Engine(socket.socket(fileno=descriptor))
-    engine.load()
-    engine.serve()
+    try:
+        engine.load()
+        engine.serve()
+    except ConnectionError:
+        sys.exit(0)

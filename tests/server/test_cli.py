@@ -20,6 +20,7 @@ import pytest
 import yaml
 
 from server.app import bind
+from server.cli import main
 from server.config import ALL_KEYS
 from server.errors import ConfigError
 from tests.server.conftest import wait_for
@@ -113,24 +114,42 @@ def test_importing_loads_no_torch() -> None:
     ],
     ids=str,
 )
-def test_a_mistake_is_one_line_and_exit_code_2(arguments: list[str], words: str) -> None:
-    result = halfbyte(*arguments)
+def test_a_mistake_is_one_line_and_exit_code_2(
+    arguments: list[str], words: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for variable in [name for name in os.environ if name.startswith("HALFBYTE_")]:
+        monkeypatch.delenv(variable)
+    with pytest.raises(SystemExit) as ended:
+        main(arguments)
+    printed = capsys.readouterr().err
+    assert ended.value.code == 2
+    assert printed.startswith("error: ")
+    assert words in printed
+    assert len(printed.strip().splitlines()) == 1
+
+
+def test_a_mistake_as_a_process() -> None:
+    result = halfbyte("serve", HALFBYTE_PORT="tcp://10.0.0.1:80")
     assert result.returncode == 2
-    assert result.stderr.startswith("error: ")
-    assert words in result.stderr
-    assert len(result.stderr.strip().splitlines()) == 1
+    assert result.stderr.startswith("error: HALFBYTE_PORT: ")
+    assert result.stdout == ""
 
 
-def test_help_names_every_setting_and_its_variable() -> None:
-    text = " ".join(halfbyte("serve", "--help").stdout.split())
+def test_help_names_every_setting_and_its_variable(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["serve", "--help"])
+    text = " ".join(capsys.readouterr().out.split())
     for key in ALL_KEYS:
         if key not in ("model", "api_keys"):
             assert f"--{key.replace('_', '-')} " in text
             assert f"[HALFBYTE_{key.upper()}]" in text
 
 
-def test_version() -> None:
-    assert re.fullmatch(r"halfbyte \S+\n", halfbyte("version").stdout)
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["version"])
+    assert ended.value.code == 0
+    assert re.fullmatch(r"halfbyte \S+\n", capsys.readouterr().out)
 
 
 def test_a_taken_port_is_a_config_error() -> None:
