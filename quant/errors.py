@@ -1,10 +1,10 @@
 """The errors of `quant`: one tree; each message says what was wrong, with the value, and what is accepted.
 
-    QuantError
-    ├── QuantConfigError      a field of a quantization config, or a combination of fields        (also a ValueError)
-    ├── CheckpointError       a file or its tensors: sizes, shapes, dtypes, JSON                  (also a ValueError)
-    ├── ShapeError            an operator's arguments do not belong together                      (also a ValueError)
-    └── NativeError           the compiled library is missing, the wrong version, or said no      (also a RuntimeError)
+QuantError
+├── QuantConfigError      a field of a quantization config, or a combination of fields        (also a ValueError)
+├── CheckpointError       a file or its tensors: sizes, shapes, dtypes, JSON                  (also a ValueError)
+├── ShapeError            an operator's arguments do not belong together                      (also a ValueError)
+└── NativeError           the compiled library is missing, the wrong version, or said no      (also a RuntimeError)
 """
 
 
