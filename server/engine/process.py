@@ -138,6 +138,8 @@ def main(descriptor: int) -> NoReturn:
     except Exception as error:
         connection.send(explain(error, spec))
         connection.leave(EXIT_LOAD_FAILED)
+    gc.collect()
+    gc.freeze()  # what is loaded stays loaded: the collector need not walk a model's modules again and again
     try:
         loop.run()
     except BaseException:
@@ -174,8 +176,6 @@ def load_engine(spec: ModelSpec, connection: Connection) -> EngineLoop:
     runner = choose_runner(loaded.model, spec, blocks=pool.total, max_model_len=plan.max_model_len)
     _phase(connection, "warmup")
     warm_up(runner)
-    gc.collect()
-    gc.freeze()  # what is loaded stays loaded: the collector need not walk a model's modules again and again
     info = loaded.info(plan.max_model_len)
     memory = MemoryReport(
         device=loaded.device,
