@@ -14,6 +14,8 @@ import pytest
 from quant import native
 from quant.errors import NativeError
 
+pytestmark = pytest.mark.timeout(900)  # two cores, a compiler and, in the slow ones, a sanitizer
+
 ROOT = Path(__file__).parents[2]
 CUDA_ARCHITECTURES = "80;90a"
 
