@@ -1,11 +1,16 @@
-"""The reference against its definitions, computed value by value in Python floats, and its limits."""
+"""The reference against its definitions, value by value in Python floats, and bitsandbytes' files."""
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+from types import ModuleType
+
 import pytest
 import torch
+from safetensors.torch import load_file
 
-from quant import formats, reference
+from quant import formats, ops, reference
 from tests.quant import operands
 
 DTYPES = list(formats.VALUE_DTYPES)
@@ -147,3 +152,42 @@ def test_value_rule_keeps_rows_apart_and_batch_rule_does_not() -> None:
     assert torch.equal(*first)
     first = [reference.linear_8bit(rows, CB, SCB, 6.0, "batch")[0] for rows in (calm, loud)]
     assert not torch.equal(*first)
+
+
+# --- bitsandbytes' own files ------------------------------------------------------------------------------------------
+
+FILES = sorted((Path(__file__).parent / "conformance").glob("*.safetensors"))
+
+
+@pytest.mark.parametrize("file", [f for f in FILES if f.name.startswith("4bit")], ids=lambda file: file.stem)
+@pytest.mark.parametrize("run", [reference, ops], ids=["reference", "ops"])
+def test_4bit_files_of_bitsandbytes(file: Path, run: ModuleType) -> None:
+    """Their dequantized values bit for bit; and NF4 quantizes their source to their codes."""
+    tensors = load_file(file)
+    state = json.loads(bytes(next(v for k, v in tensors.items() if ".quant_state." in k).tolist()))
+    packed, absmax = tensors["layer.weight"].view(torch.uint8).flatten(), tensors["layer.weight.absmax"]
+    if "nested_offset" in state:
+        offset = torch.tensor(state["nested_offset"], dtype=torch.float32)
+        nested_absmax = tensors["layer.weight.nested_absmax"]
+        absmax = run.dequantize_absmax(absmax, nested_absmax, offset, state["nested_blocksize"])
+    expected = tensors["dequantized"]
+    layout = (state["quant_type"], state["blocksize"])
+    got = run.dequantize_4bit(packed, absmax, *layout, state["shape"], expected.dtype)
+    assert operands.same_bits(got, expected)
+    if state["quant_type"] == "nf4":
+        assert torch.equal(run.quantize_4bit(tensors["source"], *layout)[0], packed)
+
+
+@pytest.mark.parametrize("file", [f for f in FILES if f.name.startswith("8bit")], ids=lambda file: file.stem)
+@pytest.mark.parametrize("run", [reference, ops], ids=["reference", "ops"])
+def test_8bit_files_of_bitsandbytes(file: Path, run: ModuleType) -> None:
+    """Their codes from their source, and their dequantized values, bit for bit."""
+    tensors = load_file(file)
+    CB, SCB = run.quantize_8bit(tensors["source"])
+    assert torch.equal(CB, tensors["layer.weight"])
+    assert torch.equal(SCB, tensors["layer.SCB"])
+    assert operands.same_bits(run.dequantize_8bit(CB, SCB, torch.float32), tensors["dequantized"])
+
+
+def test_the_files_are_there() -> None:
+    assert len(FILES) >= 29
