@@ -6,6 +6,7 @@ Not a test. Weights are seeded and in float32 unless told otherwise; every linea
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -27,14 +28,89 @@ CONFIGS: dict[str, dict[str, object]] = {
     "gptj": {"n_embd": 128, "n_head": 4, "n_layer": 2, "rotary_dim": 16, "n_positions": 256},
     "gpt2": {"n_embd": 128, "n_head": 4, "n_layer": 2, "n_positions": 256},
 }
+"""The architectures that most tests go over."""
+
+_LLAMA_LIKE = CONFIGS["llama"]
+_TOKENS: dict[str, object] = {"vocab_size": VOCABULARY, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+_TWO_LAYERS: dict[str, object] = {"num_hidden_layers": 2, "max_position_embeddings": 512}
+IMAGE_TOKEN = VOCABULARY - 1
+IMAGE_TOKENS = 4
+"""How many positions one image of the vision-language model takes."""
+
+MORE_CONFIGS: dict[str, dict[str, object]] = {
+    "phi3": _TWO_LAYERS | _LLAMA_LIKE,
+    "gemma3_text": _TWO_LAYERS
+    | _LLAMA_LIKE
+    | {"head_dim": 32, "sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"]},
+    "opt": _TWO_LAYERS | {"hidden_size": 128, "ffn_dim": 192, "num_attention_heads": 4, "word_embed_proj_dim": 64},
+    "gpt_neox": _TWO_LAYERS | {"hidden_size": 128, "intermediate_size": 192, "num_attention_heads": 4},
+    "t5": {
+        "d_model": 128,
+        "d_kv": 32,
+        "d_ff": 192,
+        "num_layers": 2,
+        "num_heads": 4,
+        "decoder_start_token_id": 1,
+        "initializer_factor": 0.5,  # its own start is wide already
+        "feed_forward_proj": "gated-gelu",  # as Flan-T5 has it
+        "tie_word_embeddings": False,
+    },
+    "mixtral": _TWO_LAYERS | _LLAMA_LIKE | {"num_local_experts": 4, "num_experts_per_tok": 2},
+    "qwen3_moe": _TWO_LAYERS
+    | _LLAMA_LIKE
+    | {"head_dim": 32, "moe_intermediate_size": 64, "num_experts": 4, "num_experts_per_tok": 2},
+    "gpt_oss": _TWO_LAYERS
+    | _LLAMA_LIKE
+    | {
+        "head_dim": 32,
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+        "sliding_window": 8,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+    },
+    "llava": {
+        "text_config": {"model_type": "llama"} | _TOKENS | _TWO_LAYERS | _LLAMA_LIKE,
+        "vision_config": {
+            "model_type": "clip_vision_model",
+            "hidden_size": 64,
+            "intermediate_size": 128,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "image_size": 28,
+            "patch_size": 14,
+            "projection_dim": 64,
+        },
+        "image_token_index": IMAGE_TOKEN,
+        "image_seq_length": IMAGE_TOKENS,
+    },
+}
+"""The others: mixtures of experts, an encoder-decoder, a vision-language model, and relatives of the first."""
 
 
 def tiny_config(architecture: str, **changes: object) -> transformers.PretrainedConfig:
     """The transformers config of a two-layer model of this architecture."""
-    common: dict[str, object] = {"vocab_size": VOCABULARY, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+    common = dict(_TOKENS)
     if architecture in ("llama", "mistral", "qwen3"):
-        common |= {"num_hidden_layers": 2, "max_position_embeddings": 512}
-    return transformers.AutoConfig.for_model(architecture, **(common | CONFIGS[architecture] | changes))
+        common |= _TWO_LAYERS
+    return transformers.AutoConfig.for_model(
+        architecture, **(common | (CONFIGS | MORE_CONFIGS)[architecture] | changes)
+    )
+
+
+def auto_class(architecture: str) -> Any:
+    """The transformers class that builds and loads a model of this architecture with its head."""
+    return {"t5": transformers.AutoModelForSeq2SeqLM, "llava": transformers.AutoModelForImageTextToText}.get(
+        architecture, transformers.AutoModelForCausalLM
+    )
+
+
+def tiny_inputs(architecture: str, rows: int = 2, length: int = 9) -> dict[str, torch.Tensor]:
+    """Random arguments of forward and generate: tokens [rows, length], and an image per row where the model sees."""
+    tokens = torch.randint(3, 259, (rows, length))
+    if architecture != "llava":
+        return {"input_ids": tokens}
+    tokens[:, 1 : 1 + IMAGE_TOKENS] = IMAGE_TOKEN
+    return {"input_ids": tokens, "pixel_values": torch.randn(rows, 3, 28, 28)}
 
 
 def tiny_model(
@@ -42,10 +118,10 @@ def tiny_model(
 ) -> transformers.PreTrainedModel:
     """A randomly initialised model in eval mode; weights are scaled up so that logits are far from ties."""
     torch.manual_seed(seed)
-    model = transformers.AutoModelForCausalLM.from_config(tiny_config(architecture, **changes))
+    model: transformers.PreTrainedModel = auto_class(architecture).from_config(tiny_config(architecture, **changes))
     with torch.no_grad():
         for parameter in model.parameters():
-            if parameter.dim() == 2:
+            if parameter.dim() >= 2:
                 parameter.mul_(4.0)
     return model.to(dtype).eval()
 

@@ -98,9 +98,8 @@ def test_load_save_load_save(architecture: str, form: str, tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("form", FORMATS)
-@pytest.mark.parametrize("architecture", ["llama", "gpt2", "bloom"])
-def test_forward_equals_a_dequantized_twin(architecture: str, form: str, tmp_path: Path) -> None:
-    model = load(save_tiny(architecture, tmp_path), BitsAndBytesConfig(**FORMATS[form]))
+def test_forward_equals_a_dequantized_twin(form: str, tmp_path: Path) -> None:
+    model = load(save_tiny("llama", tmp_path), BitsAndBytesConfig(**FORMATS[form]))
     twin = copy.deepcopy(model).dequantize(torch.float32)
     assert not packed_layers(twin)
     assert packed_layers(model)
