@@ -106,7 +106,7 @@ def predict_meta(
             bytes_of.update(_bytes_of_4bit(tensor.numel(), config))
         else:
             bytes_of.update(_bytes_of_8bit(tensor.shape, config, transposed=_is_transposed(model, module)))
-    return bytes_of
+    return _ordered(bytes_of)
 
 
 def measure_weights(model: nn.Module) -> Counter[str]:
@@ -119,7 +119,14 @@ def measure_weights(model: nn.Module) -> Counter[str]:
     for _, tensor in _distinct_tensors(model):
         if tensor.device.type != "meta":
             bytes_of[component_of[id(tensor)]] += tensor.nbytes
-    return bytes_of
+    return _ordered(bytes_of)
+
+
+def _ordered(bytes_of: Counter[str]) -> Counter[str]:
+    """Quantized components first, then the rest by size: the order in which tables show them."""
+    first = (PACKED_WEIGHTS, ABSMAX, NESTED_STATISTICS)
+    rest = sorted(bytes_of.keys() - set(first), key=lambda name: -bytes_of[name])
+    return Counter({name: bytes_of[name] for name in (*first, *rest) if bytes_of[name]})
 
 
 def _component(module: nn.Module, leaf: str, tensor: torch.Tensor) -> str:
