@@ -1,12 +1,14 @@
 """Three models in one server, each with its own quantization in its own engine, all asked at once.
 
 In float32 each answer must equal, token for token, what `transformers.generate` gives greedily for the same weights.
-The tiny models' tokenizer has one token per byte, and answers are compared as token ids through logprob-free means:
-the text is asked for with special tokens excluded, so ids are recovered by encoding it again.
+LLM.int8() rounds activations, and a difference in the last bit of a float32 sum can turn a rounding over, which moves
+logits by about one percent. Its answers are compared up to the first step that is decided by less than that.
 """
 
 from __future__ import annotations
 
+import os
+import signal
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -29,8 +31,10 @@ MODELS: dict[str, tuple[str, dict[str, object] | None]] = {
     "mistral-int8": ("mistral", {"load_in_8bit": True}),
     "qwen3-none": ("qwen3", None),
 }
-PROMPTS = [[10 + 7 * index + step for step in range(5 + 3 * index)] for index in range(4)]
+PROMPTS = [tuple(10 + 7 * index + step for step in range(5 + 3 * index)) for index in range(8)]
 NEW_TOKENS = 24
+INT8_GAP = 0.05
+"""Between the two best logits of a step, in standard deviations of that step's logits."""
 
 
 @pytest.fixture(scope="module")
@@ -54,30 +58,53 @@ def server(paths: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> 
         yield running
 
 
-def expected_text(path: Path, fields: dict[str, object] | None, prompt: list[int]) -> str:
-    """Greedy `transformers.generate` on the same weights with the same quantization config."""
+def expected_texts(path: Path, fields: dict[str, object] | None) -> list[str]:
+    """Greedy `transformers.generate` on the same weights and config, as far as no rounding decides."""
     options = {"quantization_config": quant.BitsAndBytesConfig(**fields)} if fields else {}
     model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, **options)
-    ids = torch.tensor([prompt])
-    output = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=NEW_TOKENS, do_sample=False)
     tokenizer = transformers.AutoTokenizer.from_pretrained(path)
-    return str(tokenizer.decode(output[0, len(prompt) :], skip_special_tokens=True))
+    smallest_gap = INT8_GAP if fields and fields.get("load_in_8bit") else 0.0
+    texts, decided = [], 0
+    for prompt in PROMPTS:
+        ids = torch.tensor([prompt])
+        output = model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=NEW_TOKENS,
+            do_sample=False,
+            return_dict_in_generate=True,
+            output_logits=True,
+        )
+        logits = torch.cat(output.logits)
+        best = logits.topk(2).values
+        open_steps = ((best[:, 0] - best[:, 1]) / logits.std(dim=1) <= smallest_gap).nonzero().flatten().tolist()
+        steps = open_steps[0] if open_steps else len(logits)
+        decided += steps
+        answer = output.sequences[0, len(prompt) : len(prompt) + steps]
+        texts.append(tokenizer.decode(answer, skip_special_tokens=True))
+    assert decided > 3 * len(PROMPTS), "too few tokens are left to compare"
+    return texts
 
 
 def test_all_three_at_once_equal_generate(server: Server, paths: dict[str, Path]) -> None:
-    def ask(job: tuple[str, list[int]]) -> str:
-        name, prompt = job
+    def ask(job: tuple[tuple[int, ...], str]) -> str:
+        prompt, name = job
         body = {"model": name, "prompt": prompt, "max_tokens": NEW_TOKENS, "temperature": 0}
         answer = httpx.post(server.url + "/v1/completions", json=body, timeout=60)
         assert answer.status_code == 200, answer.text
         return str(answer.json()["choices"][0]["text"])
 
-    jobs = [(name, prompt) for prompt in PROMPTS for name in MODELS]
+    jobs = [(prompt, name) for prompt in PROMPTS for name in MODELS]
     with ThreadPoolExecutor(len(jobs)) as pool:
-        answers = dict(zip([(name, tuple(prompt)) for name, prompt in jobs], pool.map(ask, jobs), strict=True))
+        answers = dict(zip(jobs, pool.map(ask, jobs), strict=True))
     for name, (_, fields) in MODELS.items():
-        for prompt in PROMPTS:
-            assert answers[name, tuple(prompt)] == expected_text(paths[name], fields, prompt), name
+        for prompt, expected in zip(PROMPTS, expected_texts(paths[name], fields), strict=True):
+            answer = answers[prompt, name]
+            if fields and "load_in_8bit" in fields:
+                # A cut may fall into the bytes of one character, which then decode to replacement characters.
+                assert answer.startswith(expected.rstrip("\ufffd")), name
+            else:
+                assert answer == expected, name
 
 
 def test_each_has_an_engine_and_its_own_config(server: Server) -> None:
@@ -94,9 +121,6 @@ def test_each_has_an_engine_and_its_own_config(server: Server) -> None:
 
 def test_a_killed_engine_takes_nothing_else_down(server: Server) -> None:
     """The last test of this module: it kills one engine with SIGKILL in the middle of a stream."""
-    import os
-    import signal
-
     victim = "qwen3-none"
     body = {
         "model": victim,
