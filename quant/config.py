@@ -1,8 +1,8 @@
-"""BitsAndBytesConfig: the ten fields of transformers' class, their defaults and their validation, and our extension.
+"""BitsAndBytesConfig: the ten fields of transformers' class, their defaults and their validation, and our extensions.
 
 It is a subclass of transformers' class and has its name, because transformers asks for both (it tests the type and
 compares the name). What it adds: every value is checked when it is given, an unknown argument is refused by name, and
-`llm_int8_outliers` chooses how LLM.int8() finds outliers. It quantizes nothing: that is linear.py and hf.py.
+the fields in EXTENSIONS. It quantizes nothing: that is linear.py and hf.py.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from typing import Any, Final
 
 import torch
 import transformers
+from transformers.quantizers.quantizers_utils import should_convert_module
 
 from quant import formats
 from quant.arguments import OUTLIER_RULES
@@ -47,20 +48,32 @@ FIELDS: Final = (
     "bnb_4bit_use_double_quant",
     "bnb_4bit_quant_storage",
 )
-EXTENSIONS: Final = ("llm_int8_outliers",)
+EXTENSIONS: Final = ("llm_int8_outliers", "bnb_4bit_blocksize", "module_overrides")
 """Fields of our own; written to a file only where they differ from their default."""
+OVERRIDABLE: Final = tuple(
+    name
+    for name in (*FIELDS, *EXTENSIONS)
+    if name not in ("llm_int8_skip_modules", "llm_int8_enable_fp32_cpu_offload", "module_overrides")
+)
+"""What an override may set: the fields that say how one module is packed, not which modules are."""
 
 QUANT_METHOD: Final = "bitsandbytes"
 _WRITTEN_BESIDE: Final = ("quant_method", "_load_in_8bit", "_load_in_4bit")
 _BOOKKEEPING: Final = ("_from_model_config", "transformers_version")
+_EXTENSION_DEFAULTS: Final[Mapping[str, Any]] = MappingProxyType(
+    dict(zip(EXTENSIONS, (OUTLIER_RULES[0], formats.DEFAULT_BLOCKSIZE, {}), strict=True))
+)
 _BOTH: Final = "load_in_4bit and load_in_8bit are both True; only one of them is accepted at a time"
 
 
 class BitsAndBytesConfig(transformers.BitsAndBytesConfig):
     """What bitsandbytes users already write; docs/quantization.md says what each field does.
 
-    `llm_int8_outliers` is ours: "value" (default) takes each activation above the threshold as an outlier, so that
-    rows of a batch do not change each other; "batch" takes whole columns over the batch, as bitsandbytes does.
+    Ours are: `llm_int8_outliers`, "value" (default: each activation above the threshold is an outlier, so that rows of
+    a batch do not change each other) or "batch" (whole columns over the batch, as bitsandbytes does);
+    `bnb_4bit_blocksize`, the values per 4-bit block when packing (a packed tensor says its own); `module_overrides`,
+    a pattern as in `llm_int8_skip_modules` to the fields that differ for the modules it names, or to None, which
+    leaves them unquantized.
 
     Raises QuantConfigError, which is a ValueError, for a value or a name that is not accepted.
     """
@@ -78,7 +91,9 @@ class BitsAndBytesConfig(transformers.BitsAndBytesConfig):
         bnb_4bit_use_double_quant: bool = False,
         bnb_4bit_quant_storage: torch.dtype | str | None = None,
         *,
-        llm_int8_outliers: str = "value",
+        llm_int8_outliers: str = OUTLIER_RULES[0],
+        bnb_4bit_blocksize: int = formats.DEFAULT_BLOCKSIZE,
+        module_overrides: Mapping[str, Mapping[str, Any] | None] | None = None,
         **kwargs: Any,
     ) -> None:
         if load_in_4bit is True and load_in_8bit is True:
@@ -102,7 +117,59 @@ class BitsAndBytesConfig(transformers.BitsAndBytesConfig):
             ),
         )
         self.llm_int8_outliers = _choice("llm_int8_outliers", llm_int8_outliers, OUTLIER_RULES)
+        self.bnb_4bit_blocksize = _blocksize(bnb_4bit_blocksize)
         self._check_written_beside(kwargs)
+        self.module_overrides: dict[str, dict[str, Any] | None] = {}
+        for pattern, fields in _overrides(module_overrides).items():
+            self.module_overrides[pattern] = None if fields is None else self._checked_override(pattern, fields)
+
+    def override_of(self, name: str) -> str | None:
+        """The key of `module_overrides` that names this module; QuantConfigError where two do and disagree."""
+        patterns = [pattern for pattern in self.module_overrides if not should_convert_module(name, [pattern])]
+        for pattern in patterns[1:]:
+            if self.module_overrides[pattern] != self.module_overrides[patterns[0]]:
+                raise QuantConfigError(
+                    f"module_overrides names {name} in {patterns[0]!r} and in {pattern!r}, which disagree; accepted is "
+                    "one override per module"
+                )
+        return patterns[0] if patterns else None
+
+    def for_module(self, name: str) -> BitsAndBytesConfig | None:
+        """The config of one module: this one, what its override makes of it, or None: it stays unquantized."""
+        pattern = self.override_of(name)
+        return self if pattern is None else self.for_override(pattern)
+
+    def for_override(self, pattern: str) -> BitsAndBytesConfig | None:
+        """What one entry of `module_overrides` makes of this config; None: its modules stay unquantized."""
+        fields = self.module_overrides[pattern]
+        return None if fields is None else self._with(fields)
+
+    def _with(self, fields: Mapping[str, Any]) -> BitsAndBytesConfig:
+        merged = {key: value for key, value in self.to_dict().items() if key in OVERRIDABLE}
+        for flag, other in (("load_in_4bit", "load_in_8bit"), ("load_in_8bit", "load_in_4bit")):
+            if fields.get(flag) is True:
+                merged[other] = False
+        return type(self)(**(merged | dict(fields)))
+
+    def _checked_override(self, pattern: str, fields: Mapping[str, Any]) -> dict[str, Any]:
+        """The fields with every dtype as its name, so that they are JSON."""
+        unknown = sorted(set(fields) - set(OVERRIDABLE))
+        if unknown:
+            raise QuantConfigError(
+                f"module_overrides[{pattern!r}] sets {', '.join(map(repr, unknown))}; accepted are "
+                f"{', '.join(OVERRIDABLE)}"
+            )
+        try:
+            merged = self._with(fields)
+        except QuantConfigError as error:
+            raise QuantConfigError(f"module_overrides[{pattern!r}]: {error}") from error
+        if not (merged.load_in_4bit or merged.load_in_8bit) and (self.load_in_4bit or self.load_in_8bit):
+            raise QuantConfigError(
+                f"module_overrides[{pattern!r}] leaves neither load_in_4bit nor load_in_8bit; accepted is None for "
+                "modules that stay unquantized"
+            )
+        spelled = merged.to_dict()
+        return {name: spelled[name] for name in fields}
 
     def _check_written_beside(self, kwargs: Mapping[str, Any]) -> None:
         """The keys that config.json carries beside the fields must agree with them; any other name is refused."""
@@ -169,8 +236,9 @@ class BitsAndBytesConfig(transformers.BitsAndBytesConfig):
     def to_dict(self) -> dict[str, Any]:
         """Exactly the keys that transformers writes for bitsandbytes, dtypes as names; our own only where used."""
         output: dict[str, Any] = super().to_dict()
-        if output["llm_int8_outliers"] == OUTLIER_RULES[0]:
-            del output["llm_int8_outliers"]
+        for name, default in _EXTENSION_DEFAULTS.items():
+            if output[name] == default:
+                del output[name]
         return output
 
     def to_diff_dict(self) -> dict[str, Any]:
@@ -212,13 +280,42 @@ def _skip_modules(value: object) -> list[str] | None:
             f"llm_int8_skip_modules is {value!r}; accepted is a list of module names, suffixes or regular expressions"
         )
     for entry in value:
-        try:
-            re.compile(entry)
-        except re.error as error:
-            raise QuantConfigError(
-                f"llm_int8_skip_modules contains {entry!r}, which is not a valid regular expression ({error})"
-            ) from error
+        _compiles("llm_int8_skip_modules", entry)
     return list(value)
+
+
+def _blocksize(value: object) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or value not in formats.BLOCKSIZES:
+        raise QuantConfigError(
+            f"bnb_4bit_blocksize is {value!r}; accepted are {', '.join(map(str, formats.BLOCKSIZES))}"
+        )
+    return value
+
+
+def _overrides(value: object) -> Mapping[str, Mapping[str, Any] | None]:
+    """`module_overrides` by its outer shape: patterns that compile, to mappings or None."""
+    if value is None:
+        return {}
+    if not isinstance(value, Mapping) or not all(
+        isinstance(pattern, str) and pattern and (fields is None or isinstance(fields, Mapping))
+        for pattern, fields in value.items()
+    ):
+        raise QuantConfigError(
+            f"module_overrides is {value!r:.200}; accepted is a mapping of module names, suffixes or regular "
+            "expressions to the fields that differ, or to None"
+        )
+    for pattern in value:
+        _compiles("module_overrides", pattern)
+    return value
+
+
+def _compiles(name: str, pattern: str) -> None:
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise QuantConfigError(
+            f"{name} contains {pattern!r}, which is not a valid regular expression ({error})"
+        ) from error
 
 
 def _choice(name: str, value: object, accepted: tuple[str, ...]) -> str:

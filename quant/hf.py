@@ -53,22 +53,34 @@ def modules_to_quantize(model: nn.Module, config: BitsAndBytesConfig, device_map
     Not converted: what `llm_int8_skip_modules` names (as transformers applies it: by prefix up to a dot, as a regular
     expression, or as a suffix) or, where it is None, the output embedding and the last module; always what is tied to
     another tensor; modules that transformers keeps in float32; and with `llm_int8_enable_fp32_cpu_offload` what
-    `device_map` (a dictionary) puts on the CPU or disk beside the main device.
+    `device_map` (a dictionary) puts on the CPU or disk beside the main device. An entry of `module_overrides` decides
+    in the place of `llm_int8_skip_modules`; one that has no effect is a QuantConfigError. `config.for_module(name)` is
+    the config of each module that is returned.
     """
-    kind: Kind = "8bit" if config.load_in_8bit else "4bit"
+    kept_in_float32 = getattr(model, "_keep_in_fp32_modules", None)
     skips: list[str] = HfQuantizer.get_modules_to_not_convert(
-        cast(PreTrainedModel, model), config.llm_int8_skip_modules, getattr(model, "_keep_in_fp32_modules", None)
+        cast(PreTrainedModel, model), config.llm_int8_skip_modules, kept_in_float32
     )
-    if config.llm_int8_enable_fp32_cpu_offload:
-        skips.extend(offloaded_modules(device_map))
+    offloaded = offloaded_modules(device_map) if config.llm_int8_enable_fp32_cpu_offload else []
     tied = _tied_modules(model)
-    return {
-        name: kind
-        for name, module in model.named_modules()
-        if (type(module) is nn.Linear or isinstance(module, Conv1D))
-        and name not in tied
-        and should_convert_module(name, skips)
-    }
+    kinds: dict[str, Kind] = {}
+    without_effect = set(config.module_overrides)
+    for name, module in model.named_modules():
+        if not (type(module) is nn.Linear or isinstance(module, Conv1D)):
+            continue
+        own, pattern = config.for_module(name), config.override_of(name)
+        if own is None:
+            without_effect.discard(str(pattern))
+        elif name not in tied and should_convert_module(name, skips if pattern is None else kept_in_float32):
+            without_effect.discard(str(pattern))
+            if should_convert_module(name, offloaded):
+                kinds[name] = "8bit" if own.load_in_8bit else "4bit"
+    if without_effect:
+        raise QuantConfigError(
+            f"module_overrides names {', '.join(map(repr, sorted(without_effect)))}, which changes nothing in "
+            f"{type(model).__name__}; accepted are names of linear layers whose weight is not tied to another one"
+        )
+    return kinds
 
 
 def offloaded_modules(device_map: object) -> list[str]:
@@ -102,7 +114,10 @@ class HalfbyteQuantizer(HfQuantizer):
             raise QuantConfigError("neither load_in_4bit nor load_in_8bit is set; set one of them to True")
         super().__init__(quantization_config, **kwargs)
         # Which names of a file make up one `weight`.
-        self.serialized_names = {"weight": list(NAMES_8BIT if quantization_config.load_in_8bit else NAMES_4BIT)}
+        configs = [quantization_config, *map(quantization_config.for_override, quantization_config.module_overrides)]
+        flags = {config.load_in_8bit for config in configs if config is not None}
+        names = [*(NAMES_4BIT if False in flags else ()), *(NAMES_8BIT if True in flags else ())]
+        self.serialized_names = {"weight": list(dict.fromkeys(names))}
         self.failure: QuantError | None = None
         self.is_spread = False
         """The model lies on several devices, so that transformers dispatches it before it lets us report."""
@@ -134,7 +149,8 @@ class HalfbyteQuantizer(HfQuantizer):
         self.is_spread = isinstance(device_map, Mapping) and len(set(device_map.values())) > 1
         names = modules_to_quantize(model, config, device_map)
         for name, kind in names.items():
-            layer = LAYERS[kind].from_float(model.get_submodule(name), config)
+            own = config.for_module(name) or config
+            layer = LAYERS[kind].from_float(model.get_submodule(name), own)
             # Until its weight arrives: transformers would draw random numbers into bytes that are missing.
             layer._is_hf_initialized = True  # type: ignore[assignment]
             model.set_submodule(name, layer)

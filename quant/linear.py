@@ -179,6 +179,7 @@ class Linear4bit(PackedLinear):
         self.double_quant = config.bnb_4bit_use_double_quant
         self.quant_storage = config.bnb_4bit_quant_storage
         self.quant_type = config.bnb_4bit_quant_type
+        self.blocksize = config.bnb_4bit_blocksize
         for name in ("absmax", "nested_absmax", "nested_offset", "nested_quant_map", "quant_map"):
             self.register_buffer(name, None)
         self.quantize(torch.zeros(out_features, in_features, device=device, dtype=dtype))
@@ -194,7 +195,11 @@ class Linear4bit(PackedLinear):
 
     def quantize(self, weight: torch.Tensor) -> None:
         packed = Packed4bit.quantize(
-            weight, self.quant_type, double_quant=self.double_quant, storage=self.quant_storage
+            weight,
+            self.quant_type,
+            blocksize=self.blocksize,
+            double_quant=self.double_quant,
+            storage=self.quant_storage,
         )
         self.adopt(packed)
 

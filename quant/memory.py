@@ -19,7 +19,7 @@ import transformers
 from quant import hf
 from quant.config import BitsAndBytesConfig
 from quant.errors import CheckpointError
-from quant.formats import DEFAULT_BLOCKSIZE, NESTED_BLOCKSIZE
+from quant.formats import NESTED_BLOCKSIZE
 from quant.headers import TensorHeader, read_checkpoint_headers
 from quant.linear import Linear4bit, Linear8bit
 
@@ -97,15 +97,16 @@ def predict_meta(
     bytes_of: Counter[str] = Counter()
     for name, tensor in _distinct_tensors(model):
         module, _, leaf = name.rpartition(".")
-        if config is None or leaf != "weight" or module not in kinds:
+        own = config.for_module(module) if config is not None and leaf == "weight" and module in kinds else None
+        if own is None:
             kept = _kept_dtype(name, tensor, plan)
             bytes_of[unquantized(kept)] += tensor.numel() * kept.itemsize
         elif _is_prequantized(headers, module):
             bytes_of.update(_bytes_in_file(headers, module))
         elif kinds[module] == "4bit":
-            bytes_of.update(_bytes_of_4bit(tensor.numel(), config))
+            bytes_of.update(_bytes_of_4bit(tensor.numel(), own))
         else:
-            bytes_of.update(_bytes_of_8bit(tensor.shape, config, transposed=_is_transposed(model, module)))
+            bytes_of.update(_bytes_of_8bit(tensor.shape, own, transposed=_is_transposed(model, module)))
     return _ordered(bytes_of)
 
 
@@ -158,7 +159,7 @@ def _bytes_of_4bit(elements: int, config: BitsAndBytesConfig) -> dict[str, int]:
     """Two codes a byte and one absmax a block; doubly quantized: a byte a block, a float32 a group, and one offset."""
     item = _storage_itemsize(config.bnb_4bit_quant_storage)
     packed = -(-elements // (2 * item)) * item
-    blocks = -(-elements // DEFAULT_BLOCKSIZE)
+    blocks = -(-elements // config.bnb_4bit_blocksize)
     if not config.bnb_4bit_use_double_quant:
         return {PACKED_WEIGHTS: packed, ABSMAX: blocks * _FLOAT32_BYTES}
     groups = -(-blocks // NESTED_BLOCKSIZE)

@@ -86,6 +86,29 @@ def test_dtypes_by_name(name: str | torch.dtype) -> None:
         ({"llm_int8_skip_modules": ["h.("]}, ["'h.('", "regular expression"]),
         ({"llm_int8_outliers": "column"}, ["llm_int8_outliers is 'column'", "value", "batch"]),
         ({"bnb_4bit_blocksize": 128, "nonsense": 1}, ["bnb_4bit_blocksize", "nonsense", "accepted"]),
+        ({"bnb_4bit_blocksize": 65}, ["bnb_4bit_blocksize is 65", "32, 64, 128"]),
+        ({"bnb_4bit_blocksize": True}, ["bnb_4bit_blocksize is True"]),
+        ({"bnb_4bit_blocksize": "64"}, ["bnb_4bit_blocksize is '64'"]),
+        ({"module_overrides": ["lm_head"]}, ["module_overrides is ['lm_head']", "mapping"]),
+        ({"module_overrides": {"lm_head": "int8"}}, ["module_overrides is {'lm_head': 'int8'}"]),
+        ({"module_overrides": {"": None}}, ["module_overrides is {'': None}"]),
+        ({"module_overrides": {"h.(": None}}, ["module_overrides contains 'h.('", "regular expression"]),
+        (
+            {"module_overrides": {"lm_head": {"llm_int8_skip_modules": []}}},
+            ["module_overrides['lm_head'] sets 'llm_int8_skip_modules'", "accepted are load_in_8bit"],
+        ),
+        (
+            {"module_overrides": {"lm_head": {"load_in_8bit": True, "load_in_4bit": True}}},
+            ["module_overrides['lm_head']: ", "only one"],
+        ),
+        (
+            {"module_overrides": {"lm_head": {"bnb_4bit_quant_type": "nf5"}}},
+            ["module_overrides['lm_head']: bnb_4bit_quant_type is 'nf5'"],
+        ),
+        (
+            {"load_in_4bit": True, "module_overrides": {"lm_head": {"load_in_4bit": False}}},
+            ["module_overrides['lm_head'] leaves neither", "None"],
+        ),
         ({"quant_method": "gptq"}, ["quant_method is 'gptq'", "bitsandbytes"]),
         ({"_load_in_4bit": True}, ["_load_in_4bit is True"]),
     ],
@@ -128,6 +151,16 @@ CONFIGS = [
         "bnb_4bit_quant_storage": "float16",
         "llm_int8_enable_fp32_cpu_offload": True,
     },
+    {"load_in_4bit": True, "bnb_4bit_blocksize": 128},
+    {
+        "load_in_4bit": True,
+        "bnb_4bit_blocksize": 4096,
+        "module_overrides": {
+            "lm_head": {"load_in_8bit": True, "llm_int8_threshold": 0.0},
+            r"model\.layers\.(0|1)\..*": None,
+            "down_proj": {"bnb_4bit_compute_dtype": torch.bfloat16, "bnb_4bit_quant_storage": "torch.float32"},
+        },
+    },
 ]
 
 
@@ -148,6 +181,22 @@ def test_round_trips(arguments: dict[str, object]) -> None:
         assert theirs.to_dict() == as_dict
         assert theirs.to_json_string(use_diff=False) == config.to_json_string(use_diff=False)
         assert theirs.to_diff_dict() == config.to_diff_dict()
+
+
+def test_the_config_of_one_module() -> None:
+    config = BitsAndBytesConfig(**CONFIGS[-1])
+    assert config.for_module("model.layers.2.mlp.up_proj") is config
+    assert config.for_module("model.layers.1.mlp.up_proj") is None
+    head = config.for_module("lm_head")
+    assert head == BitsAndBytesConfig(load_in_8bit=True, llm_int8_threshold=0.0, bnb_4bit_blocksize=4096)
+    config.bnb_4bit_quant_type = "nf4"  # what an override does not set, it takes from the config as it is now
+    down = config.for_module("model.layers.2.mlp.down_proj")
+    assert down is not None
+    assert (down.bnb_4bit_quant_type, down.bnb_4bit_blocksize) == ("nf4", 4096)
+    assert down.bnb_4bit_compute_dtype is torch.bfloat16
+    assert down.bnb_4bit_quant_storage is torch.float32
+    with pytest.raises(QuantConfigError, match="names model.layers.0.mlp.down_proj in .* which disagree"):
+        config.for_module("model.layers.0.mlp.down_proj")
 
 
 def test_configs_that_differ_are_not_equal() -> None:

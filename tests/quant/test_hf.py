@@ -174,6 +174,79 @@ def test_skip_rules(skips: list[str] | None, kept: set[str], tmp_path: Path) -> 
     assert skips is None or all(transformers_rule(name, skips) != (name in kept) for name in [*packed_layers(model)])
 
 
+OVERRIDES: dict[str, dict[str, object] | None] = {
+    "lm_head": {"load_in_8bit": True, "llm_int8_outliers": "batch"},
+    "model.layers.0": None,
+    "o_proj": {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True, "bnb_4bit_blocksize": 256},
+}
+
+
+def test_modules_with_formats_of_their_own(tmp_path: Path) -> None:
+    overrides = {
+        "lm_head": OVERRIDES["lm_head"],
+        "model.layers.0": None,
+        "layers.1.self_attn.o_proj": OVERRIDES["o_proj"],
+    }
+    config = BitsAndBytesConfig(load_in_4bit=True, module_overrides=overrides)
+    source = save_tiny("llama", tmp_path / "s")
+    assert modules_to_quantize(tiny_model("llama"), config) == {
+        "lm_head": "8bit",
+        **{f"model.layers.1.{name}": "4bit" for name in (
+            "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj",
+            "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")},
+    }  # fmt: skip
+    model = load(source, config)
+    model.save_pretrained(tmp_path / "a")
+    again = load(tmp_path / "a")
+    again.save_pretrained(tmp_path / "b")
+    assert filecmp.cmp(tmp_path / "a" / "model.safetensors", tmp_path / "b" / "model.safetensors", shallow=False)
+    assert filecmp.cmp(tmp_path / "a" / "config.json", tmp_path / "b" / "config.json", shallow=False)
+    for loaded in (model, again):
+        layer, head = loaded.model.layers[1], loaded.lm_head
+        assert isinstance(head, Linear8bit)
+        assert head.outliers == "batch"
+        assert type(loaded.model.layers[0].mlp.up_proj) is nn.Linear
+        described = (layer.self_attn.o_proj.quant_type, layer.self_attn.o_proj.blocksize, layer.mlp.up_proj.quant_type)
+        assert described == ("nf4", 256, "fp4")
+        assert layer.self_attn.o_proj.nested_absmax is not None
+        assert layer.mlp.up_proj.nested_absmax is None
+    tokens = prompt()
+    assert torch.equal(logits(model, tokens), logits(again, tokens))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "changes", "words"),
+    [
+        ({"layers.7": None}, {}, "'layers.7', which changes nothing in LlamaForCausalLM"),
+        ({"lm_head": {"load_in_8bit": True}}, {"tie_word_embeddings": True}, "'lm_head', which changes nothing"),
+        (OVERRIDES, {}, "names model.layers.0.self_attn.o_proj in 'model.layers.0' and in 'o_proj', which disagree"),
+    ],
+)
+def test_overrides_that_cannot_be_honoured(
+    overrides: dict[str, object], changes: dict[str, object], words: str
+) -> None:
+    config = BitsAndBytesConfig(load_in_4bit=True, module_overrides=overrides)
+    with pytest.raises(QuantConfigError, match=words):
+        modules_to_quantize(tiny_model("llama", **changes), config)
+
+
+@pytest.mark.parametrize("blocksize", [32, 128, 4096])
+def test_block_size_for_packing(blocksize: int, tmp_path: Path) -> None:
+    source = save_tiny("llama", tmp_path / "s")
+    config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_blocksize=blocksize)
+    model = load(source, config)
+    model.save_pretrained(tmp_path / "o")
+    file = tmp_path / "o" / "config.json"
+    tokens = prompt()
+    for keep in (True, False):  # the tensors of the file say it again
+        again = load(tmp_path / "o")
+        assert {layer.blocksize for layer in packed_layers(again).values()} == {blocksize}
+        assert torch.equal(logits(model, tokens), logits(again, tokens))
+        content = json.loads(file.read_text())
+        assert content["quantization_config"].pop("bnb_4bit_blocksize", None) == (blocksize if keep else None)
+        file.write_text(json.dumps(content))
+
+
 def test_tied_embeddings_stay_whole(tmp_path: Path) -> None:
     source = save_tiny("llama", tmp_path / "s", tie_word_embeddings=True)
     for skips in (None, ["q_proj"]):  # an own list replaces the default one, which names what is tied

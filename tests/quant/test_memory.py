@@ -47,6 +47,35 @@ def test_storage_dtypes_take_the_same_bytes(tmp_path: Path, storage: str) -> Non
     assert predicted == memory.predict_weights(path, quant.BitsAndBytesConfig(load_in_4bit=True), torch.float32)
 
 
+@pytest.mark.parametrize("preset", ["nf4", "fp4-dq"])
+@pytest.mark.parametrize("blocksize", [32, 512, 4096])
+def test_block_sizes(tmp_path: Path, blocksize: int, preset: str) -> None:
+    path = save_tiny("llama", tmp_path)
+    config = from_spec(preset)
+    assert config is not None
+    config.bnb_4bit_blocksize = blocksize
+    predicted = memory.predict_weights(path, config, torch.float32)
+    assert predicted == memory.measure_weights(load(path, config, torch.float32))
+    assert predicted[memory.ABSMAX] != memory.predict_weights(path, from_spec(preset), torch.float32)[memory.ABSMAX]
+
+
+def test_modules_with_formats_of_their_own(tmp_path: Path) -> None:
+    path = save_tiny("llama", tmp_path / "source")
+    overrides = {
+        "lm_head": {"load_in_8bit": True},
+        "model.layers.0": None,
+        r".*layers\.1\..*down_proj": {"bnb_4bit_blocksize": 256, "bnb_4bit_use_double_quant": True},
+        r".*layers\.1\..*q_proj": {"load_in_8bit": True, "llm_int8_has_fp16_weight": True},
+    }
+    config = quant.BitsAndBytesConfig(load_in_4bit=True, module_overrides=overrides)
+    predicted = memory.predict_weights(path, config, torch.bfloat16)
+    model = load(path, config, torch.bfloat16)
+    assert predicted == memory.measure_weights(model)
+    assert {memory.NESTED_STATISTICS, "unquantized_float16", "unquantized_bfloat16"} < set(predicted)
+    model.save_pretrained(tmp_path / "quantized")  # type: ignore[operator]
+    assert predicted == memory.predict_weights(tmp_path / "quantized", config, torch.bfloat16)
+
+
 def test_fp16_main_weights_are_not_packed(tmp_path: Path) -> None:
     path = save_tiny("llama", tmp_path)
     config = quant.BitsAndBytesConfig(load_in_8bit=True, llm_int8_has_fp16_weight=True)
