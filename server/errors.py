@@ -11,6 +11,7 @@
         ├── BodyTimeoutError    the request body did not arrive in time                        408
         ├── BodyTooLargeError   more bytes than the limit                                      413
         ├── OverloadedError     the queue is full; carries Retry-After                         429
+        ├── EngineFaultError    the engine failed in a step of this request                    500
         └── EngineUnavailableError   the model's engine is loading, or has died                503
 
 `quant` has a tree of its own (quant/errors.py); the two meet in engine/process.py, which turns a QuantError into a
@@ -97,6 +98,14 @@ class OverloadedError(RequestError):
     def __init__(self, message: str, *, retry_after: int) -> None:
         super().__init__(message)
         self.retry_after = retry_after
+
+
+class EngineFaultError(RequestError):
+    """The model failed in a step of this request; the request was not at fault and may be tried again."""
+
+    status = 500
+    kind = "internal_error"
+    code = "engine_error"
 
 
 class EngineUnavailableError(RequestError):

@@ -139,6 +139,8 @@ class SequenceOutput(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     finish_reason: FinishReason | None = None
     error: str | None = None
     """A sentence, exactly when finish_reason is "error"."""
+    refused: bool = False
+    """With an error: the request was at fault, not the engine."""
 
 
 class StepReport(Record, frozen=True):

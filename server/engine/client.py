@@ -21,7 +21,7 @@ from typing import Final, Literal
 
 import msgspec
 
-from server.errors import EngineUnavailableError, LoadError, RequestError, ServerError, load_failure
+from server.errors import EngineFaultError, EngineUnavailableError, LoadError, RequestError, ServerError, load_failure
 from server.metrics import ModelMetrics
 from server.records import (
     LENGTH_PREFIX_BYTES,
@@ -76,7 +76,9 @@ class OutputStream:
         return self
 
     async def __anext__(self) -> SequenceOutput:
-        """The next output. Raises EngineUnavailableError when the engine dies, RequestError when it refuses."""
+        """The next output. Raises EngineUnavailableError when the engine dies, RequestError when it refuses,
+        EngineFaultError when it fails in a step of this request.
+        """
         if self._closed or self._reason is not None:
             raise StopAsyncIteration
         output = await self._outputs.get()
@@ -85,7 +87,8 @@ class OutputStream:
             raise output
         self._reason = output.finish_reason
         if output.finish_reason == "error":
-            raise RequestError(output.error or "the engine ended this request and gave no reason")
+            sentence = output.error or "the engine ended this request and gave no reason"
+            raise RequestError(sentence) if output.refused else EngineFaultError(sentence)
         return output
 
     def deliver(self, output: SequenceOutput | ServerError) -> None:

@@ -69,7 +69,8 @@ class EngineLoop:
                     self._scheduler.add(record)
                     self._arrived[request_id] = time.perf_counter()
                 except RequestError as error:
-                    self._outputs.append(SequenceOutput(record.request_id, finish_reason="error", error=error.message))
+                    refusal = SequenceOutput(request_id, finish_reason="error", error=error.message, refused=True)
+                    self._outputs.append(refusal)
             case Abort(request_id=request_id):
                 self._arrived.pop(request_id, None)
                 ended = self._scheduler.abort(request_id)

@@ -83,7 +83,7 @@ class Engine:
         spec = self.receive().spec
         self.script = spec.quantization if isinstance(spec.quantization, dict) else {}
         self.send(LoadProgress("weights", 0, 1000))
-        if "fail" in self.script:
+        if "fault" in self.script:
             self.send(LoadFailed(*self.script["fail"]))
             sys.exit(1)
         if "die_while_loading" in self.script:
@@ -114,11 +114,12 @@ class Engine:
             while select.select([self.connection], [], [], 0 if self.running or self.ended else None)[0]:
                 record = self.receive()
                 match record:
-                    case Generate() if "refuse" in self.script:
-                        refused = SequenceOutput(
-                            record.request_id, finish_reason="error", error=str(self.script["refuse"])
+                    case Generate() if "refuse" in self.script or "fault" in self.script:
+                        refused = "refuse" in self.script
+                        sentence = str(self.script["refuse" if refused else "fault"])
+                        self.ended.append(
+                            SequenceOutput(record.request_id, finish_reason="error", error=sentence, refused=refused)
                         )
-                        self.ended.append(refused)
                     case Generate():
                         self.running[record.request_id] = (record, 0)
                     case Abort(request_id=request_id):

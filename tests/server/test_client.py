@@ -159,12 +159,13 @@ def test_a_frame_that_is_no_record_ends_the_engine() -> None:
     run(test)
 
 
-def test_what_the_engine_refuses_is_a_request_error() -> None:
+@pytest.mark.parametrize(("what", "status"), [("refuse", 400), ("fault", 500)])
+def test_a_request_at_fault_and_an_engine_at_fault_are_told_apart(what: str, status: int) -> None:
     async def test() -> None:
-        async with engine(refuse="too long by 3 tokens") as client:
+        async with engine(**{what: "too long by 3 tokens"}) as client:
             with pytest.raises(RequestError, match="too long by 3 tokens") as caught:
                 await tokens(client.generate("r", [1], PARAMS))
-            assert caught.value.status == 400
+            assert caught.value.status == status
 
     run(test)
 
