@@ -83,7 +83,7 @@ class Engine:
         spec = self.receive().spec
         self.script = spec.quantization if isinstance(spec.quantization, dict) else {}
         self.send(LoadProgress("weights", 0, 1000))
-        if "fault" in self.script:
+        if "fail" in self.script:
             self.send(LoadFailed(*self.script["fail"]))
             sys.exit(1)
         if "die_while_loading" in self.script:
