@@ -4,10 +4,22 @@ Importing this package makes transformers use these layers in this process (quan
 """
 
 from quant.config import BitsAndBytesConfig
+from quant.convert import quantize_checkpoint, report_checkpoint
 from quant.hf import register, unregister
 from quant.linear import Linear4bit, Linear8bit
+from quant.report import report_model
 from quant.state import PackedWeight
 
-__all__ = ["BitsAndBytesConfig", "Linear4bit", "Linear8bit", "PackedWeight", "register", "unregister"]
+__all__ = [
+    "BitsAndBytesConfig",
+    "Linear4bit",
+    "Linear8bit",
+    "PackedWeight",
+    "quantize_checkpoint",
+    "register",
+    "report_checkpoint",
+    "report_model",
+    "unregister",
+]
 
 register()

@@ -3,6 +3,7 @@
 QuantError
 ├── QuantConfigError      a field of a quantization config, or a combination of fields        (also a ValueError)
 ├── CheckpointError       a file or its tensors: sizes, shapes, dtypes, JSON                  (also a ValueError)
+├── OutputError           where a converted checkpoint is to be written                       (also an OSError)
 ├── ShapeError            an operator's arguments do not belong together                      (also a ValueError)
 └── NativeError           the compiled library is missing, the wrong version, or said no      (also a RuntimeError)
 """
@@ -18,6 +19,10 @@ class QuantConfigError(QuantError, ValueError):
 
 class CheckpointError(QuantError, ValueError):
     """A checkpoint whose files or tensors are not what they claim to be."""
+
+
+class OutputError(QuantError, OSError):
+    """A place that a converted checkpoint cannot be written to."""
 
 
 class ShapeError(QuantError, ValueError):
