@@ -1,4 +1,4 @@
-"""The `halfbyte` command: serve, plan, version. Importing it imports no torch.
+"""The `halfbyte` command: serve, plan, quantize, version. Importing it imports no torch.
 
 The options are made from the settings in server/config.py, so that a flag, its environment variable and its YAML key
 can't drift apart; every value is checked there, in one voice. An error of ours is `error: <sentence>` on stderr and the
@@ -9,9 +9,12 @@ from __future__ import annotations
 
 import inspect
 import os
+import re
 import sys
-from collections.abc import Callable
-from typing import Annotated, Any, Final
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import typer
 
@@ -27,6 +30,9 @@ from server.config import (
     load_config,
 )
 from server.errors import ConfigError, LoadError, ServerError
+
+if TYPE_CHECKING:
+    from quant.convert import Result
 
 INTERRUPTED: Final = 130
 NOT_ON_COMMAND_LINES: Final = frozenset({"api_keys"})
@@ -94,16 +100,11 @@ def _plan(
     # Imported here: planning needs torch's dtypes, and `serve` must not load torch into the HTTP process.
     from rich.console import Console
 
-    from quant.errors import QuantConfigError, QuantError
     from server.memory.plan import make_plan
     from server.memory.table import plan_json, print_plan
 
-    try:
+    with _explained():
         plans = [make_plan(spec) for spec in config.specs()]
-    except QuantConfigError as error:
-        raise ConfigError(str(error)) from error
-    except QuantError as error:
-        raise LoadError(str(error)) from error
     if as_json:
         typer.echo(plan_json(plans))
         return
@@ -112,8 +113,117 @@ def _plan(
         print_plan(plan, console)
 
 
+@contextmanager
+def _explained() -> Iterator[None]:
+    """Gives the errors of `quant` the classes, and so the exit codes, of `server`."""
+    from quant.errors import OutputError, QuantConfigError, QuantError
+
+    try:
+        yield
+    except (QuantConfigError, OutputError) as error:
+        raise ConfigError(str(error)) from error
+    except QuantError as error:
+        raise LoadError(str(error)) from error
+
+
 app.command("serve")(_with_settings(_serve, ALL_KEYS))
 app.command("plan")(_with_settings(_plan, ("config", *SINGLE_MODEL_KEYS)))
+
+
+@app.command("quantize")
+def quantize(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="A local, unquantized transformers checkpoint.")],
+    out: Annotated[str, typer.Argument(metavar="OUT", help="The directory to write; it must not exist, or be empty.")],
+    quantization: Annotated[
+        str,
+        typer.Option(metavar="VALUE", help="nf4, fp4, nf4-dq, fp4-dq, int8, or BitsAndBytesConfig's fields as JSON."),
+    ],
+    dtype: Annotated[
+        str, typer.Option(metavar="VALUE", help="dtype of what is not quantized; auto takes the checkpoint's own.")
+    ] = "auto",
+    max_shard_size: Annotated[
+        str,
+        typer.Option(metavar="SIZE", help="Largest weight file: bytes, or a number with KB, MB or GB (10^9 bytes)."),
+    ] = "5GB",
+) -> None:
+    """Write a quantized copy of a checkpoint, one tensor at a time, and report what it cost each layer."""
+    # A name of its own, because a directory may be called what no model may.
+    settings = load_config({"model": model, "name": "model", "quantization": quantization, "dtype": dtype}, {}).models[
+        0
+    ]
+    shard_bytes = _size(max_shard_size)
+    import torch
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+
+    from quant.convert import quantize_checkpoint
+
+    bar = Progress(
+        BarColumn(),
+        DownloadColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.description}"),
+        console=Console(stderr=True),
+    )
+    task = bar.add_task("", total=None)
+
+    def progress(done: int, total: int, name: str) -> None:
+        bar.start()  # not before there is something to show: what is refused is one line
+        bar.update(task, completed=done, total=total, description=name)
+
+    try:
+        with _explained():
+            result = quantize_checkpoint(
+                settings.path,
+                Path(out).expanduser(),
+                settings.quantization or "none",
+                dtype=None if settings.dtype == "auto" else getattr(torch, settings.dtype),
+                max_shard_bytes=shard_bytes,
+                progress=progress,
+            )
+    finally:
+        if bar.live.is_started:
+            bar.stop()
+    _print_report(result)
+
+
+def _print_report(result: Result) -> None:
+    """The layers as a table (error: relative to the weights), then all of them and the files in a line each."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from quant.report import OUTLIER_RMS, summarize
+
+    table = Table(box=None)
+    table.add_column("layer", overflow="fold")
+    for title in ("format", "weights", "bits", "error", f"> {OUTLIER_RMS:g} rms"):
+        table.add_column(title, justify="right", no_wrap=True)
+    for layer in result.layers:
+        error = "" if layer.relative_error is None else f"{layer.relative_error:.4f}"
+        figures = (f"{layer.weights:,}", f"{layer.bits_per_weight:.3f}", error, f"{layer.outlier_share:.4%}")
+        table.add_row(layer.name, layer.format, *figures)
+    total = summarize(result.layers)
+    console = Console()
+    if result.layers:
+        console.print(table)
+        console.print(
+            f"{total['layers']} layers, {total['weights']:,} weights at {total['bits_per_weight']:.3f} bits: "
+            f"{total['bytes']:,} bytes; not quantized: {result.unquantized_bytes:,} bytes"
+        )
+    console.print(
+        f"{result.directory}: {sum(file.bytes for file in result.files):,} bytes in {len(result.files)} files"
+    )
+
+
+def _size(text: str) -> int:
+    """ "500MB" in bytes."""
+    found = re.fullmatch(r"([0-9]{1,15})\s*(KB|MB|GB|B|)", text.strip(), re.IGNORECASE)
+    size = int(found[1]) * {"KB": 10**3, "MB": 10**6, "GB": 10**9}.get(found[2].upper(), 1) if found else 0
+    if size < 1:
+        raise ConfigError(
+            f"--max-shard-size is {text!r}; accepted is a positive number of bytes, or one with KB, MB or GB: 5GB"
+        )
+    return size
 
 
 @app.command("version")
