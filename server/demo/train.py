@@ -43,11 +43,11 @@ class Recipe:
     head_dim: int = 64
     context: int = 1024
     """Longest sequence the model is made for, in tokens; the last part of the training uses it."""
-    short_steps: int = 1200
+    short_steps: int = 1700
     short_row: int = 256
-    short_rows: int = 4
+    short_rows: int = 6
     """Tokens of a row, and rows of a step, in the first stage: small steps, and many of them."""
-    long_steps: int = 350
+    long_steps: int = 450
     long_rows: int = 2
     """Steps of the second stage and their rows, each `context` long: so that every position gets trained."""
     peak_rate: float = 3e-3
@@ -82,7 +82,9 @@ def make_model(recipe: Recipe, tokenizer: Tokenizer) -> LlamaForCausalLM:
         eos_token_id=special_id(tokenizer, EOS),
         pad_token_id=special_id(tokenizer, PAD),
     )
-    return LlamaForCausalLM(config)
+    model = LlamaForCausalLM(config)
+    model.set_attn_implementation("eager")  # for rows this short, a fifth faster on a CPU than the fused kernel
+    return model
 
 
 def packed_rows(tokenizer: Tokenizer, split: Split, seed: int, length: int, pad: int) -> Iterator[list[int]]:

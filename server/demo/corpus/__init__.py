@@ -20,7 +20,7 @@ from server.demo.corpus.stories import plain_text
 Split = Literal["train", "heldout"]
 HELDOUT_OF_256: Final = 16
 """How many of the 256 values of the hash's first byte mean "held out"."""
-PLAIN_SHARE: Final = 0.45
+PLAIN_SHARE: Final = 0.42
 """The share of documents that are plain text; the rest are conversations."""
 
 

@@ -25,8 +25,8 @@ SINGLE: Final[dict[Callable[[random.Random], Exchange], int]] = {
     talk.thanks: 2,
     talk.unknown: 7,
     talk.poem_request: 2,
-    talk.list_request: 7,
-    talk.counting: 7,
+    talk.list_request: 10,
+    talk.counting: 9,
     facts.person_fact: 11,
     facts.place_fact: 5,
     facts.thing_fact: 5,
@@ -66,7 +66,7 @@ def conversation(rng: random.Random) -> list[Turn]:
     if kind < 0.35:
         exchanges += _story_request(rng)
         count = rng.choice((0, 0, 1, 2))
-    elif kind < 0.6:
+    elif kind < 0.55:
         exchanges += _reading(rng)
         count = rng.choice((0, 0, 1, 2))
     elif kind < 0.95:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from server.demo.corpus.plots_things import Outcome
 from server.demo.corpus.scene import Scene
-from server.demo.corpus.telling import listing
+from server.demo.corpus.telling import capital, listing
 from server.demo.corpus.world import COLOURS, NUMBERS, PERSON, PLACE, PLACES, WEATHERS
 
 LESSONS = (
@@ -77,14 +77,19 @@ def storm(scene: Scene) -> Outcome:
     scene.weather = WEATHERS[6]
     wise = scene.named("Halvar") if hero.name != "Halvar" else scene.named("Edda")
     scene.where[hero] = PLACE["the harbour"]
-    tale.say("{A} wanted to [sail|row] out [to catch fish|to the small island|across the bay].", A=hero)
+    tale.say(
+        "[{A} wanted to [sail|row] out GOAL.|{A} was about to [sail|row] out GOAL."
+        "|{A} made the boat ready to go out GOAL.|The boat was ready, and {A} meant to go out GOAL.]".replace(
+            "GOAL", scene.rng.choice(("to catch fish", "to the small island", "across the bay", "to the seals"))
+        ),
+        A=hero,
+    )
     sign = scene.rng.choice(
         ("the gulls fly low", "the clouds are dark in the west", "the wind has turned", "my old knee hurts")
     )
     tale.say(
-        f'"[Do not go out today|Stay here|Wait until tomorrow]," said {{B}}. "{sign}. A storm is coming."'.replace(
-            '"' + sign, '"' + sign[0].upper() + sign[1:]
-        ),
+        f'"[Do not go out today|Stay here|Wait until tomorrow]," [said {{B}}|{{B}} called]. "{capital(sign)}. '
+        '[A storm is coming|There will be a storm]."',
         B=wise,
     )
     tale.ask(
@@ -104,7 +109,7 @@ def storm(scene: Scene) -> Outcome:
             "NAME", wise.name
         ), "it is wise to listen to old people"
     saver = scene.named("Jory") if hero.name != "Jory" else scene.named("Mara")
-    tale.say("But {A} [laughed and went out|did not listen] .", A=hero)
+    tale.say("But {A} [laughed and went out|did not listen|would not wait].", A=hero)
     tale.say(
         "Soon the storm came. [Water filled the boat|The sail tore|A wave took the oars], and {A} was afraid.", A=hero
     )
