@@ -16,7 +16,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 
 ALLOWED: dict[str, set[str]] = {
-    # `halfbyte plan` and `quantize` are processes without HTTP: they alone reach memory and quant, and only when they run.
+    # `plan` and `quantize` are processes without HTTP: they alone reach memory and quant, and only when they run.
     "server.cli": {"server.app", "server.config", "server.demo", "server.errors", "server.memory", "quant"},
     "server.app": {
         "server.api",
