@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from quant import PackedWeight, formats
 from quant.errors import CheckpointError, ShapeError
-from quant.state import MAX_STATE_BYTES, STATE_PREFIX, Packed4bit, Packed8bit
+from quant.state import MAX_STATE_BYTES, STATE_PREFIX, STORAGES, Packed4bit, Packed8bit
 
 STATE = STATE_PREFIX + "nf4"
 
@@ -34,7 +34,7 @@ def layer(*shape: int, **how: object) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("storage", [torch.uint8, torch.int8, torch.bfloat16, torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("storage", STORAGES, ids=str)
 @pytest.mark.parametrize("double_quant", [False, True])
 @pytest.mark.parametrize("blocksize", formats.BLOCKSIZES)
 @pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
