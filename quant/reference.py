@@ -138,15 +138,23 @@ def linear_8bit(
     return out.to(x.dtype).view(*x.shape[:-1], CB.shape[0])
 
 
+_ONE_THREADS_PIECE = 1 << 15
+"""Values up to which torch's element-wise operations and sums stay on one thread."""
 INT8_PRODUCT_SCALE = 1.0 / (formats.INT8_MAX * formats.INT8_MAX)
 """Two int8 codes multiplied stand for this times both maxima; used as a float32."""
 
 
 def mean_absmax(absmax: torch.Tensor) -> torch.Tensor:
-    """The offset of double quantization: the mean, summed in float64 so that the order of addition does not show."""
+    """The offset of double quantization: the mean, summed in float64 so that the order of addition does not show.
+
+    On a CPU in pieces that torch sums on the calling thread: the sum is short, waking other threads for it is not.
+    """
     if absmax.numel() == 0:
         return torch.zeros((), dtype=torch.float32, device=absmax.device)
-    return absmax.double().mean().float()
+    if absmax.device.type != "cpu":
+        return absmax.double().mean().float()
+    sums = [piece.double().sum() for piece in absmax.split(_ONE_THREADS_PIECE)]
+    return (torch.stack(sums).sum() / absmax.numel()).float()
 
 
 def _normalise_blocks(values: torch.Tensor, blocksize: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -28,12 +28,73 @@ void load_absmax(const AbsmaxSource& source, int64_t first, int64_t count, float
 
 namespace {
 
-// The number of midpoints below the value; all of them for a NaN.
-uint8_t nearest_code(float value) {
-    const float* const begin = kDynamicMidpoints.at;
-    const float* const found =
-        std::partition_point(begin, begin + kDynamicMidpoints.length, [value](float m) { return !(m >= value); });
-    return static_cast<uint8_t>(found - begin);
+// The code of a value is the number of midpoints below it. Floats are cut into buckets of 1/64 of an octave, by sign,
+// exponent and the fraction's first bits; no bucket holds more than one midpoint (the table's maker checks it), so that
+// a lookup and one comparison give the code.
+constexpr int kBucketBits = 6;
+constexpr int kBucketShift = 23 - kBucketBits;
+constexpr int kLowestOctave = 105;  // 2^-22: below the smallest midpoint
+constexpr int kOctaves = 128 - kLowestOctave;
+constexpr int kBuckets = kOctaves << kBucketBits;
+constexpr uint32_t kLowestBits = static_cast<uint32_t>(kLowestOctave) << 23;
+constexpr uint32_t kInfinityBits = 0x7f800000u;
+
+constexpr double power_of_two(int exponent) {
+    double power = 1.0;
+    for (; exponent > 0; --exponent) power *= 2.0;
+    for (; exponent < 0; ++exponent) power *= 0.5;
+    return power;
+}
+
+constexpr double bucket_start(int bucket) {
+    const int fraction = bucket % (1 << kBucketBits);
+    return (1.0 + fraction / static_cast<double>(1 << kBucketBits)) *
+           power_of_two(kLowestOctave + (bucket >> kBucketBits) - 127);
+}
+
+struct CodeTable {
+    uint8_t first[2][kBuckets];  // by sign: the number of midpoints below everything in the bucket
+    float midpoint[256];         // the next one, for each of those numbers
+    bool is_valid;               // at most one midpoint in any bucket, and none nearer to zero than the first bucket
+};
+
+constexpr CodeTable make_code_table() {
+    CodeTable table{};
+    table.is_valid = true;
+    for (int i = 0; i < kDynamicMidpoints.length; ++i) table.midpoint[i] = kDynamicMidpoints.at[i];
+    table.midpoint[255] = 2.0f;  // beyond every normalised value
+    int below = 127;             // midpoints under the bucket; the 127 negative ones are under every positive value
+    for (int bucket = 0; bucket < kBuckets; ++bucket) {
+        const double start = bucket_start(bucket), end = bucket_start(bucket + 1);
+        while (below < 255 && kDynamicMidpoints.at[below] < start) ++below;
+        table.first[0][bucket] = static_cast<uint8_t>(below);
+        if (below < 254 && kDynamicMidpoints.at[below + 1] < end) table.is_valid = false;
+        if (bucket == 0 && below != 127) table.is_valid = false;
+    }
+    int above = 127;  // midpoints under the bucket (-end, -start]
+    for (int bucket = 0; bucket < kBuckets; ++bucket) {
+        const double start = bucket_start(bucket), end = bucket_start(bucket + 1);
+        const int before = above;
+        while (above > 0 && kDynamicMidpoints.at[above - 1] > -end) --above;
+        table.first[1][bucket] = static_cast<uint8_t>(above);
+        if (before - above > 1 || (bucket == 0 && above != 127)) table.is_valid = false;
+        if (before - above == 1 && kDynamicMidpoints.at[above] > -start) table.is_valid = false;
+    }
+    return table;
+}
+
+constexpr CodeTable kCodes = make_code_table();
+static_assert(kCodes.is_valid, "two midpoints of the dynamic map share a bucket");
+
+// `value` is normalised, at most a rounding beyond 1, or NaN, which has every midpoint below it.
+HB_INLINE uint8_t nearest_code(float value) {
+    const uint32_t bits = bits_of(value);
+    const uint32_t magnitude = bits & 0x7fffffffu;
+    if (magnitude > kInfinityBits) return 255;
+    const uint32_t lifted = magnitude < kLowestBits ? kLowestBits : magnitude;
+    const uint32_t bucket = (lifted - kLowestBits) >> kBucketShift;
+    const uint8_t first = kCodes.first[bits >> 31][bucket < kBuckets ? bucket : kBuckets - 1];
+    return static_cast<uint8_t>(first + (value > kCodes.midpoint[first] ? 1 : 0));
 }
 
 }  // namespace
@@ -44,7 +105,7 @@ extern "C" hb_status hb_quantize_absmax(const hb_quantize_absmax_args* args) {
     using namespace hb;
     HB_REQUIRE(check(args));
     const hb_quantize_absmax_args& a = *args;
-    const int64_t threads = threads_for(a.call.threads, a.blocks * 8);  // a search, not one comparison, per value
+    const int64_t threads = threads_for(a.call.threads, a.blocks * 4);  // a lookup and two passes per value
     parallel_for(threads, ceil_div(a.blocks, a.nested_blocksize), [&a](int64_t, int64_t begin, int64_t end) {
         const float offset = *a.offset;
         for (int64_t block = begin; block < end; ++block) {

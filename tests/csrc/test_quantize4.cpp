@@ -179,3 +179,29 @@ TEST(absmax_goes_through_the_nearest_code_of_the_map) {
         }
     }
 }
+
+TEST(absmax_codes_change_exactly_at_the_midpoints) {
+    const auto midpoints = table(HB_TABLE_DYNAMIC_MIDPOINTS);
+    const float infinity = std::numeric_limits<float>::infinity();
+    std::vector<float> values = {1.0f,    -1.0f,  0.0f,    -0.0f,   1e-30f,
+                                 -1e-30f, 1e-42f, 2.4e-7f, -2.4e-7f};  // 1: their maximum
+    for (const float midpoint : midpoints) {
+        for (const float value : {std::nextafter(midpoint, -infinity), midpoint, std::nextafter(midpoint, infinity)}) {
+            values.push_back(value);
+        }
+    }
+    const int64_t count = static_cast<int64_t>(values.size());
+    std::vector<uint8_t> codes = poisoned<uint8_t>(count);
+    std::vector<float> nested = poisoned<float>(1);
+    const float offset = 0;
+    auto args = args_with<hb_quantize_absmax_args>();
+    args.absmax = values.data(), args.blocks = count, args.offset = &offset, args.nested_blocksize = count;
+    args.codes = codes.data(), args.nested_absmax = nested.data();
+    EXPECT(hb_quantize_absmax(&args) == HB_OK, "count %d", (int)count);
+    EXPECT(nested[0] == 1.0f, "%g", static_cast<double>(nested[0]));
+    for (size_t i = 0; i < values.size(); ++i) {
+        int below = 0;
+        for (const float midpoint : midpoints) below += midpoint < values[i] ? 1 : 0;
+        EXPECT(codes[i] == below, "value %g: code %d, not %d", static_cast<double>(values[i]), (int)codes[i], below);
+    }
+}
