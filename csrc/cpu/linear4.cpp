@@ -5,9 +5,14 @@
 //     x, float32, padded        weight rows n .. n+3, decoded       sums of one x row
 //     [rows_per_pass, Kp]   x   [4, Kp] per thread              ->  [4]
 //
+// For up to kFusedRows rows of x on a CPU with AVX-512, the decoded values go from one register to the next and
+// never to memory (linear4_avx512.cpp): the same products, added in the same order.
+//
 // Kp is K rounded up to a whole number of lanes, the padding is zero. One sum runs over 16 lanes, lane l adding the
 // products at k = l, l+16, ... in order, and the lanes are added in one fixed order. Neither M, nor the place of a row,
 // nor the number of threads enters, so a row's result is the same in every batch.
+#include "linear4.h"
+
 #include "checks.h"
 #include "clones.h"
 #include "decode4.h"
@@ -19,10 +24,8 @@ namespace hb {
 
 namespace {
 
-constexpr int64_t kLanes = 16;
-constexpr int64_t kWeightRows = 4;      // decoded together
-constexpr int64_t kActivationRows = 4;  // multiplied together
-constexpr int64_t kRowsPerPass = 256;   // rows of x kept as float32 at a time
+constexpr int64_t kFusedRows = 8;      // of x, up to which decoding anew for each four is faster than a tile
+constexpr int64_t kRowsPerPass = 256;  // rows of x kept as float32 at a time
 
 using Lanes = float __attribute__((vector_size(kLanes * sizeof(float)), may_alias));
 
@@ -31,26 +34,23 @@ struct Layout {
     int64_t padded_k;
     int64_t x_floats;
     int64_t tile_floats;    // decoded weight rows of one thread
-    int64_t absmax_floats;  // absmax of one weight row, one thread
+    int64_t absmax_floats;  // absmax of kWeightRows weight rows, one thread
     int64_t threads;
 
     explicit Layout(const hb_linear4_args& a)
         : padded_k(round_up(a.K, kLanes)),
           x_floats((a.M < kRowsPerPass ? a.M : kRowsPerPass) * padded_k),
           tile_floats(kWeightRows * padded_k),
-          absmax_floats(round_up(a.K / a.blocksize + 2, kLanes)),
+          absmax_floats(kWeightRows * round_up(a.K / a.blocksize + 2, kLanes)),
           threads(threads_for(a.call.threads, a.N * (a.K / 8 + 1) * (a.M < 8 ? a.M : 8))) {}
 
     int64_t bytes() const { return (x_floats + threads * (tile_floats + absmax_floats)) * (int64_t)sizeof(float); }
 };
 
-HB_INLINE float add_lanes(const Lanes& lanes) {
+HB_INLINE float add(const Lanes& lanes) {
     float sums[kLanes];
     memcpy(sums, &lanes, sizeof sums);
-    for (int64_t width = kLanes / 2; width > 0; width /= 2) {
-        for (int64_t i = 0; i < width; ++i) sums[i] += sums[i + width];
-    }
-    return sums[0];
+    return add_lanes(sums);
 }
 
 template <int Rows>
@@ -65,7 +65,7 @@ HB_INLINE void multiply_rows(const float* x, const float* tile, int64_t padded_k
         }
     }
     for (int row = 0; row < Rows; ++row) {
-        for (int64_t n = 0; n < kWeightRows; ++n) sums[row][n] = add_lanes(totals[row][n]);
+        for (int64_t n = 0; n < kWeightRows; ++n) sums[row][n] = add(totals[row][n]);
     }
 }
 
@@ -100,21 +100,45 @@ void decode_tile(const hb_linear4_args& a, const Layout& layout, int64_t n, floa
     }
 }
 
+// Rows n .. n + 3 of the weight as the AVX-512 kernel takes them: aligned to its lanes, their absmax loaded.
+FusedRows fused_rows(const hb_linear4_args& a, const Layout& layout, int64_t n, float* absmax) {
+    const AbsmaxSource source = {a.absmax, a.nested_absmax, a.offset, a.nested_blocksize};
+    const int64_t stride = layout.absmax_floats / kWeightRows;
+    FusedRows rows = {&pair_table(a.format), a.K, a.blocksize, {}, {}, {}};
+    for (int64_t row = 0; row < kWeightRows; ++row) {
+        const int64_t first = (n + row) * a.K;
+        const int64_t first_block = first / a.blocksize;
+        load_absmax(source, first_block, (first + a.K - 1) / a.blocksize - first_block + 1, absmax + row * stride);
+        rows.packed[row] = a.packed + first / 2;
+        rows.absmax[row] = absmax + row * stride;
+        rows.left[row] = (first_block + 1) * a.blocksize - first;
+    }
+    return rows;
+}
+
 // Rows [begin, end) of the weight, in groups of kWeightRows, against the `rows` rows of x kept in the workspace.
 void run_groups(const hb_linear4_args& a, const Layout& layout, const float* x, int64_t first_row, int64_t rows,
                 float* scratch, int64_t begin, int64_t end) {
     float* const tile = scratch;
     float* const absmax = scratch + layout.tile_floats;
+    const bool fused = rows <= kFusedRows && can_fuse(a.K, a.blocksize);
     for (int64_t group = begin; group < end; ++group) {
         const int64_t n = group * kWeightRows;
         const int64_t columns = a.N - n < kWeightRows ? a.N - n : kWeightRows;
         float bias[kWeightRows] = {};
         for (int64_t i = 0; i < columns && a.bias != nullptr; ++i) bias[i] = load_float(a.bias, a.bias_dtype, n + i);
-        decode_tile(a, layout, n, tile, absmax);
+        const bool in_registers = fused && columns == kWeightRows;
+        const FusedRows weight = in_registers ? fused_rows(a, layout, n, absmax) : FusedRows{};
+        if (!in_registers) decode_tile(a, layout, n, tile, absmax);
         for (int64_t row = 0; row < rows; row += kActivationRows) {
             const int64_t together = rows - row < kActivationRows ? rows - row : kActivationRows;
             float sums[kActivationRows][kWeightRows];
-            multiply(together, x + row * layout.padded_k, tile, layout.padded_k, sums);
+            const float* const some = x + row * layout.padded_k;
+            if (in_registers) {
+                multiply_fused(together, some, layout.padded_k, weight, sums);
+            } else {
+                multiply(together, some, tile, layout.padded_k, sums);
+            }
             for (int64_t r = 0; r < together; ++r) {
                 for (int64_t i = 0; i < columns; ++i) sums[r][i] += bias[i];
                 store_floats(sums[r], columns, a.out, a.x_dtype, (first_row + row + r) * a.N + n);
