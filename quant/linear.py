@@ -8,7 +8,7 @@ read state_dicts in bitsandbytes' names, and move between devices without ever c
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Final, Self
 
 import torch
@@ -23,6 +23,24 @@ from quant.state import NAMES_4BIT, NAMES_8BIT, Packed4bit, Packed8bit, PackedWe
 MAIN_WEIGHT_DTYPE: Final = torch.float16
 """What llm_int8_has_fp16_weight keeps instead of int8 codes."""
 _SAME_SIZE_INTEGER: Final = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def bits_kept(
+    fn: Callable[[torch.Tensor], torch.Tensor], tensors: Iterable[torch.Tensor]
+) -> Callable[[torch.Tensor], torch.Tensor]:
+    """`fn` for Module._apply, which moves `tensors` but never casts them: it sees them as integers."""
+    protected = {id(tensor) for tensor in tensors}
+
+    def keep_bits(tensor: torch.Tensor) -> torch.Tensor:
+        if id(tensor) not in protected:
+            return fn(tensor)
+        integers = tensor.view(_SAME_SIZE_INTEGER[tensor.itemsize])
+        moved = fn(integers)
+        if moved.dtype != integers.dtype:
+            moved = integers.to(moved.device)
+        return moved.view(tensor.dtype)
+
+    return keep_bits
 
 
 class PackedLinear(nn.Linear):
@@ -52,6 +70,11 @@ class PackedLinear(nn.Linear):
     def packed_weight(self) -> PackedWeight:
         """The weight with its statistics; shares the layer's tensors."""
 
+    @property
+    def is_packed(self) -> bool:
+        """Whether `weight` holds codes; a layer with float16 main weights holds values."""
+        return True
+
     def dequantize(self, dtype: torch.dtype | None = None) -> torch.Tensor:
         """The weight [out, in] as values."""
         return self.packed_weight().dequantize(dtype)
@@ -68,18 +91,7 @@ class PackedLinear(nn.Linear):
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Self:
         """Moves like any module, but `fn` sees packed bytes and statistics as integers, which no cast touches."""
-        protected = {id(tensor) for tensor in self._packed_tensors()}
-
-        def keep_bits(tensor: torch.Tensor) -> torch.Tensor:
-            if id(tensor) not in protected:
-                return fn(tensor)
-            integers = tensor.view(_SAME_SIZE_INTEGER[tensor.itemsize])
-            moved = fn(integers)
-            if moved.dtype != integers.dtype:
-                moved = integers.to(moved.device)
-            return moved.view(tensor.dtype)
-
-        super()._apply(keep_bits, recurse)  # type: ignore[no-untyped-call]
+        super()._apply(bits_kept(fn, self._packed_tensors()), recurse)  # type: ignore[no-untyped-call]
         return self
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
@@ -214,12 +226,15 @@ class Linear4bit(PackedLinear):
         self.nested_quant_map = None if nested is None else nested.table
         self.nested_blocksize = 0 if nested is None else nested.blocksize
         self.quant_map = packed.quant_map
+        self.quant_storage = packed.packed.dtype
         self.quant_type = packed.quant_type
         self.blocksize = packed.blocksize
         self.weight_dtype = packed.dtype
         self._state = packed.state
 
     def packed_weight(self) -> Packed4bit:
+        if self.weight.dtype != self.quant_storage:
+            raise self._cast()
         return Packed4bit(
             packed=self.weight.detach(),
             absmax=self.absmax,
@@ -230,6 +245,13 @@ class Linear4bit(PackedLinear):
             nested=self._second_level(),
             quant_map=self.quant_map,
             state=self._state,
+        )
+
+    def _cast(self) -> CheckpointError:
+        """Somebody wrote other values into the parameter itself, where `.to()` and its like cast nothing."""
+        return CheckpointError(
+            f"a packed weight stored as {self.quant_storage} was cast to {self.weight.dtype}, which destroyed it; load "
+            "it anew, and before training call quant.lora.prepare_model_for_kbit_training"
         )
 
     def _second_level(self) -> SecondLevel | None:
@@ -243,6 +265,8 @@ class Linear4bit(PackedLinear):
         )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.weight.dtype != self.quant_storage:
+            raise self._cast()
         absmax, nested_absmax, offset = self.absmax, self.nested_absmax, self.nested_offset
         if self.nested_quant_map is not None:  # a file with a table of its own, which the operator does not know
             second_level = self._second_level()
@@ -326,8 +350,12 @@ class Linear8bit(PackedLinear):
             return Packed8bit.quantize(self.weight)
         return Packed8bit(packed=self.weight.detach(), row_absmax=self.SCB, has_format=self._has_format)
 
+    @property
+    def is_packed(self) -> bool:
+        return not self.has_fp16_weight
+
     def _packed_tensors(self) -> list[torch.Tensor]:
-        return [] if self.has_fp16_weight else super()._packed_tensors()
+        return super()._packed_tensors() if self.is_packed else []
 
     def _checkpoint_tensors(self) -> dict[str, torch.Tensor]:
         return {} if self.has_fp16_weight else super()._checkpoint_tensors()
