@@ -42,7 +42,11 @@ def podman(*arguments: str) -> str:
 @pytest.fixture(scope="module")
 def image() -> Iterator[str]:
     command = ["buildah", "bud", "--format", "docker", "--isolation", "chroot", "--layers", "-t", TAG]
-    command += ["--build-arg", f"BASE_IMAGE={BASE_IMAGE}", *shlex.split(os.environ.get("CONTAINER_TEST_BUILD_ARGS", ""))]
+    command += [
+        "--build-arg",
+        f"BASE_IMAGE={BASE_IMAGE}",
+        *shlex.split(os.environ.get("CONTAINER_TEST_BUILD_ARGS", "")),
+    ]
     result = subprocess.run([*command, str(ROOT)], capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stdout[-5000:] + result.stderr[-5000:]
     yield TAG
