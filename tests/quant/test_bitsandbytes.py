@@ -52,6 +52,7 @@ MODELS: dict[str, dict[str, object]] = {
         "bnb_4bit_use_double_quant": True,
         "bnb_4bit_quant_storage": "bfloat16",
     },
+    "nf4-32": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_blocksize": 32},  # theirs: 64
     "int8": {"load_in_8bit": True},
 }
 INT8_LAYER = 1e-3

@@ -14,7 +14,7 @@ import torch
 import transformers
 from torch import nn
 
-from quant import Linear4bit, Linear8bit
+from quant import BitsAndBytesConfig, Linear4bit, Linear8bit
 from quant.errors import QuantConfigError
 from tests.tiny_models import save_tiny
 
@@ -188,3 +188,21 @@ def test_offload_on_gptj_between_gpu_and_cpu(tmp_path: Path) -> None:
     model = run(OFFLOAD, source, main_device=0, other_device="cpu", offload_folder=str(tmp_path / "offload"))
     assert {p.device.type for p in model.transformer.h[0].parameters()} == {"cuda"}
     check_offloaded(model)
+
+
+def test_the_documented_overrides_are_a_config() -> None:
+    text = (Path(__file__).parents[2] / "docs" / "quantization.md").read_text()
+    (example,) = [part.partition("```")[0] for part in text.split("```python\n") if "module_overrides=" in part]
+    names: dict[str, Any] = {"BitsAndBytesConfig": BitsAndBytesConfig}
+    exec(compile(example, "docs/quantization.md", "exec"), names)
+    config = names["config"]
+    kinds = {
+        name: None if (own := config.for_module(name)) is None else (own.load_in_8bit, own.bnb_4bit_blocksize)
+        for name in (
+            "lm_head",
+            "model.layers.0.mlp.up_proj",
+            "model.layers.2.mlp.down_proj",
+            "model.layers.4.mlp.down_proj",
+        )
+    }
+    assert list(kinds.values()) == [(True, 64), None, (False, 32), (False, 64)]
