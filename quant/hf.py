@@ -15,13 +15,14 @@ from __future__ import annotations
 import functools
 import logging
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Final, Literal, Self, cast
 
 import torch
+from safetensors import safe_open
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.core_model_loading import ConversionOps
+from transformers.core_model_loading import ConversionOps, WeightConverter
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers import auto
 from transformers.quantizers.base import HfQuantizer
@@ -29,6 +30,7 @@ from transformers.quantizers.quantizers_utils import get_module_from_name, shoul
 
 from quant.config import BitsAndBytesConfig
 from quant.errors import CheckpointError, QuantConfigError, QuantError
+from quant.experts import PackedExperts, are_packed_in, converter_parts, find_experts
 from quant.linear import Linear4bit, Linear8bit, PackedLinear
 from quant.state import NAMES_4BIT, NAMES_8BIT, PackedWeight
 
@@ -48,7 +50,8 @@ OFFLOAD_REFUSED: Final = (
 
 
 def modules_to_quantize(model: nn.Module, config: BitsAndBytesConfig, device_map: object = None) -> dict[str, Kind]:
-    """The modules of a model (on meta or not) that `config` converts, by name: nn.Linear itself and GPT-2's Conv1D.
+    """The modules of a model (on meta or not) that `config` converts, by name: nn.Linear itself, GPT-2's Conv1D, and
+    stacks of experts (quant/experts.py) unless `llm_int8_has_fp16_weight` keeps main weights.
 
     Not converted: what `llm_int8_skip_modules` names (as transformers applies it: by prefix up to a dot, as a regular
     expression, or as a suffix) or, where it is None, the output embedding and the last module; always what is tied to
@@ -63,17 +66,19 @@ def modules_to_quantize(model: nn.Module, config: BitsAndBytesConfig, device_map
     )
     offloaded = offloaded_modules(device_map) if config.llm_int8_enable_fp32_cpu_offload else []
     tied = _tied_modules(model)
+    experts = find_experts(model)
     kinds: dict[str, Kind] = {}
     without_effect = set(config.module_overrides)
     for name, module in model.named_modules():
-        if not (type(module) is nn.Linear or isinstance(module, Conv1D)):
+        if not (type(module) is nn.Linear or isinstance(module, Conv1D) or name in experts):
             continue
         own, pattern = config.for_module(name), config.override_of(name)
         if own is None:
             without_effect.discard(str(pattern))
         elif name not in tied and should_convert_module(name, skips if pattern is None else kept_in_float32):
             without_effect.discard(str(pattern))
-            if should_convert_module(name, offloaded):
+            keeps_values = name in experts and own.load_in_8bit and own.llm_int8_has_fp16_weight
+            if should_convert_module(name, offloaded) and not keeps_values:
                 kinds[name] = "8bit" if own.load_in_8bit else "4bit"
     if without_effect:
         raise QuantConfigError(
@@ -141,6 +146,8 @@ class HalfbyteQuantizer(HfQuantizer):
 
     def param_needs_quantization(self, model: nn.Module, param_name: str, **kwargs: Any) -> bool:
         module, leaf = get_module_from_name(model, param_name)
+        if isinstance(module, PackedExperts):
+            return leaf in module.projections
         return leaf == "weight" and isinstance(module, PackedLinear)
 
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
@@ -148,9 +155,18 @@ class HalfbyteQuantizer(HfQuantizer):
         device_map = kwargs.get("device_map")
         self.is_spread = isinstance(device_map, Mapping) and len(set(device_map.values())) > 1
         names = modules_to_quantize(model, config, device_map)
+        experts = find_experts(model)
+        if self.pre_quantized and experts and not are_packed_in(_names_in(kwargs.get("checkpoint_files"))):
+            names = {name: kind for name, kind in names.items() if name not in experts}
         for name, kind in names.items():
             own = config.for_module(name) or config
-            layer = LAYERS[kind].from_float(model.get_submodule(name), own)
+            module = model.get_submodule(name)
+            layer: nn.Module
+            if name in experts:
+                layer = PackedExperts(module, experts[name], own)
+                module._is_hf_initialized = True
+            else:
+                layer = LAYERS[kind].from_float(module, own)
             # Until its weight arrives: transformers would draw random numbers into bytes that are missing.
             layer._is_hf_initialized = True  # type: ignore[assignment]
             model.set_submodule(name, layer)
@@ -158,10 +174,15 @@ class HalfbyteQuantizer(HfQuantizer):
         self._float32_patterns = [pattern for pattern, dtype in plan.items() if dtype == torch.float32]
         if not names:
             logger.warning("no module of %s is converted; its linear layers are all skipped", type(model).__name__)
-        stacked = [name for name, p in model.named_parameters() if p.dim() == 3 and not name.endswith(".weight")]
+        stacked = [
+            f"{name}.{leaf}"
+            for name, module in model.named_modules()
+            for leaf, p in module.named_parameters(recurse=False)
+            if p.dim() == 3 and leaf != "weight" and not isinstance(module, PackedExperts)
+        ]
         if stacked:
             logger.warning(
-                "%d stacked expert weights of %s stay unquantized, among them %s; only linear layers are converted",
+                "%d stacked expert weights of %s stay unquantized, among them %s",
                 len(stacked),
                 type(model).__name__,
                 stacked[0],
@@ -176,15 +197,47 @@ class HalfbyteQuantizer(HfQuantizer):
         if self.failure is not None:
             raise self.failure
         for name, module in model.named_modules():
-            if isinstance(module, PackedLinear) and any(buffer.is_meta for buffer in module.buffers(recurse=False)):
+            if isinstance(module, PackedLinear | PackedExperts) and any(
+                buffer.is_meta for buffer in module.buffers(recurse=False)
+            ):
                 raise CheckpointError(f"tensor {name}.weight is missing")
         # Saving replays the load operations backwards; ours needs none of that, as layers write their own names.
-        model._weight_conversions = [
-            conversion
-            for conversion in getattr(model, "_weight_conversions", None) or []
-            if not any(isinstance(operation, _Deserialize) for operation in getattr(conversion, "operations", ()))
-        ]
+        conversions = []
+        for conversion in getattr(model, "_weight_conversions", None) or []:
+            first = next(iter(getattr(conversion, "operations", ())), None)
+            if isinstance(first, _DeserializeExperts):
+                conversions += [] if first.original is None else [first.original]
+            elif not isinstance(first, _Deserialize):
+                conversions.append(conversion)
+        model._weight_conversions = conversions
         return model
+
+    def update_weight_conversions(self, weight_conversions: list[Any], model: Any) -> list[Any]:
+        """In a packed file, what joins an expert's weights into a stack gets their statistics too."""
+        if not self.pre_quantized:
+            return list(super().update_weight_conversions(weight_conversions, model))  # type: ignore[no-untyped-call]
+        conversions = [
+            self._joining(entry, entry._original_source_patterns, entry._original_target_patterns)
+            if isinstance(entry, WeightConverter) and converter_parts(entry) is not None
+            else entry
+            for entry in weight_conversions
+        ]
+        for stem, leaf in {  # stacks that transformers does not join: each matrix has a name of its own in our files
+            (name.rpartition(".")[2], projection.leaf)
+            for name, module in model.named_modules()
+            if isinstance(module, PackedExperts)
+            for projection in module.projections.values()
+            if projection.names == (f"{projection.leaf}s.{{expert}}",)
+        }:
+            conversions.append(self._joining(None, [f"{stem}.{leaf}s.*.weight"], [f"{stem}.{leaf}"]))
+        return list(super().update_weight_conversions(conversions, model))  # type: ignore[no-untyped-call]
+
+    def _joining(self, original: WeightConverter | None, sources: list[str], targets: list[str]) -> WeightConverter:
+        named = [source.removesuffix("weight") + name for source in sources for name in self.serialized_names["weight"]]
+        operation = _DeserializeExperts(self, original, tuple(sources))
+        if original is None:
+            return WeightConverter(named, targets, [operation])
+        return original.copy(named, targets, operations=[operation])
 
     def get_quantize_ops(self) -> ConversionOps:
         return _Quantize(self)
@@ -208,6 +261,8 @@ class HalfbyteQuantizer(HfQuantizer):
                 if module.bias is not None:
                     linear.bias = nn.Parameter(module.bias.detach().to(dtype or module.bias.dtype))
                 model.set_submodule(name, linear.train(module.training))
+            elif isinstance(module, PackedExperts):
+                model.set_submodule(name, module.to_float(dtype))
         return model
 
 
@@ -226,7 +281,7 @@ class _Operation(ConversionOps):
         self, name: str, module: nn.Module, missing_keys: set[str] | None, work: Callable[[], dict[str, Any]]
     ) -> dict[str, Any]:
         quantizer = self.hf_quantizer
-        if quantizer.failure is None or not isinstance(module, PackedLinear):
+        if quantizer.failure is None or not isinstance(module, PackedLinear | PackedExperts):
             try:
                 return work()
             except QuantError as error:
@@ -245,8 +300,10 @@ class _Quantize(_Operation):
         results: dict[str, Any] = {}
         for name, values in input_dict.items():
             value = values[0] if isinstance(values, list) else values
-            module, _ = get_module_from_name(model, name)
+            module, leaf = get_module_from_name(model, name)
             work = functools.partial(self._pack, name, value, module)
+            if isinstance(module, PackedExperts):
+                work = functools.partial(self._pack_stack, name, value, module, leaf)
             results |= self._guarded(name, module, kwargs.get("missing_keys"), work)
         return results
 
@@ -260,6 +317,10 @@ class _Quantize(_Operation):
         module.quantize(weight)
         module._is_hf_initialized = False  # type: ignore[assignment]
         return {name: module.weight}
+
+    def _pack_stack(self, name: str, value: torch.Tensor, module: PackedExperts, leaf: str) -> dict[str, Any]:
+        module.quantize(leaf, value)
+        return {name: getattr(module, leaf)}
 
 
 class _Deserialize(_Operation):
@@ -291,7 +352,8 @@ class _Deserialize(_Operation):
         if len(tensors) == 1:
             (value,) = tensors.values()
             return value.to(dtype) if value.is_floating_point() else value
-        if not self.hf_quantizer.quantization_config.llm_int8_enable_fp32_cpu_offload:
+        is_linear = isinstance(module, nn.Linear | Conv1D)  # routers were linear layers once, and packed with them
+        if is_linear and not self.hf_quantizer.quantization_config.llm_int8_enable_fp32_cpu_offload:
             raise CheckpointError(
                 f"tensor {name} is packed in the file, but the quantization config keeps this module unquantized; "
                 "take it out of llm_int8_skip_modules"
@@ -299,6 +361,82 @@ class _Deserialize(_Operation):
         # A packed file, and a module that is to stay unquantized because it is offloaded.
         weight = PackedWeight.from_checkpoint(tensors, name=name.removesuffix(".weight")).dequantize(dtype)
         return weight.t().contiguous() if isinstance(module, Conv1D) else weight
+
+
+class _DeserializeExperts(_Operation):
+    """The packed tensors of every expert of one stack; a stack that is not packed is joined as transformers would."""
+
+    def __init__(
+        self, hf_quantizer: HalfbyteQuantizer, original: WeightConverter | None, sources: tuple[str, ...]
+    ) -> None:
+        super().__init__(hf_quantizer)
+        self.original = original
+        self.sources = sources
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        return type(self)(self.hf_quantizer, self.original, self.sources)
+
+    def convert(self, input_dict: dict[str, Any], *args: Any, **kwargs: Any) -> dict[str, Any]:
+        model: nn.Module = kwargs["model"]
+        name: str = kwargs["full_layer_name"]
+        module, leaf = get_module_from_name(model, name)
+        if not isinstance(module, PackedExperts):
+            return self._join(name, input_dict, model, kwargs)
+        parts = [
+            {
+                key: input_dict[source.removesuffix("weight") + key]
+                for key in self.hf_quantizer.serialized_names["weight"]
+                if source.removesuffix("weight") + key in input_dict
+            }
+            for source in self.sources
+        ]
+        work = functools.partial(self._adopt, name, module, leaf, parts)
+        return self._guarded(name, module, kwargs.get("missing_keys"), work)
+
+    def _adopt(
+        self, name: str, module: PackedExperts, leaf: str, parts: list[dict[str, list[torch.Tensor]]]
+    ) -> dict[str, Any]:
+        projection = module.projections[leaf]
+        prefix = name.removesuffix(leaf)
+        for part, lists in enumerate(parts):
+            for key in ("weight", *lists):
+                found = len(lists.get(key, ()))
+                if found != projection.experts:
+                    wanted = projection.names[part].format(expert="*")
+                    raise CheckpointError(
+                        f"{name}: the file has {found} tensors {prefix}{wanted}.{key}; {projection.experts} are needed"
+                    )
+        matrices = [
+            PackedWeight.from_checkpoint(
+                {key: tensors[expert] for key, tensors in lists.items()}, name=prefix + own.format(expert=expert)
+            )
+            for expert in range(projection.experts)
+            for own, lists in zip(projection.names, parts, strict=True)
+        ]
+        module.adopt(leaf, matrices)
+        return {name: getattr(module, leaf)}
+
+    def _join(self, name: str, input_dict: dict[str, Any], model: nn.Module, kwargs: dict[str, Any]) -> dict[str, Any]:
+        if self.original is None or set(input_dict) - set(self.sources):
+            raise CheckpointError(
+                f"tensor {name} is packed in the file, but the quantization config keeps this module unquantized; "
+                "take it out of llm_int8_skip_modules"
+            )
+        dtype = self.hf_quantizer.unquantized_dtype(name, cast(PreTrainedModel, model).get_parameter_or_buffer(name))
+        joined = {source: [value.to(dtype) for value in values] for source, values in input_dict.items()}
+        for operation in self.original.operations:
+            patterns = {"source_patterns": list(self.sources), "target_patterns": self.original.target_patterns}
+            joined = operation.convert(joined, **(kwargs | patterns))
+        (stack,) = joined.values()
+        return {name: stack}
+
+
+def _names_in(files: Any) -> Iterator[str]:
+    """The tensor names in a checkpoint's safetensors files."""
+    for file in files or ():
+        if str(file).endswith(".safetensors"):
+            with safe_open(file, framework="pt") as opened:
+                yield from opened.keys()
 
 
 _originals: dict[str, tuple[Any, Any]] = {}

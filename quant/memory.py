@@ -19,6 +19,7 @@ import transformers
 from quant import hf
 from quant.config import BitsAndBytesConfig
 from quant.errors import CheckpointError
+from quant.experts import PackedExperts, Projection, are_packed_in, find_experts
 from quant.formats import NESTED_BLOCKSIZE
 from quant.headers import TensorHeader, read_checkpoint_headers
 from quant.linear import Linear4bit, Linear8bit
@@ -93,10 +94,17 @@ def predict_meta(
     """The same for a model on the meta device; layers whose statistics are in `headers` are quantized in the file."""
     headers = headers or {}
     kinds = hf.modules_to_quantize(model, config) if config is not None else {}
+    experts = find_experts(model) if config is not None else {}
+    if any(name.endswith((".weight.absmax", ".SCB")) for name in headers) and not are_packed_in(headers):
+        experts = {}  # a packed file that holds its experts unquantized
+    stacks = {f"{name}.{projection.leaf}": projection for name in experts for projection in experts[name]}
     plan = model._get_dtype_plan(dtype)
     bytes_of: Counter[str] = Counter()
     for name, tensor in _distinct_tensors(model):
         module, _, leaf = name.rpartition(".")
+        if config is not None and name in stacks and module in kinds:
+            bytes_of.update(_bytes_of_stack(stacks[name], config.for_module(module) or config))
+            continue
         own = config.for_module(module) if config is not None and leaf == "weight" and module in kinds else None
         if own is None:
             kept = _kept_dtype(name, tensor, plan)
@@ -139,6 +147,13 @@ def _component(module: nn.Module, leaf: str, tensor: torch.Tensor) -> str:
             return ABSMAX
         if leaf.startswith("nested_"):
             return NESTED_STATISTICS
+    if isinstance(module, PackedExperts):
+        if leaf in module.projections:
+            return PACKED_WEIGHTS
+        if "_nested_" in leaf:
+            return NESTED_STATISTICS
+        if leaf.endswith(("_absmax", "_SCB")):
+            return ABSMAX
     return unquantized(tensor.dtype)
 
 
@@ -164,6 +179,14 @@ def _bytes_of_4bit(elements: int, config: BitsAndBytesConfig) -> dict[str, int]:
         return {PACKED_WEIGHTS: packed, ABSMAX: blocks * _FLOAT32_BYTES}
     groups = -(-blocks // NESTED_BLOCKSIZE)
     return {PACKED_WEIGHTS: packed, ABSMAX: blocks, NESTED_STATISTICS: (groups + 1) * _FLOAT32_BYTES}
+
+
+def _bytes_of_stack(projection: Projection, config: BitsAndBytesConfig) -> dict[str, int]:
+    """A stack of experts: so many matrices, each packed by itself."""
+    shape = torch.Size((projection.rows, projection.columns))
+    is_int8 = config.load_in_8bit
+    one = _bytes_of_8bit(shape, config, transposed=False) if is_int8 else _bytes_of_4bit(shape.numel(), config)
+    return {component: size * len(projection.file_names()) for component, size in one.items()}
 
 
 def _bytes_of_8bit(shape: torch.Size, config: BitsAndBytesConfig, *, transposed: bool) -> dict[str, int]:

@@ -16,6 +16,7 @@ from torch import nn
 
 from quant import formats, hf, ops
 from quant.config import BitsAndBytesConfig
+from quant.experts import PackedExperts, Projection, find_experts, pack_matrix
 from quant.linear import Linear8bit, PackedLinear
 from quant.state import Packed4bit, Packed8bit, PackedWeight
 
@@ -98,6 +99,26 @@ def measure_layer(name: str, packed: PackedWeight, original: torch.Tensor | None
     return meter.report()
 
 
+def measure_stack(name: str, module: PackedExperts, leaf: str, original: torch.Tensor | None = None) -> LayerReport:
+    """The report of one packed stack of experts; `original` is the stack as transformers holds it."""
+    projection = module.projections[leaf]
+    meter = LayerMeter(name, projection.shape)
+    originals: Iterable[torch.Tensor | None] = (
+        [None] * len(projection.file_names()) if original is None else projection.split(original)
+    )
+    for packed, matrix in zip(module.matrices(leaf), originals, strict=True):
+        meter.add(packed, matrix)
+    return meter.report()
+
+
+def _plan_stack(name: str, projection: Projection, stack: torch.Tensor, config: BitsAndBytesConfig) -> LayerReport:
+    """The same for a stack that is not packed yet; one matrix is at a time."""
+    meter = LayerMeter(name, projection.shape)
+    for matrix in projection.split(stack):
+        meter.add(pack_matrix(matrix, config), matrix)
+    return meter.report()
+
+
 def report_model(model: nn.Module, config: BitsAndBytesConfig | None = None) -> Iterator[LayerReport]:
     """One report per quantized layer of a model, or per layer that `config` would quantize in an unquantized one.
 
@@ -105,10 +126,18 @@ def report_model(model: nn.Module, config: BitsAndBytesConfig | None = None) -> 
     relative errors are None. Layers that keep float16 main weights (llm_int8_has_fp16_weight) have nothing packed.
     """
     kinds = {} if config is None else hf.modules_to_quantize(model, config)
+    experts = find_experts(model) if kinds else {}
     for name, module in model.named_modules():
         if isinstance(module, PackedLinear):
             if not (isinstance(module, Linear8bit) and module.has_fp16_weight):
                 yield measure_layer(name, module.packed_weight())
+        elif isinstance(module, PackedExperts):
+            for leaf in module.projections:
+                yield measure_stack(f"{name}.{leaf}", module, leaf)
+        elif name in experts and name in kinds and config is not None:
+            for projection in experts[name]:
+                original = getattr(module, projection.leaf)
+                yield _plan_stack(f"{name}.{projection.leaf}", projection, original, config.for_module(name) or config)
         elif name in kinds and config is not None:
             layer = hf.LAYERS[kinds[name]].from_float(module, config.for_module(name) or config)
             original = module.weight.t() if layer.is_transposed_source else module.weight

@@ -26,11 +26,12 @@ from transformers.quantizers.quantizers_utils import get_module_from_name
 
 from quant.config import BitsAndBytesConfig, from_spec
 from quant.errors import CheckpointError, QuantConfigError
+from quant.experts import PackedExperts
 from quant.headers import TensorHeader, read_checkpoint_headers
 from quant.hf import HalfbyteQuantizer
 from quant.linear import Linear8bit, PackedLinear
 from quant.memory import read_config
-from quant.report import LayerReport, measure_layer
+from quant.report import LayerReport, measure_layer, measure_stack
 
 logger = logging.getLogger(__name__)
 
@@ -203,6 +204,9 @@ class Source:
         if leaf == "weight" and isinstance(module, PackedLinear):
             _pack(name.removesuffix(".weight"), module, value.to(self.dtype), tensors, layers)
             return
+        if isinstance(module, PackedExperts) and leaf in module.projections:
+            _pack_stack(name, module, leaf, value.to(self.dtype), tensors, layers)
+            return
         meta = self.parameters[name]
         if value.shape != meta.shape:
             raise CheckpointError(f"tensor {name} has shape {list(value.shape)}; {list(meta.shape)} is needed")
@@ -226,6 +230,22 @@ def _pack(
         layers.append(measure_layer(name, layer.packed_weight(), weight))
     tensors |= {f"{name}.{key}": tensor for key, tensor in layer.state_dict().items() if key != "bias"}
     layer.quantize(torch.empty(wanted, dtype=weight.dtype, device="meta"))
+
+
+def _pack_stack(
+    name: str,
+    module: PackedExperts,
+    leaf: str,
+    stack: torch.Tensor,
+    tensors: dict[str, torch.Tensor],
+    layers: list[LayerReport],
+) -> None:
+    """The same for a stack of experts."""
+    module.quantize(leaf, stack)
+    layers.append(measure_stack(name, module, leaf, stack))
+    prefix = name.removesuffix(leaf)
+    tensors |= {prefix + key: tensor for key, tensor in module.checkpoint_tensors(leaf).items()}
+    module.quantize(leaf, torch.empty(stack.shape, dtype=stack.dtype, device="meta"))
 
 
 def _accepted(quantization: str | Mapping[str, Any] | BitsAndBytesConfig, dtype: torch.dtype) -> BitsAndBytesConfig:

@@ -412,15 +412,16 @@ def test_a_packed_tensor_where_the_config_keeps_the_module(tmp_path: Path) -> No
         load(tmp_path / "o")
 
 
-def test_stacked_experts_are_reported(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_stacked_experts_that_stay_are_reported(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     torch.manual_seed(0)
     config = transformers.Qwen3MoeConfig(
         vocab_size=320, hidden_size=64, intermediate_size=64, moe_intermediate_size=32, num_hidden_layers=1,
         num_attention_heads=2, num_key_value_heads=2, head_dim=32, num_experts=4, num_experts_per_tok=2,
     )  # fmt: skip
     transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    kept = BitsAndBytesConfig(load_in_4bit=True, llm_int8_skip_modules=["lm_head", "experts"])
     with caplog.at_level(logging.WARNING, logger="quant.hf"):
-        model = load(tmp_path, BitsAndBytesConfig(load_in_4bit=True))
+        model = load(tmp_path, kept)
     assert "2 stacked expert weights of Qwen3MoeForCausalLM stay unquantized" in caplog.text
     assert packed_layers(model)
 
