@@ -153,7 +153,7 @@ def mean_absmax(absmax: torch.Tensor) -> torch.Tensor:
         return torch.zeros((), dtype=torch.float32, device=absmax.device)
     if absmax.device.type != "cpu":
         return absmax.double().mean().float()
-    sums = [piece.double().sum() for piece in absmax.split(_ONE_THREADS_PIECE)]
+    sums = [piece.double().sum() for piece in torch.split(absmax, _ONE_THREADS_PIECE)]
     return (torch.stack(sums).sum() / absmax.numel()).float()
 
 
