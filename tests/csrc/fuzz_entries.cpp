@@ -1,0 +1,293 @@
+// A libFuzzer target for every entry of libhalfbyte_cpu.so; built by CMakeLists.txt with HALFBYTE_FUZZ=ON and clang.
+//
+// The input is read as an entry's arguments: sizes and options anywhere from sensible to absurd, tensors of arbitrary
+// bytes. Each tensor is allocated at exactly the size that halfbyte.h gives it, worked out here once more, so that
+// AddressSanitizer sees one byte too many; one that would be larger than kLargestTensor is passed as null, which the
+// entry must refuse. An entry answers with a status that has a sentence, and without success leaves outputs alone.
+#include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include <memory>
+#include <vector>
+
+#include "halfbyte.h"
+
+namespace {
+
+constexpr __int128 kLargestTensor = 1 << 16;
+constexpr double kMostProducts = 1 << 20;  // of a matmul, to keep a run short
+constexpr uint8_t kUntouched = 0xA5;
+
+[[noreturn]] void fail(const char* what) {
+    fprintf(stderr, "fuzz_entries: %s\n", what);
+    abort();
+}
+
+// The input, taken from the front; zeros when it is used up.
+class Input {
+  public:
+    Input(const uint8_t* data, size_t size) : data_(data), left_(size) {}
+
+    void read(void* out, size_t bytes) {
+        const size_t there = bytes < left_ ? bytes : left_;
+        memset(out, 0, bytes);
+        if (there == 0) return;
+        memcpy(out, data_, there);
+        data_ += there;
+        left_ -= there;
+    }
+    template <typename T>
+    T any() {
+        T value;
+        read(&value, sizeof value);
+        return value;
+    }
+    // Mostly small; sometimes on an edge; sometimes anything.
+    int64_t size() {
+        static constexpr int64_t edges[] = {
+            -1,        1000,     4096, 4097, INT32_MAX, INT32_MIN, 1 << 30, int64_t{1} << 40, int64_t{1} << 47,
+            INT64_MAX, INT64_MIN};
+        constexpr uint8_t count = sizeof edges / sizeof edges[0];
+        const uint8_t kind = any<uint8_t>();
+        if (kind < 255 - count) return kind % 130;
+        return kind == 255 ? any<int64_t>() : edges[kind - (255 - count)];
+    }
+    int64_t option(int64_t choices) {
+        const uint8_t kind = any<uint8_t>();
+        return kind < 240 ? kind % choices : any<int64_t>();
+    }
+    int64_t blocksize() {
+        const uint8_t kind = any<uint8_t>();
+        return kind < 240 ? int64_t{32} << kind % 8 : size();
+    }
+
+  private:
+    const uint8_t* data_;
+    size_t left_;
+};
+
+// Tensors of one call. Inputs are filled from the input, outputs with a pattern.
+class Tensors {
+  public:
+    explicit Tensors(Input& input) : input_(input) {}
+
+    template <typename T>
+    const T* in(__int128 count, __int128 element_bytes) {
+        return static_cast<const T*>(make(count, element_bytes, false));
+    }
+    template <typename T>
+    T* out(__int128 count, __int128 element_bytes) {
+        return static_cast<T*>(make(count, element_bytes, true));
+    }
+    void expect_outputs_untouched() const {
+        for (const Tensor& tensor : tensors_) {
+            for (size_t i = 0; tensor.is_output && i < tensor.bytes; ++i) {
+                if (static_cast<const uint8_t*>(tensor.data.get())[i] != kUntouched) fail("a refused call wrote");
+            }
+        }
+    }
+
+  private:
+    struct Tensor {
+        std::unique_ptr<void, void (*)(void*)> data;
+        size_t bytes;
+        bool is_output;
+    };
+
+    void* make(__int128 count, __int128 element_bytes, bool is_output) {
+        if (count < 0 || element_bytes < 1 || count * element_bytes > kLargestTensor) return nullptr;
+        const size_t bytes = static_cast<size_t>(count * element_bytes);
+        void* const data = malloc(bytes == 0 ? 1 : bytes);
+        tensors_.push_back({{data, free}, bytes, is_output});
+        if (is_output) {
+            memset(data, kUntouched, bytes);
+        } else {
+            input_.read(data, bytes);
+        }
+        return data;
+    }
+
+    Input& input_;
+    std::vector<Tensor> tensors_;
+};
+
+__int128 blocks_of(__int128 count, int64_t blocksize) {
+    return blocksize < 1 || count < 0 ? -1 : (count + blocksize - 1) / blocksize;
+}
+
+__int128 element_bytes(int64_t dtype) {
+    return dtype == HB_FLOAT32 ? 4 : 2;
+}
+
+template <typename Args>
+Args start(Input& input) {
+    Args args;
+    memset(&args, 0, sizeof args);
+    const uint8_t kind = input.any<uint8_t>();
+    args.call.struct_bytes = kind < 250 ? static_cast<int64_t>(sizeof args) : input.any<int64_t>();
+    args.call.threads = kind % 8 != 7 ? 1 : input.size();
+    if (args.call.threads > 4) args.call.threads = HB_MAX_THREADS + 1;  // do not start a thousand
+    return args;
+}
+
+void judge(hb_status status, const Tensors& tensors) {
+    const char* const sentence = hb_status_text(status);
+    if (sentence == nullptr || strlen(sentence) < 4) fail("a status without a sentence");
+    if (status != HB_OK) tensors.expect_outputs_untouched();
+}
+
+// For the matmuls: workspace of exactly what the entry asks for, or a byte less, or nowhere.
+template <typename Args>
+void run_with_workspace(Input& input, Args& args, Tensors& tensors, hb_status (*ask)(const Args*, int64_t*),
+                        hb_status (*entry)(const Args*)) {
+    int64_t bytes = -1;
+    const hb_status asked = ask(&args, &bytes);
+    if (asked == HB_OK && bytes < 0) fail("a negative workspace");
+    void* workspace = nullptr;
+    if (asked == HB_OK && bytes > 0 && bytes < (1 << 24)) {
+        const int64_t rounded = (bytes + HB_WORKSPACE_ALIGNMENT - 1) / HB_WORKSPACE_ALIGNMENT * HB_WORKSPACE_ALIGNMENT;
+        workspace = aligned_alloc(HB_WORKSPACE_ALIGNMENT, static_cast<size_t>(rounded));
+        memset(workspace, 0xFF, static_cast<size_t>(rounded));
+        const bool is_short = input.any<uint8_t>() == 7;
+        args.call.workspace = workspace;
+        args.call.workspace_bytes = bytes - (is_short ? 1 : 0);
+        if (is_short && entry(&args) == HB_OK && args.M > 0 && args.N > 0) fail("too small a workspace was accepted");
+        args.call.workspace_bytes = bytes;
+    }
+    const double products =
+        static_cast<double>(args.M) * static_cast<double>(args.N) * (static_cast<double>(args.K) / 16 + 1);
+    if (products < kMostProducts || args.out == nullptr) judge(entry(&args), tensors);
+    free(workspace);
+}
+
+void fuzz_quantize4(Input& input) {
+    Tensors tensors(input);
+    auto args = start<hb_quantize4_args>(input);
+    args.x_dtype = input.option(3), args.n = input.size(), args.format = input.option(2);
+    args.blocksize = input.blocksize();
+    args.x = tensors.in<void>(args.n, element_bytes(args.x_dtype));
+    args.packed = tensors.out<uint8_t>((static_cast<__int128>(args.n) + 1) / 2, 1);
+    args.absmax = tensors.out<float>(blocks_of(args.n, args.blocksize), 4);
+    judge(hb_quantize4(&args), tensors);
+}
+
+void fuzz_dequantize4(Input& input) {
+    Tensors tensors(input);
+    auto args = start<hb_dequantize4_args>(input);
+    args.out_dtype = input.option(3), args.n = input.size(), args.format = input.option(2);
+    args.blocksize = input.blocksize();
+    args.packed = tensors.in<uint8_t>((static_cast<__int128>(args.n) + 1) / 2, 1);
+    args.absmax = tensors.in<float>(blocks_of(args.n, args.blocksize), 4);
+    args.out = tensors.out<void>(args.n, element_bytes(args.out_dtype));
+    judge(hb_dequantize4(&args), tensors);
+}
+
+void fuzz_quantize_absmax(Input& input) {
+    Tensors tensors(input);
+    auto args = start<hb_quantize_absmax_args>(input);
+    args.blocks = input.size(), args.nested_blocksize = input.size();
+    args.offset = tensors.in<float>(1, 4);
+    args.absmax = tensors.in<float>(args.blocks, 4);
+    args.codes = tensors.out<uint8_t>(args.blocks, 1);
+    args.nested_absmax = tensors.out<float>(blocks_of(args.blocks, args.nested_blocksize), 4);
+    judge(hb_quantize_absmax(&args), tensors);
+}
+
+void fuzz_dequantize_absmax(Input& input) {
+    Tensors tensors(input);
+    auto args = start<hb_dequantize_absmax_args>(input);
+    args.blocks = input.size(), args.nested_blocksize = input.size();
+    args.offset = tensors.in<float>(1, 4);
+    args.nested_absmax = tensors.in<float>(blocks_of(args.blocks, args.nested_blocksize), 4);
+    args.codes = tensors.in<uint8_t>(args.blocks, 1);
+    args.absmax = tensors.out<float>(args.blocks, 4);
+    judge(hb_dequantize_absmax(&args), tensors);
+}
+
+void fuzz_linear4(Input& input) {
+    Tensors tensors(input);
+    auto args = start<hb_linear4_args>(input);
+    args.x_dtype = input.option(3), args.M = input.size(), args.N = input.size(), args.K = input.size();
+    args.format = input.option(2), args.blocksize = input.blocksize();
+    const __int128 count = static_cast<__int128>(args.N) * args.K;
+    const __int128 blocks = blocks_of(args.N < 0 || args.K < 0 ? -1 : count, args.blocksize);
+    const bool is_nested = input.any<uint8_t>() % 2 == 1;
+    if (is_nested) {
+        args.nested_blocksize = input.size();
+        args.offset = tensors.in<float>(1, 4);
+        const bool fits = blocks >= 0 && blocks <= kLargestTensor;
+        args.nested_absmax = tensors.in<float>(fits ? blocks_of(blocks, args.nested_blocksize) : -1, 4);
+    }
+    // Without nested_absmax the entry reads absmax as float32, whatever was meant.
+    args.absmax = tensors.in<void>(blocks, args.nested_absmax != nullptr ? 1 : 4);
+    if (args.nested_absmax == nullptr) args.offset = nullptr;
+    args.packed = tensors.in<uint8_t>((count + 1) / 2, 1);
+    args.x = tensors.in<void>(args.M < 0 ? -1 : static_cast<__int128>(args.M) * args.K, element_bytes(args.x_dtype));
+    if (input.any<uint8_t>() % 2 == 1) {
+        args.bias_dtype = input.option(3);
+        args.bias = tensors.in<void>(args.N, element_bytes(args.bias_dtype));
+    }
+    args.out = tensors.out<void>(args.M < 0 ? -1 : static_cast<__int128>(args.M) * args.N, element_bytes(args.x_dtype));
+    run_with_workspace(input, args, tensors, hb_linear4_workspace, hb_linear4);
+}
+
+void fuzz_quantize8(Input& input) {
+    Tensors tensors(input);
+    auto args = start<hb_quantize8_args>(input);
+    args.w_dtype = input.option(3), args.N = input.size(), args.K = input.size();
+    const __int128 count = args.N < 0 ? -1 : static_cast<__int128>(args.N) * args.K;
+    args.w = tensors.in<void>(count, element_bytes(args.w_dtype));
+    args.codes = tensors.out<int8_t>(count, 1);
+    args.absmax = tensors.out<float>(args.N, 4);
+    judge(hb_quantize8(&args), tensors);
+}
+
+void fuzz_dequantize8(Input& input) {
+    Tensors tensors(input);
+    auto args = start<hb_dequantize8_args>(input);
+    args.out_dtype = input.option(3), args.N = input.size(), args.K = input.size();
+    const __int128 count = args.N < 0 ? -1 : static_cast<__int128>(args.N) * args.K;
+    args.codes = tensors.in<int8_t>(count, 1);
+    args.absmax = tensors.in<float>(args.N, 4);
+    args.out = tensors.out<void>(count, element_bytes(args.out_dtype));
+    judge(hb_dequantize8(&args), tensors);
+}
+
+void fuzz_linear8(Input& input) {
+    Tensors tensors(input);
+    auto args = start<hb_linear8_args>(input);
+    args.x_dtype = input.option(3), args.M = input.size(), args.N = input.size(), args.K = input.size();
+    args.outlier_rule = input.option(2);
+    args.threshold = input.any<uint8_t>() % 4 == 0 ? input.any<double>() : input.any<uint8_t>() / 32.0;
+    args.codes = tensors.in<int8_t>(args.N < 0 ? -1 : static_cast<__int128>(args.N) * args.K, 1);
+    args.absmax = tensors.in<float>(args.N, 4);
+    args.x = tensors.in<void>(args.M < 0 ? -1 : static_cast<__int128>(args.M) * args.K, element_bytes(args.x_dtype));
+    if (input.any<uint8_t>() % 2 == 1) {
+        args.bias_dtype = input.option(3);
+        args.bias = tensors.in<void>(args.N, element_bytes(args.bias_dtype));
+    }
+    args.out = tensors.out<void>(args.M < 0 ? -1 : static_cast<__int128>(args.M) * args.N, element_bytes(args.x_dtype));
+    run_with_workspace(input, args, tensors, hb_linear8_workspace, hb_linear8);
+}
+
+void fuzz_table(Input& input) {
+    const int32_t which = input.any<int32_t>() % 16;
+    const int64_t room = input.any<uint16_t>() % 300 - 10;
+    std::vector<float> out(static_cast<size_t>(room < 0 ? 0 : room));
+    const int64_t length = hb_table(which, out.data(), room);
+    if (length != -1 && (length < 1 || length > room)) fail("hb_table answered an impossible length");
+}
+
+}  // namespace
+
+extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
+    static constexpr void (*kEntries[])(Input&) = {
+        fuzz_quantize4,   fuzz_dequantize4, fuzz_quantize_absmax, fuzz_dequantize_absmax, fuzz_linear4, fuzz_quantize8,
+        fuzz_dequantize8, fuzz_linear8,     fuzz_table,
+    };
+    Input input(data, size);
+    kEntries[input.any<uint8_t>() % (sizeof kEntries / sizeof kEntries[0])](input);
+    return 0;
+}
