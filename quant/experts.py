@@ -150,6 +150,7 @@ def pack_matrix(matrix: torch.Tensor, config: BitsAndBytesConfig) -> PackedWeigh
         blocksize=config.bnb_4bit_blocksize,
         double_quant=config.bnb_4bit_use_double_quant,
         storage=config.bnb_4bit_quant_storage,
+        search=config.bnb_4bit_search,
     )
 
 
@@ -226,7 +227,7 @@ class PackedExperts(nn.Module):
 
     def matrices(self, leaf: str) -> Iterator[PackedWeight]:
         """The packed matrices in the order of file_names(); they share the stack's tensors."""
-        codes = getattr(self, leaf).detach().flatten(0, 1)
+        codes = self._codes(leaf).detach().flatten(0, 1)
         statistics = {name: getattr(self, f"{leaf}_{name}") for name in _STATISTICS}
         for index, template in enumerate(self._templates[leaf]):
             own = {name: value.flatten(0, 1)[index] for name, value in statistics.items() if value is not None}
@@ -281,7 +282,7 @@ class PackedExperts(nn.Module):
         return out if bias is None else out + bias[ids.clamp(max=bias.shape[0] - 1)]
 
     def _product(self, leaf: str, part: int, x: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
-        codes = getattr(self, leaf)[:, part]
+        codes = self._codes(leaf)[:, part]
         template = self._templates[leaf][part]
         if isinstance(template, Packed8bit):
             SCB = getattr(self, f"{leaf}_SCB")[:, part]
@@ -307,6 +308,17 @@ class PackedExperts(nn.Module):
             1 if template.nested is None else template.nested.blocksize,
         )
         return out.to(x.dtype)
+
+    def _codes(self, leaf: str) -> torch.Tensor:
+        codes: torch.Tensor = getattr(self, leaf)
+        template = self._templates[leaf][0]
+        stored = template.packed.dtype if isinstance(template, Packed4bit | Packed8bit) else codes.dtype
+        if codes.dtype != stored:  # somebody wrote other values into the parameter itself; .to() and its like do not
+            raise CheckpointError(
+                f"packed experts stored as {stored} were cast to {codes.dtype}, which destroyed them; load them anew, "
+                "and before training call quant.lora.prepare_model_for_kbit_training"
+            )
+        return codes
 
     def packed_tensors(self) -> list[torch.Tensor]:
         """Codes and statistics: what must survive every cast bit for bit."""

@@ -20,6 +20,7 @@ from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import nn
 
 from quant.errors import QuantConfigError, QuantError
+from quant.experts import PackedExperts
 from quant.linear import Linear4bit, Linear8bit, PackedLinear
 from quant.state import PackedWeight
 
@@ -133,25 +134,33 @@ def prepare_model_for_kbit_training(
     leave gradient checkpointing off.
     """
     stored = [
-        (layer, layer.weight.dtype)
-        for layer in model.modules()
-        if isinstance(layer, PackedLinear) and layer.is_packed and layer.weight.dtype.is_floating_point
+        (module, name, parameter.dtype)
+        for module in model.modules()
+        for name, parameter in module.named_parameters(recurse=False)
+        if _holds_codes(module, name) and parameter.dtype.is_floating_point
     ]
-    for layer, _ in stored:
-        layer.weight = _viewed(layer.weight, torch.uint8)
+    for module, name, _ in stored:
+        setattr(module, name, _viewed(getattr(module, name), torch.uint8))
     try:
         model = peft.prepare_model_for_kbit_training(  # type: ignore[no-untyped-call]
             model, use_gradient_checkpointing=False
         )
     finally:
-        for layer, dtype in stored:
-            layer.weight = _viewed(layer.weight, dtype)
+        for module, name, dtype in stored:
+            setattr(module, name, _viewed(getattr(module, name), dtype))
     if use_gradient_checkpointing:
         arguments = gradient_checkpointing_kwargs or {}
         if arguments.get("use_reentrant", True):
             model.enable_input_require_grads()
         model.activation_checkpointing_enable(arguments)
     return model
+
+
+def _holds_codes(module: nn.Module, name: str) -> bool:
+    """Whether a parameter of a module is bytes, whatever its dtype says."""
+    if isinstance(module, PackedExperts):
+        return name in module.projections
+    return isinstance(module, PackedLinear) and module.is_packed and name == "weight"
 
 
 def _viewed(weight: torch.Tensor, dtype: torch.dtype) -> nn.Parameter:

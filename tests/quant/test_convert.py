@@ -24,7 +24,7 @@ from quant.errors import CheckpointError, OutputError, QuantConfigError
 from quant.headers import INDEX_FILE, SINGLE_FILE, read_checkpoint_headers
 from quant.report import report_model
 from quant.shards import ShardWriter
-from tests.tiny_models import save_tiny
+from tests.tiny_models import auto_class, save_tiny
 
 
 @pytest.fixture(autouse=True)
@@ -47,8 +47,8 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     return get
 
 
-def through_transformers(path: Path, out: Path, config: BitsAndBytesConfig) -> Path:
-    AutoModelForCausalLM.from_pretrained(path, quantization_config=config).save_pretrained(out)
+def through_transformers(path: Path, out: Path, config: BitsAndBytesConfig, auto: Any = AutoModelForCausalLM) -> Path:
+    auto.from_pretrained(path, quantization_config=config).save_pretrained(out)
     return out
 
 
@@ -69,6 +69,16 @@ def test_equals_from_pretrained_and_save_pretrained(
     assert config is not None
     assert_same_checkpoint(tmp_path / "out", through_transformers(path, tmp_path / "theirs", config))
     assert {layer.format for layer in result.layers} == {preset}
+
+
+@pytest.mark.parametrize("architecture", ["t5", "llava", "mixtral"])
+def test_what_is_not_a_dense_causal_model(architecture: str, source: Callable[..., Path], tmp_path: Path) -> None:
+    path = source(architecture)
+    quantize_checkpoint(path, tmp_path / "out", "nf4-dq")
+    config = from_spec("nf4-dq", compute_dtype=torch.bfloat16)
+    assert config is not None
+    theirs = through_transformers(path, tmp_path / "theirs", config, auto_class(architecture))
+    assert_same_checkpoint(tmp_path / "out", theirs)
 
 
 @pytest.mark.parametrize(

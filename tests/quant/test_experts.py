@@ -237,6 +237,18 @@ def test_moves_and_casts_keep_the_bits(source: Callable[[str], Path]) -> None:
             assert torch.equal(after[name].view(-1).view(torch.uint8), tensor.view(-1).view(torch.uint8))
 
 
+def test_codes_stored_as_floats_survive_preparing_for_training(source: Callable[[str], Path]) -> None:
+    lora = pytest.importorskip("quant.lora", reason="needs peft")
+    model = load(source("mixtral"), **FORMATS["fp4-bf16-storage"])
+    ids = tokens()
+    expected = model(ids).logits
+    assert torch.equal(lora.prepare_model_for_kbit_training(model)(ids).logits, expected)
+    layer = experts_of(model)[0]
+    layer.down_proj.data = layer.down_proj.data.float()
+    with pytest.raises(CheckpointError, match=r"stored as torch.bfloat16 were cast to torch.float32, which destroyed"):
+        model(ids)
+
+
 @pytest.mark.parametrize("form", ["nf4-dq", "int8"])
 @torch.no_grad()
 def test_load_state_dict(form: str, source: Callable[[str], Path]) -> None:
