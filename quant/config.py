@@ -48,8 +48,10 @@ FIELDS: Final = (
     "bnb_4bit_use_double_quant",
     "bnb_4bit_quant_storage",
 )
-EXTENSIONS: Final = ("llm_int8_outliers", "bnb_4bit_blocksize", "module_overrides")
+EXTENSIONS: Final = ("llm_int8_outliers", "bnb_4bit_blocksize", "module_overrides", "bnb_4bit_search")
 """Fields of our own; written to a file only where they differ from their default."""
+NEVER_WRITTEN: Final = ("bnb_4bit_search",)
+"""Those that leave nothing in a file that its readers need to know."""
 OVERRIDABLE: Final = tuple(
     name
     for name in (*FIELDS, *EXTENSIONS)
@@ -61,7 +63,7 @@ QUANT_METHOD: Final = "bitsandbytes"
 _WRITTEN_BESIDE: Final = ("quant_method", "_load_in_8bit", "_load_in_4bit")
 _BOOKKEEPING: Final = ("_from_model_config", "transformers_version")
 _EXTENSION_DEFAULTS: Final[Mapping[str, Any]] = MappingProxyType(
-    dict(zip(EXTENSIONS, (OUTLIER_RULES[0], formats.DEFAULT_BLOCKSIZE, {}), strict=True))
+    dict(zip(EXTENSIONS, (OUTLIER_RULES[0], formats.DEFAULT_BLOCKSIZE, {}, False), strict=True))
 )
 _BOTH: Final = "load_in_4bit and load_in_8bit are both True; only one of them is accepted at a time"
 
@@ -73,7 +75,8 @@ class BitsAndBytesConfig(transformers.BitsAndBytesConfig):
     a batch do not change each other) or "batch" (whole columns over the batch, as bitsandbytes does);
     `bnb_4bit_blocksize`, the values per 4-bit block when packing (a packed tensor says its own); `module_overrides`,
     a pattern as in `llm_int8_skip_modules` to the fields that differ for the modules it names, or to None, which
-    leaves them unquantized.
+    leaves them unquantized; `bnb_4bit_search`, which looks for each 4-bit block's best scale and sign when packing (the
+    files are what they are without it, so it is never written to one).
 
     Raises QuantConfigError, which is a ValueError, for a value or a name that is not accepted.
     """
@@ -94,6 +97,7 @@ class BitsAndBytesConfig(transformers.BitsAndBytesConfig):
         llm_int8_outliers: str = OUTLIER_RULES[0],
         bnb_4bit_blocksize: int = formats.DEFAULT_BLOCKSIZE,
         module_overrides: Mapping[str, Mapping[str, Any] | None] | None = None,
+        bnb_4bit_search: bool = False,
         **kwargs: Any,
     ) -> None:
         if load_in_4bit is True and load_in_8bit is True:
@@ -118,6 +122,7 @@ class BitsAndBytesConfig(transformers.BitsAndBytesConfig):
         )
         self.llm_int8_outliers = _choice("llm_int8_outliers", llm_int8_outliers, OUTLIER_RULES)
         self.bnb_4bit_blocksize = _blocksize(bnb_4bit_blocksize)
+        self.bnb_4bit_search = _flag("bnb_4bit_search", bnb_4bit_search)
         self._check_written_beside(kwargs)
         self.module_overrides: dict[str, dict[str, Any] | None] = {}
         for pattern, fields in _overrides(module_overrides).items():
@@ -145,7 +150,7 @@ class BitsAndBytesConfig(transformers.BitsAndBytesConfig):
         return None if fields is None else self._with(fields)
 
     def _with(self, fields: Mapping[str, Any]) -> BitsAndBytesConfig:
-        merged = {key: value for key, value in self.to_dict().items() if key in OVERRIDABLE}
+        merged = {key: value for key, value in self._used_fields().items() if key in OVERRIDABLE}
         for flag, other in (("load_in_4bit", "load_in_8bit"), ("load_in_8bit", "load_in_4bit")):
             if fields.get(flag) is True:
                 merged[other] = False
@@ -235,6 +240,10 @@ class BitsAndBytesConfig(transformers.BitsAndBytesConfig):
 
     def to_dict(self) -> dict[str, Any]:
         """Exactly the keys that transformers writes for bitsandbytes, dtypes as names; our own only where used."""
+        return {name: value for name, value in self._used_fields().items() if name not in NEVER_WRITTEN}
+
+    def _used_fields(self) -> dict[str, Any]:
+        """What to_dict() gives, and what is never written, where it is used."""
         output: dict[str, Any] = super().to_dict()
         for name, default in _EXTENSION_DEFAULTS.items():
             if output[name] == default:
@@ -253,7 +262,7 @@ class BitsAndBytesConfig(transformers.BitsAndBytesConfig):
 
     def __eq__(self, other: object) -> bool:
         # transformers' dataclass has no fields, so that its own comparison finds any two configs equal.
-        return isinstance(other, BitsAndBytesConfig) and self.to_dict() == other.to_dict()
+        return isinstance(other, BitsAndBytesConfig) and self._used_fields() == other._used_fields()
 
     __hash__ = None  # type: ignore[assignment]  # mutable, like the class it stands for
 

@@ -192,6 +192,7 @@ class Linear4bit(PackedLinear):
         self.quant_storage = config.bnb_4bit_quant_storage
         self.quant_type = config.bnb_4bit_quant_type
         self.blocksize = config.bnb_4bit_blocksize
+        self.search = config.bnb_4bit_search
         for name in ("absmax", "nested_absmax", "nested_offset", "nested_quant_map", "quant_map"):
             self.register_buffer(name, None)
         self.quantize(torch.zeros(out_features, in_features, device=device, dtype=dtype))
@@ -212,6 +213,7 @@ class Linear4bit(PackedLinear):
             blocksize=self.blocksize,
             double_quant=self.double_quant,
             storage=self.quant_storage,
+            search=self.search,
         )
         self.adopt(packed)
 

@@ -22,6 +22,7 @@ import torch
 
 from quant import formats, ops
 from quant.errors import CheckpointError, ShapeError
+from quant.search import quantize_4bit_plainly, quantize_4bit_searching
 
 MAX_STATE_BYTES: Final = 4096
 """The JSON of a quant_state is about 170 bytes; anything beyond this is refused unread."""
@@ -126,15 +127,19 @@ class Packed4bit(PackedWeight):
         blocksize: int = formats.DEFAULT_BLOCKSIZE,
         double_quant: bool = False,
         storage: torch.dtype = torch.uint8,
+        search: bool = False,
     ) -> Packed4bit:
-        """Packs a float32, float16 or bfloat16 weight of any shape on its own device."""
+        """Packs a float32, float16 or bfloat16 weight of any shape on its own device.
+
+        `search` spends time on a smaller error (search.py) in the same format and size.
+        """
         if weight.dtype not in formats.VALUE_DTYPES:
             raise ShapeError(f"a {weight.dtype} weight cannot be quantized; accepted are {', '.join(_DTYPES)}")
         weight = weight.detach()
-        codes, absmax = ops.quantize_4bit(weight, quant_type, blocksize)
+        quantize = quantize_4bit_searching if search else quantize_4bit_plainly
+        codes, absmax, nested_absmax, offset = quantize(weight, quant_type, blocksize, double_quant=double_quant)
         nested = None
-        if double_quant:
-            absmax, nested_absmax, offset = ops.quantize_absmax(absmax, formats.NESTED_BLOCKSIZE)
+        if nested_absmax is not None and offset is not None:
             nested = SecondLevel(absmax=nested_absmax, offset=offset, blocksize=formats.NESTED_BLOCKSIZE)
         content: dict[str, Any] = {
             "quant_type": quant_type,
