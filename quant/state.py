@@ -62,6 +62,8 @@ class PackedWeight(ABC):
         for key, tensor in tensors.items():
             if key not in NAMES_4BIT and key not in NAMES_8BIT:
                 raise _refused(name, key, f"is not part of a packed weight; known are {', '.join(_KNOWN)}")
+            if tensor.layout is not torch.strided or tensor.is_quantized:
+                raise _refused(name, key, f"is not a plain tensor but {tensor.layout} {tensor.dtype}")
             if tensor.is_meta:
                 raise _refused(name, key, "has no data; a tensor with storage is needed")
         states = [key for key in tensors if key.startswith(STATE_PREFIX)]
