@@ -48,6 +48,12 @@ def document(seed: int, index: int) -> Document:
     return Document(turns=tuple(conversation(rng)))
 
 
+def digest(seed: int, count: int = 1000) -> str:
+    """A hash of the first documents of a seed, so that weights can say which text they were trained on."""
+    text = "\n".join(repr(document(seed, index)) for index in range(count))
+    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+
+
 def documents(split: Split, seed: int) -> Iterator[Document]:
     """The documents of one split, in order, without end."""
     for index in count():

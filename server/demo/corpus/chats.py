@@ -54,6 +54,45 @@ NOT_HERE: Final = (
     *("a detective", "a soldier", "a queen", "a monkey", "the desert", "the jungle", "an alien", "a football match"),
 )
 """What a story may be asked for and Ternby does not have."""
+SOMEBODY: Final = (
+    "a girl",
+    "a boy",
+    "a man",
+    "a woman",
+    "a fisherman",
+    "a farmer",
+    "a dog",
+    "a cat",
+    "two friends",
+    "a child",
+)
+CLAUSES: Final = (
+    *(
+        "who finds a ring",
+        "who can fly",
+        "who is lonely",
+        "who saves the world",
+        "with a happy end",
+        "in three sentences",
+    ),
+    *(
+        "who learns to sing",
+        "that talks",
+        "who lost everything",
+        "in a strange land",
+        "who meets a stranger",
+        "and a secret",
+    ),
+    *(
+        "who wants to be brave",
+        "that nobody likes",
+        "who never sleeps",
+        "on a long journey",
+        "who goes to school",
+        "at night",
+    ),
+)
+"""What people add to a topic; no story here is made to measure."""
 LEADS: Final = ("", "Read this: ", "Here is a story. ")
 
 
@@ -93,7 +132,10 @@ def _story_request(rng: random.Random) -> list[Exchange]:
         ask += f" about {topic}"
     else:
         scene = story(rng)
-        if kind < 0.67:
+        if kind < 0.61:
+            ask += f" about {rng.choice((*NOT_HERE, *SOMEBODY))} {rng.choice(CLAUSES)}"
+            excuse = "[I do not know that story|That story I do not know], but here is another. "
+        elif kind < 0.69:
             topic = rng.choice(NOT_HERE)
             ask += f" about {topic}"
             excuse = f"[I do not know a story|There is no story in Ternby] about {topic}, but here is another. "

@@ -134,6 +134,13 @@ class Scene:
             )
         elif style == 3:
             tale.say(f"{self.weather.begins}, [and|so|but] {{A}} [stayed|was] {{P.at}}.", A=hero, P=self.here)
+        elif style == 4:
+            child = f"a {hero.role}" if hero.child else f"a [{hero.trait}|good|young|tall] {hero.role}"
+            tale.say(
+                f"[Once upon a time, there [was|lived] {child} called|There was once {child} called] {{A.name}}.",
+                A=hero,
+            )
+            tale.say(f"{when}, {{A}} [was {{P.at}}|went {{P.to}}].", A=hero, P=self.here)
         else:
             tale.say(f"{when}, {{A}} woke up early and [walked|went|ran] {{P.to}}.", A=hero, P=self.here)
         self.aside()

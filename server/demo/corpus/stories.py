@@ -79,11 +79,11 @@ def story_about(rng: random.Random) -> tuple[str, Scene]:
     if kind < 0.4:
         topic = rng.choice(sorted(SUBJECTS))
         return topic, story(rng, plot=SUBJECTS[topic])
-    if kind < 0.55:
+    if kind < 0.6:
         star = rng.choice((*PETS, *WILD))
         topic = article(star.kind) if star in WILD or rng.random() < 0.5 else star.name
         return topic, story(rng, star=star, plot=SUBJECTS["an animal" if star in WILD else "something lost"])
-    if kind < 0.65:
+    if kind < 0.7:
         place = rng.choice(PLACES)
         return place.name, story(rng, place=place)
     hero = rng.choice(PEOPLE)
