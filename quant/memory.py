@@ -68,20 +68,13 @@ def meta_model(config: transformers.PretrainedConfig, dtype: torch.dtype) -> tra
     return model
 
 
-def predict_weights(
-    directory: Path,
-    config: BitsAndBytesConfig | None,
-    dtype: torch.dtype,
-    *,
-    model: transformers.PreTrainedModel | None = None,
-) -> Counter[str]:
+def predict_weights(directory: Path, config: BitsAndBytesConfig | None, dtype: torch.dtype) -> Counter[str]:
     """Bytes by component that the loaded model's parameters and buffers will take, from headers and config alone.
 
     `config` is the effective quantization (the request's, or the checkpoint's own), None where nothing is quantized;
-    `dtype` is that of everything else. `model` spares building the meta model again. Tied tensors count once.
+    `dtype` is that of everything else. Tied tensors count once.
     """
-    if model is None:
-        model = meta_model(read_config(directory), dtype)
+    model = meta_model(read_config(directory), dtype)
     return predict_meta(model, config, dtype, read_checkpoint_headers(directory))
 
 

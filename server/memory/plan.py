@@ -16,7 +16,7 @@ import transformers
 
 from quant import memory as weights
 from quant.config import PRESETS, BitsAndBytesConfig, from_spec
-from quant.headers import checkpoint_files, read_checkpoint_headers
+from quant.headers import TensorHeader, checkpoint_files, read_checkpoint_headers
 from server.errors import ConfigError, DoesNotFitError
 from server.memory.ledger import KV_CACHE
 from server.records import KV_BLOCK_TOKENS, ModelSpec
@@ -123,13 +123,12 @@ def free_bytes(device: str) -> int:
 class _Facts:
     """What the files say, read once and used for every candidate configuration."""
 
-    directory: Path
     device: str
     dtype: torch.dtype
     hf_config: transformers.PretrainedConfig
     config: BitsAndBytesConfig | None
     meta: transformers.PreTrainedModel
-    largest_tensor: int
+    headers: dict[str, TensorHeader]
     checkpoint_bytes: int
     prequantized: bool
 
@@ -138,23 +137,21 @@ def _read_facts(spec: ModelSpec) -> _Facts:
     directory = Path(spec.path)
     hf_config = weights.read_config(directory)
     dtype = model_dtype(spec, hf_config)
-    headers = read_checkpoint_headers(directory)
     return _Facts(
-        directory=directory,
         device=resolve_device(spec),
         dtype=dtype,
         hf_config=hf_config,
         config=effective_quantization(spec, hf_config, dtype),
         meta=weights.meta_model(hf_config, dtype),
-        largest_tensor=max((header.nbytes for header in headers.values()), default=0),
+        headers=read_checkpoint_headers(directory),
         checkpoint_bytes=sum(file.stat().st_size for file in checkpoint_files(directory)),
         prequantized=getattr(hf_config, "quantization_config", None) is not None,
     )
 
 
 def _plan(spec: ModelSpec, facts: _Facts, config: BitsAndBytesConfig | None, available: int) -> Plan:
-    components = dict(weights.predict_weights(facts.directory, config, facts.dtype, model=facts.meta))
-    loading = 2 * facts.largest_tensor
+    components = dict(weights.predict_meta(facts.meta, config, facts.dtype, facts.headers))
+    loading = 2 * max((header.nbytes for header in facts.headers.values()), default=0)
     limit = context_limit(facts.hf_config)
     length = min(spec.max_model_len or limit, limit)
     if spec.max_model_len is not None and spec.max_model_len > limit:
