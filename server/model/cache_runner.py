@@ -1,6 +1,6 @@
 """The runner for architectures that never call our attention: transformers' own cache classes, a sequence at a time.
 
-BLOOM, GPT-J, Falcon, MPT and whatever else the probe finds. Each sequence has a DynamicCache, and each chunk is a
+BLOOM, Falcon, MPT and whatever else the probe finds. Each sequence has a DynamicCache, and each chunk is a
 forward call of its own; the contract towards the loop is the paged runner's. The blocks that the scheduler hands out
 are counted, not used: they bound how many tokens are cached at once, as they do for everybody.
 """
@@ -14,7 +14,7 @@ import torch
 from transformers import DynamicCache
 
 from server.model.batch import Batch, Chunk, StepError, StepResult, failure_sentence
-from server.model.runner import drawn, input_device, keeps_logits, memory_guard
+from server.model.runner import drawn, input_device, keeps_logits, memory_guard, takes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -27,6 +27,8 @@ class CacheRunner:
         self.model = model
         self.device = input_device(model)
         self._keeps_logits = keeps_logits(model)
+        # transformers 5.24 renamed the argument, model by model, and warns of the old name.
+        self._cache_argument = "cache" if takes(model, "cache") else "past_key_values"
         self._caches: dict[str, DynamicCache] = {}
 
     def step(self, batch: Batch) -> StepResult:
@@ -78,7 +80,9 @@ class CacheRunner:
         if cache is None or cache.get_seq_length() != chunk.start:
             raise StepError(f"request {chunk.request_id} continues at {chunk.start}, where its cache does not end")
         ids = torch.tensor([list(chunk.tokens)], device=self.device)
-        arguments: dict[str, Any] = {"logits_to_keep": 1} if self._keeps_logits else {}
-        output = self.model(input_ids=ids, past_key_values=cache, use_cache=True, **arguments)
+        arguments: dict[str, Any] = {self._cache_argument: cache}
+        if self._keeps_logits:
+            arguments["logits_to_keep"] = 1
+        output = self.model(input_ids=ids, use_cache=True, **arguments)
         logits: torch.Tensor = output.logits[0, -1]
         return logits

@@ -153,6 +153,11 @@ def input_device(model: PreTrainedModel) -> torch.device:
     return torch.device(places[0] if places else "cpu")
 
 
+def takes(model: PreTrainedModel, argument: str) -> bool:
+    """Whether the forward call names this argument."""
+    return argument in inspect.signature(model.forward).parameters
+
+
 def keeps_logits(model: PreTrainedModel) -> bool:
     """Whether the forward call can be asked for the logits of some rows only."""
-    return "logits_to_keep" in inspect.signature(model.forward).parameters
+    return takes(model, "logits_to_keep")

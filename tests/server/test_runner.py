@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from transformers.models.gptj import modeling_gptj
 
 from quant.config import from_spec
 from server.errors import LoadError
@@ -22,8 +23,10 @@ from server.records import KV_BLOCK_TOKENS, Abort, ModelSpec, SamplingParams
 from tests.server.engines import Engine, generate
 from tests.tiny_models import VOCABULARY, save_tiny, tiny_model
 
-PAGED = ("llama", "mistral", "qwen3", "gpt2")
-CACHED = ("bloom", "gptj")
+GPTJ_CALLS_THE_INTERFACE = hasattr(modeling_gptj, "ALL_ATTENTION_FUNCTIONS")
+"""From transformers 5.24 on."""
+PAGED = ("llama", "mistral", "qwen3", "gpt2", *(("gptj",) if GPTJ_CALLS_THE_INTERFACE else ()))
+CACHED = ("bloom", *(() if GPTJ_CALLS_THE_INTERFACE else ("gptj",)))
 WINDOWED = {"mistral": {"sliding_window": 5}}
 """Changes to tiny models that exercise what a short test would otherwise not reach."""
 LENGTH = 256
@@ -85,7 +88,7 @@ def test_greedy_is_transformers_generate_alone_and_in_company(architecture: str)
     assert engine.reports[-1].kv_blocks_used == 0
 
 
-@pytest.mark.parametrize("architecture", ["llama", "gptj"])
+@pytest.mark.parametrize("architecture", ["llama", "bloom"])
 def test_greedy_survives_preemption(architecture: str) -> None:
     model = original(architecture)
     prompts = {f"r{i}": prompt_of(30) for i in range(4)}
@@ -196,9 +199,9 @@ def test_bfloat16_logits_are_near_the_models_own(architecture: str) -> None:
         assert error < BF16_TOLERANCE
 
 
-@pytest.mark.parametrize("architecture", ["llama", "gptj"])
+@pytest.mark.parametrize("architecture", ["llama", "bloom"])
 def test_logits_that_are_not_numbers_end_one_request_only(architecture: str) -> None:
-    model = tiny_model(architecture)
+    model = tiny_model(architecture, tie_word_embeddings=False)  # a tied head would give everybody the NaN
     with torch.no_grad():
         model.get_input_embeddings().weight[77] = float("nan")
     engine = Engine(choose_runner(model, ModelSpec("m", ""), blocks=64, max_model_len=LENGTH))
@@ -206,7 +209,7 @@ def test_logits_that_are_not_numbers_end_one_request_only(architecture: str) -> 
     found = engine.serve([generate("good", good, 10), generate("bad", [5, 77, 9], 10)])
     assert engine.ends["bad"][0] == "error"
     assert "not finite" in str(engine.ends["bad"][1])
-    assert found["good"] == expected(original(architecture), good, 10)
+    assert found["good"] == expected(tiny_model(architecture, tie_word_embeddings=False), good, 10)
 
 
 def test_running_out_of_memory_ends_the_step_and_not_the_engine() -> None:
