@@ -201,6 +201,11 @@ HB_API hb_status hb_linear8_workspace(const hb_linear8_args* args, int64_t* byte
 
 /* HB_ABI_VERSION of the library. */
 HB_API int32_t hb_abi_version(void);
+/* The name of the instruction set level that this library runs at: the widest that the machine has, or the one that
+ * HALFBYTE_CPU_LEVEL names. Null where that is none of hb_levels; "cuda" in the CUDA library. */
+HB_API const char* hb_level(void);
+/* Writes the names of the levels that can run on this machine and returns their number; -1 for too little room. */
+HB_API int64_t hb_levels(const char** names, int64_t room);
 /* One sentence saying what a status means; never null. */
 HB_API const char* hb_status_text(hb_status status);
 /* Copies a table (HB_TABLE_*) as float32 and returns its length; -1 for an unknown table or too little room. */

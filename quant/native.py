@@ -10,6 +10,7 @@ import contextlib
 import ctypes
 import functools
 import importlib.metadata
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final, cast
@@ -34,6 +35,8 @@ TABLE_CODES: Final = {
     "dynamic": 6,
     "dynamic_midpoints": 7,
 }
+LEVEL_VARIABLE: Final = "HALFBYTE_CPU_LEVEL"
+"""Names the instruction set level that the CPU library runs at, where it is not to be the widest."""
 _OK: Final = 0
 _I64: Final = ctypes.c_int64
 _PTR: Final = ctypes.c_void_p
@@ -109,6 +112,14 @@ def load_library(path: Path) -> ctypes.CDLL:
     if found != ABI_VERSION:
         raise NativeError(f"{path} has ABI version {found} but this Halfbyte needs {ABI_VERSION}; reinstall Halfbyte.")
     library.hb_status_text.restype = ctypes.c_char_p
+    library.hb_level.restype = ctypes.c_char_p
+    library.hb_levels.argtypes = (ctypes.POINTER(ctypes.c_char_p), _I64)
+    library.hb_levels.restype = _I64
+    if library.hb_level() is None:
+        raise NativeError(
+            f"{LEVEL_VARIABLE} is {os.environ.get(LEVEL_VARIABLE)!r}; accepted on this machine are "
+            f"{', '.join(levels(library))}."
+        )
     library.hb_table.argtypes = (ctypes.c_int32, _PTR, _I64)
     library.hb_table.restype = _I64
     for name, struct in STRUCTS.items():
@@ -116,6 +127,13 @@ def load_library(path: Path) -> ctypes.CDLL:
     for name in ENTRIES_WITH_WORKSPACE:
         getattr(library, f"{name}_workspace").argtypes = (ctypes.POINTER(STRUCTS[name]), ctypes.POINTER(_I64))
     return library
+
+
+def levels(library: ctypes.CDLL) -> list[str]:
+    """The instruction set levels that a library can run at on this machine, the widest last."""
+    names = (ctypes.c_char_p * 8)()
+    count = library.hb_levels(names, len(names))
+    return [name.decode() for name in names[:count] if name is not None]
 
 
 @functools.lru_cache(maxsize=2)  # a failure is not kept: the library may be built while the process runs
@@ -145,6 +163,11 @@ class Kernels:
         buffer = (ctypes.c_float * 256)()
         length = self.library.hb_table(TABLE_CODES[name], buffer, len(buffer))
         return list(buffer[:length])
+
+    @property
+    def level(self) -> str:
+        """The instruction set level that the library runs at."""
+        return cast(bytes, self.library.hb_level()).decode()
 
     def status_text(self, status: int) -> str:
         """The library's sentence for a status."""

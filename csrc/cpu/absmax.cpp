@@ -4,6 +4,7 @@
 #include <algorithm>
 
 #include "checks.h"
+#include "clones.h"
 #include "decode4.h"
 #include "floats.h"
 #include "formats.h"
@@ -12,17 +13,30 @@
 
 namespace hb {
 
+namespace {
+
+// Inside one second-level block.
+HB_CLONES void decode_absmax(const uint8_t* codes, int64_t count, float nested_absmax, float offset, float* out) {
+    for (int64_t i = 0; i < count; ++i) {
+        const float scaled = kDynamicValues.at[codes[i]] * nested_absmax;
+        out[i] = scaled + offset;
+    }
+}
+
+}  // namespace
+
 void load_absmax(const AbsmaxSource& source, int64_t first, int64_t count, float* out) {
     if (source.nested_absmax == nullptr) {
         std::copy_n(static_cast<const float*>(source.absmax) + first, count, out);
         return;
     }
     const uint8_t* const codes = static_cast<const uint8_t*>(source.absmax);
-    const float offset = *source.offset;
-    for (int64_t i = 0; i < count; ++i) {
-        const float scaled =
-            kDynamicValues.at[codes[first + i]] * source.nested_absmax[(first + i) / source.nested_blocksize];
-        out[i] = scaled + offset;
+    int64_t nested = first / source.nested_blocksize;
+    for (const int64_t end = first + count; first < end; ++nested) {
+        const int64_t run = std::min((nested + 1) * source.nested_blocksize, end) - first;
+        decode_absmax(codes + first, run, source.nested_absmax[nested], *source.offset, out);
+        first += run;
+        out += run;
     }
 }
 

@@ -5,6 +5,8 @@
 #pragma once
 
 #define HB_INLINE inline __attribute__((always_inline))
+// A loop whose sums must stay in registers is a function of its own: inlined, its neighbours take them.
+#define HB_NOINLINE __attribute__((noinline))
 
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && !defined(HB_NO_CLONES)
 #define HB_CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))

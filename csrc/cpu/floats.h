@@ -59,7 +59,7 @@ void load_floats(const void* tensor, int64_t dtype, int64_t first, int64_t count
 void store_floats(const float* values, int64_t count, void* tensor, int64_t dtype, int64_t first);
 
 // One element.
-inline float load_float(const void* tensor, int64_t dtype, int64_t index) {
+HB_INLINE float load_float(const void* tensor, int64_t dtype, int64_t index) {
     if (dtype == HB_FLOAT32) return static_cast<const float*>(tensor)[index];
     const uint16_t bits = static_cast<const uint16_t*>(tensor)[index];
     return dtype == HB_FLOAT16 ? from_half(bits) : from_bfloat(bits);

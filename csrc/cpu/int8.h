@@ -4,13 +4,14 @@
 #include <math.h>
 #include <stdint.h>
 
+#include "clones.h"
 #include "formats.h"
 
 namespace hb {
 
 // 127 / absmax, in two roundings as bitsandbytes' own files have it; 0 where that is not finite, so that such a row's
 // codes are zeros.
-inline float int8_factor(float absmax) {
+HB_INLINE float int8_factor(float absmax) {
     const float factor = (1.0f / absmax) * kInt8Max;
     return isfinite(factor) ? factor : 0.0f;
 }

@@ -1,26 +1,31 @@
-// Which hand-written instruction set variants may run: what the CPU has, unless the environment says less.
+// Which hand-written instruction set variants may run: what the CPU and the system have, unless the environment says
+// less.
 //
-// HALFBYTE_CPU_LEVEL=baseline leaves them out; the results are the same to the bit, which the tests check both ways.
+// HALFBYTE_CPU_LEVEL names one of the levels below and leaves out everything above it, for tests and for comparisons.
 // Not here: HB_CLONES, where the compiler writes the variants and the loader chooses.
 #pragma once
 
-#include <stdlib.h>
-#include <string.h>
+#if defined(__x86_64__) && defined(__GNUC__)
+#define HB_X86 1
+#endif
 
 namespace hb {
 
-#if defined(__x86_64__) && defined(__GNUC__)
-#define HB_X86    1
-#define HB_AVX512 __attribute__((target("avx512f")))
+// Each holds what the ones before it hold.
+enum Level {
+    kBaseline,    // anything: what other processors run
+    kAvx2,        // AVX2, FMA, F16C
+    kAvx512,      // AVX-512 F, BW, DQ, VL and VNNI
+    kAvx512Bf16,  // and its BF16 products
+    kAmx,         // and tiles of bf16 and int8, which the system lets this process use
+    kLevelCount
+};
 
-// Read once: a process does not change its mind between two layers.
+// Decided once: a process does not change its mind between two layers.
+Level level();
+
 inline bool has_avx512() {
-    static const bool has = [] {
-        const char* level = getenv("HALFBYTE_CPU_LEVEL");
-        return (level == nullptr || strcmp(level, "baseline") != 0) && __builtin_cpu_supports("avx512f");
-    }();
-    return has;
+    return level() >= kAvx512;
 }
-#endif
 
 }  // namespace hb

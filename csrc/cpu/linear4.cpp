@@ -1,153 +1,68 @@
-// out = x * W^T + bias with W in 4 bits.
+// out = x * W^T + bias with W in 4 bits. The weight is never built: its rows are decoded in registers or, for many rows
+// of x, a few dozen at a time into the workspace.
 //
-// The weight is never built: four of its rows at a time are decoded into the workspace, and every row of x meets them.
-//
-//     x, float32, padded        weight rows n .. n+3, decoded       sums of one x row
-//     [rows_per_pass, Kp]   x   [4, Kp] per thread              ->  [4]
-//
-// For up to kFusedRows rows of x on a CPU with AVX-512, the decoded values go from one register to the next and
-// never to memory (linear4_avx512.cpp): the same products, added in the same order.
-//
-// Kp is K rounded up to a whole number of lanes, the padding is zero. One sum runs over 16 lanes, lane l adding the
-// products at k = l, l+16, ... in order, and the lanes are added in one fixed order. Neither M, nor the place of a row,
-// nor the number of threads enters, so a row's result is the same in every batch.
+// This file chooses the variant and cuts the work; linear4_kernel.h computes. The layout in memory is the checkpoint's
+// own: a second one, interleaved by rows, would save one instruction in six and cost a copy, or the copying back.
 #include "linear4.h"
 
 #include "checks.h"
-#include "clones.h"
-#include "decode4.h"
-#include "floats.h"
-#include "halfbyte.h"
+#include "level.h"
 #include "pool.h"
 
 namespace hb {
 
 namespace {
 
-constexpr int64_t kFusedRows = 8;      // of x, up to which decoding anew for each four is faster than a tile
-constexpr int64_t kRowsPerPass = 256;  // rows of x kept as float32 at a time
+constexpr int64_t kRowsPerPass = 256;      // rows of x kept converted at a time
+constexpr int64_t kTileBytes = 128 << 10;  // of decoded weight: half of a small second cache
 
-using Lanes = float __attribute__((vector_size(kLanes * sizeof(float)), may_alias));
-
-// The parts of the workspace, in floats; every part is a multiple of 64 bytes.
-struct Layout {
-    int64_t padded_k;
-    int64_t x_floats;
-    int64_t tile_floats;    // decoded weight rows of one thread
-    int64_t absmax_floats;  // absmax of kWeightRows weight rows, one thread
-    int64_t threads;
-
-    explicit Layout(const hb_linear4_args& a)
-        : padded_k(round_up(a.K, kLanes)),
-          x_floats((a.M < kRowsPerPass ? a.M : kRowsPerPass) * padded_k),
-          tile_floats(kWeightRows * padded_k),
-          absmax_floats(kWeightRows * round_up(a.K / a.blocksize + 2, kLanes)),
-          threads(threads_for(a.call.threads, a.N * (a.K / 8 + 1) * (a.M < 8 ? a.M : 8))) {}
-
-    int64_t bytes() const { return (x_floats + threads * (tile_floats + absmax_floats)) * (int64_t)sizeof(float); }
-};
-
-HB_INLINE float add(const Lanes& lanes) {
-    float sums[kLanes];
-    memcpy(sums, &lanes, sizeof sums);
-    return add_lanes(sums);
+const Kernels4& kernels_for(int64_t dtype) {
+#ifdef HB_X86
+    if (level() >= kAvx512Bf16 && dtype == HB_BFLOAT16) return kLinear4Avx512Bf16;
+    if (level() >= kAvx512) return kLinear4Avx512;
+    if (level() >= kAvx2) return kLinear4Avx2;
+#endif
+    (void)dtype;
+    return kLinear4Baseline;
 }
 
-template <int Rows>
-HB_INLINE void multiply_rows(const float* x, const float* tile, int64_t padded_k, float (*sums)[kWeightRows]) {
-    Lanes totals[Rows][kWeightRows] = {};
-    for (int64_t k = 0; k < padded_k; k += kLanes) {
-        for (int64_t n = 0; n < kWeightRows; ++n) {
-            const Lanes weights = *reinterpret_cast<const Lanes*>(tile + n * padded_k + k);
-            for (int row = 0; row < Rows; ++row) {
-                totals[row][n] += *reinterpret_cast<const Lanes*>(x + row * padded_k + k) * weights;
-            }
-        }
-    }
-    for (int row = 0; row < Rows; ++row) {
-        for (int64_t n = 0; n < kWeightRows; ++n) sums[row][n] = add(totals[row][n]);
-    }
+int64_t at_least(int64_t a, int64_t b) {
+    return a > b ? a : b;
 }
 
-// 1 to kActivationRows rows of x against one tile.
-HB_CLONES void multiply(int64_t rows, const float* x, const float* tile, int64_t padded_k, float (*sums)[kWeightRows]) {
-    switch (rows) {
-        case 1:
-            return multiply_rows<1>(x, tile, padded_k, sums);
-        case 2:
-            return multiply_rows<2>(x, tile, padded_k, sums);
-        case 3:
-            return multiply_rows<3>(x, tile, padded_k, sums);
-        default:
-            return multiply_rows<4>(x, tile, padded_k, sums);
-    }
+int64_t at_most(int64_t a, int64_t b) {
+    return a < b ? a : b;
 }
 
-// `count` rows of the weight from row n on, each padded with zeros; rows beyond the last are zero.
-void decode_tile(const hb_linear4_args& a, const Layout& layout, int64_t n, float* tile, float* absmax) {
-    const AbsmaxSource source = {a.absmax, a.nested_absmax, a.offset, a.nested_blocksize};
-    for (int64_t row = 0; row < kWeightRows; ++row) {
-        float* const values = tile + row * layout.padded_k;
-        int64_t filled = 0;
-        if (n + row < a.N && a.K > 0) {
-            const int64_t first = (n + row) * a.K;
-            const int64_t first_block = first / a.blocksize;
-            load_absmax(source, first_block, (first + a.K - 1) / a.blocksize - first_block + 1, absmax);
-            decode4(pair_table(a.format), a.packed, absmax, a.blocksize, first, a.K, values);
-            filled = a.K;
-        }
-        memset(values + filled, 0, static_cast<size_t>(layout.padded_k - filled) * sizeof(float));
-    }
+Job4 job_for(const hb_linear4_args& a, const Kernels4& kernels) {
+    Job4 job{};
+    job.args = &a;
+    job.rows = at_most(a.M, kRowsPerPass);
+    job.padded_k = round_up(a.K, kernels.group);
+    // Rows an odd number of cache lines apart: a power of two would put all of them into the same few lines.
+    const int64_t line = 64 / kernels.value_bytes;
+    job.stride = (round_up(job.padded_k, line) / line | 1) * line;
+    const int64_t fitting = kTileBytes / (job.stride * kernels.value_bytes);
+    job.tile_rows = at_least(kWeightRows, at_most(fitting, kMostTileRows) / kWeightRows * kWeightRows);
+    job.absmax_floats = round_up(a.K / a.blocksize + 2, 16);
+    return job;
 }
 
-// Rows n .. n + 3 of the weight as the AVX-512 kernel takes them: aligned to its lanes, their absmax loaded.
-FusedRows fused_rows(const hb_linear4_args& a, const Layout& layout, int64_t n, float* absmax) {
-    const AbsmaxSource source = {a.absmax, a.nested_absmax, a.offset, a.nested_blocksize};
-    const int64_t stride = layout.absmax_floats / kWeightRows;
-    FusedRows rows = {&pair_table(a.format), a.K, a.blocksize, {}, {}, {}};
-    for (int64_t row = 0; row < kWeightRows; ++row) {
-        const int64_t first = (n + row) * a.K;
-        const int64_t first_block = first / a.blocksize;
-        load_absmax(source, first_block, (first + a.K - 1) / a.blocksize - first_block + 1, absmax + row * stride);
-        rows.packed[row] = a.packed + first / 2;
-        rows.absmax[row] = absmax + row * stride;
-        rows.left[row] = (first_block + 1) * a.blocksize - first;
-    }
-    return rows;
+int64_t x_bytes(const Job4& job, const Kernels4& kernels) {
+    return round_up(job.rows * job.stride * kernels.value_bytes, 64);
 }
 
-// Rows [begin, end) of the weight, in groups of kWeightRows, against the `rows` rows of x kept in the workspace.
-void run_groups(const hb_linear4_args& a, const Layout& layout, const float* x, int64_t first_row, int64_t rows,
-                float* scratch, int64_t begin, int64_t end) {
-    float* const tile = scratch;
-    float* const absmax = scratch + layout.tile_floats;
-    const bool fused = rows <= kFusedRows && can_fuse(a.K, a.blocksize);
-    for (int64_t group = begin; group < end; ++group) {
-        const int64_t n = group * kWeightRows;
-        const int64_t columns = a.N - n < kWeightRows ? a.N - n : kWeightRows;
-        float bias[kWeightRows] = {};
-        for (int64_t i = 0; i < columns && a.bias != nullptr; ++i) bias[i] = load_float(a.bias, a.bias_dtype, n + i);
-        const bool in_registers = fused && columns == kWeightRows;
-        const FusedRows weight = in_registers ? fused_rows(a, layout, n, absmax) : FusedRows{};
-        if (!in_registers) decode_tile(a, layout, n, tile, absmax);
-        for (int64_t row = 0; row < rows; row += kActivationRows) {
-            const int64_t together = rows - row < kActivationRows ? rows - row : kActivationRows;
-            float sums[kActivationRows][kWeightRows];
-            const float* const some = x + row * layout.padded_k;
-            if (in_registers) {
-                multiply_fused(together, some, layout.padded_k, weight, sums);
-            } else {
-                multiply(together, some, tile, layout.padded_k, sums);
-            }
-            for (int64_t r = 0; r < together; ++r) {
-                for (int64_t i = 0; i < columns; ++i) sums[r][i] += bias[i];
-                store_floats(sums[r], columns, a.out, a.x_dtype, (first_row + row + r) * a.N + n);
-            }
-        }
-    }
+int64_t threads_of(const hb_linear4_args& a) {
+    return threads_for(a.call.threads, a.N * (a.K / 8 + 1) * at_most(a.M, 8));
 }
 
 }  // namespace
+
+Scratch4 scratch4(const Job4& job, int64_t value_bytes) {
+    const int64_t floats = sizeof(float);
+    return {round_up(job.tile_rows * job.stride * value_bytes, 64), 2 * kWeightRows * job.absmax_floats * floats,
+            round_up(job.padded_k * floats, 64), kMostTileRows * 6 * floats};
+}
 
 }  // namespace hb
 
@@ -155,7 +70,9 @@ extern "C" hb_status hb_linear4_workspace(const hb_linear4_args* args, int64_t* 
     using namespace hb;
     HB_REQUIRE(check_linear4_shape(args));
     HB_REQUIRE(check_tensor(bytes, 1, sizeof *bytes));
-    *bytes = Layout(*args).bytes();
+    const Kernels4& kernels = kernels_for(args->x_dtype);
+    const Job4 job = job_for(*args, kernels);
+    *bytes = x_bytes(job, kernels) + threads_of(*args) * scratch4(job, kernels.value_bytes).bytes();
     return HB_OK;
 }
 
@@ -164,21 +81,25 @@ extern "C" hb_status hb_linear4(const hb_linear4_args* args) {
     HB_REQUIRE(check(args));
     const hb_linear4_args& a = *args;
     if (a.M == 0 || a.N == 0) return HB_OK;
-    const Layout layout(a);
-    HB_REQUIRE(check_workspace(a.call, layout.bytes()));
+    const Kernels4& kernels = kernels_for(a.x_dtype);
+    Job4 job = job_for(a, kernels);
+    const int64_t threads = threads_of(a);
+    const int64_t scratch_bytes = scratch4(job, kernels.value_bytes).bytes();
+    char* const x = static_cast<char*>(a.call.workspace);
+    char* const scratch = x + x_bytes(job, kernels);
+    HB_REQUIRE(check_workspace(a.call, x_bytes(job, kernels) + threads * scratch_bytes));
 
-    float* const x = static_cast<float*>(a.call.workspace);
-    float* const scratch = x + layout.x_floats;
-    for (int64_t first_row = 0; first_row < a.M; first_row += kRowsPerPass) {
-        const int64_t rows = a.M - first_row < kRowsPerPass ? a.M - first_row : kRowsPerPass;
-        for (int64_t row = 0; row < rows; ++row) {
-            float* const padded = x + row * layout.padded_k;
-            load_floats(a.x, a.x_dtype, (first_row + row) * a.K, a.K, padded);
-            memset(padded + a.K, 0, static_cast<size_t>(layout.padded_k - a.K) * sizeof(float));
-        }
-        parallel_for(layout.threads, ceil_div(a.N, kWeightRows), [&](int64_t part, int64_t begin, int64_t end) {
-            float* const mine = scratch + part * (layout.tile_floats + layout.absmax_floats);
-            run_groups(a, layout, x, first_row, rows, mine, begin, end);
+    job.x = x;
+    const int64_t row_bytes = job.stride * kernels.value_bytes;
+    for (job.first_row = 0; job.first_row < a.M; job.first_row += kRowsPerPass) {
+        job.rows = at_most(a.M - job.first_row, kRowsPerPass);
+        parallel_for(job.rows < 16 ? 1 : threads, job.rows, [&](int64_t, int64_t begin, int64_t end) {
+            for (int64_t row = begin; row < end; ++row) {
+                kernels.load_x(a, job.first_row + row, job.padded_k, x + row * row_bytes);
+            }
+        });
+        parallel_for(threads, ceil_div(a.N, kWeightRows), [&](int64_t part, int64_t begin, int64_t end) {
+            kernels.run(job, begin, end, scratch + part * scratch_bytes);
         });
     }
     return HB_OK;

@@ -1,40 +1,54 @@
-// What linear4.cpp and its AVX-512 variant share: the tile's size, the order of summation, the rows of a group.
+// What linear4.cpp and its variants share: the job of one call, and the table of functions that each variant fills.
 #pragma once
 
 #include <stdint.h>
 
-#include "clones.h"
 #include "decode4.h"
+#include "halfbyte.h"
 
 namespace hb {
 
-constexpr int64_t kLanes = 16;
-constexpr int64_t kWeightRows = 4;      // decoded together
-constexpr int64_t kActivationRows = 4;  // multiplied together
+constexpr int64_t kWeightRows = 4;  // of a weight, that meet the rows of x together
 
-// The one order in which the lanes of a sum are added.
-HB_INLINE float add_lanes(float* sums) {
-    for (int64_t width = kLanes / 2; width > 0; width /= 2) {
-        for (int64_t i = 0; i < width; ++i) sums[i] += sums[i + width];
-    }
-    return sums[0];
-}
-
-// kWeightRows rows of a packed weight, each beginning on a byte and on a multiple of kLanes values.
-struct FusedRows {
-    const PairTable* table;
-    int64_t K;
-    int64_t blocksize;
-    const uint8_t* packed[kWeightRows];  // K / 2 bytes each
-    const float* absmax[kWeightRows];    // of the blocks the row touches, in order
-    int64_t left[kWeightRows];           // values of the row in its first block
+// Rows of x against the weight, as one variant computes them. Sizes are in values unless a name says bytes.
+struct Job4 {
+    const hb_linear4_args* args;
+    const void* x;          // [rows, stride] as the variant keeps values, zero from K to padded_k
+    int64_t rows;           // rows of x in this pass
+    int64_t first_row;      // the first one's place in args->x and args->out
+    int64_t padded_k;       // K rounded up to a whole number of the variant's groups
+    int64_t tile_rows;      // weight rows decoded into a tile at a time, a multiple of kWeightRows
+    int64_t stride;         // values from one row to the next, of x and of a tile
+    int64_t absmax_floats;  // room for the absmax of one weight row
 };
 
-// Whether this CPU and these sizes allow multiply_fused: no run of kLanes values may straddle two blocks or two rows.
-bool can_fuse(int64_t K, int64_t blocksize);
+// One instruction set's way to compute. Results depend on the variant in their last bits; within one variant a row's
+// result is the same whatever the other rows hold, however many they are, and however the work is cut.
+struct Kernels4 {
+    int64_t group;        // values decoded at a time; padded_k is a multiple
+    int64_t value_bytes;  // of a value of x, and of a decoded weight
+    // Row `row` of args->x, converted and in the variant's order of values, padded with zeros.
+    void (*load_x)(const hb_linear4_args& args, int64_t row, int64_t padded_k, void* out);
+    // All of x against weight rows [begin, end) in units of kWeightRows. Scratch: tile, absmax and sums of one thread.
+    void (*run)(const Job4& job, int64_t begin, int64_t end, char* scratch);
+};
 
-// sums[r][n] = row r of x (float32, padded_k apart) times weight row n; 1 to kActivationRows rows of x.
-void multiply_fused(int64_t rows, const float* x, int64_t padded_k, const FusedRows& weight,
-                    float (*sums)[kWeightRows]);
+extern const Kernels4 kLinear4Baseline;
+#ifdef __x86_64__
+extern const Kernels4 kLinear4Avx2;
+extern const Kernels4 kLinear4Avx512;
+extern const Kernels4 kLinear4Avx512Bf16;
+#endif
+
+// Scratch of one thread, in bytes; each part is a multiple of 64.
+struct Scratch4 {
+    int64_t tile_bytes;
+    int64_t absmax_bytes;  // of kWeightRows weight rows, as stored and side by side
+    int64_t row_bytes;     // one weight row as float32, for rows that do not begin with a block
+    int64_t sums_bytes;
+    int64_t bytes() const { return tile_bytes + absmax_bytes + row_bytes + sums_bytes; }
+};
+constexpr int64_t kMostTileRows = 32;  // weight rows in a tile, at most
+Scratch4 scratch4(const Job4& job, int64_t value_bytes);
 
 }  // namespace hb

@@ -1,14 +1,19 @@
 // The pool behind parallel_for: see pool.h for the promises.
 //
-// Workers sleep on `wake_` until the generation goes up; worker w then takes part w + 1 of the job (the caller takes
-// part 0) and the last one to finish wakes the caller. Started on first use, never stopped: the pool is leaked on
-// purpose, so that no thread is joined while the process is ending.
+// A job is cut into a few pieces more than threads; whoever is free takes the next one, so that a thread that the
+// system holds up costs a piece and not a share. A worker is handed a job by a pointer of its own, which it clears when
+// it is done; before it sleeps it looks for the next job for a while (kPatience), because the layers of a model follow
+// each other by some ten microseconds and waking a thread takes as long. Started on first use, never stopped: the pool
+// is leaked on purpose, so that no thread is joined while the process is ending.
 #include "pool.h"
 
 #include <pthread.h>
 #include <signal.h>
 
+#include <atomic>
+#include <chrono>
 #include <condition_variable>
+#include <deque>
 #include <mutex>
 #include <system_error>
 #include <thread>
@@ -17,85 +22,130 @@ namespace hb {
 
 namespace {
 
+constexpr std::chrono::microseconds kPatience(100);
+constexpr int64_t kPiecesPerThread = 4;
+
+void breathe() {
+#if defined(__x86_64__)
+    __builtin_ia32_pause();
+#else
+    std::this_thread::yield();
+#endif
+}
+
+// Whether `is_so` came true while it was watched for.
+template <typename Condition>
+bool watch(const Condition& is_so) {
+    const auto end = std::chrono::steady_clock::now() + kPatience;
+    do {
+        for (int i = 0; i < 64; ++i) {
+            if (is_so()) return true;
+            breathe();
+        }
+    } while (std::chrono::steady_clock::now() < end);
+    return false;
+}
+
+class Job {
+  public:
+    Job(int64_t threads, int64_t count, RangeBody body, const void* context)
+        : body_(body), context_(context), count_(count), piece_(count / (threads * kPiecesPerThread) + 1) {}
+
+    // Takes pieces until there are none; `part` is the thread's own.
+    void work(int64_t part) {
+        for (;;) {
+            const int64_t begin = next_.fetch_add(piece_, std::memory_order_relaxed);
+            if (begin >= count_) return;
+            body_(context_, part, begin, begin + piece_ < count_ ? begin + piece_ : count_);
+        }
+    }
+
+  private:
+    const RangeBody body_;
+    const void* const context_;
+    const int64_t count_, piece_;
+    std::atomic<int64_t> next_{0};
+};
+
+class Worker {
+  public:
+    // The caller's side: `job` stays alive until is_idle().
+    void hand(Job* job) {
+        {
+            std::lock_guard<std::mutex> lock(mutex_);
+            job_.store(job, std::memory_order_release);
+        }
+        changed_.notify_all();
+    }
+    bool is_idle() const { return job_.load(std::memory_order_acquire) == nullptr; }
+    void wait_until_idle() {
+        if (watch([this] { return is_idle(); })) return;
+        std::unique_lock<std::mutex> lock(mutex_);
+        changed_.wait(lock, [this] { return is_idle(); });
+    }
+
+    // The thread's side.
+    void work(int64_t part) {
+        for (;;) {
+            if (!watch([this] { return !is_idle(); })) {
+                std::unique_lock<std::mutex> lock(mutex_);
+                changed_.wait(lock, [this] { return !is_idle(); });
+            }
+            job_.load(std::memory_order_acquire)->work(part);
+            {
+                std::lock_guard<std::mutex> lock(mutex_);
+                job_.store(nullptr, std::memory_order_release);
+            }
+            changed_.notify_all();
+        }
+    }
+
+  private:
+    std::mutex mutex_;
+    std::condition_variable changed_;
+    std::atomic<Job*> job_{nullptr};
+};
+
 class Pool {
   public:
-    void run(int64_t parts, int64_t count, RangeBody body, const void* context) {
+    void run(int64_t threads, int64_t count, RangeBody body, const void* context) {
         std::unique_lock<std::mutex> turn(turn_, std::try_to_lock);
         if (!turn.owns_lock()) {
             body(context, 0, 0, count);
             return;
         }
-        parts = grow_to(parts - 1) + 1;
-        {
-            std::lock_guard<std::mutex> lock(state_);
-            job_ = {body, context, parts, count};
-            unfinished_ = parts - 1;
-            ++generation_;
-        }
-        if (parts > 1) wake_.notify_all();
-        run_part(job_, 0);
-        std::unique_lock<std::mutex> lock(state_);
-        done_.wait(lock, [this] { return unfinished_ == 0; });
+        const size_t helpers = grow_to(static_cast<size_t>(threads - 1));
+        Job job(static_cast<int64_t>(helpers) + 1, count, body, context);
+        for (size_t i = 0; i < helpers; ++i) workers_[i].hand(&job);
+        job.work(0);
+        for (size_t i = 0; i < helpers; ++i) workers_[i].wait_until_idle();
     }
 
   private:
-    struct Job {
-        RangeBody body;
-        const void* context;
-        int64_t parts;
-        int64_t count;
-    };
-
-    static void run_part(const Job& job, int64_t part) {
-        const int64_t share = job.count / job.parts;
-        const int64_t longer = job.count % job.parts;  // the first `longer` parts have one more
-        const int64_t begin = part * share + (part < longer ? part : longer);
-        const int64_t end = begin + share + (part < longer ? 1 : 0);
-        if (begin < end) job.body(job.context, part, begin, end);
-    }
-
     // Starts workers until there are `wanted`; returns how many can be used (fewer when the system gives no more).
-    int64_t grow_to(int64_t wanted) {
+    size_t grow_to(size_t wanted) {
+        if (workers_.size() >= wanted) return wanted;
         // Workers never handle the process's signals: those belong to the threads that asked for them.
         sigset_t every, before;
         sigfillset(&every);
         pthread_sigmask(SIG_BLOCK, &every, &before);
         try {
-            while (workers_ < wanted) {
-                std::thread(&Pool::work, this, workers_).detach();
-                ++workers_;
+            while (workers_.size() < wanted) {
+                workers_.emplace_back();
+                Worker* const worker = &workers_.back();
+                const int64_t part = static_cast<int64_t>(workers_.size());
+                std::thread([worker, part] { worker->work(part); }).detach();
             }
         } catch (const std::system_error&) {
-            wanted = workers_;
+            workers_.pop_back();
+            wanted = workers_.size();
         }
         pthread_sigmask(SIG_SETMASK, &before, nullptr);
         return wanted;
     }
 
-    void work(int64_t worker) {
-        uint64_t seen = 0;
-        for (;;) {
-            Job job{};
-            {
-                std::unique_lock<std::mutex> lock(state_);
-                wake_.wait(lock, [&] { return generation_ != seen; });
-                seen = generation_;
-                job = job_;
-            }
-            if (worker + 1 >= job.parts) continue;
-            run_part(job, worker + 1);
-            std::lock_guard<std::mutex> lock(state_);
-            if (--unfinished_ == 0) done_.notify_one();
-        }
-    }
-
-    std::mutex turn_;   // held by the caller whose job is running
-    std::mutex state_;  // guards everything below but workers_, which only the holder of turn_ touches
-    std::condition_variable wake_, done_;
-    Job job_{};
-    int64_t unfinished_ = 0;
-    uint64_t generation_ = 0;
-    int64_t workers_ = 0;
+    std::mutex turn_;             // held by the caller whose job is running; guards workers_
+    std::deque<Worker> workers_;  // a deque never moves what it holds
 };
 
 Pool* pool = nullptr;

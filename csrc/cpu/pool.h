@@ -1,12 +1,12 @@
-// One small pool of persistent threads for the whole process. Not a scheduler: work is cut into equal parts, once.
+// One small pool of persistent threads for the whole process. Not a scheduler: one job at a time.
 #pragma once
 
 #include <stdint.h>
 
 namespace hb {
 
-// Calls body(context, part, begin, end) for consecutive ranges that make up [0, count), at most `threads` of them at a
-// time; `part` is below `threads` and no two running calls share it. Returns when all are done.
+// Calls body(context, part, begin, end) for ranges that make up [0, count), a few more than `threads`, at most
+// `threads` at a time; `part` is below `threads` and no two running calls share it. Returns when all are done.
 //
 // Any thread may call. While one caller holds the pool, others run their whole range themselves (part 0), so several
 // callers never wait for each other and never oversubscribe the machine. A forked child starts with a fresh pool.

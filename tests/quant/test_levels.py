@@ -1,51 +1,88 @@
-"""The kernels written for one instruction set give the same bits as the ones that run anywhere."""
+"""Every instruction set level that this machine has: honest sums, the same 8-bit results to the bit, rows that do not
+depend on their company. Each level runs in a process of its own, since a process decides once."""
 
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from quant import formats
+from quant import native
+from quant.errors import NativeError
 
-DIGEST = """
-import hashlib, sys, torch
-from quant import ops
-torch.set_num_threads(1)
-generator = torch.Generator().manual_seed(int(sys.argv[1]))
+LEVELS = native.levels(native.kernels("cpu").library)
+
+CHECKS = """
+import hashlib, itertools, sys, torch
+from quant import formats, native, ops, reference
+from tests.quant.operands import Weight4
+level, seed = sys.argv[1], int(sys.argv[2])
+assert native.kernels("cpu").level == level
+generator = torch.Generator().manual_seed(seed)
+shapes = ((4, 16), (5, 64), (33, 96), (8, 48), (70, 512), (7, 130), (12, 2048), (3, 4096), (9, 65), (37, 4480))
+for quant_type, blocksize, nested in itertools.product(formats.FOUR_BIT, (32, 64, 256), (None, 256)):
+    for shape in shapes:
+        weight = Weight4.random(shape, quant_type, blocksize, nested, generator)
+        dense = weight.dense().double()
+        for dtype in (torch.float32, torch.bfloat16):
+            x = torch.randn(19, shape[1], generator=generator).to(dtype)
+            together = ops.linear_4bit(x, *weight.arguments())
+            for rows in (1, 2, 3, 5, 6, 7, 8, 13):
+                assert torch.equal(ops.linear_4bit(x[:rows], *weight.arguments()), together[:rows]), (shape, rows)
+            exact = x.double() @ dense.t()
+            size = x.double().abs() @ dense.abs().t()
+            error = (together.double() - exact).abs()
+            if dtype == torch.float32:
+                assert (error <= 4e-7 * size).all(), (shape, float((error / size).max()))
+            else:  # no further than dequantizing to bfloat16 with float32 sums
+                baseline = (x.float() @ weight.dense(dtype).float().t()).to(dtype).double()
+                allowed = (baseline - exact).abs() + exact.abs() * torch.finfo(dtype).eps + 4e-7 * size
+                assert (error <= allowed).all(), shape
 digest = hashlib.sha256()
-for quant_type in sys.argv[2].split(","):
-    for blocksize in (32, 64, 256):
-        for N, K in ((4, 16), (5, 64), (33, 96), (8, 48), (64, 512), (7, 130), (12, 2048)):
-            weight = torch.randn(N, K, generator=generator)
-            packed, absmax = ops.quantize_4bit(weight, quant_type, blocksize)
-            codes, nested, offset = ops.quantize_absmax(absmax, 256)
-            for M in (1, 2, 3, 4, 5, 8, 9):
-                x = torch.randn(M, K, generator=generator)
-                for statistics in ((absmax,), (codes, nested, offset)):
-                    first, *rest = statistics
-                    out = ops.linear_4bit(x, packed, first, quant_type, blocksize, [N, K], *rest)
-                    assert torch.isfinite(out).all()
-                    digest.update(out.numpy().tobytes())
-print(digest.hexdigest())
+shapes8 = ((1, 1), (7, 33), (33, 250), (70, 512), (3, 70000))
+for shape, rows, dtype in itertools.product(shapes8, (1, 3, 9), (torch.float32, torch.bfloat16)):
+    CB = torch.randint(-128, 128, shape, generator=generator, dtype=torch.int8)
+    SCB = torch.rand(shape[0], generator=generator)
+    x = (torch.randn(rows, shape[1], generator=generator) * 3).to(dtype)
+    for threshold, outliers in itertools.product((0.0, 6.0, 0.5), ("value", "batch")):
+        out = ops.linear_8bit(x, CB, SCB, threshold, outliers)
+        if shape[1] < 1000:
+            assert torch.equal(out, reference.linear_8bit(x, CB, SCB, threshold, outliers)), (shape, threshold)
+        digest.update(out.float().numpy().tobytes())
+print("digest", digest.hexdigest())
 """
 
 
-CPUINFO = Path("/proc/cpuinfo")
+def run_at(level: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    environment = os.environ | {native.LEVEL_VARIABLE: level}
+    command = [sys.executable, "-c", CHECKS, level, *arguments]
+    root = Path(__file__).parents[2]
+    return subprocess.run(command, capture_output=True, text=True, check=False, env=environment, cwd=root)
 
 
-@pytest.mark.skipif(
-    not CPUINFO.is_file() or "avx512f" not in CPUINFO.read_text(), reason="this CPU has no variant beside the baseline"
-)
-def test_the_avx512_kernel_equals_the_baseline_to_the_bit() -> None:
+def test_every_level_is_right_and_the_8bit_results_agree() -> None:
     seed = str(int.from_bytes(os.urandom(4), "little"))
+    digests = {}
+    for level in LEVELS:
+        result = run_at(level, seed)
+        assert result.returncode == 0, f"level {level}, seed {seed}: {result.stderr}"
+        digests[level] = result.stdout
+    assert len(set(digests.values())) == 1, f"seed {seed}: {digests}"
 
-    def digest(level: dict[str, str]) -> str:
-        environment = {key: value for key, value in os.environ.items() if key != "HALFBYTE_CPU_LEVEL"} | level
-        command = [sys.executable, "-c", DIGEST, seed, ",".join(formats.FOUR_BIT)]
-        return subprocess.run(command, capture_output=True, text=True, check=True, env=environment).stdout
 
-    assert digest({}) == digest({"HALFBYTE_CPU_LEVEL": "baseline"}), f"seed {seed}"
+@pytest.mark.skipif(native.LEVEL_VARIABLE in os.environ, reason=f"{native.LEVEL_VARIABLE} is set")
+def test_the_widest_level_runs_where_nothing_else_is_asked_for() -> None:
+    assert native.kernels("cpu").level == LEVELS[-1]
+
+
+@pytest.mark.parametrize("level", ["none", "", "amx2"])
+def test_an_unknown_level_is_refused_with_what_is_accepted(level: str) -> None:
+    result = run_at(level, "0")
+    assert NativeError.__name__ in result.stderr
+    assert re.search(
+        rf"HALFBYTE_CPU_LEVEL is '{level}'; accepted on this machine are {', '.join(LEVELS)}", result.stderr
+    )

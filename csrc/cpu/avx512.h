@@ -1,0 +1,24 @@
+// What the AVX-512 variants of several operators share. Included only by files compiled for AVX-512.
+#pragma once
+
+#include <immintrin.h>
+
+#include "clones.h"
+
+namespace hb {
+
+namespace {
+
+// Four sums of sixteen lanes -> four numbers, in one fixed tree: neighbours, pairs, then the four quarters.
+HB_INLINE void add_lanes_of_four(const __m512* sums, float* out) {
+    const __m512 ab = _mm512_add_ps(_mm512_unpacklo_ps(sums[0], sums[1]), _mm512_unpackhi_ps(sums[0], sums[1]));
+    const __m512 cd = _mm512_add_ps(_mm512_unpacklo_ps(sums[2], sums[3]), _mm512_unpackhi_ps(sums[2], sums[3]));
+    const __m512 quarters =
+        _mm512_add_ps(_mm512_shuffle_ps(ab, cd, 0x44), _mm512_shuffle_ps(ab, cd, 0xee));  // a b c d, four times
+    const __m256 halves = _mm256_add_ps(_mm512_castps512_ps256(quarters), _mm512_extractf32x8_ps(quarters, 1));
+    _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(halves), _mm256_extractf128_ps(halves, 1)));
+}
+
+}  // namespace
+
+}  // namespace hb

@@ -1,0 +1,39 @@
+// The 4-bit matmul for AVX-512: sixteen lanes of float32, and the whole table in one register. Sixteen bytes, widened
+// to 32-bit lanes, are looked up as they are for their low codes (the lookup heeds four bits) and shifted for their
+// high.
+#include "avx512.h"
+#include "formats.h"
+#include "linear4_kernel.h"
+
+namespace hb {
+
+namespace {
+
+struct Avx512 {
+    using Value = float;
+    using Vector = __m512;
+    using Sum = __m512;
+    using Table = __m512;
+    static constexpr int64_t kGroup = 32;
+    static constexpr int kRows = 6;
+
+    static HB_INLINE float value(float x) { return x; }
+    static HB_INLINE Vector zero() { return _mm512_setzero_ps(); }
+    static HB_INLINE Vector load(const float* values) { return _mm512_loadu_ps(values); }
+    static HB_INLINE void store(float* to, Vector values) { _mm512_storeu_ps(to, values); }
+    static HB_INLINE Vector dot(Vector sum, Vector a, Vector b) { return _mm512_fmadd_ps(a, b, sum); }
+    static HB_INLINE Table table(const float* values) { return _mm512_loadu_ps(values); }
+    static HB_INLINE Table scaled(Table base, float absmax) { return _mm512_mul_ps(base, _mm512_set1_ps(absmax)); }
+    static HB_INLINE void decode(const uint8_t* bytes, Table table, Vector& high, Vector& low) {
+        const __m512i pairs = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(bytes)));
+        high = _mm512_permutexvar_ps(_mm512_srli_epi32(pairs, 4), table);
+        low = _mm512_permutexvar_ps(pairs, table);
+    }
+    static HB_INLINE void add_lanes(const Sum* sums, float* out) { add_lanes_of_four(sums, out); }
+};
+
+}  // namespace
+
+const Kernels4 kLinear4Avx512 = linear4_kernels<Avx512>();
+
+}  // namespace hb

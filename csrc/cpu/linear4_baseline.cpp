@@ -1,0 +1,50 @@
+// The 4-bit matmul in portable C++: four lanes, which compilers map to whatever the processor has.
+#include "formats.h"
+#include "linear4_kernel.h"
+
+namespace hb {
+
+namespace {
+
+struct Baseline {
+    using Value = float;
+    using Vector = float __attribute__((vector_size(16), may_alias, aligned(4)));
+    using Sum = Vector;
+    struct Table {
+        float at[16];
+    };
+    static constexpr int64_t kGroup = 8;
+    static constexpr int kRows = 2;
+
+    static HB_INLINE float value(float x) { return x; }
+    static HB_INLINE Vector zero() { return Vector{}; }
+    static HB_INLINE Vector load(const float* values) { return *reinterpret_cast<const Vector*>(values); }
+    static HB_INLINE void store(float* to, Vector values) { *reinterpret_cast<Vector*>(to) = values; }
+    static HB_INLINE Vector dot(Vector sum, Vector a, Vector b) { return sum + a * b; }
+
+    static HB_INLINE Table table(const float* values) {
+        Table made;
+        memcpy(made.at, values, sizeof made.at);
+        return made;
+    }
+    static HB_INLINE Table scaled(const Table& base, float absmax) {
+        Table made;
+        for (int i = 0; i < 16; ++i) made.at[i] = base.at[i] * absmax;
+        return made;
+    }
+    static HB_INLINE void decode(const uint8_t* bytes, const Table& table, Vector& high, Vector& low) {
+        for (int i = 0; i < 4; ++i) {
+            high[i] = table.at[bytes[i] >> 4];
+            low[i] = table.at[bytes[i] & 15];
+        }
+    }
+    static HB_INLINE void add_lanes(const Vector* sums, float* out) {
+        for (int n = 0; n < kWeightRows; ++n) out[n] = (sums[n][0] + sums[n][2]) + (sums[n][1] + sums[n][3]);
+    }
+};
+
+}  // namespace
+
+const Kernels4 kLinear4Baseline = linear4_kernels<Baseline>();
+
+}  // namespace hb

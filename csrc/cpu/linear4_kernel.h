@@ -1,0 +1,289 @@
+// The 4-bit matmul, written once for every instruction set: each linear4_<level>.cpp includes this file once, compiled
+// for its level, and brings an Isa: the vector type and a dozen operations on it.
+//
+// Everything is a dot product of a row of x with a row of the weight, both in the order in which codes are decoded. A
+// byte holds two codes, so a group of 2 V codes gives the V values of its high nibbles and the V of its low ones:
+//
+//     codes      c0 c1 c2 c3 ...      group decoded   [ c0 c2 c4 ... | c1 c3 c5 ... ]     x is kept the same way
+//
+// Values are dtype(table[code] * absmax), the checkpoint's own contract: not the values are scaled but, once a block,
+// the sixteen entries of the table.
+//
+// Few rows of x: decoded vectors go from register to register (`few`). Many: a tile of weight rows is decoded into the
+// cache and meets all of x, up to six by four sums at a time (`many`). The sum of one row and one column is
+// added up in the same order both ways: over the groups in each lane, then over the lanes in one fixed tree.
+//
+// Everything is in an unnamed namespace and calls nothing inline from shared headers but HB_INLINE functions: the
+// linker must not choose code compiled for one level for another.
+#pragma once
+
+#include <stdint.h>
+#include <string.h>
+
+#include "clones.h"
+#include "decode4.h"
+#include "floats.h"
+#include "halfbyte.h"
+#include "linear4.h"
+
+namespace hb {
+
+namespace {
+
+template <typename Isa>
+struct Linear4 {
+    using Value = typename Isa::Value;
+    using Vector = typename Isa::Vector;
+    using Sum = typename Isa::Sum;
+    using Table = typename Isa::Table;
+
+    static constexpr int64_t kGroup = Isa::kGroup;
+    static constexpr int64_t kHalf = kGroup / 2;  // values in a vector
+    static constexpr int kRows = Isa::kRows;      // rows of x that meet kWeightRows weight rows in registers, at most
+    // Values of a row that are worked on before the next rows: x and the tile then stay in the first cache.
+    static constexpr int64_t kStretch = 2048 / static_cast<int64_t>(sizeof(Value));
+    static constexpr int64_t kPrefetchBytes = 6144;
+
+    static HB_INLINE Table table_of(int64_t format) {
+        return Isa::table(format == HB_NF4 ? kNf4Values.at : kFp4Values.at);
+    }
+
+    // `count` values -> whole groups in decoded order, the rest zero.
+    static void regroup(const float* values, int64_t count, int64_t padded, Value* out) {
+        for (int64_t k = 0; k < padded; k += kGroup) {
+            for (int64_t i = 0; i < kHalf; ++i) {
+                const int64_t even = k + 2 * i, odd = even + 1;
+                out[k + i] = Isa::value(even < count ? values[even] : 0.0f);
+                out[k + kHalf + i] = Isa::value(odd < count ? values[odd] : 0.0f);
+            }
+        }
+    }
+
+    static void load_x(const hb_linear4_args& a, int64_t row, int64_t padded_k, void* out) {
+        float piece[kGroup * 8];
+        Value* to = static_cast<Value*>(out);
+        for (int64_t k = 0; k < padded_k; k += kGroup * 8) {
+            const int64_t padded = padded_k - k < kGroup * 8 ? padded_k - k : kGroup * 8;
+            const int64_t left = a.K - k, count = left < padded ? (left < 0 ? 0 : left) : padded;
+            load_floats(a.x, a.x_dtype, row * a.K + k, count, piece);
+            regroup(piece, count, padded, to + k);
+        }
+    }
+
+    // --- sums of one micro-tile: Rows rows of x, kWeightRows weight rows ------------------------------------------
+
+    template <int Rows>
+    struct Sums {
+        Sum at[Rows][kWeightRows];
+
+        HB_INLINE void clear() {
+            for (int r = 0; r < Rows; ++r) {
+                for (int n = 0; n < kWeightRows; ++n) at[r][n] = Isa::zero();
+            }
+        }
+        // out[r * stride + n]
+        HB_INLINE void add_lanes(float* out, int64_t stride) const {
+            for (int r = 0; r < Rows; ++r) Isa::add_lanes(at[r], out + r * stride);
+        }
+    };
+
+    // --- few rows of x --------------------------------------------------------------------------------------------
+
+    // Weight rows n .. n + 3, each beginning with a block, against Rows rows of x. absmax: float32 [blocks, 4].
+    template <int Rows>
+    static void few(const Job4& job, int64_t n, const float* absmax, float* out, int64_t stride) {
+        const hb_linear4_args& a = *job.args;
+        const Table base = table_of(a.format);
+        const size_t row_bytes = static_cast<size_t>(a.K) / 2, block_bytes = static_cast<size_t>(a.blocksize) / 2;
+        const uint8_t* const packed = a.packed + static_cast<size_t>(n) * row_bytes;
+        const Value* const x = static_cast<const Value*>(job.x);
+        // The rows lie one behind the other: what is ahead is fetched in the order of memory, not of use.
+        const uint8_t* fetched = packed + (kPrefetchBytes / (kWeightRows * row_bytes) + 1) * kWeightRows * row_bytes;
+        Sums<Rows> sums;
+        sums.clear();
+        for (size_t at = 0; at < row_bytes; absmax += kWeightRows) {
+            Table tables[kWeightRows];
+            for (int i = 0; i < kWeightRows; ++i) tables[i] = Isa::scaled(base, absmax[i]);
+            const size_t end = at + block_bytes;
+            for (; at < end; at += kGroup / 2) {
+                for (int64_t i = 0; i < kGroup / 2 * kWeightRows; i += 64, fetched += 64) __builtin_prefetch(fetched);
+                for (int i = 0; i < kWeightRows; ++i) {
+                    Vector high, low;
+                    Isa::decode(packed + static_cast<size_t>(i) * row_bytes + at, tables[i], high, low);
+                    for (int r = 0; r < Rows; ++r) {
+                        const Value* const some = x + r * job.stride + 2 * at;
+                        sums.at[r][i] = Isa::dot(sums.at[r][i], Isa::load(some), high);
+                        sums.at[r][i] = Isa::dot(sums.at[r][i], Isa::load(some + kHalf), low);
+                    }
+                }
+            }
+        }
+        sums.add_lanes(out, stride);
+    }
+
+    // --- many rows of x -------------------------------------------------------------------------------------------
+
+    // Values [begin, end) of Rows rows of x and of the tile, added to sums that are kept from one stretch to the next.
+    template <int Rows>
+    static HB_NOINLINE void stretch(const Value* x, const Value* tile, int64_t stride, int64_t count,
+                                    Sums<Rows>& kept) {
+        Sums<Rows> sums = kept;
+        for (int64_t k = 0; k < count; k += kHalf) {
+            Vector weights[kWeightRows];
+            for (int n = 0; n < kWeightRows; ++n) weights[n] = Isa::load(tile + n * stride + k);
+            for (int r = 0; r < Rows; ++r) {
+                const Vector values = Isa::load(x + r * stride + k);
+                for (int n = 0; n < kWeightRows; ++n) sums.at[r][n] = Isa::dot(sums.at[r][n], values, weights[n]);
+            }
+        }
+        kept = sums;
+    }
+
+    // Rows rows of x against the whole tile -> out[r * kMostTileRows + n].
+    template <int Rows>
+    static void many(const Job4& job, const Value* x, const Value* tile, int64_t tile_rows, float* out) {
+        Sums<Rows> sums[kMostTileRows / kWeightRows];
+        const int64_t quads = (tile_rows + kWeightRows - 1) / kWeightRows;
+        for (int64_t quad = 0; quad < quads; ++quad) sums[quad].clear();
+        for (int64_t k = 0; k < job.padded_k; k += kStretch) {
+            const int64_t count = job.padded_k - k < kStretch ? job.padded_k - k : kStretch;
+            for (int64_t quad = 0; quad < quads; ++quad) {
+                stretch<Rows>(x + k, tile + quad * kWeightRows * job.stride + k, job.stride, count, sums[quad]);
+            }
+        }
+        for (int64_t quad = 0; quad < quads; ++quad) sums[quad].add_lanes(out + quad * kWeightRows, kMostTileRows);
+    }
+
+    // --- decoding into a tile -------------------------------------------------------------------------------------
+
+    // Weight row n, which begins with a block, one vector after another.
+    static void decode_aligned(const hb_linear4_args& a, int64_t n, const float* absmax, Value* out) {
+        const Table base = table_of(a.format);
+        const uint8_t* packed = a.packed + n * (a.K / 2);
+        for (int64_t k = 0; k < a.K; ++absmax) {
+            const Table table = Isa::scaled(base, *absmax);
+            for (const int64_t end = k + a.blocksize; k < end; k += kGroup) {
+                Vector high, low;
+                Isa::decode(packed + k / 2, table, high, low);
+                Isa::store(out + k, high);
+                Isa::store(out + k + kHalf, low);
+            }
+        }
+    }
+
+    // Weight row n, wherever it begins and its blocks end, by way of float32 values in the natural order.
+    static void decode_anyhow(const Job4& job, int64_t n, const float* absmax, float* values, Value* out) {
+        const hb_linear4_args& a = *job.args;
+        decode4(pair_table(a.format), a.packed, absmax, a.blocksize, n * a.K, a.K, values);
+        regroup(values, a.K, job.padded_k, out);
+    }
+
+    static HB_INLINE bool is_aligned(const hb_linear4_args& a) {
+        return a.K > 0 && a.K % a.blocksize == 0 && a.blocksize % kGroup == 0;
+    }
+
+    static void load_row_absmax(const hb_linear4_args& a, int64_t n, float* out) {
+        const AbsmaxSource source = {a.absmax, a.nested_absmax, a.offset, a.nested_blocksize};
+        const int64_t first = n * a.K / a.blocksize, last = ((n + 1) * a.K - 1) / a.blocksize;
+        load_absmax(source, first, last - first + 1, out);
+    }
+
+    // The same for rows n .. n + 3 that begin with a block, side by side: [blocks, 4].
+    static void load_absmax_of_four(const Job4& job, int64_t n, float* out) {
+        const hb_linear4_args& a = *job.args;
+        const int64_t blocks = a.K / a.blocksize;
+        float* const rows = out + kWeightRows * job.absmax_floats;
+        const AbsmaxSource source = {a.absmax, a.nested_absmax, a.offset, a.nested_blocksize};
+        load_absmax(source, n * blocks, kWeightRows * blocks, rows);
+        for (int64_t block = 0; block < blocks; ++block) {
+            for (int64_t i = 0; i < kWeightRows; ++i) out[block * kWeightRows + i] = rows[i * blocks + block];
+        }
+    }
+
+    // --- the whole: weight rows [begin, end) x kWeightRows --------------------------------------------------------
+
+    static void run(const Job4& job, int64_t begin, int64_t end, char* scratch) {
+        const hb_linear4_args& a = *job.args;
+        const Scratch4 parts = scratch4(job, sizeof(Value));
+        Value* const tile = reinterpret_cast<Value*>(scratch);
+        float* const absmax = reinterpret_cast<float*>(scratch + parts.tile_bytes);
+        float* const row_values = reinterpret_cast<float*>(scratch + parts.tile_bytes + parts.absmax_bytes);
+        float* const sums = reinterpret_cast<float*>(scratch + parts.tile_bytes + parts.absmax_bytes + parts.row_bytes);
+        const int64_t last = end * kWeightRows < a.N ? end * kWeightRows : a.N;
+        int64_t n = begin * kWeightRows;
+        if (job.rows <= kRows && is_aligned(a)) {
+            for (; n + kWeightRows <= last; n += kWeightRows) {
+                load_absmax_of_four(job, n, absmax);
+                few_rows(job, n, absmax, sums);
+                finish(job, 0, job.rows, n, kWeightRows, sums);
+            }
+        }
+        while (n < last) {
+            const int64_t columns = last - n < job.tile_rows ? last - n : job.tile_rows;
+            fill_tile(job, n, columns, absmax, row_values, tile);
+            for (int64_t row = 0, blocks = (job.rows + kRows - 1) / kRows; row < job.rows; --blocks) {
+                const int64_t together = (job.rows - row + blocks - 1) / blocks;  // evenly: 4 and 4 beat 6 and 2
+                many_rows(together, job, row, tile, columns, sums);
+                finish(job, row, together, n, columns, sums);
+                row += together;
+            }
+            n += columns;
+        }
+    }
+
+  private:
+    static void fill_tile(const Job4& job, int64_t n, int64_t columns, float* absmax, float* row_values, Value* tile) {
+        const hb_linear4_args& a = *job.args;
+        const int64_t padded = (columns + kWeightRows - 1) / kWeightRows * kWeightRows;
+        for (int64_t i = 0; i < padded; ++i) {
+            Value* const out = tile + i * job.stride;
+            if (i >= columns || a.K == 0) {
+                memset(static_cast<void*>(out), 0, static_cast<size_t>(job.padded_k) * sizeof(Value));
+                continue;
+            }
+            load_row_absmax(a, n + i, absmax);
+            if (is_aligned(a)) {
+                decode_aligned(a, n + i, absmax, out);
+            } else {
+                decode_anyhow(job, n + i, absmax, row_values, out);
+            }
+        }
+    }
+
+    template <int Rows = kRows>
+    static void few_rows(const Job4& job, int64_t n, const float* absmax, float* sums) {
+        if constexpr (Rows > 1) {
+            if (job.rows < Rows) return few_rows<Rows - 1>(job, n, absmax, sums);
+        }
+        few<Rows>(job, n, absmax, sums, kMostTileRows);
+    }
+
+    template <int Rows = kRows>
+    static void many_rows(int64_t rows, const Job4& job, int64_t row, const Value* tile, int64_t columns, float* sums) {
+        if constexpr (Rows > 1) {
+            if (rows < Rows) return many_rows<Rows - 1>(rows, job, row, tile, columns, sums);
+        }
+        many<Rows>(job, static_cast<const Value*>(job.x) + row * job.stride, tile, columns, sums);
+    }
+
+    // Bias and rounding: sums[r * kMostTileRows + i] -> out[first_row + row + r][n + i].
+    static void finish(const Job4& job, int64_t row, int64_t rows, int64_t n, int64_t columns, float* sums) {
+        const hb_linear4_args& a = *job.args;
+        for (int64_t r = 0; r < rows; ++r) {
+            float* const own = sums + r * kMostTileRows;
+            if (a.bias != nullptr) {
+                for (int64_t i = 0; i < columns; ++i) own[i] += load_float(a.bias, a.bias_dtype, n + i);
+            }
+            store_floats(own, columns, a.out, a.x_dtype, (job.first_row + row + r) * a.N + n);
+        }
+    }
+};
+
+template <typename Isa>
+constexpr Kernels4 linear4_kernels() {
+    return {Isa::kGroup, sizeof(typename Isa::Value), Linear4<Isa>::load_x, Linear4<Isa>::run};
+}
+
+}  // namespace
+
+}  // namespace hb

@@ -1,0 +1,51 @@
+// What linear8.cpp and its variants share: the job of one call, and the table of functions that each variant fills.
+#pragma once
+
+#include <stdint.h>
+
+#include "halfbyte.h"
+
+namespace hb {
+
+constexpr int64_t kQuad = 4;          // weight rows that meet the rows of x together
+constexpr int64_t kTileColumns = 32;  // weight rows, columns of the output, that are finished together
+constexpr int64_t kWord = 64;         // columns of x in one word of a mask of outliers
+constexpr int64_t kWords = 4;         // words whose columns of a tile are unpacked together
+
+// Rows of x, split into int8 codes and outliers, against the weight.
+struct Job8 {
+    const hb_linear8_args* args;
+    uint8_t* codes;                  // [rows, stride] as the variant keeps them
+    float* row_absmax;               // [rows]
+    uint64_t* outliers;              // [rows, words] bit k % 64 of word k / 64: column k is an outlier of the row
+    int32_t* counts;                 // [rows] outliers of each row
+    uint64_t* any_outlier;           // [words] columns that are an outlier of some row of this pass
+    const uint64_t* batch_outliers;  // [words] columns that count as outliers for all rows, or null
+    float threshold;                 // NaN, which no value reaches, where there is none
+    int64_t rows;                    // of x in this pass
+    int64_t first_row;               // the first one's place in args->x and args->out
+    int64_t stride;                  // bytes from one row of codes to the next
+    int64_t words;                   // of a mask
+};
+
+struct Kernels8 {
+    // Row first_row + `slot` of x into the job's codes, row_absmax and outliers. `values`: room for K floats.
+    void (*split_row)(const Job8& job, int64_t slot, float* values);
+    // Sets in `mask` the columns [begin, end) words x kWord that hold an outlier in any row of args->x.
+    void (*mark_columns)(const Job8& job, int64_t begin, int64_t end, uint64_t* mask);
+    // All rows of the job against weight rows [begin, end) in units of kTileColumns.
+    void (*run)(const Job8& job, int64_t begin, int64_t end, float* totals);
+};
+
+// Floats that `run` needs for one thread: the outlier terms of a tile, and its columns of kWords words.
+constexpr int64_t run_floats(int64_t rows) {
+    return (rows + kWords * kWord) * kTileColumns;
+}
+
+extern const Kernels8 kLinear8Baseline;
+#ifdef __x86_64__
+extern const Kernels8 kLinear8Avx2;
+extern const Kernels8 kLinear8Avx512;
+#endif
+
+}  // namespace hb
