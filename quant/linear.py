@@ -17,6 +17,7 @@ from transformers.pytorch_utils import Conv1D
 
 from quant import ops
 from quant.config import BitsAndBytesConfig
+from quant.direct import Direct, direct_4bit, direct_8bit, is_direct
 from quant.errors import CheckpointError, QuantConfigError, ShapeError
 from quant.state import NAMES_4BIT, NAMES_8BIT, Packed4bit, Packed8bit, PackedWeight, SecondLevel, flat_codes
 
@@ -48,6 +49,8 @@ class PackedLinear(nn.Linear):
 
     checkpoint_names: tuple[str, ...]
     """The names, without the layer's prefix, that its weight has in a state_dict."""
+    _direct: Direct | None = None
+    """The kernel's call with this layer's pointers, made by the first forward that may use it."""
     is_transposed_source = False
     """The layer stands for a Conv1D (GPT-2), whose unquantized files hold [in, out]."""
 
@@ -82,6 +85,30 @@ class PackedLinear(nn.Linear):
     def _packed_tensors(self) -> list[torch.Tensor]:
         """The tensors whose bits must survive every cast."""
         return [self.weight, *(buffer for buffer in self._buffers.values() if buffer is not None)]
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies and pickles: pointers stay behind."""
+        state = self.__dict__.copy()
+        state.pop("_direct", None)
+        return state
+
+    def _direct_call(self, statistics: str) -> Direct | None:
+        """The call with this layer's pointers, or None where a tensor lies elsewhere. Fast: no module attributes."""
+        weight, bias = self._parameters["weight"], self._parameters["bias"]
+        values = self._buffers[statistics]
+        direct = self._direct
+        if weight is None or values is None:
+            return None
+        if direct is None or not direct.fits(weight, values, bias):
+            tensors = (weight, bias, *self._buffers.values())
+            if any(tensor is not None and not tensor.is_cpu for tensor in tensors):
+                return None
+            direct = self._direct = self._make_direct()
+        return direct
+
+    @abstractmethod
+    def _make_direct(self) -> Direct | None:
+        """The call, all tensors being on a CPU; None where there is none."""
 
     def _misfit(self, packed: PackedWeight) -> CheckpointError:
         return CheckpointError(
@@ -267,6 +294,37 @@ class Linear4bit(PackedLinear):
         )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if is_direct(x):
+            direct = self._direct_call("absmax")
+            if direct is not None:
+                given, compute_dtype = x.dtype, self.compute_dtype
+                if given is compute_dtype:
+                    return direct(x)
+                return direct(x.to(compute_dtype)).to(given)
+        return self._dispatched(x)
+
+    def _make_direct(self) -> Direct | None:
+        """None also for a file with a table of its own, which the kernel does not know."""
+        if self.nested_quant_map is not None:
+            return None
+        if self.weight.dtype != self.quant_storage:
+            raise self._cast()
+        shape = (self.out_features, self.in_features)
+        codes = flat_codes(self.weight.detach(), shape[0] * shape[1])
+        return direct_4bit(
+            self.weight,
+            codes,
+            self.absmax,
+            self.quant_type,
+            self.blocksize,
+            shape,
+            self.nested_absmax,
+            self.nested_offset,
+            self.nested_blocksize or 1,
+            self.bias,
+        )
+
+    def _dispatched(self, x: torch.Tensor) -> torch.Tensor:
         if self.weight.dtype != self.quant_storage:
             raise self._cast()
         absmax, nested_absmax, offset = self.absmax, self.nested_absmax, self.nested_offset
@@ -302,6 +360,8 @@ class Linear8bit(PackedLinear):
 
     checkpoint_names = NAMES_8BIT
     SCB: torch.Tensor
+    _direct_options: tuple[float, str] | None = None
+    """The threshold and the outlier rule that the direct call was made with."""
 
     def __init__(
         self,
@@ -381,7 +441,17 @@ class Linear8bit(PackedLinear):
                 x, self.weight, self.bias, self.threshold, self.outliers
             )
             return result
+        if is_direct(x):
+            if self._direct_options != (self.threshold, self.outliers):
+                self._direct = None
+            direct = self._direct_call("SCB")
+            if direct is not None:
+                return direct(x)
         return ops.linear_8bit(x, self.weight, self.SCB, self.threshold, self.outliers, self.bias)
+
+    def _make_direct(self) -> Direct | None:
+        self._direct_options = (self.threshold, self.outliers)
+        return direct_8bit(self.weight, self.SCB, self.threshold, self.outliers, self.bias)
 
     def extra_repr(self) -> str:
         main = ", has_fp16_weight" if self.has_fp16_weight else ""

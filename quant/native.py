@@ -203,7 +203,7 @@ class Kernels:
             raise NativeError(f"{entry} in the {self.device_type} library refused: {self.status_text(status)}")
 
     def quantize_4bit(self, x: torch.Tensor, quant_type: str, blocksize: int) -> tuple[torch.Tensor, torch.Tensor]:
-        x = _ready(x)
+        x = ready(x)
         count = x.numel()
         packed = torch.empty(formats.packed_bytes(count), dtype=torch.uint8, device=x.device)
         absmax = torch.empty(formats.block_count(count, blocksize), dtype=torch.float32, device=x.device)
@@ -229,7 +229,7 @@ class Kernels:
         shape: Sequence[int],
         dtype: torch.dtype,
     ) -> torch.Tensor:
-        packed, absmax = _ready(packed), _ready(absmax)
+        packed, absmax = ready(packed), ready(absmax)
         out = torch.empty(list(shape), dtype=dtype, device=packed.device)
         self.call(
             "hb_dequantize4",
@@ -247,7 +247,7 @@ class Kernels:
     def quantize_absmax(
         self, absmax: torch.Tensor, nested_blocksize: int
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        absmax = _ready(absmax)
+        absmax = ready(absmax)
         blocks = absmax.numel()
         offset = reference.mean_absmax(absmax)
         codes = torch.empty(blocks, dtype=torch.uint8, device=absmax.device)
@@ -268,7 +268,7 @@ class Kernels:
     def dequantize_absmax(
         self, codes: torch.Tensor, nested_absmax: torch.Tensor, offset: torch.Tensor, nested_blocksize: int
     ) -> torch.Tensor:
-        codes, nested_absmax, offset = _ready(codes), _ready(nested_absmax), _ready(offset)
+        codes, nested_absmax, offset = ready(codes), ready(nested_absmax), ready(offset)
         absmax = torch.empty(codes.numel(), dtype=torch.float32, device=codes.device)
         self.call(
             "hb_dequantize_absmax",
@@ -295,8 +295,8 @@ class Kernels:
         nested_blocksize: int,
         bias: torch.Tensor | None,
     ) -> torch.Tensor:
-        x, packed, absmax = _ready(x), _ready(packed), _ready(absmax)
-        nested_absmax, offset, bias = _ready_or_none(nested_absmax), _ready_or_none(offset), _ready_or_none(bias)
+        x, packed, absmax = ready(x), ready(packed), ready(absmax)
+        nested_absmax, offset, bias = ready_or_none(nested_absmax), ready_or_none(offset), ready_or_none(bias)
         N, K = shape
         out = torch.empty([*x.shape[:-1], N], dtype=x.dtype, device=x.device)
         self.call(
@@ -321,7 +321,7 @@ class Kernels:
         return out
 
     def quantize_8bit(self, w: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        w = _ready(w)
+        w = ready(w)
         N, K = w.shape
         CB = torch.empty((N, K), dtype=torch.int8, device=w.device)
         SCB = torch.empty(N, dtype=torch.float32, device=w.device)
@@ -329,7 +329,7 @@ class Kernels:
         return CB, SCB
 
     def dequantize_8bit(self, CB: torch.Tensor, SCB: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        CB, SCB = _ready(CB), _ready(SCB)
+        CB, SCB = ready(CB), ready(SCB)
         N, K = CB.shape
         out = torch.empty((N, K), dtype=dtype, device=CB.device)
         self.call("hb_dequantize8", CB.device, codes=CB, absmax=SCB, N=N, K=K, out=out, out_dtype=DTYPE_CODES[dtype])
@@ -344,7 +344,7 @@ class Kernels:
         outliers: str,
         bias: torch.Tensor | None,
     ) -> torch.Tensor:
-        x, CB, SCB, bias = _ready(x), _ready(CB), _ready(SCB), _ready_or_none(bias)
+        x, CB, SCB, bias = ready(x), ready(CB), ready(SCB), ready_or_none(bias)
         N, K = CB.shape
         out = torch.empty([*x.shape[:-1], N], dtype=x.dtype, device=x.device)
         self.call(
@@ -374,11 +374,12 @@ def _rows(x: torch.Tensor) -> int:
     return rows
 
 
-def _ready(tensor: torch.Tensor) -> torch.Tensor:
+def ready(tensor: torch.Tensor) -> torch.Tensor:
     """Contiguous and aligned to its element, as the C interface asks (a tensor mapped from a file may be neither)."""
     tensor = tensor.contiguous()
     return tensor if tensor.data_ptr() % tensor.element_size() == 0 else tensor.clone()
 
 
-def _ready_or_none(tensor: torch.Tensor | None) -> torch.Tensor | None:
-    return None if tensor is None else _ready(tensor)
+def ready_or_none(tensor: torch.Tensor | None) -> torch.Tensor | None:
+    """The same for a tensor that may be missing."""
+    return None if tensor is None else ready(tensor)

@@ -1,0 +1,195 @@
+"""A packed layer's matmul called straight, for inference on a CPU: what torch's dispatcher costs is left out.
+
+torch.library and ctypes with checked keyword arguments take some 30 microseconds a call, as long as a small product
+itself. Here a layer's pointers are checked and filled into the argument struct once; a call copies the struct, adds x
+and the output, and goes. `Direct.fits` says whether the tensors are still the ones whose pointers it holds. Only for
+calls that nothing traces and nobody differentiates (`is_direct`); everything else goes through ops.py, with the same
+result. Not here: what is computed (csrc), the operators (ops.py).
+"""
+
+from __future__ import annotations
+
+import ctypes
+import threading
+from typing import Any, Final
+
+import torch
+
+from quant import arguments, native
+from quant.errors import ShapeError
+
+_ROW_COUNTS_KEPT: Final = 64
+
+
+def is_direct(x: torch.Tensor) -> bool:
+    """Whether this call may leave out torch's dispatcher: a plain CPU tensor, no gradients, no tracing."""
+    return (
+        type(x) is torch.Tensor
+        and x.is_cpu
+        and not torch.is_grad_enabled()
+        and not torch.compiler.is_compiling()
+        and torch._C._len_torch_dispatch_stack() == 0
+    )
+
+
+class Workspace(threading.local):
+    """Scratch memory of one thread, as large as its largest call so far."""
+
+    def __init__(self) -> None:
+        self._tensor = torch.empty(0, dtype=torch.uint8)
+
+    def at_least(self, size: int) -> int:
+        """The address of at least `size` bytes."""
+        if self._tensor.numel() < size:
+            with torch.inference_mode(False):
+                self._tensor = torch.empty(size, dtype=torch.uint8, device="cpu")
+        return self._tensor.data_ptr()
+
+    @property
+    def nbytes(self) -> int:
+        return self._tensor.nbytes
+
+
+WORKSPACE: Final = Workspace()
+"""What direct calls of the calling thread work in."""
+
+
+class Direct:
+    """One weight's matmul, ready to be called with activations [..., K]."""
+
+    def __init__(
+        self,
+        entry: str,
+        shape: tuple[int, int],
+        weight: torch.Tensor,
+        statistics: torch.Tensor,
+        bias: torch.Tensor | None,
+        **fields: Any,
+    ) -> None:
+        """`fields` fill the argument struct of `entry` as native.Kernels.call does; checked by whoever calls this.
+
+        `weight` and `statistics` are the tensors that the layer holds, whose replacement makes this call stale.
+        """
+        kernels = native.kernels("cpu")
+        self._function = getattr(kernels.library, entry)
+        self._workspace_function = getattr(kernels.library, f"{entry}_workspace")
+        self._check_status = kernels.check_status
+        self._entry = entry
+        self._struct = native.STRUCTS[entry]
+        self._rows, self._columns = shape
+        pointers = {
+            name: value.data_ptr() if isinstance(value, torch.Tensor) else value for name, value in fields.items()
+        }
+        template = self._struct(N=shape[0], K=shape[1], **pointers)
+        if bias is not None:
+            template.bias = bias.data_ptr()
+            template.bias_dtype = native.DTYPE_CODES[bias.dtype]
+        template.call.struct_bytes = ctypes.sizeof(self._struct)
+        self._template = template
+        self._tensors = tuple(value for value in fields.values() if isinstance(value, torch.Tensor))  # kept alive
+        self._weight, self._statistics, self._bias = weight, statistics, bias
+        self._addresses = (weight.data_ptr(), 0 if bias is None else bias.data_ptr())
+        self._workspace_bytes: dict[tuple[int, torch.dtype, int], int] = {}
+
+    def fits(self, weight: torch.Tensor, statistics: torch.Tensor, bias: torch.Tensor | None) -> bool:
+        """Whether these are the tensors that the call was made for, where they were."""
+        return (
+            weight is self._weight
+            and statistics is self._statistics
+            and bias is self._bias
+            and self._addresses == (weight.data_ptr(), 0 if bias is None else bias.data_ptr())
+        )
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """x [..., K] float32, float16 or bfloat16 -> [..., N]. Raises ShapeError."""
+        K = self._columns
+        if x.dim() == 0 or x.shape[-1] != K or x.dtype not in native.DTYPE_CODES:
+            arguments.check_linear(x, (self._rows, K), None, x)
+        if not x.is_contiguous() or x.data_ptr() % x.element_size():
+            x = native.ready(x)
+        out = x.new_empty((*x.shape[:-1], self._rows))
+        M = x.numel() // K if K else out.numel() // max(self._rows, 1)
+        args = self._struct.from_buffer_copy(self._template)
+        args.x, args.x_dtype, args.M, args.out = x.data_ptr(), native.DTYPE_CODES[x.dtype], M, out.data_ptr()
+        call = args.call
+        call.threads = threads = min(torch.get_num_threads(), native.MAX_THREADS)
+        size = self._workspace_bytes.get((M, x.dtype, threads))
+        if size is None:
+            size = self._needed(args, (M, x.dtype, threads))
+        call.workspace, call.workspace_bytes = WORKSPACE.at_least(size), size
+        status = self._function(ctypes.byref(args))
+        if status:
+            self._check_status(self._entry, status)
+        return out
+
+    def _needed(self, args: ctypes.Structure, key: tuple[int, torch.dtype, int]) -> int:
+        needed = ctypes.c_int64()
+        self._check_status(self._entry, self._workspace_function(ctypes.byref(args), ctypes.byref(needed)))
+        if len(self._workspace_bytes) >= _ROW_COUNTS_KEPT:
+            self._workspace_bytes.clear()
+        self._workspace_bytes[key] = needed.value
+        return needed.value
+
+
+def direct_4bit(
+    weight: torch.Tensor,
+    packed: torch.Tensor,
+    absmax: torch.Tensor,
+    quant_type: str,
+    blocksize: int,
+    shape: tuple[int, int],
+    nested_absmax: torch.Tensor | None,
+    offset: torch.Tensor | None,
+    nested_blocksize: int,
+    bias: torch.Tensor | None,
+) -> Direct:
+    """ops.linear_4bit on this weight, `weight` as the layer holds it. Raises ShapeError as it does."""
+    arguments.check_format(quant_type, blocksize)
+    count = arguments.element_count(shape)
+    arguments.check_statistics(packed, absmax, blocksize, count, nested_absmax, offset, nested_blocksize)
+    _check_bias(bias, shape, packed)
+    return Direct(
+        "hb_linear4",
+        shape,
+        weight,
+        absmax,
+        bias,
+        packed=native.ready(packed),
+        format=native.FORMAT_CODES[quant_type],
+        blocksize=blocksize,
+        absmax=native.ready(absmax),
+        nested_absmax=native.ready_or_none(nested_absmax),
+        offset=native.ready_or_none(offset),
+        nested_blocksize=nested_blocksize,
+    )
+
+
+def direct_8bit(
+    CB: torch.Tensor,
+    SCB: torch.Tensor,
+    threshold: float,
+    outliers: str,
+    bias: torch.Tensor | None,
+) -> Direct:
+    """ops.linear_8bit on this weight. Raises ShapeError as it does."""
+    arguments.check_int8(CB, SCB)
+    arguments.check_outliers(threshold, outliers)
+    shape = (CB.shape[0], CB.shape[1])
+    _check_bias(bias, shape, CB)
+    return Direct(
+        "hb_linear8",
+        shape,
+        CB,
+        SCB,
+        bias,
+        codes=native.ready(CB),
+        absmax=native.ready(SCB),
+        threshold=threshold,
+        outlier_rule=native.OUTLIER_CODES[outliers],
+    )
+
+
+def _check_bias(bias: torch.Tensor | None, shape: tuple[int, int], weight: torch.Tensor) -> None:
+    arguments.check_linear(torch.empty(0, shape[1]), shape, bias, weight)
+    if bias is not None and not bias.is_contiguous():
+        raise ShapeError(f"bias has strides {list(bias.stride())}; it must be contiguous")

@@ -1,0 +1,136 @@
+"""Calls past torch's dispatcher: the same bits as through it, never with a pointer that has gone stale."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import copy
+import pickle
+
+import pytest
+import torch
+from torch import nn
+
+from quant import BitsAndBytesConfig, Linear4bit, Linear8bit
+from quant.direct import Direct, is_direct
+from quant.errors import ShapeError
+from quant.linear import PackedLinear
+
+CONFIGS = {
+    "nf4": BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4"),
+    "fp4-dq-bf16": BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=torch.bfloat16
+    ),
+    "nf4-stored-as-bf16": BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_quant_storage=torch.bfloat16
+    ),
+    "int8": BitsAndBytesConfig(load_in_8bit=True),
+    "int8-batch": BitsAndBytesConfig(load_in_8bit=True, llm_int8_outliers="batch", llm_int8_threshold=1.0),
+}
+
+
+def make(name: str, bias: bool = True) -> PackedLinear:
+    config = CONFIGS[name]
+    kind = Linear8bit if config.load_in_8bit else Linear4bit
+    return kind.from_float(nn.Linear(130, 70, bias=bias), config)
+
+
+def dispatched(layer: PackedLinear, x: torch.Tensor) -> torch.Tensor:
+    """Through torch.library: gradients are enabled, so nothing is left out."""
+    with torch.enable_grad():
+        assert not is_direct(x)
+        return layer(x).detach()
+
+
+@pytest.fixture(autouse=True)
+def inference() -> object:
+    with torch.no_grad():
+        yield
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_the_bits_are_the_dispatched_ones(name: str, bias: bool, dtype: torch.dtype) -> None:
+    layer = make(name, bias)
+    for shape in [(130,), (1, 130), (3, 5, 130), (0, 130), (300, 130)]:
+        x = (torch.randn(shape) * 3).to(dtype)
+        assert is_direct(x)
+        out = layer(x)
+        assert isinstance(layer._direct, Direct)
+        assert out.dtype == dtype
+        assert torch.equal(out, dispatched(layer, x)), shape
+        spread = torch.stack([x, x], dim=-1)[..., 0]  # neither contiguous
+        assert torch.equal(layer(spread), out)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_no_columns_give_the_bias(name: str) -> None:
+    config = CONFIGS[name]
+    layer = (Linear8bit if config.load_in_8bit else Linear4bit)(0, 70, nn.Parameter(torch.randn(70)), config=config)
+    assert torch.equal(layer(torch.empty(4, 0)), layer.bias.expand(4, -1))
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_replaced_tensor_is_noticed(name: str) -> None:
+    layer, other = make(name), make(name)
+    x = torch.randn(2, 130)
+    wanted = other(x)
+    layer(x)
+    layer.load_state_dict(other.state_dict())
+    assert torch.equal(layer(x), wanted)
+    layer.load_state_dict(make(name).state_dict(), assign=True)
+    layer(x)
+    layer.load_state_dict(other.state_dict(), assign=True)
+    assert torch.equal(layer(x), wanted)
+    assert layer.bias is not None
+    layer.bias = nn.Parameter(torch.zeros(70))
+    assert torch.equal(layer(x), dispatched(layer, x))
+    layer.bias.data = torch.ones(70, dtype=torch.bfloat16)
+    assert torch.equal(layer(x), dispatched(layer, x))
+    layer.half()
+    assert torch.equal(layer(x), dispatched(layer, x))
+    layer.to("meta")
+    assert layer(torch.empty(2, 130, device="meta")).is_meta
+
+
+def test_changed_options_are_noticed() -> None:
+    layer = make("int8")
+    x = torch.randn(2, 130) * 5
+    layer(x)
+    layer.threshold, layer.outliers = 1.0, "batch"
+    assert torch.equal(layer(x), dispatched(layer, x))
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_copies_and_pickles_leave_pointers_behind(name: str) -> None:
+    layer = make(name)
+    x = torch.randn(2, 130)
+    wanted = layer(x)
+    for twin in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):  # noqa: S301 - what this test has made
+        assert twin._direct is None
+        assert torch.equal(twin(x), wanted)
+        assert twin._direct is not layer._direct
+
+
+def test_bad_input_is_refused_in_a_sentence() -> None:
+    layer = make("nf4")
+    layer(torch.randn(1, 130))
+    with pytest.raises(ShapeError, match="last size must be 130"):
+        layer(torch.randn(1, 131))
+    with pytest.raises(ShapeError, match="float32, float16 and bfloat16"):
+        make("int8")(torch.zeros(1, 130, dtype=torch.int64))
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_threads_share_a_layer(name: str) -> None:
+    layer = make(name)
+    inputs = [torch.randn(rows, 130) for rows in (1, 2, 40, 3) * 25]
+    wanted = [layer(x) for x in inputs]
+
+    def run(x: torch.Tensor) -> torch.Tensor:
+        with torch.no_grad():  # a mode of each thread
+            return layer(x)
+
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(run, inputs))
+    assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
