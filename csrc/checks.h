@@ -182,7 +182,7 @@ inline hb_status check(const hb_dequantize8_args* a) {
 inline hb_status check_linear8_shape(const hb_linear8_args* a) {
     HB_REQUIRE(check_call(a == nullptr ? nullptr : &a->call, sizeof *a));
     HB_REQUIRE(check_dtype(a->x_dtype));
-    const bool known_rule = a->outlier_rule == HB_OUTLIERS_VALUE || a->outlier_rule == HB_OUTLIERS_BATCH;
+    const bool known_rule = a->outlier_rule >= HB_OUTLIERS_VALUE && a->outlier_rule <= HB_OUTLIERS_ALL;
     HB_REQUIRE(fail_unless(known_rule && a->threshold >= 0, HB_BAD_OPTION));
     int64_t count = 0;
     HB_REQUIRE(check_shape(a->M, a->K, &count));

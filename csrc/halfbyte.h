@@ -25,7 +25,7 @@ extern "C" {
 #define HB_API __attribute__((visibility("default")))
 
 /* Goes up with every change of a struct, a code or a meaning in this file. */
-#define HB_ABI_VERSION 1
+#define HB_ABI_VERSION 2
 /* Required alignment of a workspace. */
 #define HB_WORKSPACE_ALIGNMENT 64
 /* The largest number of elements that any tensor may have. */
@@ -57,8 +57,9 @@ enum {
 enum { HB_FLOAT32 = 0, HB_FLOAT16 = 1, HB_BFLOAT16 = 2 };
 /* 4-bit formats. */
 enum { HB_NF4 = 0, HB_FP4 = 1 };
-/* Who decides that an activation is an outlier: the value alone, or its column over all M rows. */
-enum { HB_OUTLIERS_VALUE = 0, HB_OUTLIERS_BATCH = 1 };
+/* Who decides that an activation is an outlier: the value alone, or its column over all M rows; or all of them are, so
+ * that no activation is rounded and the weight alone is in 8 bits. */
+enum { HB_OUTLIERS_VALUE = 0, HB_OUTLIERS_BATCH = 1, HB_OUTLIERS_ALL = 2 };
 /* Tables that hb_table copies out. */
 enum {
     HB_TABLE_NF4 = 0,              /* [16] */
@@ -179,7 +180,8 @@ typedef struct hb_dequantize8_args {
 HB_API hb_status hb_dequantize8(const hb_dequantize8_args* args);
 
 /* LLM.int8(): out[M,N] = x[M,K] * W[N,K]^T + bias, W in int8. Values with |x| >= threshold meet the dequantized weight
- * in float32 in column order; the others are rounded to int8 per row and multiplied exactly. */
+ * in float32 in column order; the others are rounded to int8 per row and multiplied exactly. With HB_OUTLIERS_ALL the
+ * sums are float32 in an order of the kernel's own, and the weight's scale comes last. */
 typedef struct hb_linear8_args {
     hb_call call;
     const void* x;        /* [M, K] */
@@ -190,7 +192,7 @@ typedef struct hb_linear8_args {
     const int8_t* codes;  /* [N, K] "CB" */
     const float* absmax;  /* [N] "SCB" */
     double threshold;     /* 0: no outliers; must not be negative or NaN */
-    int64_t outlier_rule; /* HB_OUTLIERS_VALUE or HB_OUTLIERS_BATCH */
+    int64_t outlier_rule; /* HB_OUTLIERS_VALUE, HB_OUTLIERS_BATCH or HB_OUTLIERS_ALL */
     const void* bias;     /* [N] or null */
     int64_t bias_dtype;   /* dtype of bias; ignored without bias */
     void* out;            /* out [M, N] in x_dtype */

@@ -13,8 +13,9 @@ import torch
 from quant import formats
 from quant.errors import ShapeError
 
-OUTLIER_RULES = ("value", "batch")
-"""Who decides that an activation is an outlier of LLM.int8(): the value alone, or its column over all rows."""
+OUTLIER_RULES = ("value", "batch", "all")
+"""Who decides that an activation is an outlier of LLM.int8(): the value alone, or its column over all rows; or all of
+them are, so that none is rounded and the weight alone is in 8 bits."""
 
 
 def check_values(name: str, tensor: torch.Tensor) -> None:
@@ -133,6 +134,6 @@ def check_int8(CB: torch.Tensor, SCB: torch.Tensor) -> None:
 def check_outliers(threshold: float, outliers: str) -> None:
     """The outlier rule of LLM.int8()."""
     if outliers not in OUTLIER_RULES:
-        raise ShapeError(f"outliers is {outliers!r}; accepted are {' and '.join(map(repr, OUTLIER_RULES))}.")
+        raise ShapeError(f"outliers is {outliers!r}; accepted are {', '.join(map(repr, OUTLIER_RULES))}.")
     if not threshold >= 0:
         raise ShapeError(f"threshold is {threshold}; accepted are 0 (no outliers) and any positive number.")

@@ -20,11 +20,11 @@ import torch
 from quant import formats, reference
 from quant.errors import NativeError
 
-ABI_VERSION: Final = 1
+ABI_VERSION: Final = 2
 MAX_THREADS: Final = 1024
 DTYPE_CODES: Final = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 FORMAT_CODES: Final = {"nf4": 0, "fp4": 1}
-OUTLIER_CODES: Final = {"value": 0, "batch": 1}
+OUTLIER_CODES: Final = {"value": 0, "batch": 1, "all": 2}
 TABLE_CODES: Final = {
     "nf4": 0,
     "fp4": 1,

@@ -164,7 +164,8 @@ def linear_8bit(
     Activations with |x| >= threshold (0: none) are outliers and meet the dequantized weight in float32, added up in
     column order; the others are rounded to int8 against their row's largest ordinary value and multiplied exactly.
     outliers: "value" decides for each value alone, so that rows do not see each other; "batch" takes every column that
-    holds an outlier in any row, as bitsandbytes does. bias: [N]. Returns [..., N] in x's dtype, rounded once.
+    holds an outlier in any row, as bitsandbytes does; "all" rounds no activation, whatever the threshold: the weight
+    alone is in 8 bits, and float32 sums are in an order of the kernel's own. bias: [N]. Returns [..., N] in x's dtype, rounded once.
     Gradients flow to x and bias. Raises ShapeError.
     """
     return cast(torch.Tensor, torch.ops.halfbyte.linear_8bit(x, CB, SCB, threshold, outliers, bias))

@@ -117,8 +117,13 @@ def linear_8bit(
     outliers: str,
     bias: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """LLM.int8(): an exact int8 product of the ordinary values plus float32 outlier terms, column by column."""
+    """LLM.int8(): an exact int8 product of the ordinary values plus float32 outlier terms, column by column; or, with
+    outliers="all", the float32 product with the dequantized weight."""
     rows = x.reshape(-1, x.shape[-1]).float()
+    if outliers == "all":
+        out = (rows @ CB.float().t()) * (SCB / _int8_max(SCB))
+        out = out if bias is None else out + bias.float()
+        return out.to(x.dtype).view(*x.shape[:-1], CB.shape[0])
     is_outlier = rows.abs() >= threshold if threshold > 0 else torch.zeros_like(rows, dtype=torch.bool)
     row_absmax = _row_absmax(rows.masked_fill(is_outlier, 0.0))
     if outliers == "batch":

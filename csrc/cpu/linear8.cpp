@@ -8,6 +8,7 @@
 #include <math.h>
 
 #include "checks.h"
+#include "decoded.h"
 #include "level.h"
 #include "pool.h"
 
@@ -65,6 +66,12 @@ void split_rows(const Job8& job, const Layout& layout, int64_t threads) {
     }
 }
 
+DecodedCall decoded_call(const hb_linear8_args& a) {
+    const AbsmaxSource absmax = {a.absmax, nullptr, nullptr, 1};
+    const DecodedWeight weight = {reinterpret_cast<const uint8_t*>(a.codes), 0, a.K, absmax};
+    return {a.x, a.x_dtype, a.M, a.N, a.K, weight, a.bias, a.bias_dtype, a.out};
+}
+
 }  // namespace
 
 }  // namespace hb
@@ -73,7 +80,8 @@ extern "C" hb_status hb_linear8_workspace(const hb_linear8_args* args, int64_t* 
     using namespace hb;
     HB_REQUIRE(check_linear8_shape(args));
     HB_REQUIRE(check_tensor(bytes, 1, sizeof *bytes));
-    *bytes = Layout(*args).end;
+    *bytes = args->outlier_rule == HB_OUTLIERS_ALL ? decoded_workspace(decoded_call(*args), true, args->call.threads)
+                                                   : Layout(*args).end;
     return HB_OK;
 }
 
@@ -82,6 +90,12 @@ extern "C" hb_status hb_linear8(const hb_linear8_args* args) {
     HB_REQUIRE(check(args));
     const hb_linear8_args& a = *args;
     if (a.M == 0 || a.N == 0) return HB_OK;
+    if (a.outlier_rule == HB_OUTLIERS_ALL) {
+        const DecodedCall call = decoded_call(a);
+        HB_REQUIRE(check_workspace(a.call, decoded_workspace(call, true, a.call.threads)));
+        run_decoded(call, true, a.call.threads, a.call.workspace);
+        return HB_OK;
+    }
     const Layout layout(a);
     HB_REQUIRE(check_workspace(a.call, layout.end));
 

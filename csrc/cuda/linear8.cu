@@ -24,12 +24,13 @@ struct Layout {
           end(mask_at + round_up(a.K, HB_WORKSPACE_ALIGNMENT)) {}
 };
 
-// Which values of x are outliers. mask is null for the value rule; no value compares with a NaN threshold.
+// Which values of x are outliers. mask is null but for the batch rule; no value compares with a NaN threshold.
 struct Rule {
     float threshold;
     const uint8_t* mask;
+    bool all;
 
-    __device__ bool by_value(float value) const { return fabsf(value) >= threshold; }
+    __device__ bool by_value(float value) const { return all || fabsf(value) >= threshold; }
     __device__ bool holds(float value, int64_t column) const {
         return by_value(value) || (mask != nullptr && mask[column] != 0);
     }
@@ -124,7 +125,7 @@ extern "C" hb_status hb_linear8(const hb_linear8_args* args) {
     uint8_t* const mask = reinterpret_cast<uint8_t*>(base + layout.mask_at);
     const float threshold = a.threshold > 0 ? static_cast<float>(a.threshold) : nanf("");
     const bool by_column = a.outlier_rule == HB_OUTLIERS_BATCH;
-    const Rule rule = {threshold, by_column ? mask : nullptr};
+    const Rule rule = {threshold, by_column ? mask : nullptr, a.outlier_rule == HB_OUTLIERS_ALL};
     constexpr int threads = kWarpsPerBlock * kWarp;
     with_dtype(a.x_dtype, [&](auto type) {
         using T = decltype(type);

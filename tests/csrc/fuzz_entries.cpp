@@ -165,7 +165,7 @@ void run_with_workspace(Input& input, Args& args, Tensors& tensors, hb_status (*
 void fuzz_quantize4(Input& input) {
     Tensors tensors(input);
     auto args = start<hb_quantize4_args>(input);
-    args.x_dtype = input.option(3), args.n = input.size(), args.format = input.option(2);
+    args.x_dtype = input.option(3), args.n = input.size(), args.format = input.option(3);
     args.blocksize = input.blocksize();
     args.x = tensors.in<void>(args.n, element_bytes(args.x_dtype));
     args.packed = tensors.out<uint8_t>((static_cast<__int128>(args.n) + 1) / 2, 1);
@@ -176,7 +176,7 @@ void fuzz_quantize4(Input& input) {
 void fuzz_dequantize4(Input& input) {
     Tensors tensors(input);
     auto args = start<hb_dequantize4_args>(input);
-    args.out_dtype = input.option(3), args.n = input.size(), args.format = input.option(2);
+    args.out_dtype = input.option(3), args.n = input.size(), args.format = input.option(3);
     args.blocksize = input.blocksize();
     args.packed = tensors.in<uint8_t>((static_cast<__int128>(args.n) + 1) / 2, 1);
     args.absmax = tensors.in<float>(blocks_of(args.n, args.blocksize), 4);
@@ -259,7 +259,7 @@ void fuzz_linear8(Input& input) {
     Tensors tensors(input);
     auto args = start<hb_linear8_args>(input);
     args.x_dtype = input.option(3), args.M = input.size(), args.N = input.size(), args.K = input.size();
-    args.outlier_rule = input.option(2);
+    args.outlier_rule = input.option(3);
     args.threshold = input.any<uint8_t>() % 4 == 0 ? input.any<double>() : input.any<uint8_t>() / 32.0;
     args.codes = tensors.in<int8_t>(args.N < 0 ? -1 : static_cast<__int128>(args.N) * args.K, 1);
     args.absmax = tensors.in<float>(args.N, 4);

@@ -187,7 +187,8 @@ TEST(unknown_choices_are_refused) {
     REFUSED(quantize_absmax, a.nested_blocksize = 0, HB_BAD_BLOCKSIZE);
     REFUSED(dequantize_absmax, a.nested_blocksize = -256, HB_BAD_BLOCKSIZE);
     REFUSED(linear4, (a.bias = a.x, a.bias_dtype = 7), HB_BAD_DTYPE);
-    REFUSED(linear8, a.outlier_rule = 2, HB_BAD_OPTION);
+    REFUSED(linear8, a.outlier_rule = 3, HB_BAD_OPTION);
+    REFUSED(linear8, a.outlier_rule = -1, HB_BAD_OPTION);
     REFUSED(linear8, a.threshold = -1.0, HB_BAD_OPTION);
     REFUSED(linear8, a.threshold = std::numeric_limits<double>::quiet_NaN(), HB_BAD_OPTION);
 }

@@ -92,6 +92,37 @@ TEST(llm_int8_follows_its_definition) {
     }
 }
 
+TEST(weights_alone_in_int8_follow_their_definition) {
+    const int64_t shapes[][3] = {{1, 1, 1}, {1, 3, 64}, {2, 5, 33}, {7, 9, 256}, {300, 4, 100}};
+    for (const auto& [M, N, K] : shapes) {
+        const Weight w(N, K);
+        const std::vector<float> x = normal_values(M * K);
+        std::vector<float> out = poisoned<float>(M * N);
+        auto args = args_with<hb_linear8_args>(any_of({1, 3}));
+        args.x = x.data(), args.M = M, args.N = N, args.K = K, args.codes = w.codes.data();
+        args.absmax = w.absmax.data(), args.threshold = 6.0, args.outlier_rule = HB_OUTLIERS_ALL;
+        args.out = out.data();
+        int64_t bytes = -1;
+        EXPECT(hb_linear8_workspace(&args, &bytes) == HB_OK, "workspace");
+        const Workspace workspace(bytes);
+        workspace.give_to(args.call);
+        EXPECT(hb_linear8(&args) == HB_OK, "M %d N %d K %d", (int)M, (int)N, (int)K);
+        for (int64_t m = 0; m < M; ++m) {
+            for (int64_t n = 0; n < N; ++n) {
+                double want = 0, size = 0;
+                for (int64_t k = 0; k < K; ++k) {
+                    const double product = static_cast<double>(x[static_cast<size_t>(m * K + k)]) *
+                                           w.codes[static_cast<size_t>(n * K + k)] * w.absmax[static_cast<size_t>(n)] /
+                                           127.0;
+                    want += product, size += std::fabs(product);
+                }
+                const double error = std::fabs(out[static_cast<size_t>(m * N + n)] - want);
+                EXPECT(error <= 1e-6 * size, "out[%d, %d] %g off by %g", (int)m, (int)n, want, error);
+            }
+        }
+    }
+}
+
 TEST(long_rows_do_not_overflow) {
     const int64_t K = 300000;  // 127 * 127 * K is beyond an int32
     std::vector<int8_t> codes(static_cast<size_t>(K), 127);

@@ -84,7 +84,7 @@ def test_dtypes_by_name(name: str | torch.dtype) -> None:
         ({"llm_int8_skip_modules": "lm_head"}, ["llm_int8_skip_modules is 'lm_head'", "list"]),
         ({"llm_int8_skip_modules": [""]}, ["llm_int8_skip_modules is ['']"]),
         ({"llm_int8_skip_modules": ["h.("]}, ["'h.('", "regular expression"]),
-        ({"llm_int8_outliers": "column"}, ["llm_int8_outliers is 'column'", "value", "batch"]),
+        ({"llm_int8_outliers": "column"}, ["llm_int8_outliers is 'column'", "value", "batch", "all"]),
         ({"bnb_4bit_blocksize": 128, "nonsense": 1}, ["bnb_4bit_blocksize", "nonsense", "accepted"]),
         ({"bnb_4bit_blocksize": 65}, ["bnb_4bit_blocksize is 65", "32, 64, 128"]),
         ({"bnb_4bit_blocksize": True}, ["bnb_4bit_blocksize is True"]),

@@ -37,11 +37,21 @@ for quant_type, blocksize, nested in itertools.product(formats.FOUR_BIT, (32, 64
             size = x.double().abs() @ dense.abs().t()
             error = (together.double() - exact).abs()
             if dtype == torch.float32:
-                assert (error <= 4e-7 * size).all(), (shape, float((error / size).max()))
+                assert (error <= 6e-7 * size).all(), (shape, float((error / size).max()))
             else:  # no further than dequantizing to bfloat16 with float32 sums
                 baseline = (x.float() @ weight.dense(dtype).float().t()).to(dtype).double()
-                allowed = (baseline - exact).abs() + exact.abs() * torch.finfo(dtype).eps + 4e-7 * size
+                allowed = (baseline - exact).abs() + exact.abs() * torch.finfo(dtype).eps + 1e-6 * size
                 assert (error <= allowed).all(), shape
+for shape, dtype in itertools.product(((5, 64), (33, 250), (12, 2048)), (torch.float32, torch.bfloat16)):
+    CB = torch.randint(-128, 128, shape, generator=generator, dtype=torch.int8)
+    SCB = torch.rand(shape[0], generator=generator)
+    x = torch.randn(9, shape[1], generator=generator).to(dtype)
+    dense = CB.double() * SCB.double()[:, None] / 127
+    out = ops.linear_8bit(x, CB, SCB, 0.0, "all").double()
+    exact, size = x.double() @ dense.t(), x.double().abs() @ dense.abs().t()
+    assert ((out - exact).abs() <= exact.abs() * torch.finfo(dtype).eps + 6e-7 * size).all(), shape
+    for rows in (1, 2, 4, 7):
+        assert torch.equal(ops.linear_8bit(x[:rows], CB, SCB, 0.0, "all").double(), out[:rows])
 digest = hashlib.sha256()
 shapes8 = ((1, 1), (7, 33), (33, 250), (70, 512), (3, 70000))
 for shape, rows, dtype in itertools.product(shapes8, (1, 3, 9), (torch.float32, torch.bfloat16)):

@@ -1,9 +1,9 @@
-// The 4-bit matmul for AVX-512: sixteen lanes of float32, and the whole table in one register. Sixteen bytes, widened
+// Decoded weights for AVX-512: sixteen lanes of float32, and the whole table in one register. Sixteen bytes, widened
 // to 32-bit lanes, are looked up as they are for their low codes (the lookup heeds four bits) and shifted for their
 // high.
 #include "avx512.h"
+#include "decoded_kernel.h"
 #include "formats.h"
-#include "linear4_kernel.h"
 
 namespace hb {
 
@@ -14,6 +14,7 @@ struct Avx512 {
     using Vector = __m512;
     using Sum = __m512;
     using Table = __m512;
+    static constexpr bool kIsInt8 = false;
     static constexpr int64_t kGroup = 32;
     static constexpr int kRows = 6;
 
@@ -32,8 +33,20 @@ struct Avx512 {
     static HB_INLINE void add_lanes(const Sum* sums, float* out) { add_lanes_of_four(sums, out); }
 };
 
+// An int8 code is a value; its vectors keep the natural order.
+struct Avx512Int8 : Avx512 {
+    static constexpr bool kIsInt8 = true;
+    static HB_INLINE Vector widen(const uint8_t* bytes) {
+        return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(bytes))));
+    }
+    static HB_INLINE void decode(const uint8_t* bytes, Table, Vector& first, Vector& second) {
+        first = widen(bytes);
+        second = widen(bytes + 16);
+    }
+};
+
 }  // namespace
 
-const Kernels4 kLinear4Avx512 = linear4_kernels<Avx512>();
+const DecodedVariants kDecodedAvx512 = {decoded_kernels<Avx512>(), decoded_kernels<Avx512Int8>()};
 
 }  // namespace hb

@@ -1,6 +1,6 @@
-// The 4-bit matmul in portable C++: four lanes, which compilers map to whatever the processor has.
+// Decoded weights in portable C++: four lanes, which compilers map to whatever the processor has.
+#include "decoded_kernel.h"
 #include "formats.h"
-#include "linear4_kernel.h"
 
 namespace hb {
 
@@ -13,6 +13,7 @@ struct Baseline {
     struct Table {
         float at[16];
     };
+    static constexpr bool kIsInt8 = false;
     static constexpr int64_t kGroup = 8;
     static constexpr int kRows = 2;
 
@@ -43,8 +44,19 @@ struct Baseline {
     }
 };
 
+// An int8 code is a value; its vectors keep the natural order.
+struct BaselineInt8 : Baseline {
+    static constexpr bool kIsInt8 = true;
+    static HB_INLINE void decode(const uint8_t* bytes, const Table&, Vector& first, Vector& second) {
+        for (int i = 0; i < 4; ++i) {
+            first[i] = static_cast<float>(static_cast<int8_t>(bytes[i]));
+            second[i] = static_cast<float>(static_cast<int8_t>(bytes[i + 4]));
+        }
+    }
+};
+
 }  // namespace
 
-const Kernels4 kLinear4Baseline = linear4_kernels<Baseline>();
+const DecodedVariants kDecodedBaseline = {decoded_kernels<Baseline>(), decoded_kernels<BaselineInt8>()};
 
 }  // namespace hb

@@ -1,11 +1,11 @@
-// The 4-bit matmul of bfloat16 activations for AVX-512 with BF16: 32 weights a lookup, 32 products an instruction.
+// Decoded weights against bfloat16 activations for AVX-512 with BF16: 32 weights a lookup, 32 products an instruction.
 //
 // The table, scaled by absmax and rounded to bfloat16, holds its sixteen entries twice: the lookup of 16-bit lanes
 // heeds five bits of each byte, and the fifth belongs to the other code. Sums are float32; the products' instruction
 // takes subnormal values as zeros.
 #include "avx512.h"
+#include "decoded_kernel.h"
 #include "formats.h"
-#include "linear4_kernel.h"
 
 namespace hb {
 
@@ -16,6 +16,7 @@ struct Avx512Bf16 {
     using Vector = __m512i;
     using Sum = __m512;
     using Table = __m512;  // float32 as made by table(), bfloat16 twice as made by scaled()
+    static constexpr bool kIsInt8 = false;
     static constexpr int64_t kGroup = 64;
     static constexpr int kRows = 6;
 
@@ -37,8 +38,20 @@ struct Avx512Bf16 {
     static HB_INLINE void add_lanes(const Sum* sums, float* out) { add_lanes_of_four(sums, out); }
 };
 
+// An int8 code is a value, exact in bfloat16; its vectors keep the natural order.
+struct Avx512Bf16Int8 : Avx512Bf16 {
+    static constexpr bool kIsInt8 = true;
+    static HB_INLINE __m512 widen(const uint8_t* bytes) {
+        return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(bytes))));
+    }
+    static HB_INLINE void decode(const uint8_t* bytes, Table, Vector& first, Vector& second) {
+        first = (__m512i)_mm512_cvtne2ps_pbh(widen(bytes + 16), widen(bytes));
+        second = (__m512i)_mm512_cvtne2ps_pbh(widen(bytes + 48), widen(bytes + 32));
+    }
+};
+
 }  // namespace
 
-const Kernels4 kLinear4Avx512Bf16 = linear4_kernels<Avx512Bf16>();
+const DecodedVariants kDecodedAvx512Bf16 = {decoded_kernels<Avx512Bf16>(), decoded_kernels<Avx512Bf16Int8>()};
 
 }  // namespace hb

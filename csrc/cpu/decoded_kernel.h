@@ -1,13 +1,15 @@
-// The 4-bit matmul, written once for every instruction set: each linear4_<level>.cpp includes this file once, compiled
-// for its level, and brings an Isa: the vector type and a dozen operations on it.
+// Float activations times decoded weights, written once for every instruction set: each decoded_<level>.cpp includes
+// this file once, compiled for its level, and brings an Isa for 4-bit and one for int8 codes: the vector type and a
+// dozen operations on it.
 //
 // Everything is a dot product of a row of x with a row of the weight, both in the order in which codes are decoded. A
-// byte holds two codes, so a group of 2 V codes gives the V values of its high nibbles and the V of its low ones:
+// byte holds two 4-bit codes, so a group of 2 V codes gives the V values of its high nibbles and the V of its low ones:
 //
 //     codes      c0 c1 c2 c3 ...      group decoded   [ c0 c2 c4 ... | c1 c3 c5 ... ]     x is kept the same way
 //
-// Values are dtype(table[code] * absmax), the checkpoint's own contract: not the values are scaled but, once a block,
-// the sixteen entries of the table.
+// Values of 4-bit codes are dtype(table[code] * absmax), the checkpoint's own contract: not the values are scaled but,
+// once a block, the sixteen entries of the table. An int8 code is its own value, exact in every dtype, in its natural
+// order; a row's sum is scaled by absmax / 127 at the end.
 //
 // Few rows of x: decoded vectors go from register to register (`few`). Many: a tile of weight rows is decoded into the
 // cache and meets all of x, up to six by four sums at a time (`many`). The sum of one row and one column is
@@ -22,24 +24,26 @@
 
 #include "clones.h"
 #include "decode4.h"
+#include "decoded.h"
 #include "floats.h"
+#include "formats.h"
 #include "halfbyte.h"
-#include "linear4.h"
 
 namespace hb {
 
 namespace {
 
 template <typename Isa>
-struct Linear4 {
+struct Decoded {
     using Value = typename Isa::Value;
     using Vector = typename Isa::Vector;
     using Sum = typename Isa::Sum;
     using Table = typename Isa::Table;
 
     static constexpr int64_t kGroup = Isa::kGroup;
-    static constexpr int64_t kHalf = kGroup / 2;  // values in a vector
-    static constexpr int kRows = Isa::kRows;      // rows of x that meet kWeightRows weight rows in registers, at most
+    static constexpr int64_t kHalf = kGroup / 2;             // values in a vector
+    static constexpr int64_t kCodes = Isa::kIsInt8 ? 1 : 2;  // in a byte
+    static constexpr int kRows = Isa::kRows;  // rows of x that meet kWeightRows weight rows in registers, at most
     // Values of a row that are worked on before the next rows: x and the tile then stay in the first cache.
     static constexpr int64_t kStretch = 2048 / static_cast<int64_t>(sizeof(Value));
     static constexpr int64_t kPrefetchBytes = 6144;
@@ -52,14 +56,15 @@ struct Linear4 {
     static void regroup(const float* values, int64_t count, int64_t padded, Value* out) {
         for (int64_t k = 0; k < padded; k += kGroup) {
             for (int64_t i = 0; i < kHalf; ++i) {
-                const int64_t even = k + 2 * i, odd = even + 1;
-                out[k + i] = Isa::value(even < count ? values[even] : 0.0f);
-                out[k + kHalf + i] = Isa::value(odd < count ? values[odd] : 0.0f);
+                const int64_t first = Isa::kIsInt8 ? k + i : k + 2 * i,
+                              second = Isa::kIsInt8 ? first + kHalf : first + 1;
+                out[k + i] = Isa::value(first < count ? values[first] : 0.0f);
+                out[k + kHalf + i] = Isa::value(second < count ? values[second] : 0.0f);
             }
         }
     }
 
-    static void load_x(const hb_linear4_args& a, int64_t row, int64_t padded_k, void* out) {
+    static void load_x(const DecodedCall& a, int64_t row, int64_t padded_k, void* out) {
         float piece[kGroup * 8];
         Value* to = static_cast<Value*>(out);
         for (int64_t k = 0; k < padded_k; k += kGroup * 8) {
@@ -91,11 +96,12 @@ struct Linear4 {
 
     // Weight rows n .. n + 3, each beginning with a block, against Rows rows of x. absmax: float32 [blocks, 4].
     template <int Rows>
-    static void few(const Job4& job, int64_t n, const float* absmax, float* out, int64_t stride) {
-        const hb_linear4_args& a = *job.args;
-        const Table base = table_of(a.format);
-        const size_t row_bytes = static_cast<size_t>(a.K) / 2, block_bytes = static_cast<size_t>(a.blocksize) / 2;
-        const uint8_t* const packed = a.packed + static_cast<size_t>(n) * row_bytes;
+    static void few(const DecodedJob& job, int64_t n, const float* absmax, float* out, int64_t stride) {
+        const DecodedCall& a = *job.call;
+        const Table base = table_of(a.weight.format);
+        const size_t row_bytes = static_cast<size_t>(a.K / kCodes);
+        const size_t block_bytes = static_cast<size_t>(a.weight.blocksize / kCodes);
+        const uint8_t* const packed = a.weight.codes + static_cast<size_t>(n) * row_bytes;
         const Value* const x = static_cast<const Value*>(job.x);
         // The rows lie one behind the other: what is ahead is fetched in the order of memory, not of use.
         const uint8_t* fetched = packed + (kPrefetchBytes / (kWeightRows * row_bytes) + 1) * kWeightRows * row_bytes;
@@ -105,13 +111,14 @@ struct Linear4 {
             Table tables[kWeightRows];
             for (int i = 0; i < kWeightRows; ++i) tables[i] = Isa::scaled(base, absmax[i]);
             const size_t end = at + block_bytes;
-            for (; at < end; at += kGroup / 2) {
-                for (int64_t i = 0; i < kGroup / 2 * kWeightRows; i += 64, fetched += 64) __builtin_prefetch(fetched);
+            for (; at < end; at += kGroup / kCodes) {
+                for (int64_t i = 0; i < kGroup / kCodes * kWeightRows; i += 64, fetched += 64)
+                    __builtin_prefetch(fetched);
                 for (int i = 0; i < kWeightRows; ++i) {
                     Vector high, low;
                     Isa::decode(packed + static_cast<size_t>(i) * row_bytes + at, tables[i], high, low);
                     for (int r = 0; r < Rows; ++r) {
-                        const Value* const some = x + r * job.stride + 2 * at;
+                        const Value* const some = x + r * job.stride + kCodes * at;
                         sums.at[r][i] = Isa::dot(sums.at[r][i], Isa::load(some), high);
                         sums.at[r][i] = Isa::dot(sums.at[r][i], Isa::load(some + kHalf), low);
                     }
@@ -141,7 +148,7 @@ struct Linear4 {
 
     // Rows rows of x against the whole tile -> out[r * kMostTileRows + n].
     template <int Rows>
-    static void many(const Job4& job, const Value* x, const Value* tile, int64_t tile_rows, float* out) {
+    static void many(const DecodedJob& job, const Value* x, const Value* tile, int64_t tile_rows, float* out) {
         Sums<Rows> sums[kMostTileRows / kWeightRows];
         const int64_t quads = (tile_rows + kWeightRows - 1) / kWeightRows;
         for (int64_t quad = 0; quad < quads; ++quad) sums[quad].clear();
@@ -157,14 +164,14 @@ struct Linear4 {
     // --- decoding into a tile -------------------------------------------------------------------------------------
 
     // Weight row n, which begins with a block, one vector after another.
-    static void decode_aligned(const hb_linear4_args& a, int64_t n, const float* absmax, Value* out) {
-        const Table base = table_of(a.format);
-        const uint8_t* packed = a.packed + n * (a.K / 2);
+    static void decode_aligned(const DecodedCall& a, int64_t n, const float* absmax, Value* out) {
+        const Table base = table_of(a.weight.format);
+        const uint8_t* packed = a.weight.codes + n * (a.K / kCodes);
         for (int64_t k = 0; k < a.K; ++absmax) {
             const Table table = Isa::scaled(base, *absmax);
-            for (const int64_t end = k + a.blocksize; k < end; k += kGroup) {
+            for (const int64_t end = k + a.weight.blocksize; k < end; k += kGroup) {
                 Vector high, low;
-                Isa::decode(packed + k / 2, table, high, low);
+                Isa::decode(packed + k / kCodes, table, high, low);
                 Isa::store(out + k, high);
                 Isa::store(out + k + kHalf, low);
             }
@@ -172,29 +179,32 @@ struct Linear4 {
     }
 
     // Weight row n, wherever it begins and its blocks end, by way of float32 values in the natural order.
-    static void decode_anyhow(const Job4& job, int64_t n, const float* absmax, float* values, Value* out) {
-        const hb_linear4_args& a = *job.args;
-        decode4(pair_table(a.format), a.packed, absmax, a.blocksize, n * a.K, a.K, values);
+    static void decode_anyhow(const DecodedJob& job, int64_t n, const float* absmax, float* values, Value* out) {
+        const DecodedCall& a = *job.call;
+        if constexpr (Isa::kIsInt8) {
+            const int8_t* const codes = reinterpret_cast<const int8_t*>(a.weight.codes) + n * a.K;
+            for (int64_t k = 0; k < a.K; ++k) values[k] = static_cast<float>(codes[k]);
+        } else {
+            decode4(pair_table(a.weight.format), a.weight.codes, absmax, a.weight.blocksize, n * a.K, a.K, values);
+        }
         regroup(values, a.K, job.padded_k, out);
     }
 
-    static HB_INLINE bool is_aligned(const hb_linear4_args& a) {
-        return a.K > 0 && a.K % a.blocksize == 0 && a.blocksize % kGroup == 0;
+    static HB_INLINE bool is_aligned(const DecodedCall& a) {
+        return a.K > 0 && a.K % a.weight.blocksize == 0 && a.weight.blocksize % kGroup == 0;
     }
 
-    static void load_row_absmax(const hb_linear4_args& a, int64_t n, float* out) {
-        const AbsmaxSource source = {a.absmax, a.nested_absmax, a.offset, a.nested_blocksize};
-        const int64_t first = n * a.K / a.blocksize, last = ((n + 1) * a.K - 1) / a.blocksize;
-        load_absmax(source, first, last - first + 1, out);
+    static void load_row_absmax(const DecodedCall& a, int64_t n, float* out) {
+        const int64_t first = n * a.K / a.weight.blocksize, last = ((n + 1) * a.K - 1) / a.weight.blocksize;
+        load_absmax(a.weight.absmax, first, last - first + 1, out);
     }
 
     // The same for rows n .. n + 3 that begin with a block, side by side: [blocks, 4].
-    static void load_absmax_of_four(const Job4& job, int64_t n, float* out) {
-        const hb_linear4_args& a = *job.args;
-        const int64_t blocks = a.K / a.blocksize;
+    static void load_absmax_of_four(const DecodedJob& job, int64_t n, float* out) {
+        const DecodedCall& a = *job.call;
+        const int64_t blocks = a.K / a.weight.blocksize;
         float* const rows = out + kWeightRows * job.absmax_floats;
-        const AbsmaxSource source = {a.absmax, a.nested_absmax, a.offset, a.nested_blocksize};
-        load_absmax(source, n * blocks, kWeightRows * blocks, rows);
+        load_absmax(a.weight.absmax, n * blocks, kWeightRows * blocks, rows);
         for (int64_t block = 0; block < blocks; ++block) {
             for (int64_t i = 0; i < kWeightRows; ++i) out[block * kWeightRows + i] = rows[i * blocks + block];
         }
@@ -202,9 +212,9 @@ struct Linear4 {
 
     // --- the whole: weight rows [begin, end) x kWeightRows --------------------------------------------------------
 
-    static void run(const Job4& job, int64_t begin, int64_t end, char* scratch) {
-        const hb_linear4_args& a = *job.args;
-        const Scratch4 parts = scratch4(job, sizeof(Value));
+    static void run(const DecodedJob& job, int64_t begin, int64_t end, char* scratch) {
+        const DecodedCall& a = *job.call;
+        const DecodedScratch parts = scratch_of(job, sizeof(Value));
         Value* const tile = reinterpret_cast<Value*>(scratch);
         float* const absmax = reinterpret_cast<float*>(scratch + parts.tile_bytes);
         float* const row_values = reinterpret_cast<float*>(scratch + parts.tile_bytes + parts.absmax_bytes);
@@ -232,8 +242,9 @@ struct Linear4 {
     }
 
   private:
-    static void fill_tile(const Job4& job, int64_t n, int64_t columns, float* absmax, float* row_values, Value* tile) {
-        const hb_linear4_args& a = *job.args;
+    static void fill_tile(const DecodedJob& job, int64_t n, int64_t columns, float* absmax, float* row_values,
+                          Value* tile) {
+        const DecodedCall& a = *job.call;
         const int64_t padded = (columns + kWeightRows - 1) / kWeightRows * kWeightRows;
         for (int64_t i = 0; i < padded; ++i) {
             Value* const out = tile + i * job.stride;
@@ -251,7 +262,7 @@ struct Linear4 {
     }
 
     template <int Rows = kRows>
-    static void few_rows(const Job4& job, int64_t n, const float* absmax, float* sums) {
+    static void few_rows(const DecodedJob& job, int64_t n, const float* absmax, float* sums) {
         if constexpr (Rows > 1) {
             if (job.rows < Rows) return few_rows<Rows - 1>(job, n, absmax, sums);
         }
@@ -259,7 +270,8 @@ struct Linear4 {
     }
 
     template <int Rows = kRows>
-    static void many_rows(int64_t rows, const Job4& job, int64_t row, const Value* tile, int64_t columns, float* sums) {
+    static void many_rows(int64_t rows, const DecodedJob& job, int64_t row, const Value* tile, int64_t columns,
+                          float* sums) {
         if constexpr (Rows > 1) {
             if (rows < Rows) return many_rows<Rows - 1>(rows, job, row, tile, columns, sums);
         }
@@ -267,10 +279,14 @@ struct Linear4 {
     }
 
     // Bias and rounding: sums[r * kMostTileRows + i] -> out[first_row + row + r][n + i].
-    static void finish(const Job4& job, int64_t row, int64_t rows, int64_t n, int64_t columns, float* sums) {
-        const hb_linear4_args& a = *job.args;
+    static void finish(const DecodedJob& job, int64_t row, int64_t rows, int64_t n, int64_t columns, float* sums) {
+        const DecodedCall& a = *job.call;
         for (int64_t r = 0; r < rows; ++r) {
             float* const own = sums + r * kMostTileRows;
+            if constexpr (Isa::kIsInt8) {
+                const float* const absmax = static_cast<const float*>(a.weight.absmax.absmax) + n;
+                for (int64_t i = 0; i < columns; ++i) own[i] *= absmax[i] / kInt8Max;
+            }
             if (a.bias != nullptr) {
                 for (int64_t i = 0; i < columns; ++i) own[i] += load_float(a.bias, a.bias_dtype, n + i);
             }
@@ -280,8 +296,8 @@ struct Linear4 {
 };
 
 template <typename Isa>
-constexpr Kernels4 linear4_kernels() {
-    return {Isa::kGroup, sizeof(typename Isa::Value), Linear4<Isa>::load_x, Linear4<Isa>::run};
+constexpr DecodedKernels decoded_kernels() {
+    return {Isa::kGroup, sizeof(typename Isa::Value), Decoded<Isa>::load_x, Decoded<Isa>::run};
 }
 
 }  // namespace

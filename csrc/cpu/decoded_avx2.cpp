@@ -1,9 +1,9 @@
-// The 4-bit matmul for AVX2: eight lanes of float32. A table of sixteen is two registers of eight; bit 3 of a code
+// Decoded weights for AVX2: eight lanes of float32. A table of sixteen is two registers of eight; bit 3 of a code
 // chooses between what the two hold at its lower three bits.
 #include <immintrin.h>
 
+#include "decoded_kernel.h"
 #include "formats.h"
-#include "linear4_kernel.h"
 
 namespace hb {
 
@@ -16,6 +16,7 @@ struct Avx2 {
     struct Table {
         __m256 lower, upper;
     };
+    static constexpr bool kIsInt8 = false;
     static constexpr int64_t kGroup = 16;
     static constexpr int kRows = 2;
 
@@ -47,8 +48,20 @@ struct Avx2 {
     }
 };
 
+// An int8 code is a value; its vectors keep the natural order.
+struct Avx2Int8 : Avx2 {
+    static constexpr bool kIsInt8 = true;
+    static HB_INLINE Vector widen(const uint8_t* bytes) {
+        return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(bytes))));
+    }
+    static HB_INLINE void decode(const uint8_t* bytes, const Table&, Vector& first, Vector& second) {
+        first = widen(bytes);
+        second = widen(bytes + 8);
+    }
+};
+
 }  // namespace
 
-const Kernels4 kLinear4Avx2 = linear4_kernels<Avx2>();
+const DecodedVariants kDecodedAvx2 = {decoded_kernels<Avx2>(), decoded_kernels<Avx2Int8>()};
 
 }  // namespace hb
