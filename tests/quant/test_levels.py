@@ -33,19 +33,37 @@ for quant_type in sys.argv[2].split(","):
 print(digest.hexdigest())
 """
 
+ATTENTION_DIGEST = """
+import hashlib, sys, torch
+from quant import formats, ops
+from tests.quant.operands import Paged
+generator = torch.Generator().manual_seed(int(sys.argv[1]))
+digest = hashlib.sha256()
+for dtype in formats.VALUE_DTYPES:
+    for heads, dims in (((4, 4), (16, 32)), ((8, 1), (80, 96)), ((6, 2), (7, 33)), ((4, 1), (128, 128))):
+        for options in ((0.3, 0, 0.0), (0.2, 70, 0.0), (0.2, 0, 4.0)):
+            paged = Paged.random([(0, 90), (520, 7), (64, 1)], heads, dims, 16, dtype, generator)
+            sinks = torch.randn(heads[0], generator=generator)
+            out = ops.paged_attention(*paged.arguments(), *options, sinks)
+            assert torch.isfinite(out).all()
+            digest.update(out.view(torch.uint8).numpy().tobytes())
+print(digest.hexdigest())
+"""
+
 
 CPUINFO = Path("/proc/cpuinfo")
 
 
+@pytest.mark.parametrize("program", [DIGEST, ATTENTION_DIGEST], ids=["linear_4bit", "paged_attention"])
 @pytest.mark.skipif(
     not CPUINFO.is_file() or "avx512f" not in CPUINFO.read_text(), reason="this CPU has no variant beside the baseline"
 )
-def test_the_avx512_kernel_equals_the_baseline_to_the_bit() -> None:
+def test_the_avx512_kernel_equals_the_baseline_to_the_bit(program: str) -> None:
     seed = str(int.from_bytes(os.urandom(4), "little"))
 
     def digest(level: dict[str, str]) -> str:
         environment = {key: value for key, value in os.environ.items() if key != "HALFBYTE_CPU_LEVEL"} | level
-        command = [sys.executable, "-c", DIGEST, seed, ",".join(formats.FOUR_BIT)]
+        command = [sys.executable, "-c", program, seed, ",".join(formats.FOUR_BIT)]
         return subprocess.run(command, capture_output=True, text=True, check=True, env=environment).stdout
 
     assert digest({}) == digest({"HALFBYTE_CPU_LEVEL": "baseline"}), f"seed {seed}"
