@@ -66,19 +66,20 @@ struct Job {
     int64_t item_vectors;  // the most that an item can have
     int64_t spans;         // at most, of a sequence
     bool is_split;         // items are single spans
+    int64_t kv_heads = 1;  // of an item; see share_out
 
     explicit Job(const hb_paged_attention_args& args)
         : a(args),
           variant(fastest(args.dtype, args.D)),
           shape{args.dtype, args.D, args.E, round_up(args.D, 2), round_up(args.E, kLanes), 0, args.softcap > 0, 0, 0},
           group(args.H / args.G),
-          item_vectors(least(kItemVectors, (args.T > args.S ? args.T - args.S + 1 : 1) * group)),
+          item_vectors(least(kItemVectors, args.T > args.S ? (args.T - args.S + 1) * group : args.H)),
           spans(args.max_blocks * args.block_tokens / kSpanKeys + 1) {
         shape.vector_bytes = shape.padded_d * (variant.keeps_pairs ? 2 : 4);
         const double scale = a.scale * (shape.is_capped ? 2 / a.softcap : 1);
         shape.scale = static_cast<float>(scale * kLog2E);
         shape.cap = static_cast<float>(a.softcap * kLog2E);
-        const bool is_scarce = a.S * a.G < kItemsPerThread * a.call.threads;
+        const bool is_scarce = a.S < kItemsPerThread * a.call.threads;
         const int64_t part = kLanes + shape.padded_e + 1;
         is_split = a.T == a.S && is_scarce && a.H <= kMostPartFloats && a.T * a.H * part <= kMostPartFloats / spans;
     }
@@ -88,6 +89,16 @@ struct Job {
                item_vectors * round_up(shape.padded_d, kLanes) +
                2 * round_up(State::floats(item_vectors, shape.padded_e), kLanes);
     }
+    // How many kv heads an item takes along: as many as leave enough items.
+    void share_out(int64_t threads) {
+        if (a.T != a.S || group > kItemVectors) return;
+        int64_t items = 0;
+        for (int64_t s = 0; s < a.S; ++s) items += is_split ? a.starts[s] / kSpanKeys + 1 : 1;
+        kv_heads = least(a.G, kItemVectors / group);
+        while (kv_heads > 1 && items * ceil_div(a.G, kv_heads) < kItemsPerThread * threads)
+            kv_heads = (kv_heads + 1) / 2;
+    }
+
     int64_t part_vectors() const { return is_split ? a.T * a.H * spans : 0; }
     int64_t bytes() const {
         const int64_t parts = round_up(State::floats(part_vectors(), shape.padded_e), kLanes);
@@ -119,11 +130,12 @@ int64_t seen_from(const hb_paged_attention_args& a, int64_t position) {
     return a.window == 0 || position < a.window ? 0 : position - a.window + 1;
 }
 
-// A range of one sequence's query vectors under one kv head: the rows [row, row + rows) of the batch lie at `start` on.
+// A range of one sequence's query vectors, the same for each of some kv heads. The sequence's first row is `row` of the
+// batch and lies at `start`.
 struct Item {
     int64_t sequence, row, start;
-    int64_t kv_head;
-    int64_t first, vectors;
+    int64_t kv_head, kv_heads;
+    int64_t first, vectors;  // of each kv head
     int64_t first_span, end_span;
 
     // The rows of the sequence that the item's first and last vector are in.
@@ -131,7 +143,12 @@ struct Item {
     int64_t last_row(const Job& job) const { return (first + vectors - 1) / job.group; }
     int64_t keys_begin(const Job& job) const { return seen_from(job.a, start + first_row(job)); }
     int64_t keys_end(const Job& job) const { return start + last_row(job) + 1; }
-    int64_t head(const Job& job, int64_t vector) const { return kv_head * job.group + (first + vector) % job.group; }
+    int64_t all_vectors() const { return kv_heads * vectors; }
+    // Of vector i of all: its row in the batch and its head.
+    int64_t row_of(const Job& job, int64_t i) const { return row + (first + i % vectors) / job.group; }
+    int64_t head_of(const Job& job, int64_t i) const {
+        return (kv_head + i / vectors) * job.group + (first + i % vectors) % job.group;
+    }
 };
 
 // Finds items by number, for numbers that only rise.
@@ -147,12 +164,20 @@ class Cursor {
             const int64_t ranges = ceil_div(vectors, kItemVectors);
             const int64_t first_span = seen_from(job_.a, start) / kSpanKeys;
             const int64_t spans = job_.is_split ? start / kSpanKeys + 1 - first_span : 1;
-            const int64_t count = job_.a.G * ranges * spans;
+            const int64_t count = ceil_div(job_.a.G, job_.kv_heads) * ranges * spans;
             if (number - before_ < count) {
                 const int64_t rest = number - before_;
                 const int64_t first = rest / spans % ranges * kItemVectors;
-                *item = {sequence_, row, start, rest / spans / ranges, first, least(kItemVectors, vectors - first),
-                         0,         0};
+                const int64_t kv_head = rest / spans / ranges * job_.kv_heads;
+                *item = {sequence_,
+                         row,
+                         start,
+                         kv_head,
+                         least(job_.kv_heads, job_.a.G - kv_head),
+                         first,
+                         least(kItemVectors, vectors - first),
+                         0,
+                         0};
                 item->first_span = item->keys_begin(job_) / kSpanKeys + rest % spans;
                 item->end_span = job_.is_split ? item->first_span + 1 : ceil_div(item->keys_end(job_), kSpanKeys);
                 return true;
@@ -173,9 +198,8 @@ class Cursor {
 
 void pack_queries(const Job& job, const Item& item, char* queries) {
     const hb_paged_attention_args& a = job.a;
-    for (int64_t i = 0; i < item.vectors; ++i) {
-        const int64_t row = item.row + (item.first + i) / job.group;
-        const int64_t element = row * a.query_row_stride + item.head(job, i) * a.query_head_stride;
+    for (int64_t i = 0; i < item.all_vectors(); ++i) {
+        const int64_t element = item.row_of(job, i) * a.query_row_stride + item.head_of(job, i) * a.query_head_stride;
         char* const to = queries + i * job.shape.vector_bytes;
         if (job.variant.keeps_pairs) {
             memcpy(to, static_cast<const uint16_t*>(a.query) + element, static_cast<size_t>(job.shape.vector_bytes));
@@ -209,14 +233,15 @@ void find_rows(const Job& job, const Item& item, int64_t tile, int64_t begin, in
     }
 }
 
-// All vectors of an item meet one packed tile, in blocks as equal as they can be.
-void attend_tile(const Job& job, const Item& item, int64_t tile, const Scratch& scratch, const State& state) {
+// The item's vectors of one kv head meet its packed tile, in blocks as equal as they can be.
+void attend_tile(const Job& job, const Item& item, int64_t tile, int64_t head, const Scratch& scratch,
+                 const State& state) {
     const int64_t blocks = ceil_div(item.vectors, kBlockVectors);
     for (int64_t i = 0; i < blocks; ++i) {
         const int64_t first = item.vectors * i / blocks;
-        const State mine = state.from(first, job.shape.padded_e);
+        const State mine = state.from(head * item.vectors + first, job.shape.padded_e);
         Block block = {item.vectors * (i + 1) / blocks - first,
-                       scratch.queries + first * job.shape.vector_bytes,
+                       scratch.queries + (head * item.vectors + first) * job.shape.vector_bytes,
                        {},
                        {},
                        mine.maxima,
@@ -236,18 +261,24 @@ void attend_tile(const Job& job, const Item& item, int64_t tile, const Scratch& 
 
 // The running softmax of an item's vectors over one span, from nothing.
 void attend_span(const Job& job, const Item& item, int64_t span, const Scratch& scratch, const State& state) {
-    for (int64_t i = 0; i < item.vectors; ++i) state.maxima[i] = -INFINITY;
-    memset(state.sums, 0, static_cast<size_t>(item.vectors * kLanes) * sizeof(float));
-    memset(state.outputs, 0, static_cast<size_t>(item.vectors * job.shape.padded_e) * sizeof(float));
+    const int64_t vectors = item.all_vectors();
+    for (int64_t i = 0; i < vectors; ++i) state.maxima[i] = -INFINITY;
+    memset(state.sums, 0, static_cast<size_t>(vectors * kLanes) * sizeof(float));
+    memset(state.outputs, 0, static_cast<size_t>(vectors * job.shape.padded_e) * sizeof(float));
     const int64_t begin = item.keys_begin(job), end = item.keys_end(job);
     const int64_t last = least(end, (span + 1) * kSpanKeys);
     int64_t tile = (begin > span * kSpanKeys ? begin : span * kSpanKeys) / kTileKeys;
     TileRows rows[2];
     find_rows(job, item, tile, begin, end, &rows[0]);
     for (int turn = 0; tile * kTileKeys < last; ++tile, turn ^= 1) {
-        find_rows(job, item, tile + 1, begin, end, &rows[turn ^ 1]);
-        job.variant.pack(job.shape, rows[turn], rows[turn ^ 1], scratch.keys, scratch.values);
-        attend_tile(job, item, tile, scratch, state);
+        TileRows &now = rows[turn], &next = rows[turn ^ 1];
+        find_rows(job, item, tile + 1, begin, end, &next);
+        for (int64_t head = 0; head < item.kv_heads; ++head) {
+            now.key_offset = next.key_offset = head * job.a.D * dtype_bytes(job.a.dtype);
+            now.value_offset = next.value_offset = head * job.a.E * dtype_bytes(job.a.dtype);
+            job.variant.pack(job.shape, now, next, scratch.keys, scratch.values);
+            attend_tile(job, item, tile, head, scratch, state);
+        }
     }
 }
 
@@ -285,8 +316,8 @@ float add_lanes(float* sums) {
 // The sink's share, the division, and one rounding to the output's dtype.
 void finish(const Job& job, const Item& item, const State& total) {
     const hb_paged_attention_args& a = job.a;
-    for (int64_t i = 0; i < item.vectors; ++i) {
-        const int64_t head = item.head(job, i), row = item.row + (item.first + i) / job.group;
+    for (int64_t i = 0; i < item.all_vectors(); ++i) {
+        const int64_t head = item.head_of(job, i), row = item.row_of(job, i);
         float sum = add_lanes(total.sums + i * kLanes), factor = 1;
         if (a.sinks != nullptr) {
             const float sink = load_float(a.sinks, a.sinks_dtype, head) * kLog2E;
@@ -303,14 +334,14 @@ void finish(const Job& job, const Item& item, const State& total) {
 void run_item(const Job& job, const Item& item, const Scratch& scratch, const State& parts) {
     pack_queries(job, item, scratch.queries);
     if (job.is_split) {
-        const int64_t vector = (item.first_span * job.a.T + item.row) * job.a.H + item.head(job, 0);
+        const int64_t vector = (item.first_span * job.a.T + item.row) * job.a.H + item.head_of(job, 0);
         attend_span(job, item, item.first_span, scratch, parts.from(vector, job.shape.padded_e));
         return;
     }
     attend_span(job, item, item.first_span, scratch, scratch.total);
     for (int64_t span = item.first_span + 1; span < item.end_span; ++span) {
         attend_span(job, item, span, scratch, scratch.span);
-        merge(job, scratch.total, scratch.span, item.vectors);
+        merge(job, scratch.total, scratch.span, item.all_vectors());
     }
     finish(job, item, scratch.total);
 }
@@ -321,10 +352,7 @@ void finish_row(const Job& job, int64_t row, const State& parts) {
     const int64_t first = seen_from(job.a, start) / kSpanKeys;
     const auto part = [&](int64_t span) { return parts.from((span * job.a.T + row) * job.a.H, job.shape.padded_e); };
     for (int64_t span = first + 1; span <= start / kSpanKeys; ++span) merge(job, part(first), part(span), job.a.H);
-    for (int64_t kv_head = 0; kv_head < job.a.G; ++kv_head) {
-        const Item item = {row, row, start, kv_head, 0, job.group, first, 0};
-        finish(job, item, part(first).from(kv_head * job.group, job.shape.padded_e));
-    }
+    finish(job, {row, row, start, 0, job.a.G, 0, job.group, first, 0}, part(first));
 }
 
 // --- what the tables say
@@ -377,13 +405,14 @@ extern "C" hb_status hb_paged_attention(const hb_paged_attention_args* args) {
     const hb_paged_attention_args& a = *args;
     HB_REQUIRE(check_sequences(a));
     if (a.T == 0) return HB_OK;
-    const Job job(a);
+    Job job(a);
     HB_REQUIRE(check_workspace(a.call, job.bytes()));
 
     float* const memory = static_cast<float*>(a.call.workspace);
     const State parts(memory, job.part_vectors());
     float* const scratch = memory + round_up(State::floats(job.part_vectors(), job.shape.padded_e), kLanes);
     const int64_t threads = threads_for(a.call.threads, work_of(a));
+    job.share_out(threads);
     std::atomic<int64_t> taken{0};
     parallel_for(threads, threads, [&](int64_t part, int64_t, int64_t) {
         const Scratch mine(job, scratch + part * job.scratch_floats());
@@ -393,7 +422,9 @@ extern "C" hb_status hb_paged_attention(const hb_paged_attention_args* args) {
         }
     });
     if (!job.is_split) return HB_OK;
-    parallel_for(threads, a.T, [&](int64_t, int64_t begin, int64_t end) {
+    // Putting together is little work; only many spans are worth waking others.
+    const int64_t finishers = threads_for(threads, a.T * a.H * least(job.spans, kTileKeys) * (a.E / kLanes + 1));
+    parallel_for(finishers, a.T, [&](int64_t, int64_t begin, int64_t end) {
         for (int64_t row = begin; row < end; ++row) finish_row(job, row, parts);
     });
     return HB_OK;

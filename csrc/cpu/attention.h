@@ -38,10 +38,16 @@ struct Shape {
     float cap;    // soft cap as a score; ignored unless is_capped
 };
 
-// Where the keys and values of a tile's 64 positions are; null for positions that are not to be read.
+// Where the keys and values of a tile's 64 positions are, for the first kv head of an item; null for positions that are
+// not to be read. The offsets, in bytes, lead to another head.
 struct TileRows {
     const char* keys[kTileKeys];
     const char* values[kTileKeys];
+    int64_t key_offset = 0;
+    int64_t value_offset = 0;
+
+    const char* key(int64_t place) const { return keys[place] == nullptr ? nullptr : keys[place] + key_offset; }
+    const char* value(int64_t place) const { return values[place] == nullptr ? nullptr : values[place] + value_offset; }
 };
 
 // Up to kBlockVectors query vectors, what they may see of the tile, and their running softmax.

@@ -85,8 +85,8 @@ HB_AVX512 inline void pack_keys(const TileRows& rows, const TileRows& next, int6
         for (int64_t first = 0; first < count; first += kLanes) {
             __m512i lanes[kLanes];
             for (int i = 0; i < kLanes; ++i) {
-                lanes[i] = load(rows.keys[key + i], first, count);
-                fetch(next.keys[key + i], first * Load::kBytes);
+                lanes[i] = load(rows.key(key + i), first, count);
+                fetch(next.key(key + i), first * Load::kBytes);
             }
             transpose(lanes);
             for (int i = 0; i < kLanes && first + i < depth; ++i) {
@@ -121,8 +121,8 @@ HB_AVX512 void pack_floats(const Shape& shape, const TileRows& rows, const TileR
     for (int64_t key = 0; key < kTileKeys; ++key) {
         for (int64_t first = 0; first < shape.E; first += kLanes) {
             _mm512_storeu_si512(values + key * shape.padded_e + first,
-                                load_floats<Dtype>(rows.values[key], first, shape.E));
-            fetch(next.values[key], first * LoadFloats<Dtype>::kBytes);
+                                load_floats<Dtype>(rows.value(key), first, shape.E));
+            fetch(next.value(key), first * LoadFloats<Dtype>::kBytes);
         }
     }
 }
@@ -143,12 +143,12 @@ HB_AVX512 void pack_pairs(const Shape& shape, const TileRows& rows, const TileRo
     pack_keys(rows, next, shape.D / 2, shape.D / 2, LoadWords(), keys);
     for (int64_t key = 0; key < kTileKeys; key += 2) {
         for (int64_t first = 0; first < shape.E; first += kLanes) {
-            const __m512i even = _mm512_cvtepu16_epi32(load_shorts(rows.values[key], first, shape.E));
-            const __m512i odd = _mm512_cvtepu16_epi32(load_shorts(rows.values[key + 1], first, shape.E));
+            const __m512i even = _mm512_cvtepu16_epi32(load_shorts(rows.value(key), first, shape.E));
+            const __m512i odd = _mm512_cvtepu16_epi32(load_shorts(rows.value(key + 1), first, shape.E));
             _mm512_storeu_si512(values + key / 2 * shape.padded_e + first,
                                 _mm512_or_si512(even, _mm512_slli_epi32(odd, 16)));
-            fetch(next.values[key], first * 2);
-            fetch(next.values[key + 1], first * 2);
+            fetch(next.value(key), first * 2);
+            fetch(next.value(key + 1), first * 2);
         }
     }
 }

@@ -35,8 +35,8 @@ void load_row(const char* row, int64_t dtype, int64_t count, int64_t padded, flo
 void pack(const Shape& shape, const TileRows& rows, const TileRows&, float* keys, float* values) {
     float row[HB_MAX_HEAD_DIM];
     for (int64_t key = 0; key < kTileKeys; ++key) {
-        load_row(rows.values[key], shape.dtype, shape.E, shape.padded_e, values + key * shape.padded_e);
-        load_row(rows.keys[key], shape.dtype, shape.D, shape.padded_d, row);
+        load_row(rows.value(key), shape.dtype, shape.E, shape.padded_e, values + key * shape.padded_e);
+        load_row(rows.key(key), shape.dtype, shape.D, shape.padded_d, row);
         for (int64_t d = 0; d < shape.padded_d; ++d) keys[d * kTileKeys + key] = row[d];
     }
 }
