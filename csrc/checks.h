@@ -208,8 +208,9 @@ inline hb_status check_attention_shape(const hb_paged_attention_args* a) {
     HB_REQUIRE(check_dtype(a->dtype));
     HB_REQUIRE(fail_unless(a->D >= 1 && a->D <= HB_MAX_HEAD_DIM && a->E >= 1 && a->E <= HB_MAX_HEAD_DIM, HB_BAD_SHAPE));
     HB_REQUIRE(fail_unless(a->G >= 1 && a->H >= a->G && a->H % a->G == 0 && a->block_tokens >= 1, HB_BAD_SHAPE));
-    const bool good_scale = a->scale - a->scale == 0;  // neither infinite nor NaN
-    HB_REQUIRE(fail_unless(good_scale && a->window >= 0 && a->softcap >= 0 && a->softcap <= 1e30, HB_BAD_OPTION));
+    const bool good_scale = a->scale >= -1e30 && a->scale <= 1e30;
+    const bool good_cap = a->softcap == 0 || (a->softcap >= 1e-30 && a->softcap <= 1e30);
+    HB_REQUIRE(fail_unless(good_scale && good_cap && a->window >= 0, HB_BAD_OPTION));
     const int64_t larger = a->D > a->E ? a->D : a->E;
     int64_t count = 0;
     HB_REQUIRE(check_shape(a->H, larger, &count));

@@ -232,9 +232,9 @@ typedef struct hb_paged_attention_args {
     int64_t max_blocks;        /* columns of tables */
     const int64_t* offsets; /* [S + 1] rows of sequence s are offsets[s] .. offsets[s + 1] - 1; from 0 to T, rising */
     const int64_t* starts;  /* [S] position of each sequence's first row */
-    double scale;           /* finite */
+    double scale;           /* from -1e30 to 1e30 */
     int64_t window;         /* positions that a row sees, itself included; 0: all before it */
-    double softcap;         /* c > 0: a score x becomes c * tanh(x / c); 0: none */
+    double softcap;         /* c from 1e-30 to 1e30: a score x becomes c * tanh(x / c); 0: none */
     const void* sinks;      /* [H] one more score per head that gives no value, or null */
     int64_t sinks_dtype;    /* dtype of sinks; ignored without sinks */
     void* out;              /* out [T, H, E] */

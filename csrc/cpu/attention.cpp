@@ -1,25 +1,23 @@
 // Attention over a paged cache: checks of what the tables say, who computes what, and how parts come together.
 //
-// The work is cut into items: up to 192 query vectors of one sequence and kv head, over all that they see. Threads take
-// items off a counter, so uneven ones (a prompt beside single tokens) even out. Where a step of single rows has fewer
-// items than threads would want, an item is one span of 512 keys instead, its running softmax goes to the workspace,
-// and the spans are put together at the end. Either way each span is summed up on its own and spans are put together in
-// order, so that both ways give the same bits.
+// The work is cut into items: up to 192 query vectors of one sequence, over all that they see. Many rows are vectors of
+// one kv head; a single row takes several kv heads along, since their keys lie side by side in memory. Threads take
+// items off a counter, so uneven ones (a prompt beside single tokens) even out. In a step of few single rows an item is
+// one span of 512 keys instead, its running softmax goes to the workspace, and the spans are put together at the end.
+// Either way each span is summed up on its own and spans are put together in order, so that both ways give the same
+// bits.
 //
-//     item     for each span, for each tile of 64 keys that some row sees:
-//                  pack the tile (attention_avx512.cpp, attention_baseline.cpp); block after block of six vectors meet
-//                  it
+//     item     for each span (attention_span.cpp), for each tile of 64 keys that some row sees, for each kv head:
+//                  pack the tile; block after block of six vectors meets it (attention_avx512.cpp or its like)
 //              sink, division, rounding
 //
 // Packing costs as much as five vectors' products, so decoding is near the speed of memory and prefill near the
 // multiplier's. The inner part is what the variants differ in; everything here is the same for all.
-#include "attention.h"
-
 #include <math.h>
-#include <string.h>
 
 #include <atomic>
 
+#include "attention_job.h"
 #include "checks.h"
 #include "clones.h"
 #include "floats.h"
@@ -29,127 +27,6 @@
 namespace hb::attention {
 
 namespace {
-
-constexpr int64_t kSpanKeys = 512;
-constexpr int64_t kItemVectors = 192;
-constexpr int64_t kItemsPerThread = 2;                 // wanted before spans are split
-constexpr int64_t kMostPartFloats = int64_t{1} << 24;  // of the workspace, for split spans
-
-int64_t least(int64_t a, int64_t b) {
-    return a < b ? a : b;
-}
-
-// The running softmax of consecutive vectors; see Block.
-struct State {
-    float* maxima;
-    float* sums;
-    float* outputs;
-
-    static int64_t floats(int64_t vectors, int64_t padded_e) {
-        return round_up(vectors, kLanes) + vectors * (kLanes + padded_e);
-    }
-    State(float* memory, int64_t vectors)
-        : maxima(memory), sums(memory + round_up(vectors, kLanes)), outputs(sums + vectors * kLanes) {}
-    State from(int64_t vector, int64_t padded_e) const {
-        State later = *this;
-        later.maxima += vector, later.sums += vector * kLanes, later.outputs += vector * padded_e;
-        return later;
-    }
-};
-
-// One call, with what follows from its arguments, and the parts of the workspace in floats.
-struct Job {
-    const hb_paged_attention_args& a;
-    const Variant& variant;
-    Shape shape;
-    int64_t group;         // query heads that share a kv head
-    int64_t item_vectors;  // the most that an item can have
-    int64_t spans;         // at most, of a sequence
-    bool is_split;         // items are single spans
-    int64_t kv_heads = 1;  // of an item; see share_out
-
-    explicit Job(const hb_paged_attention_args& args)
-        : a(args),
-          variant(fastest(args.dtype, args.D)),
-          shape{args.dtype, args.D, args.E, round_up(args.D, 2), round_up(args.E, kLanes), 0, args.softcap > 0, 0, 0},
-          group(args.H / args.G),
-          item_vectors(least(kItemVectors, args.T > args.S ? (args.T - args.S + 1) * group : args.H)),
-          spans(args.max_blocks * args.block_tokens / kSpanKeys + 1) {
-        shape.vector_bytes = shape.padded_d * (variant.keeps_pairs ? 2 : 4);
-        const double scale = a.scale * (shape.is_capped ? 2 / a.softcap : 1);
-        shape.scale = static_cast<float>(scale * kLog2E);
-        shape.cap = static_cast<float>(a.softcap * kLog2E);
-        const bool is_scarce = a.S < kItemsPerThread * a.call.threads;
-        const int64_t part = kLanes + shape.padded_e + 1;
-        is_split = a.T == a.S && is_scarce && a.H <= kMostPartFloats && a.T * a.H * part <= kMostPartFloats / spans;
-    }
-
-    int64_t scratch_floats() const {
-        return kTileKeys * round_up(shape.padded_d, kLanes) + kTileKeys * shape.padded_e +
-               item_vectors * round_up(shape.padded_d, kLanes) +
-               2 * round_up(State::floats(item_vectors, shape.padded_e), kLanes);
-    }
-    // How many kv heads an item takes along: as many as leave enough items.
-    void share_out(int64_t threads) {
-        if (a.T != a.S || group > kItemVectors) return;
-        int64_t items = 0;
-        for (int64_t s = 0; s < a.S; ++s) items += is_split ? a.starts[s] / kSpanKeys + 1 : 1;
-        kv_heads = least(a.G, kItemVectors / group);
-        while (kv_heads > 1 && items * ceil_div(a.G, kv_heads) < kItemsPerThread * threads)
-            kv_heads = (kv_heads + 1) / 2;
-    }
-
-    int64_t part_vectors() const { return is_split ? a.T * a.H * spans : 0; }
-    int64_t bytes() const {
-        const int64_t parts = round_up(State::floats(part_vectors(), shape.padded_e), kLanes);
-        return (parts + a.call.threads * scratch_floats()) * static_cast<int64_t>(sizeof(float));
-    }
-};
-
-struct Scratch {
-    float* keys;
-    float* values;
-    char* queries;
-    State total, span;
-
-    Scratch(const Job& job, float* memory)
-        : keys(memory),
-          values(keys + kTileKeys * round_up(job.shape.padded_d, kLanes)),
-          queries(reinterpret_cast<char*>(values + kTileKeys * job.shape.padded_e)),
-          total(values + kTileKeys * job.shape.padded_e + job.item_vectors * round_up(job.shape.padded_d, kLanes),
-                job.item_vectors),
-          span(total.maxima + round_up(State::floats(job.item_vectors, job.shape.padded_e), kLanes), job.item_vectors) {
-    }
-};
-
-// --- what there is to do
-// ----------------------------------------------------------------------------------------------
-
-// The first position that a row at `position` sees.
-int64_t seen_from(const hb_paged_attention_args& a, int64_t position) {
-    return a.window == 0 || position < a.window ? 0 : position - a.window + 1;
-}
-
-// A range of one sequence's query vectors, the same for each of some kv heads. The sequence's first row is `row` of the
-// batch and lies at `start`.
-struct Item {
-    int64_t sequence, row, start;
-    int64_t kv_head, kv_heads;
-    int64_t first, vectors;  // of each kv head
-    int64_t first_span, end_span;
-
-    // The rows of the sequence that the item's first and last vector are in.
-    int64_t first_row(const Job& job) const { return first / job.group; }
-    int64_t last_row(const Job& job) const { return (first + vectors - 1) / job.group; }
-    int64_t keys_begin(const Job& job) const { return seen_from(job.a, start + first_row(job)); }
-    int64_t keys_end(const Job& job) const { return start + last_row(job) + 1; }
-    int64_t all_vectors() const { return kv_heads * vectors; }
-    // Of vector i of all: its row in the batch and its head.
-    int64_t row_of(const Job& job, int64_t i) const { return row + (first + i % vectors) / job.group; }
-    int64_t head_of(const Job& job, int64_t i) const {
-        return (kv_head + i / vectors) * job.group + (first + i % vectors) % job.group;
-    }
-};
 
 // Finds items by number, for numbers that only rise.
 class Cursor {
@@ -193,97 +70,7 @@ class Cursor {
     int64_t before_ = 0;  // items of the sequences before it
 };
 
-// --- one item
-// ---------------------------------------------------------------------------------------------------------
-
-void pack_queries(const Job& job, const Item& item, char* queries) {
-    const hb_paged_attention_args& a = job.a;
-    for (int64_t i = 0; i < item.all_vectors(); ++i) {
-        const int64_t element = item.row_of(job, i) * a.query_row_stride + item.head_of(job, i) * a.query_head_stride;
-        char* const to = queries + i * job.shape.vector_bytes;
-        if (job.variant.keeps_pairs) {
-            memcpy(to, static_cast<const uint16_t*>(a.query) + element, static_cast<size_t>(job.shape.vector_bytes));
-            continue;
-        }
-        load_floats(a.query, a.dtype, element, a.D, reinterpret_cast<float*>(to));
-        if (job.shape.padded_d > a.D) reinterpret_cast<float*>(to)[a.D] = 0;
-    }
-}
-
-// Where a tile's keys and values are; null outside of begin .. end - 1.
-void find_rows(const Job& job, const Item& item, int64_t tile, int64_t begin, int64_t end, TileRows* rows) {
-    const hb_paged_attention_args& a = job.a;
-    const int64_t* const table = a.tables + item.sequence * a.max_blocks;
-    const int64_t bytes = dtype_bytes(a.dtype);
-    const int64_t first = tile * kTileKeys;
-    int64_t place = begin > first ? least(begin - first, kTileKeys) : 0;
-    const int64_t stop = end > first ? least(end - first, kTileKeys) : 0;
-    for (int64_t i = 0; i < kTileKeys; ++i) {
-        if (i < place || i >= stop) rows->keys[i] = rows->values[i] = nullptr;
-    }
-    while (place < stop) {
-        const int64_t block = (first + place) / a.block_tokens, inside = (first + place) % a.block_tokens;
-        const int64_t slot = table[block] * a.block_tokens + inside;
-        const int64_t last = least(stop, place + a.block_tokens - inside);
-        const char* key = static_cast<const char*>(a.keys) + (slot * a.G + item.kv_head) * a.D * bytes;
-        const char* value = static_cast<const char*>(a.values) + (slot * a.G + item.kv_head) * a.E * bytes;
-        for (; place < last; ++place, key += a.G * a.D * bytes, value += a.G * a.E * bytes) {
-            rows->keys[place] = key, rows->values[place] = value;
-        }
-    }
-}
-
-// The item's vectors of one kv head meet its packed tile, in blocks as equal as they can be.
-void attend_tile(const Job& job, const Item& item, int64_t tile, int64_t head, const Scratch& scratch,
-                 const State& state) {
-    const int64_t blocks = ceil_div(item.vectors, kBlockVectors);
-    for (int64_t i = 0; i < blocks; ++i) {
-        const int64_t first = item.vectors * i / blocks;
-        const State mine = state.from(head * item.vectors + first, job.shape.padded_e);
-        Block block = {item.vectors * (i + 1) / blocks - first,
-                       scratch.queries + (head * item.vectors + first) * job.shape.vector_bytes,
-                       {},
-                       {},
-                       mine.maxima,
-                       mine.sums,
-                       mine.outputs};
-        bool sees_any = false;
-        for (int64_t v = 0; v < block.vectors; ++v) {
-            const int64_t position = item.start + (item.first + first + v) / job.group;
-            const int64_t begin = seen_from(job.a, position) - tile * kTileKeys;
-            block.begin[v] = begin < 0 ? 0 : least(begin, kTileKeys);
-            block.end[v] = position < tile * kTileKeys ? 0 : least(position + 1 - tile * kTileKeys, kTileKeys);
-            sees_any = sees_any || block.begin[v] < block.end[v];
-        }
-        if (sees_any) job.variant.attend(job.shape, scratch.keys, scratch.values, block);
-    }
-}
-
-// The running softmax of an item's vectors over one span, from nothing.
-void attend_span(const Job& job, const Item& item, int64_t span, const Scratch& scratch, const State& state) {
-    const int64_t vectors = item.all_vectors();
-    for (int64_t i = 0; i < vectors; ++i) state.maxima[i] = -INFINITY;
-    memset(state.sums, 0, static_cast<size_t>(vectors * kLanes) * sizeof(float));
-    memset(state.outputs, 0, static_cast<size_t>(vectors * job.shape.padded_e) * sizeof(float));
-    const int64_t begin = item.keys_begin(job), end = item.keys_end(job);
-    const int64_t last = least(end, (span + 1) * kSpanKeys);
-    int64_t tile = (begin > span * kSpanKeys ? begin : span * kSpanKeys) / kTileKeys;
-    TileRows rows[2];
-    find_rows(job, item, tile, begin, end, &rows[0]);
-    for (int turn = 0; tile * kTileKeys < last; ++tile, turn ^= 1) {
-        TileRows &now = rows[turn], &next = rows[turn ^ 1];
-        find_rows(job, item, tile + 1, begin, end, &next);
-        for (int64_t head = 0; head < item.kv_heads; ++head) {
-            now.key_offset = next.key_offset = head * job.a.D * dtype_bytes(job.a.dtype);
-            now.value_offset = next.value_offset = head * job.a.E * dtype_bytes(job.a.dtype);
-            job.variant.pack(job.shape, now, next, scratch.keys, scratch.values);
-            attend_tile(job, item, tile, head, scratch, state);
-        }
-    }
-}
-
-// --- putting together
-// -------------------------------------------------------------------------------------------------
+// --- putting together -----------------------------------------------------------------------------------------------
 
 HB_CLONES void add_scaled(float* a, float a_scale, const float* b, float b_scale, int64_t count) {
     for (int64_t i = 0; i < count; ++i) a[i] = a[i] * a_scale + b[i] * b_scale;
@@ -355,8 +142,7 @@ void finish_row(const Job& job, int64_t row, const State& parts) {
     finish(job, {row, row, start, 0, job.a.G, 0, job.group, first, 0}, part(first));
 }
 
-// --- what the tables say
-// ----------------------------------------------------------------------------------------------
+// --- what the tables say --------------------------------------------------------------------------------------------
 
 hb_status check_sequences(const hb_paged_attention_args& a) {
     if (a.S == 0) return fail_unless(a.T == 0, HB_BAD_SEQUENCE);

@@ -71,6 +71,9 @@ struct Variant {
 };
 
 const Variant& baseline();
+// As Variant::pack, for AVX-512: everything as float32, or bfloat16 in pairs.
+void pack_floats_avx512(const Shape& shape, const TileRows& rows, const TileRows& next, float* keys, float* values);
+void pack_pairs_avx512(const Shape& shape, const TileRows& rows, const TileRows& next, float* keys, float* values);
 // The variant that this CPU runs fastest.
 const Variant& fastest(int64_t dtype, int64_t D);
 

@@ -14,7 +14,7 @@ namespace hb::attention {
 namespace {
 
 using Lanes = float __attribute__((vector_size(kLanes * sizeof(float)), may_alias, aligned(4)));
-using Words = int32_t __attribute__((vector_size(kLanes * sizeof(float)), may_alias, aligned(4)));
+using Words = uint32_t __attribute__((vector_size(kLanes * sizeof(float)), may_alias, aligned(4)));
 
 HB_INLINE void load(const float* from, Lanes& out) {
     memcpy(&out, from, sizeof out);
@@ -41,8 +41,7 @@ void pack(const Shape& shape, const TileRows& rows, const TileRows&, float* keys
     }
 }
 
-// --- products
-// ---------------------------------------------------------------------------------------------------------
+// --- products -------------------------------------------------------------------------------------------------------
 
 constexpr int64_t kTogether = 2;  // vectors, and lanes of each: four sums, which any CPU has registers for
 
@@ -88,8 +87,7 @@ HB_CLONES void multiply(int64_t vectors, int64_t columns, float* sums, int64_t s
     }
 }
 
-// --- softmax
-// ----------------------------------------------------------------------------------------------------------
+// --- softmax --------------------------------------------------------------------------------------------------------
 
 // 2^x = 2^n * (1 + r * q), n an integer; `n` as what adds it to a float's exponent.
 HB_INLINE void split_power(const Lanes& x, Words& n, Lanes& r, Lanes& q) {
@@ -114,26 +112,26 @@ HB_INLINE void exp2_of(Lanes& x) {
 // cap * tanh(x / (2 log2 e)), from 2^x - 1, which keeps its digits near zero.
 HB_INLINE void cap_of(Lanes& x, float cap) {
     const Words bits = reinterpret_cast<const Words&>(x);
-    const Words magnitude = bits & INT32_MAX;
+    const Words magnitude = bits & 0x7fffffffu;
     const Lanes absolute = reinterpret_cast<const Lanes&>(magnitude);
     const Lanes size = absolute > kTanhIsOne ? kTanhIsOne - Lanes{} : absolute;
     Words n;
     Lanes r, q;
     split_power(size, n, r, q);
-    n += 0x3f800000;
+    n += 0x3f800000u;
     const Lanes scale = reinterpret_cast<const Lanes&>(n);
     const Lanes fraction = q * r;
     const Lanes less_one = scale * fraction + (scale - 1.0f);
     const Lanes capped = less_one / (less_one + 2.0f) * cap;
-    const Words with_sign = reinterpret_cast<const Words&>(capped) | (bits & INT32_MIN);
+    const Words with_sign = reinterpret_cast<const Words&>(capped) | (bits & 0x80000000u);
     x = x == x ? reinterpret_cast<const Lanes&>(with_sign) : x;
 }
 
 // To nearest, ties to even, still as float32. A NaN that comes from bfloat16 values stays one.
 HB_INLINE void round_to_bfloat(Lanes& x) {
     Words bits = reinterpret_cast<const Words&>(x);
-    bits += (bits >> 16 & 1) + 0x7fff;
-    bits &= static_cast<int32_t>(0xffff0000u);
+    bits += (bits >> 16 & 1u) + 0x7fffu;
+    bits &= 0xffff0000u;
     x = reinterpret_cast<const Lanes&>(bits);
 }
 
