@@ -182,11 +182,16 @@ class PagedBatch:
         keys.flatten(0, 1).index_copy_(0, slots, call.key.transpose(0, 1))
         values.flatten(0, 1).index_copy_(0, slots, call.value.transpose(0, 1))
         if keys.device.type == "cpu" and keys.dtype in formats.VALUE_DTYPES and call.query.dtype == keys.dtype:
-            return self._attend_all(call, keys, values)
+            return self.attend_at_once(call, keys, values)
+        return self.attend_in_torch(call, keys, values)
+
+    def attend_in_torch(self, call: Call, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+        """Sequence by sequence, over one layer's stores as they are now."""
         outputs = [self._attend_segment(call, index, keys, values) for index in range(len(self.segments))]
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
-    def _attend_all(self, call: Call, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+    def attend_at_once(self, call: Call, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+        """All sequences in one call of quant's kernel; the same."""
         if self._tables is None:
             self._tables = _Tables.of(self.segments)
         return ops.paged_attention(
