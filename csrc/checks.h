@@ -203,4 +203,45 @@ inline hb_status check(const hb_linear8_args* a) {
     return check_tensor(a->out, a->M * a->N, dtype_bytes(a->x_dtype));
 }
 
+inline hb_status check_attention_shape(const hb_paged_attention_args* a) {
+    HB_REQUIRE(check_call(a == nullptr ? nullptr : &a->call, sizeof *a));
+    HB_REQUIRE(check_dtype(a->dtype));
+    HB_REQUIRE(fail_unless(a->D >= 1 && a->D <= HB_MAX_HEAD_DIM && a->E >= 1 && a->E <= HB_MAX_HEAD_DIM, HB_BAD_SHAPE));
+    HB_REQUIRE(fail_unless(a->G >= 1 && a->H >= a->G && a->H % a->G == 0 && a->block_tokens >= 1, HB_BAD_SHAPE));
+    const bool good_scale = a->scale >= -1e30 && a->scale <= 1e30;
+    const bool good_cap = a->softcap == 0 || (a->softcap >= 1e-30 && a->softcap <= 1e30);
+    HB_REQUIRE(fail_unless(good_scale && good_cap && a->window >= 0, HB_BAD_OPTION));
+    const int64_t larger = a->D > a->E ? a->D : a->E;
+    int64_t count = 0;
+    HB_REQUIRE(check_shape(a->H, larger, &count));
+    HB_REQUIRE(check_shape(a->T, count, &count));
+    HB_REQUIRE(check_shape(a->G, larger, &count));
+    HB_REQUIRE(check_shape(a->block_tokens, count, &count));
+    HB_REQUIRE(check_shape(a->blocks, count, &count));
+    HB_REQUIRE(check_shape(a->max_blocks, a->block_tokens, &count));
+    HB_REQUIRE(check_shape(a->S, a->max_blocks, &count));
+    HB_REQUIRE(fail_unless(a->S <= a->T, HB_BAD_SEQUENCE));  // every sequence has a row
+    // How far the query's strides reach: from its first value to its last.
+    int64_t rows = 0, heads = 0;
+    HB_REQUIRE(check_shape(a->T == 0 ? 0 : a->T - 1, a->query_row_stride, &rows));
+    HB_REQUIRE(check_shape(a->H - 1, a->query_head_stride, &heads));
+    return fail_unless(rows <= HB_MAX_ELEMENTS - heads - a->D, HB_BAD_SHAPE);
+}
+
+inline hb_status check(const hb_paged_attention_args* a) {
+    HB_REQUIRE(check_attention_shape(a));
+    const int64_t bytes = dtype_bytes(a->dtype);
+    HB_REQUIRE(check_tensor(a->query, a->T, bytes));
+    HB_REQUIRE(check_tensor(a->keys, a->T, bytes));
+    HB_REQUIRE(check_tensor(a->values, a->T, bytes));
+    HB_REQUIRE(check_tensor(a->tables, a->T, sizeof(int64_t)));
+    HB_REQUIRE(check_tensor(a->offsets, a->T, sizeof(int64_t)));
+    HB_REQUIRE(check_tensor(a->starts, a->T, sizeof(int64_t)));
+    if (a->sinks != nullptr) {
+        HB_REQUIRE(check_dtype(a->sinks_dtype));
+        HB_REQUIRE(check_tensor(a->sinks, a->T, dtype_bytes(a->sinks_dtype)));
+    }
+    return check_tensor(a->out, a->T, bytes);
+}
+
 }  // namespace hb

@@ -1,7 +1,7 @@
 /* The whole C interface of Halfbyte's kernels. Plain structs, no torch, no Python, no C++.
  *
  * Two libraries export exactly these names: libhalfbyte_cpu.so and libhalfbyte_cuda.so. Their pointers are host and
- * device pointers respectively.
+ * device pointers respectively. (What says "CPU only" has no CUDA kernel yet, and only the first exports it.)
  *
  * Every entry
  *   - takes one struct, reads it, and writes only the outputs named in it;
@@ -32,6 +32,8 @@ extern "C" {
 #define HB_MAX_ELEMENTS ((int64_t)1 << 46)
 /* The largest number of threads that a call may ask for. */
 #define HB_MAX_THREADS 1024
+/* The largest size of an attention head. */
+#define HB_MAX_HEAD_DIM 4096
 
 typedef int32_t hb_status;
 enum {
@@ -50,7 +52,8 @@ enum {
     HB_NO_DEVICE = 12,
     HB_NO_DEVICE_CODE = 13,
     HB_LAUNCH_FAILED = 14,
-    HB_STATUS_COUNT = 15
+    HB_BAD_SEQUENCE = 15,
+    HB_STATUS_COUNT = 16
 };
 
 /* Dtypes of values. */
@@ -200,6 +203,47 @@ typedef struct hb_linear8_args {
 HB_API hb_status hb_linear8(const hb_linear8_args* args);
 /* Writes the bytes of workspace that hb_linear8 needs for these shapes and threads; reads no other pointer. */
 HB_API hb_status hb_linear8_workspace(const hb_linear8_args* args, int64_t* bytes);
+
+/* Attention over a paged cache, CPU only. A batch packs the new rows of S sequences; row r of a sequence stands at
+ * position start + r and sees the sequence's positions up to its own, or the last `window` of them.
+ *
+ *     out[t, h] = sum of weight(p) * value(p) over the positions p that row t sees
+ *     weight    = softmax over p of scale * (query[t, h] . key(p)), soft-capped if asked for, the head's sink beside
+ *
+ * Head h reads kv head h / (H / G). Position p of sequence s lies in block tables[s, p / block_tokens], at place
+ * p % block_tokens. Table entries of positions that no row sees are not read and may hold anything, and so may the
+ * blocks they name. A row's bits depend on its own query and on what it sees: not on other rows or sequences, on where
+ * a chunk begins, on the blocks' order or size, or on threads. */
+typedef struct hb_paged_attention_args {
+    hb_call call;
+    const void* query;         /* [T, H, D], strides below; each head's D values are contiguous */
+    int64_t query_row_stride;  /* elements between two rows */
+    int64_t query_head_stride; /* elements between two heads of a row */
+    const void* keys;          /* [blocks, block_tokens, G, D] */
+    const void* values;        /* [blocks, block_tokens, G, E] */
+    int64_t dtype;             /* of query, keys, values and out: HB_FLOAT32, HB_FLOAT16 or HB_BFLOAT16 */
+    int64_t T;                 /* rows in the batch */
+    int64_t H;                 /* query heads, a multiple of G */
+    int64_t G;                 /* kv heads */
+    int64_t D;                 /* values of a query and of a key, at most HB_MAX_HEAD_DIM */
+    int64_t E;                 /* values of a value and of an output, at most HB_MAX_HEAD_DIM */
+    int64_t blocks;            /* in the cache */
+    int64_t block_tokens;      /* positions in a block */
+    const int64_t* tables;     /* [S, max_blocks] the blocks of each sequence in order */
+    int64_t S;                 /* sequences */
+    int64_t max_blocks;        /* columns of tables */
+    const int64_t* offsets; /* [S + 1] rows of sequence s are offsets[s] .. offsets[s + 1] - 1; from 0 to T, rising */
+    const int64_t* starts;  /* [S] position of each sequence's first row */
+    double scale;           /* from -1e30 to 1e30 */
+    int64_t window;         /* positions that a row sees, itself included; 0: all before it */
+    double softcap;         /* c from 1e-30 to 1e30: a score x becomes c * tanh(x / c); 0: none */
+    const void* sinks;      /* [H] one more score per head that gives no value, or null */
+    int64_t sinks_dtype;    /* dtype of sinks; ignored without sinks */
+    void* out;              /* out [T, H, E] */
+} hb_paged_attention_args;
+HB_API hb_status hb_paged_attention(const hb_paged_attention_args* args);
+/* Writes the bytes of workspace that hb_paged_attention needs for these shapes and threads; reads no other pointer. */
+HB_API hb_status hb_paged_attention_workspace(const hb_paged_attention_args* args, int64_t* bytes);
 
 /* HB_ABI_VERSION of the library. */
 HB_API int32_t hb_abi_version(void);

@@ -15,15 +15,17 @@ constexpr const char* kStatusTexts[HB_STATUS_COUNT] = {
     "The block size is not accepted; a 4-bit block holds a power of two from 32 to 4096 values, a nested block at "
     "least "
     "one.",
-    "A size is negative or a tensor would have more than 2^46 elements.",
+    "A size is negative or too large, or sizes do not fit: a tensor has at most 2^46 elements, an attention head 1 to "
+    "4096, and the number of kv heads divides that of heads.",
     "A pointer is not aligned to its element size.",
     "The workspace is not aligned to 64 bytes.",
     "The workspace is smaller than the entry's workspace function asks for.",
     "The number of threads is not accepted; it must be from 1 to 1024.",
-    "The outlier rule is unknown, or the threshold is negative or not a number.",
+    "An option is not accepted: an unknown outlier rule, or a threshold, scale, window or soft cap out of range.",
     "No CUDA device can be used: there is none, or its driver is older than the CUDA version of this library.",
     "This library holds no code for this GPU's architecture; build with its number in HALFBYTE_CUDA_ARCHITECTURES.",
     "The CUDA runtime refused to launch the kernel.",
+    "A sequence has no rows, stands outside its block table, or names a block that the cache does not have.",
 };
 
 template <typename T, int Length>

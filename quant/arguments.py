@@ -6,6 +6,7 @@ with one sentence that names the argument, its value and what is accepted.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -137,3 +138,52 @@ def check_outliers(threshold: float, outliers: str) -> None:
         raise ShapeError(f"outliers is {outliers!r}; accepted are {', '.join(map(repr, OUTLIER_RULES))}.")
     if not threshold >= 0:
         raise ShapeError(f"threshold is {threshold}; accepted are 0 (no outliers) and any positive number.")
+
+
+def check_paged_attention(
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    tables: torch.Tensor,
+    offsets: torch.Tensor,
+    starts: torch.Tensor,
+    scale: float,
+    window: int,
+    softcap: float,
+    sinks: torch.Tensor | None,
+) -> None:
+    """Shapes, dtypes and options of attention over a paged cache; what the tables say is for who reads them."""
+    check_values("query", query)
+    if query.dim() != 3 or min(query.shape[1:]) < 1:
+        raise ShapeError(f"query has shape {list(query.shape)}; it must be [T, H, D] with at least one head.")
+    for name, store in (("keys", keys), ("values", values)):
+        if store.dim() != 4 or min(store.shape[1:]) < 1:
+            raise ShapeError(f"{name} have shape {list(store.shape)}; they must be [blocks, block_tokens, G, size].")
+        if store.dtype != query.dtype:
+            raise ShapeError(f"{name} have dtype {store.dtype} but query has {query.dtype}; they must have one.")
+        check_same_device(name, store, "query", query)
+    if keys.shape[:3] != values.shape[:3] or keys.shape[3] != query.shape[2]:
+        raise ShapeError(
+            f"query, keys and values have shapes {list(query.shape)}, {list(keys.shape)} and {list(values.shape)}; "
+            "they must be [T, H, D], [blocks, block_tokens, G, D] and [blocks, block_tokens, G, E]."
+        )
+    if query.shape[1] % keys.shape[2]:
+        raise ShapeError(f"query has {query.shape[1]} heads; it must be a multiple of the keys' {keys.shape[2]}.")
+    if tables.dim() != 2 or tables.dtype != torch.int64:
+        raise ShapeError(f"tables are {tables.dtype} {list(tables.shape)}; they must be int64 [sequences, blocks].")
+    sequences = tables.shape[0]
+    check_vector("offsets", offsets, torch.int64, sequences + 1, "where each sequence's rows begin, and T")
+    check_vector("starts", starts, torch.int64, sequences, "one position per sequence")
+    for name, tensor in (("tables", tables), ("offsets", offsets), ("starts", starts)):
+        check_same_device(name, tensor, "query", query)
+    if not math.isfinite(scale):
+        raise ShapeError(f"scale is {scale}; it must be finite.")
+    if window < 0:
+        raise ShapeError(f"window is {window}; accepted are 0 (none) and any positive number of positions.")
+    if not 0 <= softcap < math.inf:
+        raise ShapeError(f"softcap is {softcap}; accepted are 0 (none) and any positive number.")
+    if sinks is not None:
+        check_values("sinks", sinks)
+        if sinks.dim() != 1 or sinks.shape[0] != query.shape[1]:
+            raise ShapeError(f"sinks have shape {list(sinks.shape)}; they must be [{query.shape[1]}], one per head.")
+        check_same_device("sinks", sinks, "query", query)

@@ -81,9 +81,16 @@ STRUCTS: Final = {
     "hb_quantize8": _struct("Quantize8", "*w w_dtype N K *codes *absmax"),
     "hb_dequantize8": _struct("Dequantize8", "*codes *absmax N K *out out_dtype"),
     "hb_linear8": _struct("Linear8", "*x x_dtype M N K *codes *absmax %threshold outlier_rule *bias bias_dtype *out"),
+    "hb_paged_attention": _struct(
+        "PagedAttention",
+        "*query query_row_stride query_head_stride *keys *values dtype T H G D E blocks block_tokens"
+        " *tables S max_blocks *offsets *starts %scale window %softcap *sinks sinks_dtype *out",
+    ),
 }
 """The argument struct of each entry."""
-ENTRIES_WITH_WORKSPACE: Final = ("hb_linear4", "hb_linear8")
+ENTRIES_WITH_WORKSPACE: Final = ("hb_linear4", "hb_linear8", "hb_paged_attention")
+CPU_ONLY: Final = frozenset({"hb_paged_attention"})
+"""Entries that libhalfbyte_cuda.so does not have."""
 
 
 def library_path(device_type: str) -> Path:
@@ -123,9 +130,11 @@ def load_library(path: Path) -> ctypes.CDLL:
     library.hb_table.argtypes = (ctypes.c_int32, _PTR, _I64)
     library.hb_table.restype = _I64
     for name, struct in STRUCTS.items():
+        if name in CPU_ONLY and not hasattr(library, name):
+            continue
         getattr(library, name).argtypes = (ctypes.POINTER(struct),)
-    for name in ENTRIES_WITH_WORKSPACE:
-        getattr(library, f"{name}_workspace").argtypes = (ctypes.POINTER(STRUCTS[name]), ctypes.POINTER(_I64))
+        if name in ENTRIES_WITH_WORKSPACE:
+            getattr(library, f"{name}_workspace").argtypes = (ctypes.POINTER(struct), ctypes.POINTER(_I64))
     return library
 
 
@@ -361,6 +370,56 @@ class Kernels:
             outlier_rule=OUTLIER_CODES[outliers],
             bias=bias,
             bias_dtype=0 if bias is None else DTYPE_CODES[bias.dtype],
+            out=out,
+        )
+        return out
+
+    def paged_attention(
+        self,
+        query: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        tables: torch.Tensor,
+        offsets: torch.Tensor,
+        starts: torch.Tensor,
+        scale: float,
+        window: int,
+        softcap: float,
+        sinks: torch.Tensor | None,
+    ) -> torch.Tensor:
+        if query.stride(2) != 1 or min(query.stride()) < 0 or query.data_ptr() % query.element_size():
+            query = query.clone(memory_format=torch.contiguous_format)
+        keys, values, tables = ready(keys), ready(values), ready(tables)
+        offsets, starts, sinks = ready(offsets), ready(starts), ready_or_none(sinks)
+        T, H, D = query.shape
+        blocks, block_tokens, G, E = values.shape
+        out = torch.empty((T, H, E), dtype=query.dtype, device=query.device)
+        self.call(
+            "hb_paged_attention",
+            query.device,
+            query=query,
+            query_row_stride=query.stride(0),
+            query_head_stride=query.stride(1),
+            keys=keys,
+            values=values,
+            dtype=DTYPE_CODES[query.dtype],
+            T=T,
+            H=H,
+            G=G,
+            D=D,
+            E=E,
+            blocks=blocks,
+            block_tokens=block_tokens,
+            tables=tables,
+            S=tables.shape[0],
+            max_blocks=tables.shape[1],
+            offsets=offsets,
+            starts=starts,
+            scale=scale,
+            window=window,
+            softcap=softcap,
+            sinks=sinks,
+            sinks_dtype=0 if sinks is None else DTYPE_CODES[sinks.dtype],
             out=out,
         )
         return out

@@ -19,7 +19,7 @@ import torch
 from quant import arguments, formats, native, reference
 from quant.errors import ShapeError
 
-REFERENCE_ONLY: Final[dict[str, frozenset[str]]] = {"cpu": frozenset(), "cuda": frozenset()}
+REFERENCE_ONLY: Final[dict[str, frozenset[str]]] = {"cpu": frozenset(), "cuda": frozenset({"paged_attention"})}
 """The device types with compiled kernels, and the operators that have none there and run the reference."""
 
 _LIBRARY: Final = torch.library.Library("halfbyte", "DEF")  # type: ignore[no-untyped-call]
@@ -37,6 +37,8 @@ _SCHEMAS: Final = (
     "quantize_8bit(Tensor w) -> (Tensor, Tensor)",
     "dequantize_8bit(Tensor CB, Tensor SCB, ScalarType dtype) -> Tensor",
     "linear_8bit(Tensor x, Tensor CB, Tensor SCB, float threshold, str outliers, Tensor? bias) -> Tensor",
+    "paged_attention(Tensor query, Tensor keys, Tensor values, Tensor tables, Tensor offsets, Tensor starts,"
+    " float scale, int window, float softcap, Tensor? sinks) -> Tensor",
 )
 NAMES: Final = tuple(schema.partition("(")[0] for schema in _SCHEMAS)
 """The operators, for tests that go over all of them."""
@@ -165,10 +167,39 @@ def linear_8bit(
     column order; the others are rounded to int8 against their row's largest ordinary value and multiplied exactly.
     outliers: "value" decides for each value alone, so that rows do not see each other; "batch" takes every column that
     holds an outlier in any row, as bitsandbytes does; "all" rounds no activation, whatever the threshold: the weight
-    alone is in 8 bits, and float32 sums are in an order of the kernel's own. bias: [N]. Returns [..., N] in x's dtype, rounded once.
-    Gradients flow to x and bias. Raises ShapeError.
+    alone is in 8 bits, and float32 sums are in an order of the kernel's own. bias: [N]. Returns [..., N] in x's dtype,
+    rounded once. Gradients flow to x and bias. Raises ShapeError.
     """
     return cast(torch.Tensor, torch.ops.halfbyte.linear_8bit(x, CB, SCB, threshold, outliers, bias))
+
+
+def paged_attention(
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    tables: torch.Tensor,
+    offsets: torch.Tensor,
+    starts: torch.Tensor,
+    scale: float,
+    window: int = 0,
+    softcap: float = 0.0,
+    sinks: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Causal attention of a packed batch over a paged cache that holds the batch's own keys and values already.
+
+    query: [T, H, D] float32 / float16 / bfloat16, any strides. keys: [blocks, block_tokens, G, D] and values:
+    [blocks, block_tokens, G, E] in query's dtype; head h reads kv head h // (H // G). Sequence s owns rows offsets[s]
+    to offsets[s + 1] (int64 [S + 1]), the first of them at position starts[s] (int64 [S]), and its position p lies in
+    block tables[s, p // block_tokens] (int64 [S, n]); entries of positions that no row sees may hold anything. A row
+    sees the positions up to its own, or the last `window` of them. softcap c turns a score x into c * tanh(x / c);
+    0 for none. sinks: [H], one more score per head that takes its share and gives nothing. Returns [T, H, E] in
+    query's dtype. A row's result does not depend on other rows or sequences, nor on how a prompt was cut into chunks.
+    No gradients. Raises ShapeError; NativeError where the tables name a block that is not there.
+    """
+    return cast(
+        torch.Tensor,
+        torch.ops.halfbyte.paged_attention(query, keys, values, tables, offsets, starts, scale, window, softcap, sinks),
+    )
 
 
 # --- kernels: check, then run -----------------------------------------------------------------------------------------
@@ -344,6 +375,17 @@ def _fake_linear_8bit(
 ) -> torch.Tensor:
     _check_linear_8bit(x, CB, SCB, threshold, outliers, bias)
     return x.new_empty([*x.shape[:-1], CB.shape[0]])
+
+
+def _paged_attention(query: torch.Tensor, *rest: Any) -> torch.Tensor:
+    arguments.check_paged_attention(query, *rest)
+    return cast(torch.Tensor, _run("paged_attention", query.device, query, *rest))
+
+
+def _fake_paged_attention(query: torch.Tensor, *rest: Any) -> torch.Tensor:
+    arguments.check_paged_attention(query, *rest)
+    values: torch.Tensor = rest[1]
+    return query.new_empty(*query.shape[:2], values.shape[3])
 
 
 # --- gradients: to activations and bias, none to packed weights -------------------------------------------------------

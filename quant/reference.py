@@ -143,6 +143,46 @@ def linear_8bit(
     return out.to(x.dtype).view(*x.shape[:-1], CB.shape[0])
 
 
+def paged_attention(
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    tables: torch.Tensor,
+    offsets: torch.Tensor,
+    starts: torch.Tensor,
+    scale: float,
+    window: int = 0,
+    softcap: float = 0.0,
+    sinks: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Each sequence's keys and values gathered from its blocks, scores and softmax in float32, rounded once."""
+    block_tokens, kv_heads = keys.shape[1:3]
+    out = query.new_empty(*query.shape[:2], values.shape[3])
+    bounds = offsets.tolist()
+    for table, begin, end, start in zip(tables, bounds, bounds[1:], starts.tolist(), strict=False):
+        length = start + end - begin
+        first = max(0, start - window + 1) // block_tokens * block_tokens if window else 0
+        blocks = table[first // block_tokens : -(-length // block_tokens)]
+        key, value = (store[blocks].flatten(0, 1)[: length - first].float() for store in (keys, values))
+        grouped = query[begin:end].float().reshape(end - begin, kv_heads, -1, query.shape[2])  # [rows, G, H / G, D]
+        scores = torch.einsum("rgjd,kgd->gjrk", grouped, key) * scale
+        if softcap:
+            scores = torch.tanh(scores / softcap) * softcap
+        positions = torch.arange(first, length, device=query.device)
+        rows = torch.arange(start, length, device=query.device)[:, None]
+        seen = positions <= rows
+        if window:
+            seen &= positions > rows - window
+        scores = scores.masked_fill(~seen, float("-inf"))
+        if sinks is not None:
+            share = sinks.float().view(kv_heads, -1, 1, 1).expand(-1, -1, end - begin, 1)
+            scores = torch.cat([scores, share], dim=-1)
+        weights = torch.softmax(scores, dim=-1)[..., : length - first]
+        value = value.masked_fill(~seen.any(dim=0)[:, None, None], 0.0)  # nothing, times what nobody sees
+        out[begin:end] = torch.einsum("gjrk,kge->rgje", weights, value).flatten(1, 2).to(query.dtype)
+    return out
+
+
 _ONE_THREADS_PIECE = 1 << 15
 """Values up to which torch's element-wise operations and sums stay on one thread."""
 INT8_PRODUCT_SCALE = 1.0 / (formats.INT8_MAX * formats.INT8_MAX)

@@ -7,6 +7,8 @@
 
 #if defined(__x86_64__) && defined(__GNUC__)
 #define HB_X86 1
+// For a function of a level in a file that is compiled for all of them.
+#define HB_AVX512 __attribute__((target("avx512f")))
 #endif
 
 namespace hb {

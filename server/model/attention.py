@@ -1,4 +1,7 @@
-"""Attention over a paged KV cache, plugged into transformers' models; the plain-torch version for every device.
+"""Attention over a paged KV cache, plugged into transformers' models.
+
+On a CPU the whole batch is one call of quant's paged attention; the plain-torch version below serves other devices and
+a cache whose dtype that kernel does not know.
 
 transformers calls `attention` in every layer of a model set to ATTENTION_NAME, and hands it whatever the forward call
 got under CONTEXT_ARGUMENT. No mask function is registered under that name, so transformers builds no mask; causality
@@ -8,6 +11,7 @@ and windows are ours. A batch is packed: all sequences' tokens in one row, `[1, 
     per layer store      [blocks, block_tokens, kv_heads, head_dim]
     write                row t -> slot = block * block_tokens + place      (one index_copy for the whole batch)
     read                 per sequence: its blocks in order, cut to its length; nothing beyond is ever read
+    tables               all sequences' blocks, [S, widest], made once per batch and used by every layer
 
 This file chooses no batches and owns no queue; runner.py fills the context.
 """
@@ -22,6 +26,7 @@ import torch
 from torch.nn import functional as F
 from transformers import AttentionInterface
 
+from quant import formats, ops
 from server.records import KV_BLOCK_TOKENS
 
 ATTENTION_NAME: Final = "halfbyte"
@@ -139,6 +144,24 @@ class Segment:
         return self.start + self.rows
 
 
+@dataclass(frozen=True, slots=True)
+class _Tables:
+    """A batch's segments as the kernel takes them, int64 on the CPU."""
+
+    blocks: torch.Tensor  # [S, widest], -1 where a sequence has none
+    offsets: torch.Tensor  # [S + 1]
+    starts: torch.Tensor  # [S]
+
+    @classmethod
+    def of(cls, segments: Sequence[Segment]) -> _Tables:
+        widest = max(len(segment.blocks) for segment in segments)
+        blocks = torch.full((len(segments), widest), -1)
+        for row, segment in zip(blocks, segments, strict=True):
+            row[: len(segment.blocks)] = segment.blocks
+        offsets = torch.tensor([segment.row for segment in segments] + [segments[-1].row + segments[-1].rows])
+        return cls(blocks, offsets, torch.tensor([segment.start for segment in segments]))
+
+
 @dataclass(slots=True)
 class PagedBatch:
     """The context of one forward call. Layers are told apart by the order of their calls."""
@@ -147,7 +170,9 @@ class PagedBatch:
     slots: torch.Tensor
     """Where each row's key and value go, int64 [T]: block * block_tokens + place."""
     segments: list[Segment]
+    """In packed order, together all rows."""
     calls: int = 0
+    _tables: _Tables | None = None
     _masks: dict[tuple[int, int | None, torch.device], torch.Tensor] = field(default_factory=dict)
 
     def attend(self, call: Call) -> torch.Tensor:
@@ -156,8 +181,31 @@ class PagedBatch:
         slots = self.slots.to(keys.device)
         keys.flatten(0, 1).index_copy_(0, slots, call.key.transpose(0, 1))
         values.flatten(0, 1).index_copy_(0, slots, call.value.transpose(0, 1))
+        if keys.device.type == "cpu" and keys.dtype in formats.VALUE_DTYPES and call.query.dtype == keys.dtype:
+            return self.attend_at_once(call, keys, values)
+        return self.attend_in_torch(call, keys, values)
+
+    def attend_in_torch(self, call: Call, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+        """Sequence by sequence, over one layer's stores as they are now."""
         outputs = [self._attend_segment(call, index, keys, values) for index in range(len(self.segments))]
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+
+    def attend_at_once(self, call: Call, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+        """All sequences in one call of quant's kernel; the same."""
+        if self._tables is None:
+            self._tables = _Tables.of(self.segments)
+        return ops.paged_attention(
+            call.query.transpose(0, 1),
+            keys,
+            values,
+            self._tables.blocks,
+            self._tables.offsets,
+            self._tables.starts,
+            call.scale,
+            call.window or 0,
+            call.softcap or 0.0,
+            call.sinks,
+        )
 
     def _attend_segment(self, call: Call, index: int, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
         segment = self.segments[index]

@@ -9,7 +9,9 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include <initializer_list>
 #include <memory>
+#include <utility>
 #include <vector>
 
 #include "halfbyte.h"
@@ -138,10 +140,11 @@ void judge(hb_status status, const Tensors& tensors) {
     if (status != HB_OK) tensors.expect_outputs_untouched();
 }
 
-// For the matmuls: workspace of exactly what the entry asks for, or a byte less, or nowhere.
+// Workspace of exactly what the entry asks for, or a byte less, or nowhere. An entry of `products` steps that would
+// take too long is not run.
 template <typename Args>
 void run_with_workspace(Input& input, Args& args, Tensors& tensors, hb_status (*ask)(const Args*, int64_t*),
-                        hb_status (*entry)(const Args*)) {
+                        hb_status (*entry)(const Args*), bool has_work, double products) {
     int64_t bytes = -1;
     const hb_status asked = ask(&args, &bytes);
     if (asked == HB_OK && bytes < 0) fail("a negative workspace");
@@ -153,13 +156,16 @@ void run_with_workspace(Input& input, Args& args, Tensors& tensors, hb_status (*
         const bool is_short = input.any<uint8_t>() == 7;
         args.call.workspace = workspace;
         args.call.workspace_bytes = bytes - (is_short ? 1 : 0);
-        if (is_short && entry(&args) == HB_OK && args.M > 0 && args.N > 0) fail("too small a workspace was accepted");
+        if (is_short && entry(&args) == HB_OK && has_work) fail("too small a workspace was accepted");
         args.call.workspace_bytes = bytes;
     }
-    const double products =
-        static_cast<double>(args.M) * static_cast<double>(args.N) * (static_cast<double>(args.K) / 16 + 1);
     if (products < kMostProducts || args.out == nullptr) judge(entry(&args), tensors);
     free(workspace);
+}
+
+template <typename Args>
+double products_of(const Args& args) {
+    return static_cast<double>(args.M) * static_cast<double>(args.N) * (static_cast<double>(args.K) / 16 + 1);
 }
 
 void fuzz_quantize4(Input& input) {
@@ -230,7 +236,8 @@ void fuzz_linear4(Input& input) {
         args.bias = tensors.in<void>(args.N, element_bytes(args.bias_dtype));
     }
     args.out = tensors.out<void>(args.M < 0 ? -1 : static_cast<__int128>(args.M) * args.N, element_bytes(args.x_dtype));
-    run_with_workspace(input, args, tensors, hb_linear4_workspace, hb_linear4);
+    run_with_workspace(input, args, tensors, hb_linear4_workspace, hb_linear4, args.M > 0 && args.N > 0,
+                       products_of(args));
 }
 
 void fuzz_quantize8(Input& input) {
@@ -269,7 +276,58 @@ void fuzz_linear8(Input& input) {
         args.bias = tensors.in<void>(args.N, element_bytes(args.bias_dtype));
     }
     args.out = tensors.out<void>(args.M < 0 ? -1 : static_cast<__int128>(args.M) * args.N, element_bytes(args.x_dtype));
-    run_with_workspace(input, args, tensors, hb_linear8_workspace, hb_linear8);
+    run_with_workspace(input, args, tensors, hb_linear8_workspace, hb_linear8, args.M > 0 && args.N > 0,
+                       products_of(args));
+}
+
+// Tables that mostly name blocks of the cache, and rows that mostly add up; else nothing would get past the checks.
+void fuzz_paged_attention(Input& input) {
+    Tensors tensors(input);
+    auto args = start<hb_paged_attention_args>(input);
+    args.dtype = input.option(3), args.D = input.size(), args.E = input.size();
+    args.G = input.any<uint8_t>() < 240 ? input.any<uint8_t>() % 4 + 1 : input.size();
+    args.H = args.G > 0 && args.G < 9 ? args.G * (input.any<uint8_t>() % 4) : input.size();
+    args.S = input.option(4), args.blocks = input.size(), args.block_tokens = input.option(33);
+    args.max_blocks = input.option(9), args.window = input.size() % 40, args.scale = input.any<uint8_t>() / 64.0;
+    args.softcap = input.any<uint8_t>() % 2 == 1 ? 3.0 : 0.0;
+    const bool few = args.S >= 0 && args.S <= 64 && args.max_blocks >= 0 && args.max_blocks <= 64;
+    std::vector<int64_t> tables(few ? static_cast<size_t>(args.S * args.max_blocks) : 0), offsets = {0}, starts;
+    for (int64_t& block : tables) block = input.any<uint8_t>() < 250 ? input.any<uint8_t>() % 3 : input.any<int64_t>();
+    for (int64_t s = 0; few && s < args.S; ++s) {
+        offsets.push_back(offsets.back() +
+                          (input.any<uint8_t>() < 250 ? input.any<uint8_t>() % 9 : input.size()) % 500);
+        starts.push_back(input.any<uint8_t>() < 250 ? input.any<uint8_t>() % 70 : input.any<int64_t>());
+    }
+    args.T = input.any<uint8_t>() < 250 ? offsets.back() : input.size();
+    args.tables = tables.data(), args.offsets = offsets.data(), args.starts = starts.data();
+    if (!few) args.tables = args.offsets = args.starts = nullptr;
+    args.query_head_stride = input.any<uint8_t>() < 200 ? args.D : input.size();
+    const bool is_small =
+        args.H >= 0 && args.H <= 4096 && args.query_head_stride >= 0 && args.query_head_stride <= 4096;
+    const bool is_packed = is_small && input.any<uint8_t>() < 200;
+    args.query_row_stride = is_packed ? args.query_head_stride * args.H : input.size();
+    const __int128 bytes = element_bytes(args.dtype);
+    const auto product = [](std::initializer_list<int64_t> sizes) {
+        __int128 count = 1;
+        for (const int64_t size : sizes) count = size < 0 || count > kLargestTensor ? -1 : count * size;
+        return count;
+    };
+    __int128 reach = args.D;
+    for (const auto& [count, stride] : {std::pair(args.T, args.query_row_stride), {args.H, args.query_head_stride}}) {
+        reach = count < 1 || stride < 0 ? -1 : reach + (static_cast<__int128>(count) - 1) * stride;
+        if (reach < 0 || reach > kLargestTensor) break;
+    }
+    args.query = tensors.in<void>(args.D < 0 || args.T == 0 ? 0 : reach, bytes);
+    args.keys = tensors.in<void>(product({args.blocks, args.block_tokens, args.G, args.D}), bytes);
+    args.values = tensors.in<void>(product({args.blocks, args.block_tokens, args.G, args.E}), bytes);
+    if (input.any<uint8_t>() % 2 == 1) {
+        args.sinks_dtype = input.option(3);
+        args.sinks = tensors.in<void>(args.H, element_bytes(args.sinks_dtype));
+    }
+    args.out = tensors.out<void>(product({args.T, args.H, args.E}), bytes);
+    const double steps =
+        70.0 * static_cast<double>(args.T) * static_cast<double>(args.H) * (static_cast<double>(args.D) + 1) / 16;
+    run_with_workspace(input, args, tensors, hb_paged_attention_workspace, hb_paged_attention, args.T > 0, steps);
 }
 
 void fuzz_table(Input& input) {
@@ -285,7 +343,7 @@ void fuzz_table(Input& input) {
 extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
     static constexpr void (*kEntries[])(Input&) = {
         fuzz_quantize4,   fuzz_dequantize4, fuzz_quantize_absmax, fuzz_dequantize_absmax, fuzz_linear4, fuzz_quantize8,
-        fuzz_dequantize8, fuzz_linear8,     fuzz_table,
+        fuzz_dequantize8, fuzz_linear8,     fuzz_table,           fuzz_paged_attention,
     };
     Input input(data, size);
     kEntries[input.any<uint8_t>() % (sizeof kEntries / sizeof kEntries[0])](input);

@@ -13,7 +13,11 @@ struct Valid {
     alignas(64) uint8_t bytes[256] = {};
     alignas(64) int8_t codes[256] = {};
     alignas(64) char scratch[1 << 16] = {};
+    alignas(64) char large[1 << 17] = {};
     float offset = 0;
+    alignas(64) int64_t tables[6] = {1, 0, -7, 2, 99, 99};  // [2, 3]: what the sequences do not reach names no block
+    alignas(64) int64_t offsets[3] = {0, 2, 3};
+    alignas(64) int64_t starts[2] = {2, 0};
 
     template <typename Args>
     Args with_workspace() {
@@ -64,6 +68,15 @@ struct Valid {
         a.x = x, a.M = 2, a.N = 3, a.K = 21, a.codes = codes, a.absmax = absmax, a.out = out;
         return a;
     }
+    // Two sequences: rows at positions 2 and 3 of one, at 0 of the other; blocks of two tokens.
+    hb_paged_attention_args paged_attention() {
+        auto a = args_with<hb_paged_attention_args>();
+        a.call.workspace = large, a.call.workspace_bytes = sizeof large;
+        a.query = x, a.query_row_stride = 8, a.query_head_stride = 2, a.keys = x, a.values = absmax, a.out = out;
+        a.T = 3, a.H = 4, a.G = 2, a.D = 2, a.E = 3, a.blocks = 3, a.block_tokens = 2, a.tables = tables;
+        a.S = 2, a.max_blocks = 3, a.offsets = offsets, a.starts = starts, a.scale = 1;
+        return a;
+    }
 };
 
 template <typename Args>
@@ -112,6 +125,7 @@ TEST(every_entry_refuses_a_bad_call) {
     REFUSED_CALLS(quantize8);
     REFUSED_CALLS(dequantize8);
     REFUSED_CALLS(linear8);
+    REFUSED_CALLS(paged_attention);
 }
 
 TEST(null_pointers_are_refused) {
@@ -146,6 +160,14 @@ TEST(null_pointers_are_refused) {
     REFUSED(linear8, a.absmax = nullptr, HB_NULL_POINTER);
     REFUSED(linear8, a.out = nullptr, HB_NULL_POINTER);
     REFUSED(linear8, a.call.workspace = nullptr, HB_NULL_POINTER);
+    REFUSED(paged_attention, a.query = nullptr, HB_NULL_POINTER);
+    REFUSED(paged_attention, a.keys = nullptr, HB_NULL_POINTER);
+    REFUSED(paged_attention, a.values = nullptr, HB_NULL_POINTER);
+    REFUSED(paged_attention, a.tables = nullptr, HB_NULL_POINTER);
+    REFUSED(paged_attention, a.offsets = nullptr, HB_NULL_POINTER);
+    REFUSED(paged_attention, a.starts = nullptr, HB_NULL_POINTER);
+    REFUSED(paged_attention, a.out = nullptr, HB_NULL_POINTER);
+    REFUSED(paged_attention, a.call.workspace = nullptr, HB_NULL_POINTER);
 }
 
 TEST(misaligned_pointers_are_refused) {
@@ -167,6 +189,13 @@ TEST(misaligned_pointers_are_refused) {
     REFUSED(linear8, a.x = shifted(a.x), HB_MISALIGNED);
     REFUSED(linear8, a.bias = shifted(a.x), HB_MISALIGNED);
     REFUSED(linear8, a.call.workspace = shifted(a.call.workspace, 4), HB_WORKSPACE_MISALIGNED);
+    REFUSED(paged_attention, a.query = shifted(a.query, 2), HB_MISALIGNED);
+    REFUSED(paged_attention, (a.dtype = HB_BFLOAT16, a.keys = shifted(a.keys)), HB_MISALIGNED);
+    REFUSED(paged_attention, a.tables = shifted(a.tables, 4), HB_MISALIGNED);
+    REFUSED(paged_attention, a.starts = shifted(a.starts), HB_MISALIGNED);
+    REFUSED(paged_attention, a.sinks = shifted(a.query), HB_MISALIGNED);
+    REFUSED(paged_attention, a.out = shifted(a.out), HB_MISALIGNED);
+    REFUSED(paged_attention, a.call.workspace = shifted(a.call.workspace, 8), HB_WORKSPACE_MISALIGNED);
 }
 
 TEST(unknown_choices_are_refused) {
@@ -191,6 +220,64 @@ TEST(unknown_choices_are_refused) {
     REFUSED(linear8, a.outlier_rule = -1, HB_BAD_OPTION);
     REFUSED(linear8, a.threshold = -1.0, HB_BAD_OPTION);
     REFUSED(linear8, a.threshold = std::numeric_limits<double>::quiet_NaN(), HB_BAD_OPTION);
+}
+
+TEST(options_of_attention_are_refused) {
+    REFUSED(paged_attention, a.dtype = 3, HB_BAD_DTYPE);
+    REFUSED(paged_attention, (a.sinks = a.query, a.sinks_dtype = -1), HB_BAD_DTYPE);
+    REFUSED(paged_attention, a.scale = std::numeric_limits<double>::infinity(), HB_BAD_OPTION);
+    REFUSED(paged_attention, a.scale = std::numeric_limits<double>::quiet_NaN(), HB_BAD_OPTION);
+    REFUSED(paged_attention, a.window = -1, HB_BAD_OPTION);
+    REFUSED(paged_attention, a.softcap = -1, HB_BAD_OPTION);
+    REFUSED(paged_attention, a.softcap = std::numeric_limits<double>::quiet_NaN(), HB_BAD_OPTION);
+    REFUSED(paged_attention, a.G = 3, HB_BAD_SHAPE);  // 4 heads
+    REFUSED(paged_attention, a.G = 0, HB_BAD_SHAPE);
+    REFUSED(paged_attention, a.H = 0, HB_BAD_SHAPE);
+    REFUSED(paged_attention, a.D = 0, HB_BAD_SHAPE);
+    REFUSED(paged_attention, a.E = HB_MAX_HEAD_DIM + 1, HB_BAD_SHAPE);
+    REFUSED(paged_attention, a.block_tokens = 0, HB_BAD_SHAPE);
+    REFUSED(paged_attention, a.query_row_stride = -8, HB_BAD_SHAPE);
+    REFUSED(paged_attention, a.query_head_stride = HB_MAX_ELEMENTS, HB_BAD_SHAPE);
+}
+
+#define REFUSED_TABLES(change)                                                                           \
+    do {                                                                                                 \
+        Valid valid;                                                                                     \
+        auto a = valid.paged_attention();                                                                \
+        EXPECT(hb_paged_attention(&a) == HB_OK, "the valid call");                                       \
+        memset(valid.out, 0xA5, sizeof valid.out);                                                       \
+        change;                                                                                          \
+        EXPECT(hb_paged_attention(&a) == HB_BAD_SEQUENCE, #change);                                      \
+        for (const float value : valid.out) EXPECT(memcmp(&value, "\xA5\xA5\xA5\xA5", 4) == 0, #change); \
+    } while (0)
+
+TEST(sequences_that_leave_their_tables_or_the_cache_are_refused) {
+    for (const int64_t block : {int64_t{-1}, int64_t{3}, kHuge, std::numeric_limits<int64_t>::min()}) {
+        for (const int at : {0, 1, 3}) REFUSED_TABLES(valid.tables[at] = block);
+    }
+    REFUSED_TABLES(valid.offsets[0] = 1);
+    REFUSED_TABLES(valid.offsets[0] = -1);
+    REFUSED_TABLES(valid.offsets[1] = 0);
+    REFUSED_TABLES(valid.offsets[1] = 3);
+    REFUSED_TABLES(valid.offsets[1] = kHuge);
+    REFUSED_TABLES(valid.offsets[2] = 2);
+    REFUSED_TABLES(valid.offsets[2] = 4);
+    REFUSED_TABLES(valid.starts[0] = -1);
+    REFUSED_TABLES(valid.starts[0] = 5);  // and 6 positions in the table
+    REFUSED_TABLES(valid.starts[1] = kHuge);
+    REFUSED_TABLES(a.T = 2);
+    REFUSED_TABLES(a.S = 1);
+    REFUSED_TABLES(a.S = 0);
+    REFUSED_TABLES(a.S = 4);
+    REFUSED_TABLES(a.max_blocks = 0);
+    REFUSED_TABLES(a.blocks = 0);
+    // A window that ends after a block leaves its entry alone.
+    Valid valid;
+    auto a = valid.paged_attention();
+    valid.starts[0] = 3, valid.tables[0] = -5, valid.tables[2] = 0, a.window = 2;
+    EXPECT(hb_paged_attention(&a) == HB_OK, "a block before the window");
+    a.window = 3;
+    EXPECT(hb_paged_attention(&a) == HB_BAD_SEQUENCE, "a block in the window");
 }
 
 TEST(negative_and_huge_sizes_are_refused) {
@@ -220,6 +307,17 @@ TEST(negative_and_huge_sizes_are_refused) {
             EXPECT(hb_linear8(&linear) == HB_BAD_SHAPE, "%lld", static_cast<long long>(size));
             EXPECT(hb_linear8_workspace(&linear, &bytes) == HB_BAD_SHAPE, "%lld", static_cast<long long>(size));
         }
+        using Attention = hb_paged_attention_args;
+        for (int64_t Attention::* field :
+             {&Attention::T, &Attention::H, &Attention::G, &Attention::D, &Attention::E, &Attention::blocks,
+              &Attention::block_tokens, &Attention::S, &Attention::max_blocks, &Attention::query_row_stride}) {
+            auto attention = valid.paged_attention();
+            attention.*field = size;
+            int64_t bytes = 0;
+            EXPECT(hb_paged_attention(&attention) == HB_BAD_SHAPE, "%lld", static_cast<long long>(size));
+            EXPECT(hb_paged_attention_workspace(&attention, &bytes) == HB_BAD_SHAPE, "%lld",
+                   static_cast<long long>(size));
+        }
         auto quantize8 = valid.quantize8();
         quantize8.N = size;
         EXPECT(hb_quantize8(&quantize8) == HB_BAD_SHAPE, "N %lld", static_cast<long long>(size));
@@ -246,6 +344,12 @@ TEST(a_workspace_one_byte_short_is_refused) {
     EXPECT(hb_linear8(&linear8) == HB_OK, "linear8 with what it asked for");
     --linear8.call.workspace_bytes;
     EXPECT(hb_linear8(&linear8) == HB_WORKSPACE_TOO_SMALL, "linear8");
+    auto attention = valid.paged_attention();
+    EXPECT(hb_paged_attention_workspace(&attention, &attention.call.workspace_bytes) == HB_OK, "attention");
+    EXPECT(hb_paged_attention(&attention) == HB_OK, "attention with what it asked for");
+    --attention.call.workspace_bytes;
+    EXPECT(hb_paged_attention(&attention) == HB_WORKSPACE_TOO_SMALL, "attention");
+    EXPECT(hb_paged_attention_workspace(&attention, nullptr) == HB_NULL_POINTER, "nowhere to write the size");
     EXPECT(hb_linear4_workspace(&linear4, nullptr) == HB_NULL_POINTER, "nowhere to write the size");
     EXPECT(hb_linear8_workspace(&linear8, nullptr) == HB_NULL_POINTER, "nowhere to write the size");
 }
@@ -274,6 +378,9 @@ TEST(empty_tensors_need_no_pointers) {
     auto linear8 = args_with<hb_linear8_args>();
     linear8.K = 100;
     EXPECT(hb_linear8(&linear8) == HB_OK, "M = N = 0");
+    auto attention = args_with<hb_paged_attention_args>();
+    attention.H = attention.G = attention.D = attention.E = attention.block_tokens = 1;
+    EXPECT(hb_paged_attention(&attention) == HB_OK, "T = S = 0");
 }
 
 TEST(every_status_has_a_sentence_and_every_table_a_length) {

@@ -87,6 +87,71 @@ class Weight4:
         return dataclasses.replace(self, **moved)
 
 
+@dataclasses.dataclass(frozen=True)
+class Paged:
+    """Sequences in a paged cache: blocks in random order, NaN wherever no row looks, and table entries of nonsense."""
+
+    query: torch.Tensor
+    keys: torch.Tensor
+    values: torch.Tensor
+    tables: torch.Tensor
+    offsets: torch.Tensor
+    starts: torch.Tensor
+
+    @classmethod
+    def random(
+        cls,
+        sequences: list[tuple[int, int]],
+        heads: tuple[int, int],
+        dims: tuple[int, int],
+        block_tokens: int,
+        dtype: torch.dtype,
+        generator: torch.Generator,
+    ) -> Paged:
+        """sequences: (first position, rows) each; heads: H and G; dims: D and E."""
+        blocks = [-(-(start + rows) // block_tokens) for start, rows in sequences]
+        free = torch.randperm(sum(blocks) + 3, generator=generator).tolist()
+        shape = (len(free), block_tokens, heads[1])
+        keys, values = (torch.full((*shape, dim), torch.nan) for dim in dims)
+        tables = torch.full((len(sequences), max(blocks) + 2), 2**40)
+        for which, (start, rows) in enumerate(sequences):
+            for index in range(blocks[which]):
+                tables[which, index] = block = free.pop()
+                filled = min(block_tokens, start + rows - index * block_tokens)
+                for store in (keys, values):
+                    store[block, :filled] = torch.randn(filled, *store.shape[2:], generator=generator)
+        rows = torch.tensor([0] + [rows for _, rows in sequences])
+        query = torch.randn(heads[0], int(rows.sum()), dims[0], generator=generator).transpose(0, 1) * 2
+        starts = torch.tensor([start for start, _ in sequences])
+        return cls(query.to(dtype), keys.to(dtype), values.to(dtype), tables, rows.cumsum(0), starts)
+
+    def arguments(self) -> tuple[torch.Tensor, ...]:
+        """What paged_attention takes before its options."""
+        return (self.query, self.keys, self.values, self.tables, self.offsets, self.starts)
+
+    def exact(self, scale: float, window: int, softcap: float, sinks: torch.Tensor | None) -> torch.Tensor:
+        """The result in float64, one sequence at a time."""
+        found = []
+        size, kv_heads = self.keys.shape[1:3]
+        bounds = self.offsets.tolist()
+        for table, begin, end, start in zip(self.tables, bounds, bounds[1:], self.starts.tolist(), strict=False):
+            rows = torch.arange(start, start + end - begin)
+            seen = torch.arange(max(0, start - window + 1) if window else 0, start + end - begin)
+            key, value = (store[table[seen // size], seen % size].double() for store in (self.keys, self.values))
+            query = self.query[begin:end].double().reshape(end - begin, kv_heads, -1, self.query.shape[2])
+            scores = torch.einsum("rgjd,kgd->rgjk", query, key) * scale
+            if softcap:
+                scores = softcap * torch.tanh(scores / softcap)
+            distance = rows[:, None, None, None] - seen
+            scores = scores.masked_fill((distance < 0) | (distance >= (window or len(seen) + start)), -torch.inf)
+            if sinks is not None:
+                share = sinks.double().view(1, kv_heads, -1, 1).expand(end - begin, -1, -1, -1)
+                scores = torch.cat([scores, share], dim=-1)
+            weights = torch.softmax(scores, dim=-1)[..., : len(seen)]
+            found.append(torch.einsum("rgjk,kge->rgje", weights, value).flatten(1, 2))
+        return torch.cat(found)
+
+
 def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
     """Equal shapes, dtypes and bytes; any NaN equals any NaN."""
     if a.shape != b.shape or a.dtype != b.dtype:

@@ -11,7 +11,7 @@ import torch
 from quant import formats, native, ops, reference
 from quant.errors import NativeError, ShapeError
 from tests.quant import operands
-from tests.quant.operands import Weight4
+from tests.quant.operands import Paged, Weight4
 
 DTYPES = list(formats.VALUE_DTYPES)
 
@@ -28,6 +28,8 @@ def sample_arguments(name: str, generator: torch.Generator, dtype: torch.dtype =
     x = torch.randn(2, 3, 33, generator=generator).to(dtype)
     bias = torch.randn(7, generator=generator).to(dtype)
     absmax = torch.rand(300, generator=generator)
+    paged = Paged.random([(3, 2), (0, 4)], (4, 2), (8, 6), 4, dtype, generator)
+    sinks = torch.randn(4, generator=generator)
     return {
         "quantize_4bit": [x, "fp4", 64],
         "dequantize_4bit": [weight.packed, weight.plain_absmax(), "nf4", 64, [7, 33], dtype],
@@ -37,6 +39,7 @@ def sample_arguments(name: str, generator: torch.Generator, dtype: torch.dtype =
         "quantize_8bit": [x[0]],
         "dequantize_8bit": [CB, SCB, dtype],
         "linear_8bit": [x, CB, SCB, 2.0, "value", bias],
+        "paged_attention": [*paged.arguments(), 0.5, 3, 20.0, sinks],
     }[name]
 
 
@@ -205,6 +208,20 @@ REFUSALS: list[tuple[str, int, Callable[[Any], Any], str]] = [
     ("linear_8bit", 3, lambda _: -1.0, "threshold is -1.0"),
     ("linear_8bit", 3, lambda _: float("nan"), "threshold is nan"),
     ("linear_8bit", 4, lambda _: "column", "outliers is 'column'"),
+    ("paged_attention", 0, lambda q: q.double(), "query has dtype torch.float64"),
+    ("paged_attention", 0, lambda q: q[0], r"query has shape \[4, 8\]; it must be \[T, H, D\]"),
+    ("paged_attention", 0, lambda q: q[:, :3], "query has 3 heads; it must be a multiple of the keys' 2"),
+    ("paged_attention", 0, lambda q: q[..., :7], r"must be \[T, H, D\], \[blocks, block_tokens, G, D\]"),
+    ("paged_attention", 1, lambda k: k.half(), "keys have dtype torch.float16 but query has torch.float32"),
+    ("paged_attention", 2, lambda v: v[0], "values have shape"),
+    ("paged_attention", 2, lambda v: v[1:], "query, keys and values have shapes"),
+    ("paged_attention", 3, lambda t: t.int(), "tables are torch.int32"),
+    ("paged_attention", 4, lambda o: o[1:], r"offsets has shape \[2\]; it must be \[3\]"),
+    ("paged_attention", 5, lambda s: s.float(), "starts has dtype torch.float32"),
+    ("paged_attention", 6, lambda _: float("inf"), "scale is inf"),
+    ("paged_attention", 7, lambda _: -1, "window is -1"),
+    ("paged_attention", 8, lambda _: -5.0, "softcap is -5.0"),
+    ("paged_attention", 9, lambda s: s[1:], r"sinks have shape \[3\]; they must be \[4\]"),
 ]
 
 

@@ -1,12 +1,17 @@
-"""Paged attention against attention spelled out in float64, with every block that must not be read full of NaN."""
+"""Paged attention against attention spelled out in float64, with every block that must not be read full of NaN.
+
+In float32 the compiled kernel answers, in float64 the plain-torch version that other devices use.
+"""
 
 from __future__ import annotations
 
 import random
+from typing import Any
 
 import pytest
 import torch
 
+from quant import ops
 from server.model.attention import Call, LayerShape, PagedBatch, PagedCache, Segment, attention
 
 BLOCK = 4
@@ -45,17 +50,19 @@ def reference(
 class Sequences:
     """Random sequences over a poisoned cache: each step takes the next rows of each and compares what comes out."""
 
-    def __init__(self, lengths: list[int], heads: int, kv_heads: int, key_dim: int, value_dim: int) -> None:
+    def __init__(
+        self, lengths: list[int], heads: int, kv_heads: int, key_dim: int, value_dim: int, dtype: torch.dtype
+    ) -> None:
         self.heads, self.lengths = heads, lengths
-        shape = LayerShape(kv_heads, key_dim, value_dim, torch.float32, torch.device("cpu"))
+        shape = LayerShape(kv_heads, key_dim, value_dim, dtype, torch.device("cpu"))
         self.cache = PagedCache([shape], BLOCKS, BLOCK)
         for tensor in self.cache.tensors:
             tensor.fill_(float("nan"))
         free = random.sample(range(BLOCKS), BLOCKS)
         self.tables = [torch.tensor([free.pop() for _ in range(-(-length // BLOCK))]) for length in lengths]
-        self.queries = [torch.randn(heads, length, key_dim) * 2 for length in lengths]
-        self.keys = [torch.randn(kv_heads, length, key_dim) for length in lengths]
-        self.values = [torch.randn(kv_heads, length, value_dim) for length in lengths]
+        self.queries = [torch.randn(heads, length, key_dim, dtype=dtype) * 2 for length in lengths]
+        self.keys = [torch.randn(kv_heads, length, key_dim, dtype=dtype) for length in lengths]
+        self.values = [torch.randn(kv_heads, length, value_dim, dtype=dtype) for length in lengths]
 
     def step(self, parts: list[tuple[int, int, int]], **settings: object) -> None:
         """parts: (sequence, first position, one beyond the last) in packed order."""
@@ -93,17 +100,25 @@ class Sequences:
         torch.testing.assert_close(out[0].double(), torch.cat(expected), rtol=1e-5, atol=2e-6)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("window", [None, 1, 3, 4, 7], ids="window={}".format)
 @pytest.mark.parametrize("extra", [{}, {"softcap": 5.0}, {"s_aux": True}, {"scaling": 0.5}], ids=str)
 @pytest.mark.parametrize(("heads", "kv_heads", "key_dim", "value_dim"), [(4, 4, 8, 8), (6, 2, 8, 8), (4, 1, 12, 8)])
 def test_chunks_and_decodes_agree_with_the_reference(
-    heads: int, kv_heads: int, key_dim: int, value_dim: int, extra: dict[str, object], window: int | None
+    heads: int,
+    kv_heads: int,
+    key_dim: int,
+    value_dim: int,
+    extra: dict[str, object],
+    window: int | None,
+    dtype: torch.dtype,
 ) -> None:
+
     settings: dict[str, object] = {**extra, "sliding_window": window}
     if settings.get("s_aux"):
         settings["s_aux"] = torch.randn(heads)
     lengths = [random.randint(9, 25) for _ in range(3)]
-    sequences = Sequences(lengths, heads, kv_heads, key_dim, value_dim)
+    sequences = Sequences(lengths, heads, kv_heads, key_dim, value_dim, dtype)
     cut = random.randint(1, 7)
     sequences.step([(0, 0, cut), (1, 0, 8)], **settings)
     sequences.step([(1, 8, 9), (0, cut, 8), (2, 0, 1)], **settings)
@@ -112,6 +127,27 @@ def test_chunks_and_decodes_agree_with_the_reference(
         random.shuffle(parts)
         sequences.step(parts, **settings)
         done = {which: min(at + 1, lengths[which]) for which, at in done.items()}
+
+
+@pytest.mark.parametrize(("dtype", "calls"), [(torch.float32, 1), (torch.bfloat16, 1), (torch.float64, 0)], ids=str)
+def test_the_kernel_answers_where_it_can(dtype: torch.dtype, calls: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Once for a whole batch, with tables that are made once for all layers."""
+    tables = []
+    kernel = ops.paged_attention
+
+    def counted(*arguments: Any) -> torch.Tensor:
+        tables.append(arguments[3])
+        return kernel(*arguments)
+
+    monkeypatch.setattr(ops, "paged_attention", counted)
+    layers = [LayerShape(2, 8, 8, dtype, torch.device("cpu"))] * 3
+    segments = [Segment(0, 2, 0, torch.tensor([3])), Segment(2, 1, 0, torch.tensor([9, 1]))]
+    batch = PagedBatch(PagedCache(layers, BLOCKS, BLOCK), torch.tensor([12, 13, 36]), segments)
+    query, key, value = (torch.randn(heads, 3, 8).to(dtype) for heads in (4, 2, 2))
+    for _ in layers:
+        assert batch.attend(Call(query, key, value, 0.3, None, None, None)).shape == (3, 4, 8)
+    assert len(tables) == calls * len(layers)
+    assert all(table is tables[0] for table in tables)
 
 
 def test_a_row_is_the_same_whatever_its_neighbours_hold() -> None:

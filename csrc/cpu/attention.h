@@ -1,0 +1,80 @@
+// What attention.cpp and the variants of its inner part share: the shapes of a tile, and the order of every sum.
+//
+//     query vectors      (row, head) pairs of one sequence and kv head, row-major: row i, head j is vector i * group +
+//     j key tile           64 positions from a multiple of 64 on, packed: keys transposed, values as they are span 512
+//     positions from a multiple of 512 on; each has a running softmax of its own
+//
+// A score adds its products over d = 1, 0, 3, 2, 5, 4 ...: within each pair the odd one first, each sum rounded, which
+// is what AVX-512's bfloat16 instruction does. Outputs add theirs over keys in the same order. Tiles and spans begin at
+// fixed positions, so nothing that a row computes depends on who else is in the tile. Scores are in powers of two.
+#pragma once
+
+#include <stdint.h>
+
+namespace hb::attention {
+
+constexpr int64_t kLanes = 16;
+constexpr int64_t kTileKeys = 64;
+constexpr int64_t kTileLanes = kTileKeys / kLanes;
+constexpr int64_t kBlockVectors = 6;  // query vectors that meet a key tile together: 6 x 4 sums fill 24 of 32 registers
+
+// 2^r = 1 + r * (c0 + c1 r + ... + c5 r^5) for |r| <= 1/2, relative error below 3e-9 before rounding.
+constexpr float kExp2[6] = {0x1.62e430p-1f, 0x1.ebfbdcp-3f,  0x1.c6aee8p-5f,
+                            0x1.3b2d4cp-7f, 0x1.5f3e54p-10f, 0x1.41fbbcp-13f};
+constexpr float kSmallestPower = -125.0f;  // below, a weight is zero
+constexpr float kLog2E = 0x1.715476p+0f;
+constexpr float kTanhIsOne = 30.0f;           // 2^y from here on: tanh(y / (2 log2 e)) rounds to 1
+constexpr float kRoundToInteger = 0x1.8p23f;  // added and taken away again, it leaves the nearest integer
+
+// One call's sizes and options, as the inner part needs them.
+struct Shape {
+    int64_t dtype;
+    int64_t D, E;
+    int64_t padded_d;      // D rounded up to whole pairs
+    int64_t padded_e;      // E rounded up to whole lanes
+    int64_t vector_bytes;  // of one packed query vector
+    bool is_capped;
+    float scale;  // a product of query and key -> score; with a cap, -> the argument of tanh times 2 log2 e
+    float cap;    // soft cap as a score; ignored unless is_capped
+};
+
+// Where the keys and values of a tile's 64 positions are, for the first kv head of an item; null for positions that are
+// not to be read. The offsets, in bytes, lead to another head.
+struct TileRows {
+    const char* keys[kTileKeys];
+    const char* values[kTileKeys];
+    int64_t key_offset = 0;
+    int64_t value_offset = 0;
+
+    const char* key(int64_t place) const { return keys[place] == nullptr ? nullptr : keys[place] + key_offset; }
+    const char* value(int64_t place) const { return values[place] == nullptr ? nullptr : values[place] + value_offset; }
+};
+
+// Up to kBlockVectors query vectors, what they may see of the tile, and their running softmax.
+struct Block {
+    int64_t vectors;
+    const char* queries;           // [vectors] of Shape::vector_bytes
+    int64_t begin[kBlockVectors];  // positions of the tile that a vector sees: begin .. end - 1, empty if end <= begin
+    int64_t end[kBlockVectors];
+    float* maxima;   // [vectors] largest score so far
+    float* sums;     // [vectors, kLanes] sum of weights so far, in lanes
+    float* outputs;  // [vectors, padded_e] weighted sum of values so far
+};
+
+// One way to do the inner part. Packed sizes are those of float32, whatever the variant keeps there.
+struct Variant {
+    bool keeps_pairs;  // queries, keys and values stay bfloat16, two to a 32-bit lane
+    // Fills keys [padded_d, 64] and values [64, padded_e], zeros where a row is null; `next` is fetched meanwhile.
+    void (*pack)(const Shape& shape, const TileRows& rows, const TileRows& next, float* keys, float* values);
+    // Scores, weights and outputs of one block over one packed tile.
+    void (*attend)(const Shape& shape, const float* keys, const float* values, const Block& block);
+};
+
+const Variant& baseline();
+// As Variant::pack, for AVX-512: everything as float32, or bfloat16 in pairs.
+void pack_floats_avx512(const Shape& shape, const TileRows& rows, const TileRows& next, float* keys, float* values);
+void pack_pairs_avx512(const Shape& shape, const TileRows& rows, const TileRows& next, float* keys, float* values);
+// The variant that this CPU runs fastest.
+const Variant& fastest(int64_t dtype, int64_t D);
+
+}  // namespace hb::attention

@@ -1,0 +1,241 @@
+// The inner part of attention for CPUs with AVX-512; see attention.h for the layout and attention.cpp for the rest.
+//
+// Six query vectors meet 64 keys in 24 registers; the six rows of weights meet 64 values of an output likewise. The
+// roof is the multiplier: per tile, 4 * padded_d + 4 * padded_e instructions for each vector, about 90 for its softmax.
+// bfloat16 keys and values stay as they are where the CPU multiplies their pairs (AVX512_BF16), at twice the speed;
+// weights are rounded to bfloat16 in either case, so the two give the same bits.
+#include "attention.h"
+#include "halfbyte.h"
+#include "level.h"
+
+#ifdef HB_X86
+
+#include <immintrin.h>
+#include <math.h>
+
+#define HB_AVX512_BF16 __attribute__((target("avx512f,avx512bw,avx512vl,avx512bf16")))
+
+namespace hb::attention {
+
+namespace {
+
+// --- products -------------------------------------------------------------------------------------------------------
+
+// sums[i][n] += x[i][k] * y[k][n] for k from begin to end, in 32-bit lanes; strides in lanes.
+struct Operands {
+    float* sums;
+    int64_t sums_stride;
+    const float* x;
+    int64_t x_stride;
+    const float* y;
+    int64_t y_stride;
+    int64_t begin, end;
+};
+
+struct Floats {
+    static constexpr int64_t kWidth = 1;  // values in a lane
+
+    template <int Vectors, int Lanes>
+    HB_AVX512 static void multiply(const Operands& o) {
+        __m512 sums[Vectors][Lanes];
+        for (int i = 0; i < Vectors; ++i) {
+            for (int j = 0; j < Lanes; ++j) sums[i][j] = _mm512_loadu_ps(o.sums + i * o.sums_stride + j * kLanes);
+        }
+        for (int64_t pair = o.begin; pair < o.end; pair += 2) {
+            for (int64_t k = pair + 1; k >= pair; --k) {
+                __m512 y[Lanes];
+                for (int j = 0; j < Lanes; ++j) y[j] = _mm512_loadu_ps(o.y + k * o.y_stride + j * kLanes);
+                for (int i = 0; i < Vectors; ++i) {
+                    const __m512 x = _mm512_set1_ps(o.x[i * o.x_stride + k]);
+                    for (int j = 0; j < Lanes; ++j) sums[i][j] = _mm512_fmadd_ps(x, y[j], sums[i][j]);
+                }
+            }
+        }
+        for (int i = 0; i < Vectors; ++i) {
+            for (int j = 0; j < Lanes; ++j) _mm512_storeu_ps(o.sums + i * o.sums_stride + j * kLanes, sums[i][j]);
+        }
+    }
+};
+
+struct Pairs {
+    static constexpr int64_t kWidth = 2;
+
+    template <int Vectors, int Lanes>
+    HB_AVX512_BF16 static void multiply(const Operands& o) {
+        __m512 sums[Vectors][Lanes];
+        for (int i = 0; i < Vectors; ++i) {
+            for (int j = 0; j < Lanes; ++j) sums[i][j] = _mm512_loadu_ps(o.sums + i * o.sums_stride + j * kLanes);
+        }
+        for (int64_t k = o.begin; k < o.end; ++k) {
+            __m512bh y[Lanes];
+            for (int j = 0; j < Lanes; ++j) {
+                y[j] = reinterpret_cast<__m512bh>(_mm512_loadu_ps(o.y + k * o.y_stride + j * kLanes));
+            }
+            for (int i = 0; i < Vectors; ++i) {
+                const __m512bh x = reinterpret_cast<__m512bh>(_mm512_set1_ps(o.x[i * o.x_stride + k]));
+                for (int j = 0; j < Lanes; ++j) sums[i][j] = _mm512_dpbf16_ps(sums[i][j], x, y[j]);
+            }
+        }
+        for (int i = 0; i < Vectors; ++i) {
+            for (int j = 0; j < Lanes; ++j) _mm512_storeu_ps(o.sums + i * o.sums_stride + j * kLanes, sums[i][j]);
+        }
+    }
+};
+
+using Multiply = void (*)(const Operands&);
+
+template <typename Kind, int Vectors>
+struct ByLanes {
+    static constexpr Multiply at[kTileLanes] = {
+        Kind::template multiply<Vectors, 1>, Kind::template multiply<Vectors, 2>, Kind::template multiply<Vectors, 3>,
+        Kind::template multiply<Vectors, 4>};
+};
+
+template <typename Kind>
+Multiply multiply_for(int64_t vectors, int64_t lanes) {
+    static constexpr const Multiply* kByVectors[kBlockVectors] = {ByLanes<Kind, 1>::at, ByLanes<Kind, 2>::at,
+                                                                  ByLanes<Kind, 3>::at, ByLanes<Kind, 4>::at,
+                                                                  ByLanes<Kind, 5>::at, ByLanes<Kind, 6>::at};
+    return kByVectors[vectors - 1][lanes - 1];
+}
+
+// --- softmax --------------------------------------------------------------------------------------------------------
+
+// 2^x = 2^n * (1 + r * q), n an integer.
+struct Power {
+    __m512 n, r, q;
+};
+
+HB_AVX512 inline Power split_power(__m512 x) {
+    const __m512 magic = _mm512_set1_ps(kRoundToInteger);
+    const __m512 n = _mm512_sub_ps(_mm512_add_ps(x, magic), magic);
+    const __m512 r = _mm512_sub_ps(x, n);
+    __m512 q = _mm512_set1_ps(kExp2[5]);
+    for (int i = 4; i >= 0; --i) q = _mm512_fmadd_ps(q, r, _mm512_set1_ps(kExp2[i]));
+    return {n, r, q};
+}
+
+// 2^x for x <= 0, NaN for NaN; zero where a normal float would end.
+HB_AVX512 inline __m512 exp2_of(__m512 x) {
+    const Power power = split_power(x);
+    const __mmask16 kept = _mm512_cmp_ps_mask(x, _mm512_set1_ps(kSmallestPower), _CMP_NLT_UQ);
+    return _mm512_maskz_scalef_ps(kept, _mm512_fmadd_ps(power.q, power.r, _mm512_set1_ps(1.0f)), power.n);
+}
+
+// cap * tanh(x / (2 log2 e)), from 2^x - 1, which keeps its digits near zero.
+HB_AVX512 inline __m512 cap_of(__m512 x, float cap) {
+    const __m512 size = _mm512_min_ps(_mm512_set1_ps(kTanhIsOne), _mm512_abs_ps(x));
+    const Power power = split_power(size);
+    const __m512 scale = _mm512_scalef_ps(_mm512_set1_ps(1.0f), power.n);
+    const __m512 fraction = _mm512_mul_ps(power.q, power.r);
+    const __m512 less_one = _mm512_fmadd_ps(scale, fraction, _mm512_sub_ps(scale, _mm512_set1_ps(1.0f)));
+    const __m512 tanh = _mm512_div_ps(less_one, _mm512_add_ps(less_one, _mm512_set1_ps(2.0f)));
+    const __m512i sign = _mm512_and_si512(_mm512_castps_si512(x), _mm512_set1_epi32(INT32_MIN));
+    const __m512 capped = _mm512_mul_ps(tanh, _mm512_set1_ps(cap));
+    return _mm512_castsi512_ps(_mm512_or_si512(_mm512_castps_si512(capped), sign));
+}
+
+// To nearest, ties to even, still as float32. A NaN that comes from bfloat16 values stays one.
+HB_AVX512 inline __m512i round_to_bfloat(__m512 x) {
+    const __m512i bits = _mm512_castps_si512(x);
+    const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+    const __m512i rounded = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
+    return _mm512_and_si512(rounded, _mm512_set1_epi32(static_cast<int32_t>(0xffff0000u)));
+}
+
+// A larger maximum: what was summed up so far shrinks.
+HB_AVX512 inline void rescale(const Shape& shape, const Block& block, int64_t vector, float maximum) {
+    const __m512 factor = exp2_of(_mm512_set1_ps(block.maxima[vector] - maximum));
+    float* const sums = block.sums + vector * kLanes;
+    _mm512_storeu_ps(sums, _mm512_mul_ps(_mm512_loadu_ps(sums), factor));
+    float* const outputs = block.outputs + vector * shape.padded_e;
+    for (int64_t e = 0; e < shape.padded_e; e += kLanes) {
+        _mm512_storeu_ps(outputs + e, _mm512_mul_ps(_mm512_loadu_ps(outputs + e), factor));
+    }
+    block.maxima[vector] = maximum;
+}
+
+// Sums of products -> weights against the running maximum, in place; as bfloat16 in the first half if `Kind` is Pairs.
+template <typename Kind>
+HB_AVX512 void weigh(const Shape& shape, const Block& block, int64_t vector, float* row) {
+    const __m512 nothing = _mm512_set1_ps(-INFINITY);
+    const __m512i places = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
+    const __m512i begin = _mm512_set1_epi32(static_cast<int32_t>(block.begin[vector]));
+    const __m512i end = _mm512_set1_epi32(static_cast<int32_t>(block.end[vector]));
+    __m512 scores[kTileLanes];
+    for (int j = 0; j < kTileLanes; ++j) {
+        scores[j] = _mm512_mul_ps(_mm512_loadu_ps(row + j * kLanes), _mm512_set1_ps(shape.scale));
+        if (shape.is_capped) scores[j] = cap_of(scores[j], shape.cap);
+        const __m512i place = _mm512_add_epi32(places, _mm512_set1_epi32(static_cast<int32_t>(j * kLanes)));
+        const __mmask16 seen = _mm512_cmpge_epi32_mask(place, begin) & _mm512_cmplt_epi32_mask(place, end);
+        scores[j] = _mm512_mask_mov_ps(nothing, seen, scores[j]);
+    }
+    const float largest =
+        _mm512_reduce_max_ps(_mm512_max_ps(_mm512_max_ps(scores[0], scores[1]), _mm512_max_ps(scores[2], scores[3])));
+    if (!(largest <= block.maxima[vector])) rescale(shape, block, vector, largest);
+    // A vector that has seen nothing yet keeps -inf, against which no difference has a meaning.
+    const float maximum = block.maxima[vector] == -INFINITY ? 0.0f : block.maxima[vector];
+    __m512 weights[kTileLanes];
+    for (int j = 0; j < kTileLanes; ++j) {
+        weights[j] = exp2_of(_mm512_sub_ps(scores[j], _mm512_set1_ps(maximum)));
+        if (shape.dtype == HB_BFLOAT16) weights[j] = _mm512_castsi512_ps(round_to_bfloat(weights[j]));
+        if (Kind::kWidth == 2) {
+            const __m512i high = _mm512_srli_epi32(_mm512_castps_si512(weights[j]), 16);
+            _mm256_storeu_si256(reinterpret_cast<__m256i*>(row + j * kLanes / 2), _mm512_cvtepi32_epi16(high));
+        } else {
+            _mm512_storeu_ps(row + j * kLanes, weights[j]);
+        }
+    }
+    const __m512 sum = _mm512_add_ps(_mm512_add_ps(weights[0], weights[1]), _mm512_add_ps(weights[2], weights[3]));
+    float* const sums = block.sums + vector * kLanes;
+    _mm512_storeu_ps(sums, _mm512_add_ps(_mm512_loadu_ps(sums), sum));
+}
+
+template <typename Kind>
+HB_AVX512 void attend(const Shape& shape, const float* keys, const float* values, const Block& block) {
+    alignas(64) float rows[kBlockVectors][kTileKeys] = {};
+    const int64_t depth = shape.padded_d / Kind::kWidth;
+    multiply_for<Kind>(block.vectors, kTileLanes)({rows[0], kTileKeys, reinterpret_cast<const float*>(block.queries),
+                                                   shape.vector_bytes / static_cast<int64_t>(sizeof(float)), keys,
+                                                   kTileKeys, 0, depth});
+    int64_t begin = kTileKeys, end = 0;
+    for (int64_t vector = 0; vector < block.vectors; ++vector) {
+        weigh<Kind>(shape, block, vector, rows[vector]);
+        begin = block.begin[vector] < begin ? block.begin[vector] : begin;
+        end = block.end[vector] > end ? block.end[vector] : end;
+    }
+    // Weights outside are zero, and adding nothing changes no bit.
+    begin = begin / 2 * 2 / Kind::kWidth, end = (end + 1) / 2 * 2 / Kind::kWidth;
+    for (int64_t e = 0; e < shape.padded_e; e += kTileKeys) {
+        const int64_t left = (shape.padded_e - e) / kLanes;
+        multiply_for<Kind>(block.vectors, left < kTileLanes ? left : kTileLanes)(
+            {block.outputs + e, shape.padded_e, rows[0], kTileKeys, values + e, shape.padded_e, begin, end});
+    }
+}
+
+bool has_bfloat_products() {
+    return level() >= kAvx512Bf16;
+}
+
+}  // namespace
+
+const Variant& fastest(int64_t dtype, int64_t D) {
+    static constexpr Variant kFloats = {false, pack_floats_avx512, attend<Floats>};
+    static constexpr Variant kPairs = {true, pack_pairs_avx512, attend<Pairs>};
+    if (dtype == HB_BFLOAT16 && D % 2 == 0 && has_bfloat_products()) return kPairs;
+    return has_avx512() ? kFloats : baseline();
+}
+
+}  // namespace hb::attention
+
+#else
+
+namespace hb::attention {
+
+const Variant& fastest(int64_t, int64_t) {
+    return baseline();
+}
+
+}  // namespace hb::attention
+
+#endif

@@ -1,0 +1,155 @@
+// Packing a tile of keys and values for attention_avx512.cpp: keys transposed in registers, sixteen by sixteen, values
+// widened or paired, the next tile fetched meanwhile. See attention.h for what comes out.
+#include <string.h>
+
+#include "attention.h"
+#include "halfbyte.h"
+#include "level.h"
+
+#ifdef HB_X86
+
+#include <immintrin.h>
+
+namespace hb::attention {
+
+namespace {
+
+// 16 values of a row from `first` on, as 32-bit lanes: zeros beyond `count` and for a null row.
+HB_AVX512 inline __m512i load_words(const char* row, int64_t first, int64_t count) {
+    if (row == nullptr) return _mm512_setzero_si512();
+    const __mmask16 there = static_cast<__mmask16>(count - first < kLanes ? (1 << (count - first)) - 1 : 0xffff);
+    return _mm512_maskz_loadu_epi32(there, reinterpret_cast<const int32_t*>(row) + first);
+}
+
+HB_AVX512 inline __m256i load_shorts(const char* row, int64_t first, int64_t count) {
+    if (row == nullptr) return _mm256_setzero_si256();
+    const uint16_t* const from = reinterpret_cast<const uint16_t*>(row) + first;
+    if (count - first >= kLanes) return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
+    alignas(32) uint16_t last[kLanes] = {};
+    memcpy(last, from, static_cast<size_t>(count - first) * sizeof(uint16_t));
+    return _mm256_load_si256(reinterpret_cast<const __m256i*>(last));
+}
+
+template <int64_t Dtype>
+HB_AVX512 inline __m512i load_floats(const char* row, int64_t first, int64_t count) {
+    if (Dtype == HB_FLOAT32) return load_words(row, first, count);
+    const __m256i shorts = load_shorts(row, first, count);
+    if (Dtype == HB_FLOAT16) return _mm512_castps_si512(_mm512_cvtph_ps(shorts));
+    return _mm512_slli_epi32(_mm512_cvtepu16_epi32(shorts), 16);
+}
+
+// 16 rows of 16 lanes -> 16 columns.
+HB_AVX512 inline void transpose(__m512i (&rows)[kLanes]) {
+    __m512i pairs[kLanes], quads[kLanes];
+    for (int i = 0; i < kLanes; i += 2) {
+        pairs[i] = _mm512_unpacklo_epi32(rows[i], rows[i + 1]);
+        pairs[i + 1] = _mm512_unpackhi_epi32(rows[i], rows[i + 1]);
+    }
+    for (int i = 0; i < kLanes; i += 4) {
+        for (int j = 0; j < 2; ++j) {
+            quads[i + 2 * j] = _mm512_unpacklo_epi64(pairs[i + j], pairs[i + j + 2]);
+            quads[i + 2 * j + 1] = _mm512_unpackhi_epi64(pairs[i + j], pairs[i + j + 2]);
+        }
+    }
+    // quads[4 * i + j] holds, in its 128-bit part k, column 4 * k + j of rows 4 * i .. 4 * i + 3.
+    for (int j = 0; j < 4; ++j) {
+        const __m512i low = _mm512_shuffle_i32x4(quads[j], quads[4 + j], 0x88);
+        const __m512i low_odd = _mm512_shuffle_i32x4(quads[j], quads[4 + j], 0xdd);
+        const __m512i high = _mm512_shuffle_i32x4(quads[8 + j], quads[12 + j], 0x88);
+        const __m512i high_odd = _mm512_shuffle_i32x4(quads[8 + j], quads[12 + j], 0xdd);
+        rows[j] = _mm512_shuffle_i32x4(low, high, 0x88);
+        rows[4 + j] = _mm512_shuffle_i32x4(low_odd, high_odd, 0x88);
+        rows[8 + j] = _mm512_shuffle_i32x4(low, high, 0xdd);
+        rows[12 + j] = _mm512_shuffle_i32x4(low_odd, high_odd, 0xdd);
+    }
+}
+
+// What the next tile will read where this one reads `row` now: one line per load, so that fetching keeps pace with
+// work.
+HB_AVX512 inline void fetch(const char* row, int64_t byte) {
+    if (row != nullptr) _mm_prefetch(row + byte, _MM_HINT_T1);
+}
+
+// keys [depth, 64] from 64 rows of `count` lanes; `Load` reads 16 lanes of a row.
+template <typename Load>
+HB_AVX512 inline void pack_keys(const TileRows& rows, const TileRows& next, int64_t count, int64_t depth, Load load,
+                                float* keys) {
+    for (int64_t key = 0; key < kTileKeys; key += kLanes) {
+        for (int64_t first = 0; first < count; first += kLanes) {
+            __m512i lanes[kLanes];
+            for (int i = 0; i < kLanes; ++i) {
+                lanes[i] = load(rows.key(key + i), first, count);
+                fetch(next.key(key + i), first * Load::kBytes);
+            }
+            transpose(lanes);
+            for (int i = 0; i < kLanes && first + i < depth; ++i) {
+                _mm512_storeu_si512(keys + (first + i) * kTileKeys + key, lanes[i]);
+            }
+        }
+        // An odd size has one lane more than it has values, unless the last sixteen held it.
+        if (depth > count && count % kLanes == 0) {
+            _mm512_storeu_si512(keys + count * kTileKeys + key, _mm512_setzero_si512());
+        }
+    }
+}
+
+template <int64_t Dtype>
+struct LoadFloats {
+    static constexpr int64_t kBytes = Dtype == HB_FLOAT32 ? 4 : 2;
+    HB_AVX512 __m512i operator()(const char* row, int64_t first, int64_t count) const {
+        return load_floats<Dtype>(row, first, count);
+    }
+};
+
+struct LoadWords {
+    static constexpr int64_t kBytes = 4;
+    HB_AVX512 __m512i operator()(const char* row, int64_t first, int64_t count) const {
+        return load_words(row, first, count);
+    }
+};
+
+template <int64_t Dtype>
+HB_AVX512 void pack_floats(const Shape& shape, const TileRows& rows, const TileRows& next, float* keys, float* values) {
+    pack_keys(rows, next, shape.D, shape.padded_d, LoadFloats<Dtype>(), keys);
+    for (int64_t key = 0; key < kTileKeys; ++key) {
+        for (int64_t first = 0; first < shape.E; first += kLanes) {
+            _mm512_storeu_si512(values + key * shape.padded_e + first,
+                                load_floats<Dtype>(rows.value(key), first, shape.E));
+            fetch(next.value(key), first * LoadFloats<Dtype>::kBytes);
+        }
+    }
+}
+
+}  // namespace
+
+HB_AVX512 void pack_floats_avx512(const Shape& shape, const TileRows& rows, const TileRows& next, float* keys,
+                                  float* values) {
+    switch (shape.dtype) {
+        case HB_FLOAT32:
+            return pack_floats<HB_FLOAT32>(shape, rows, next, keys, values);
+        case HB_FLOAT16:
+            return pack_floats<HB_FLOAT16>(shape, rows, next, keys, values);
+        default:
+            return pack_floats<HB_BFLOAT16>(shape, rows, next, keys, values);
+    }
+}
+
+// Pairs of d become one lane of keys, pairs of keys one lane of values.
+HB_AVX512 void pack_pairs_avx512(const Shape& shape, const TileRows& rows, const TileRows& next, float* keys,
+                                 float* values) {
+    pack_keys(rows, next, shape.D / 2, shape.D / 2, LoadWords(), keys);
+    for (int64_t key = 0; key < kTileKeys; key += 2) {
+        for (int64_t first = 0; first < shape.E; first += kLanes) {
+            const __m512i even = _mm512_cvtepu16_epi32(load_shorts(rows.value(key), first, shape.E));
+            const __m512i odd = _mm512_cvtepu16_epi32(load_shorts(rows.value(key + 1), first, shape.E));
+            _mm512_storeu_si512(values + key / 2 * shape.padded_e + first,
+                                _mm512_or_si512(even, _mm512_slli_epi32(odd, 16)));
+            fetch(next.value(key), first * 2);
+            fetch(next.value(key + 1), first * 2);
+        }
+    }
+}
+
+}  // namespace hb::attention
+
+#endif

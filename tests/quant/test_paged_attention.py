@@ -1,0 +1,156 @@
+"""Attention over a paged cache: kernel and reference against float64, and what a row's bits may depend on."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import pytest
+import torch
+
+from quant import formats, native, ops, reference
+from quant.errors import NativeError
+from tests.quant import operands
+from tests.quant.operands import Paged, same_bits
+
+DTYPES = list(formats.VALUE_DTYPES)
+SHAPES = [
+    ((4, 4), (16, 16)),
+    ((8, 2), (64, 64)),
+    ((8, 1), (80, 96)),
+    ((6, 6), (128, 40)),
+    ((10, 2), (7, 33)),
+    ((4, 1), (256, 256)),
+    ((200, 1), (16, 16)),
+]
+"""(H, G), (D, E): no, four, eight and two hundred heads to a kv head, sizes that fill no lane, keys unlike values."""
+OPTIONS = [(0, 0.0, False), (5, 0.0, True), (70, 5.0, False), (0, 30.0, True), (1, 0.0, False), (513, 0.0, False)]
+"""window, softcap, whether there are sinks."""
+
+
+@pytest.fixture
+def generator() -> torch.Generator:
+    return operands.fresh_generator()
+
+
+def some_sequences(count: int) -> list[tuple[int, int]]:
+    """Starts and rows around the borders of tiles (64), spans (512) and blocks."""
+    starts = [0, 1, 15, 16, 31, 63, 64, 65, 100, 511, 512, 600]
+    return [(random.choice(starts), random.choice([1, 1, 2, 7, 40])) for _ in range(count)]
+
+
+def some_options(heads: int, dtype: torch.dtype, generator: torch.Generator, which: int) -> tuple[Any, ...]:
+    """Scale, window, soft cap, sinks; scores of up to about ten, whose exponentials multiply an error by as much."""
+    window, softcap, has_sinks = OPTIONS[which]
+    sinks = torch.randn(heads, generator=generator).to(dtype) if has_sinks else None
+    return (0.125, window, softcap, sinks)
+
+
+@pytest.mark.parametrize("block_tokens", [1, 3, 16, 32])
+@pytest.mark.parametrize(("heads", "dims"), SHAPES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_kernel_and_reference_agree_with_float64(
+    dtype: torch.dtype, heads: tuple[int, int], dims: tuple[int, int], block_tokens: int, generator: torch.Generator
+) -> None:
+    """As near as float32 sums, or as the dtype's rounding of weights and results, allow."""
+    for which in range(len(OPTIONS)):
+        paged = Paged.random(some_sequences(2), heads, dims, block_tokens, dtype, generator)
+        options = some_options(heads[0], dtype, generator, which)
+        exact = paged.exact(*options)
+        eps = torch.finfo(dtype).eps
+        tolerance = {"rtol": max(eps, 1e-5), "atol": max(2 * eps, 1e-5)}
+        torch.testing.assert_close(reference.paged_attention(*paged.arguments(), *options).double(), exact, **tolerance)
+        torch.testing.assert_close(ops.paged_attention(*paged.arguments(), *options).double(), exact, **tolerance)
+
+
+def test_float32_is_as_near_to_float64_as_torch_is(generator: torch.Generator) -> None:
+    """Against the reference's own error, over rows of many keys."""
+    paged = Paged.random([(900, 60)], (8, 2), (64, 64), 16, torch.float32, generator)
+    for options in ((0.125, 0, 0.0, None), (0.125, 0, 20.0, None)):
+        exact = paged.exact(*options)
+        ours = (ops.paged_attention(*paged.arguments(), *options).double() - exact).square().mean().sqrt()
+        plain = (reference.paged_attention(*paged.arguments(), *options).double() - exact).square().mean().sqrt()
+        assert ours <= 2 * plain
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_row_is_the_same_in_every_chunk_and_company(dtype: torch.dtype, generator: torch.Generator) -> None:
+    for which in range(len(OPTIONS)):
+        heads = random.choice([(4, 4), (8, 2), (8, 1)])
+        paged = Paged.random([(0, 650), (30, 33), (599, 1)], heads, (40, 24), 16, dtype, generator)
+        options = some_options(heads[0], dtype, generator, which)
+        query, keys, values, tables, offsets, starts = paged.arguments()
+        together = ops.paged_attention(*paged.arguments(), *options)
+        first = 0
+        while first < 650:
+            rows = min(random.choice([1, 1, 2, 7, 64, 200]), 650 - first)
+            chunk = ops.paged_attention(
+                query[first : first + rows], keys, values, tables[:1], torch.tensor([0, rows]), torch.tensor([first]),
+                *options,
+            )  # fmt: skip
+            assert same_bits(chunk, together[first : first + rows]), (first, rows)
+            first += rows
+        company = ops.paged_attention(query[650:], keys, values, tables[1:], offsets[1:] - 650, starts[1:], *options)
+        assert same_bits(company, together[650:])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_threads_and_blocks_change_no_bit(dtype: torch.dtype, generator: torch.Generator) -> None:
+    """A few rows over many keys is where spans are split between threads."""
+    paged = Paged.random([(1500, 1), (700, 1)], (8, 1), (64, 64), 16, dtype, generator)
+    query, keys, values, tables, offsets, starts = paged.arguments()
+    before = torch.get_num_threads()
+    results = []
+    try:
+        for threads in (1, 2, 9):
+            torch.set_num_threads(threads)
+            results.append(ops.paged_attention(*paged.arguments(), 0.125))
+    finally:
+        torch.set_num_threads(before)
+    # The same tokens in blocks of four.
+    smaller = [store.view(-1, 4, *store.shape[2:]) for store in (keys, values)]
+    table = (tables[:, :, None] * 4 + torch.arange(4)).flatten(1)
+    results.append(ops.paged_attention(query, *smaller, table, offsets, starts, 0.125))
+    assert all(same_bits(results[0], other) for other in results[1:])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_what_is_not_finite_is_seen_by_those_who_see_it(dtype: torch.dtype, generator: torch.Generator) -> None:
+    paged = Paged.random([(5, 30), (3, 4)], (4, 2), (16, 16), 4, dtype, generator)
+    clean = ops.paged_attention(*paged.arguments(), 0.25, 8)
+    query, keys, values, tables, offsets, starts = paged.arguments()
+    keys = keys.clone()
+    keys[tables[0, 10 // 4], 10 % 4, 0] = torch.nan  # position 10 of the first sequence, kv head 0
+    spoiled = ops.paged_attention(query, keys, values, tables, offsets, starts, 0.25, 8)
+    touched = torch.zeros(34, 4, dtype=torch.bool)
+    touched[10 - 5 : 10 - 5 + 8, :2] = True
+    assert spoiled[touched].isnan().all()
+    assert same_bits(spoiled[~touched], clean[~touched])
+
+
+def test_large_scores_do_not_overflow() -> None:
+    query, keys = torch.full((1, 1, 16), 1e4), torch.full((1, 3, 1, 16), 1e4)
+    keys[0, 1] *= -1
+    values = torch.tensor([1.0, 5.0, 2.0]).view(1, 3, 1, 1)
+    arguments = (torch.zeros(1, 1, dtype=torch.int64), torch.tensor([0, 1]), torch.tensor([2]))
+    assert ops.paged_attention(query, keys, values, *arguments, 1.0).item() == 1.5
+    assert ops.paged_attention(query, keys, values, *arguments, 1.0, 0, 1.0).item() == pytest.approx(
+        (3 * torch.e + 5 / torch.e) / (2 * torch.e + 1 / torch.e), rel=1e-6
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("tables", 99), ("tables", -1), ("offsets", 0), ("offsets", 5), ("starts", 30), ("starts", -1)],
+)
+def test_tables_that_leave_the_cache_are_refused(name: str, value: int, generator: torch.Generator) -> None:
+    paged = Paged.random([(2, 3), (0, 1)], (2, 1), (8, 8), 2, torch.float32, generator)
+    tensor = getattr(paged, name)
+    tensor.view(-1)[1] = value
+    with pytest.raises(NativeError, match="stands outside its block table, or names a block that the cache does not"):
+        ops.paged_attention(*paged.arguments(), 1.0)
+
+
+def test_reference_of_cuda_until_it_has_a_kernel() -> None:
+    """native.py and ops.py say the same of which entries the CUDA library lacks."""
+    assert {name.removeprefix("hb_") for name in native.CPU_ONLY} == ops.REFERENCE_ONLY["cuda"]
