@@ -247,8 +247,8 @@ HB_API hb_status hb_paged_attention_workspace(const hb_paged_attention_args* arg
 
 /* HB_ABI_VERSION of the library. */
 HB_API int32_t hb_abi_version(void);
-/* The name of the instruction set level that this library runs at: the widest that the machine has, or the one that
- * HALFBYTE_CPU_LEVEL names. Null where that is none of hb_levels; "cuda" in the CUDA library. */
+/* The name of the instruction set level that this library runs at: the one that serves this machine best, or the one
+ * that HALFBYTE_CPU_LEVEL names. Null where that is none of hb_levels; "cuda" in the CUDA library. */
 HB_API const char* hb_level(void);
 /* Writes the names of the levels that can run on this machine and returns their number; -1 for too little room. */
 HB_API int64_t hb_levels(const char** names, int64_t room);

@@ -36,7 +36,7 @@ TABLE_CODES: Final = {
     "dynamic_midpoints": 7,
 }
 LEVEL_VARIABLE: Final = "HALFBYTE_CPU_LEVEL"
-"""Names the instruction set level that the CPU library runs at, where it is not to be the widest."""
+"""Names the instruction set level that the CPU library runs at, where it is not to choose for itself."""
 _OK: Final = 0
 _I64: Final = ctypes.c_int64
 _PTR: Final = ctypes.c_void_p

@@ -1,7 +1,7 @@
-// Which hand-written instruction set variants may run: what the CPU and the system have, unless the environment says
-// less.
+// Which hand-written instruction set variants may run: what serves this CPU best, unless the environment says
+// otherwise.
 //
-// HALFBYTE_CPU_LEVEL names one of the levels below and leaves out everything above it, for tests and for comparisons.
+// HALFBYTE_CPU_LEVEL names one of the levels below that the CPU has, for tests and for comparisons.
 // Not here: HB_CLONES, where the compiler writes the variants and the loader chooses.
 #pragma once
 
@@ -19,7 +19,6 @@ enum Level {
     kAvx2,        // AVX2, FMA, F16C
     kAvx512,      // AVX-512 F, BW, DQ, VL and VNNI
     kAvx512Bf16,  // and its BF16 products
-    kAmx,         // and tiles of bf16 and int8, which the system lets this process use
     kLevelCount
 };
 

@@ -1,5 +1,5 @@
-"""Every instruction set level that this machine has: honest sums, equal bits from the 8-bit matmul and from attention, and
-rows that do not depend on their company. Each level runs in a process of its own, since a process decides once."""
+"""Every instruction set level that this machine has: honest sums, equal bits from the 8-bit matmul and from attention,
+and rows that do not depend on their company. Each level runs in a process of its own, since a process decides once."""
 
 from __future__ import annotations
 
@@ -93,11 +93,11 @@ def test_every_level_is_right_and_exact_results_agree() -> None:
 
 
 @pytest.mark.skipif(native.LEVEL_VARIABLE in os.environ, reason=f"{native.LEVEL_VARIABLE} is set")
-def test_the_widest_level_runs_where_nothing_else_is_asked_for() -> None:
-    assert native.kernels("cpu").level == LEVELS[-1]
+def test_a_wide_level_runs_where_nothing_else_is_asked_for() -> None:
+    assert native.kernels("cpu").level in LEVELS[-2:]
 
 
-@pytest.mark.parametrize("level", ["none", "", "amx2"])
+@pytest.mark.parametrize("level", ["none", "", "avx1024"])
 def test_an_unknown_level_is_refused_with_what_is_accepted(level: str) -> None:
     result = run_at(level, "0")
     assert NativeError.__name__ in result.stderr
