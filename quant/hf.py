@@ -32,6 +32,7 @@ from quant.config import BitsAndBytesConfig
 from quant.errors import CheckpointError, QuantConfigError, QuantError
 from quant.experts import PackedExperts, are_packed_in, converter_parts, find_experts
 from quant.linear import Linear4bit, Linear8bit, PackedLinear
+from quant.offload import is_offloaded, keep_in_float32, offloaded_modules
 from quant.state import NAMES_4BIT, NAMES_8BIT, PackedWeight
 
 logger = logging.getLogger(__name__)
@@ -64,7 +65,7 @@ def modules_to_quantize(model: nn.Module, config: BitsAndBytesConfig, device_map
     skips: list[str] = HfQuantizer.get_modules_to_not_convert(
         cast(PreTrainedModel, model), config.llm_int8_skip_modules, kept_in_float32
     )
-    offloaded = offloaded_modules(device_map) if config.llm_int8_enable_fp32_cpu_offload else []
+    lies_away = is_offloaded(device_map if config.llm_int8_enable_fp32_cpu_offload else None)
     tied = _tied_modules(model)
     experts = find_experts(model)
     kinds: dict[str, Kind] = {}
@@ -78,7 +79,7 @@ def modules_to_quantize(model: nn.Module, config: BitsAndBytesConfig, device_map
         elif name not in tied and should_convert_module(name, skips if pattern is None else kept_in_float32):
             without_effect.discard(str(pattern))
             keeps_values = name in experts and own.load_in_8bit and own.llm_int8_has_fp16_weight
-            if should_convert_module(name, offloaded) and not keeps_values:
+            if not lies_away(name) and not keeps_values:
                 kinds[name] = "8bit" if own.load_in_8bit else "4bit"
     if without_effect:
         raise QuantConfigError(
@@ -86,19 +87,6 @@ def modules_to_quantize(model: nn.Module, config: BitsAndBytesConfig, device_map
             f"{type(model).__name__}; accepted are names of linear layers whose weight is not tied to another one"
         )
     return kinds
-
-
-def offloaded_modules(device_map: object) -> list[str]:
-    """The entries of a device map that lie beside the main device: disk, and the CPU where there is an accelerator."""
-    if not isinstance(device_map, Mapping):
-        return []
-    places = {name: _place(device) for name, device in device_map.items()}
-    away = {"disk"} if set(places.values()) <= {"cpu", "disk"} else {"cpu", "disk"}
-    return [name for name, place in places.items() if place in away]
-
-
-def _place(device: object) -> str:
-    return device.type if isinstance(device, torch.device) else str(device)
 
 
 def _tied_modules(model: nn.Module) -> set[str]:
@@ -126,6 +114,8 @@ class HalfbyteQuantizer(HfQuantizer):
         self.failure: QuantError | None = None
         self.is_spread = False
         """The model lies on several devices, so that transformers dispatches it before it lets us report."""
+        self.dtype = torch.float32
+        """The model's, which preprocess_model finds out."""
         self._float32_patterns: list[str] = []
 
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
@@ -155,6 +145,9 @@ class HalfbyteQuantizer(HfQuantizer):
         device_map = kwargs.get("device_map")
         self.is_spread = isinstance(device_map, Mapping) and len(set(device_map.values())) > 1
         names = modules_to_quantize(model, config, device_map)
+        self.dtype = model.dtype
+        plan = model._get_dtype_plan(self.dtype)
+        self._float32_patterns = [pattern for pattern, dtype in plan.items() if dtype == torch.float32]
         experts = find_experts(model)
         if self.pre_quantized and experts and not are_packed_in(_names_in(kwargs.get("checkpoint_files"))):
             names = {name: kind for name, kind in names.items() if name not in experts}
@@ -170,8 +163,8 @@ class HalfbyteQuantizer(HfQuantizer):
             # Until its weight arrives: transformers would draw random numbers into bytes that are missing.
             layer._is_hf_initialized = True  # type: ignore[assignment]
             model.set_submodule(name, layer)
-        plan = model._get_dtype_plan(kwargs.get("dtype"))
-        self._float32_patterns = [pattern for pattern, dtype in plan.items() if dtype == torch.float32]
+        if config.llm_int8_enable_fp32_cpu_offload:
+            keep_in_float32(model, device_map, self._is_kept_in_float32)
         if not names:
             logger.warning("no module of %s is converted; its linear layers are all skipped", type(model).__name__)
         stacked = [
@@ -189,9 +182,11 @@ class HalfbyteQuantizer(HfQuantizer):
             )
 
     def unquantized_dtype(self, name: str, meta: torch.Tensor) -> torch.dtype:
-        """The dtype in which transformers loads what is not quantized: the model's, or float32 for some names."""
-        is_kept = any(re.search(pattern, name) for pattern in self._float32_patterns)
-        return torch.float32 if is_kept and meta.is_floating_point() else meta.dtype
+        """The dtype of what is not quantized: that on meta (float32 if it is offloaded), or float32 by its name."""
+        return torch.float32 if meta.is_floating_point() and self._is_kept_in_float32(name) else meta.dtype
+
+    def _is_kept_in_float32(self, name: str) -> bool:
+        return any(re.search(pattern, name) for pattern in self._float32_patterns)
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         if self.failure is not None:
@@ -301,22 +296,11 @@ class _Quantize(_Operation):
         for name, values in input_dict.items():
             value = values[0] if isinstance(values, list) else values
             module, leaf = get_module_from_name(model, name)
-            work = functools.partial(self._pack, name, value, module)
+            work = functools.partial(_pack, name, value, module)
             if isinstance(module, PackedExperts):
                 work = functools.partial(self._pack_stack, name, value, module, leaf)
             results |= self._guarded(name, module, kwargs.get("missing_keys"), work)
         return results
-
-    def _pack(self, name: str, value: torch.Tensor, module: nn.Module) -> dict[str, Any]:
-        if not isinstance(module, PackedLinear):
-            return {name: value}
-        weight = value.t() if module.is_transposed_source else value
-        wanted = (module.out_features, module.in_features)
-        if tuple(weight.shape) != wanted:
-            raise CheckpointError(f"tensor {name} has shape {list(weight.shape)}; {list(wanted)} is needed")
-        module.quantize(weight)
-        module._is_hf_initialized = False  # type: ignore[assignment]
-        return {name: module.weight}
 
     def _pack_stack(self, name: str, value: torch.Tensor, module: PackedExperts, leaf: str) -> dict[str, Any]:
         module.quantize(leaf, value)
@@ -339,8 +323,12 @@ class _Deserialize(_Operation):
     ) -> dict[str, Any]:
         if not isinstance(module, PackedLinear):
             return {name: self._unquantized(name, tensors, module, model)}
-        if isinstance(module, Linear8bit) and module.has_fp16_weight and "SCB" not in tensors:
+        has_fp16 = isinstance(module, Linear8bit) and module.has_fp16_weight
+        if has_fp16 and "SCB" not in tensors:
             module.quantize(tensors["weight"])
+        elif set(tensors) == {"weight"} and _holds_values(tensors["weight"], module):
+            # Unquantized in a packed file: the module was offloaded when the file was written.
+            _pack(name, tensors["weight"].to(self.hf_quantizer.dtype), module)
         else:
             module.adopt(PackedWeight.from_checkpoint(tensors, name=name.removesuffix(".weight")))
         module._is_hf_initialized = False  # type: ignore[assignment]
@@ -429,6 +417,25 @@ class _DeserializeExperts(_Operation):
             joined = operation.convert(joined, **(kwargs | patterns))
         (stack,) = joined.values()
         return {name: stack}
+
+
+def _pack(name: str, value: torch.Tensor, module: nn.Module) -> dict[str, Any]:
+    """Packs a weight as files hold it where it is; one of another kind of module passes through."""
+    if not isinstance(module, PackedLinear):
+        return {name: value}
+    weight = value.t() if module.is_transposed_source else value
+    wanted = (module.out_features, module.in_features)
+    if tuple(weight.shape) != wanted:
+        raise CheckpointError(f"tensor {name} has shape {list(weight.shape)}; {list(wanted)} is needed")
+    module.quantize(weight)
+    module._is_hf_initialized = False  # type: ignore[assignment]
+    return {name: module.weight}
+
+
+def _holds_values(weight: torch.Tensor, module: PackedLinear) -> bool:
+    """Whether a layer's tensor is an unquantized weight, which has its shape, and not codes in a floating storage."""
+    shape = weight.shape[::-1] if module.is_transposed_source else weight.shape
+    return weight.is_floating_point() and tuple(shape) == (module.out_features, module.in_features)
 
 
 def _names_in(files: Any) -> Iterator[str]:

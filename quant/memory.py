@@ -23,6 +23,7 @@ from quant.experts import PackedExperts, Projection, are_packed_in, find_experts
 from quant.formats import NESTED_BLOCKSIZE
 from quant.headers import TensorHeader, read_checkpoint_headers
 from quant.linear import Linear4bit, Linear8bit
+from quant.offload import is_offloaded
 
 if TYPE_CHECKING:
     from torch import nn
@@ -68,14 +69,17 @@ def meta_model(config: transformers.PretrainedConfig, dtype: torch.dtype) -> tra
     return model
 
 
-def predict_weights(directory: Path, config: BitsAndBytesConfig | None, dtype: torch.dtype) -> Counter[str]:
+def predict_weights(
+    directory: Path, config: BitsAndBytesConfig | None, dtype: torch.dtype, device_map: object = None
+) -> Counter[str]:
     """Bytes by component that the loaded model's parameters and buffers will take, from headers and config alone.
 
     `config` is the effective quantization (the request's, or the checkpoint's own), None where nothing is quantized;
-    `dtype` is that of everything else. Tied tensors count once.
+    `dtype` is that of everything else. Tied tensors count once. What `device_map` (a dictionary; a name like "auto" is
+    not worked out) offloads takes nothing: its weights are brought for each forward pass.
     """
     model = meta_model(read_config(directory), dtype)
-    return predict_meta(model, config, dtype, read_checkpoint_headers(directory))
+    return predict_meta(model, config, dtype, read_checkpoint_headers(directory), device_map)
 
 
 def predict_meta(
@@ -83,10 +87,12 @@ def predict_meta(
     config: BitsAndBytesConfig | None,
     dtype: torch.dtype,
     headers: Mapping[str, TensorHeader] | None = None,
+    device_map: object = None,
 ) -> Counter[str]:
     """The same for a model on the meta device; layers whose statistics are in `headers` are quantized in the file."""
     headers = headers or {}
-    kinds = hf.modules_to_quantize(model, config) if config is not None else {}
+    kinds = hf.modules_to_quantize(model, config, device_map) if config is not None else {}
+    lies_away = is_offloaded(device_map)
     experts = find_experts(model) if config is not None else {}
     if any(name.endswith((".weight.absmax", ".SCB")) for name in headers) and not are_packed_in(headers):
         experts = {}  # a packed file that holds its experts unquantized
@@ -95,6 +101,8 @@ def predict_meta(
     bytes_of: Counter[str] = Counter()
     for name, tensor in _distinct_tensors(model):
         module, _, leaf = name.rpartition(".")
+        if lies_away(name) and isinstance(tensor, torch.nn.Parameter):
+            continue
         if config is not None and name in stacks and module in kinds:
             bytes_of.update(_bytes_of_stack(stacks[name], config.for_module(module) or config))
             continue
