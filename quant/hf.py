@@ -22,7 +22,7 @@ import torch
 from safetensors import safe_open
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.core_model_loading import ConversionOps, WeightConverter
+from transformers.core_model_loading import ConversionOps, WeightConverter, WeightRenaming
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers import auto
 from transformers.quantizers.base import HfQuantizer
@@ -31,6 +31,7 @@ from transformers.quantizers.quantizers_utils import get_module_from_name, shoul
 from quant.config import BitsAndBytesConfig
 from quant.errors import CheckpointError, QuantConfigError, QuantError
 from quant.experts import PackedExperts, are_packed_in, converter_parts, find_experts
+from quant.headers import ADAPTED, plain_name
 from quant.linear import Linear4bit, Linear8bit, PackedLinear
 from quant.offload import is_offloaded, keep_in_float32, offloaded_modules
 from quant.state import NAMES_4BIT, NAMES_8BIT, PackedWeight
@@ -111,6 +112,7 @@ class HalfbyteQuantizer(HfQuantizer):
         flags = {config.load_in_8bit for config in configs if config is not None}
         names = [*(NAMES_4BIT if False in flags else ()), *(NAMES_8BIT if True in flags else ())]
         self.serialized_names = {"weight": list(dict.fromkeys(names))}
+        self.unwrapping = adapters_unwrapped()
         self.failure: QuantError | None = None
         self.is_spread = False
         """The model lies on several devices, so that transformers dispatches it before it lets us report."""
@@ -202,13 +204,14 @@ class HalfbyteQuantizer(HfQuantizer):
             first = next(iter(getattr(conversion, "operations", ())), None)
             if isinstance(first, _DeserializeExperts):
                 conversions += [] if first.original is None else [first.original]
-            elif not isinstance(first, _Deserialize):
+            elif not isinstance(first, _Deserialize) and conversion is not self.unwrapping:
                 conversions.append(conversion)
         model._weight_conversions = conversions
         return model
 
     def update_weight_conversions(self, weight_conversions: list[Any], model: Any) -> list[Any]:
-        """In a packed file, what joins an expert's weights into a stack gets their statistics too."""
+        """Names lose `base_layer.`; in a packed file, what joins expert weights into a stack gets their statistics."""
+        weight_conversions = [self.unwrapping, *weight_conversions]
         if not self.pre_quantized:
             return list(super().update_weight_conversions(weight_conversions, model))  # type: ignore[no-untyped-call]
         conversions = [
@@ -438,12 +441,17 @@ def _holds_values(weight: torch.Tensor, module: PackedLinear) -> bool:
     return weight.is_floating_point() and tuple(shape) == (module.out_features, module.in_features)
 
 
+def adapters_unwrapped() -> WeightRenaming:
+    """The renaming that reads the layers of a file that was saved with adapters around them."""
+    return WeightRenaming(source_patterns=re.escape(ADAPTED), target_patterns=".")
+
+
 def _names_in(files: Any) -> Iterator[str]:
-    """The tensor names in a checkpoint's safetensors files."""
+    """The tensor names in a checkpoint's safetensors files, as the model has them where adapters were around layers."""
     for file in files or ():
         if str(file).endswith(".safetensors"):
             with safe_open(file, framework="pt") as opened:
-                yield from opened.keys()
+                yield from map(plain_name, opened.keys())
 
 
 _originals: dict[str, tuple[Any, Any]] = {}

@@ -21,7 +21,7 @@ from quant.config import BitsAndBytesConfig
 from quant.errors import CheckpointError
 from quant.experts import PackedExperts, Projection, are_packed_in, find_experts
 from quant.formats import NESTED_BLOCKSIZE
-from quant.headers import TensorHeader, read_checkpoint_headers
+from quant.headers import TensorHeader, plain_name, read_checkpoint_headers
 from quant.linear import Linear4bit, Linear8bit
 from quant.offload import is_offloaded
 
@@ -90,7 +90,7 @@ def predict_meta(
     device_map: object = None,
 ) -> Counter[str]:
     """The same for a model on the meta device; layers whose statistics are in `headers` are quantized in the file."""
-    headers = headers or {}
+    headers = {plain_name(name): header for name, header in (headers or {}).items()}
     kinds = hf.modules_to_quantize(model, config, device_map) if config is not None else {}
     lies_away = is_offloaded(device_map)
     experts = find_experts(model) if config is not None else {}

@@ -28,7 +28,7 @@ from quant.config import BitsAndBytesConfig, from_spec
 from quant.errors import CheckpointError, QuantConfigError
 from quant.experts import PackedExperts
 from quant.headers import TensorHeader, read_checkpoint_headers
-from quant.hf import HalfbyteQuantizer
+from quant.hf import HalfbyteQuantizer, adapters_unwrapped
 from quant.linear import Linear8bit, PackedLinear
 from quant.memory import read_config
 from quant.report import LayerReport, measure_layer, measure_stack
@@ -114,7 +114,8 @@ class Source:
 
     def _grouped(self) -> dict[str, _Group]:
         """Every tensor of the files under the name of the model's tensor that it belongs to."""
-        mapping = get_model_conversion_mapping(self.model, None, None)
+        unwrapping = adapters_unwrapped()
+        mapping = [unwrapping, *get_model_conversion_mapping(self.model, None, None)]
         renamings = [entry for entry in mapping if isinstance(entry, loading.WeightRenaming)]
         converters = [entry for entry in mapping if isinstance(entry, loading.WeightConverter)]
         by_pattern = {pattern: entry for entry in converters for pattern in entry.source_patterns}
@@ -137,7 +138,7 @@ class Source:
         if unknown:
             logger.warning("%s: %d tensors are not the model's: %s", self.directory, len(unknown), _some(unknown))
         # What saving has to undo, as transformers keeps it: only what was needed to read these very files.
-        self.model._weight_conversions = [entry for entry in mapping if entry.was_used()]
+        self.model._weight_conversions = [entry for entry in mapping if entry.was_used() and entry is not unwrapping]
         return {name: group for name, group in groups.items() if not self._is_never_saved(name)}
 
     def _is_never_saved(self, name: str) -> bool:
