@@ -18,7 +18,17 @@ from transformers.pytorch_utils import Conv1D
 from quant import ops
 from quant.config import BitsAndBytesConfig
 from quant.errors import CheckpointError, QuantConfigError, ShapeError
-from quant.state import NAMES_4BIT, NAMES_8BIT, Packed4bit, Packed8bit, PackedWeight, SecondLevel, flat_codes
+from quant.hooks import Offloadable
+from quant.state import (
+    NAMES_4BIT,
+    NAMES_8BIT,
+    Packed4bit,
+    Packed8bit,
+    PackedWeight,
+    SecondLevel,
+    flat_codes,
+    layer_tensor,
+)
 
 MAIN_WEIGHT_DTYPE: Final = torch.float16
 """What llm_int8_has_fp16_weight keeps instead of int8 codes."""
@@ -43,7 +53,7 @@ def bits_kept(
     return keep_bits
 
 
-class PackedLinear(nn.Linear):
+class PackedLinear(Offloadable, nn.Linear):
     """What the two layers share. Not to be built itself."""
 
     checkpoint_names: tuple[str, ...]
@@ -78,6 +88,9 @@ class PackedLinear(nn.Linear):
     def dequantize(self, dtype: torch.dtype | None = None) -> torch.Tensor:
         """The weight [out, in] as values."""
         return self.packed_weight().dequantize(dtype)
+
+    def tensor_in_files(self, name: str, files: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        return layer_tensor(files, name)
 
     def _packed_tensors(self) -> list[torch.Tensor]:
         """The tensors whose bits must survive every cast."""
