@@ -23,7 +23,7 @@ from quant.config import BitsAndBytesConfig
 from quant.errors import CheckpointError
 from quant.grouped import grouped_linear_4bit, grouped_linear_8bit
 from quant.hooks import Offloadable
-from quant.linear import bits_kept
+from quant.packed import bits_kept
 from quant.state import NAMES_4BIT, NAMES_8BIT, Packed4bit, Packed8bit, PackedWeight, SecondLevel, layer_tensor
 
 LEAVES: Final = ("gate_up_proj", "down_proj")
