@@ -29,17 +29,26 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.quantizers.quantizers_utils import get_module_from_name, should_convert_module
 
 from quant.config import BitsAndBytesConfig
+from quant.embedding import (
+    Embedding4bit,
+    Embedding8bit,
+    PackedEmbedding,
+    TiedToEmbedding,
+    embedding_groups,
+)
 from quant.errors import CheckpointError, QuantConfigError, QuantError
 from quant.experts import PackedExperts, are_packed_in, converter_parts, find_experts
 from quant.headers import ADAPTED, plain_name
 from quant.linear import Linear4bit, Linear8bit, PackedLinear
 from quant.offload import is_offloaded, keep_in_float32, offloaded_modules
+from quant.packed import PackedModule
 from quant.state import NAMES_4BIT, NAMES_8BIT, PackedWeight
 
 logger = logging.getLogger(__name__)
 
 Kind = Literal["4bit", "8bit"]
 LAYERS: Final[Mapping[Kind, type[Linear4bit | Linear8bit]]] = {"4bit": Linear4bit, "8bit": Linear8bit}
+EMBEDDINGS: Final[Mapping[Kind, type[Embedding4bit | Embedding8bit]]] = {"4bit": Embedding4bit, "8bit": Embedding8bit}
 METHODS: Final = ("bitsandbytes_4bit", "bitsandbytes_8bit")
 """The names under which transformers looks up quantizers and configs for `quant_method: bitsandbytes`."""
 
@@ -60,7 +69,8 @@ def modules_to_quantize(model: nn.Module, config: BitsAndBytesConfig, device_map
     another tensor; modules that transformers keeps in float32; and with `llm_int8_enable_fp32_cpu_offload` what
     `device_map` (a dictionary) puts on the CPU or disk beside the main device. An entry of `module_overrides` decides
     in the place of `llm_int8_skip_modules`; one that has no effect is a QuantConfigError. `config.for_module(name)` is
-    the config of each module that is returned.
+    the config of each module that is returned. With `quantize_embeddings` also the input and the output embedding are
+    converted, and what is tied to them, which shares the config of the group's first (embedding_groups).
     """
     kept_in_float32 = getattr(model, "_keep_in_fp32_modules", None)
     skips: list[str] = HfQuantizer.get_modules_to_not_convert(
@@ -71,8 +81,21 @@ def modules_to_quantize(model: nn.Module, config: BitsAndBytesConfig, device_map
     experts = find_experts(model)
     kinds: dict[str, Kind] = {}
     without_effect = set(config.module_overrides)
+    groups = embedding_groups(model) if config.quantize_embeddings else {}
+    for members in groups.values():
+        named = {config.override_of(name) for name in members}
+        without_effect -= {pattern for pattern in named if pattern is not None}
+        named_skips = [*(config.llm_int8_skip_modules or ()), *(kept_in_float32 or ())]
+        own = _config_of_group(model, config, members)
+        if own is not None and all(
+            not lies_away(name)
+            and should_convert_module(name, named_skips if config.override_of(name) is None else kept_in_float32)
+            for name in members
+        ):
+            kinds |= dict.fromkeys(members, "8bit" if own.load_in_8bit else "4bit")
+    in_groups = {name for members in groups.values() for name in members}
     for name, module in model.named_modules():
-        if not (type(module) is nn.Linear or isinstance(module, Conv1D) or name in experts):
+        if name in in_groups or not (type(module) is nn.Linear or isinstance(module, Conv1D) or name in experts):
             continue
         own, pattern = config.for_module(name), config.override_of(name)
         if own is None:
@@ -88,6 +111,34 @@ def modules_to_quantize(model: nn.Module, config: BitsAndBytesConfig, device_map
             f"{type(model).__name__}; accepted are names of linear layers whose weight is not tied to another one"
         )
     return kinds
+
+
+def _config_of_group(
+    model: nn.Module, config: BitsAndBytesConfig, members: tuple[str, ...]
+) -> BitsAndBytesConfig | None:
+    """The config of the modules that share one table: the first one's; an override of another must be the same."""
+    first = members[0]
+    for name in members[1:]:
+        pattern = config.override_of(name)
+        if pattern is not None and config.for_module(name) != config.for_module(first):
+            raise QuantConfigError(
+                f"module_overrides names {name} in {pattern!r}, and its weight is that of {first}; accepted is to name "
+                f"{first}, or both alike"
+            )
+    own = config.for_module(first)
+    is_linear = isinstance(model.get_submodule(first), nn.Linear)
+    if own is not None and own.load_in_8bit and own.llm_int8_has_fp16_weight and not is_linear:
+        raise QuantConfigError(
+            f"llm_int8_has_fp16_weight is True, which the embedding {first} cannot have; accepted is False, or an "
+            "entry of module_overrides for it"
+        )
+    return own
+
+
+def pack_module(module: nn.Module, kind: Kind, config: BitsAndBytesConfig) -> PackedLinear | PackedEmbedding:
+    """A linear layer or an embedding as its packed one."""
+    layers = EMBEDDINGS if isinstance(module, nn.Embedding) else LAYERS
+    return layers[kind].from_float(module, config)
 
 
 def _tied_modules(model: nn.Module) -> set[str]:
@@ -112,7 +163,8 @@ class HalfbyteQuantizer(HfQuantizer):
         flags = {config.load_in_8bit for config in configs if config is not None}
         names = [*(NAMES_4BIT if False in flags else ()), *(NAMES_8BIT if True in flags else ())]
         self.serialized_names = {"weight": list(dict.fromkeys(names))}
-        self.unwrapping = adapters_unwrapped()
+        self.renamings = [WeightRenaming(re.escape(ADAPTED), ".")]
+        """How names in files become the model's, beside transformers' own rules; saving does not undo them."""
         self.failure: QuantError | None = None
         self.is_spread = False
         """The model lies on several devices, so that transformers dispatches it before it lets us report."""
@@ -140,7 +192,7 @@ class HalfbyteQuantizer(HfQuantizer):
         module, leaf = get_module_from_name(model, param_name)
         if isinstance(module, PackedExperts):
             return leaf in module.projections
-        return leaf == "weight" and isinstance(module, PackedLinear)
+        return leaf == "weight" and isinstance(module, PackedModule)
 
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
         config = self.quantization_config
@@ -151,8 +203,11 @@ class HalfbyteQuantizer(HfQuantizer):
         plan = model._get_dtype_plan(self.dtype)
         self._float32_patterns = [pattern for pattern, dtype in plan.items() if dtype == torch.float32]
         experts = find_experts(model)
-        if self.pre_quantized and experts and not are_packed_in(_names_in(kwargs.get("checkpoint_files"))):
+        files = dict(_tensors_in(kwargs.get("checkpoint_files")))
+        if self.pre_quantized and experts and not are_packed_in(files):
             names = {name: kind for name, kind in names.items() if name not in experts}
+        groups = embedding_groups(model) if config.quantize_embeddings else {}
+        tied_to = {name: first for first, members in groups.items() for name in members[1:] if first in names}
         for name, kind in names.items():
             own = config.for_module(name) or config
             module = model.get_submodule(name)
@@ -160,11 +215,17 @@ class HalfbyteQuantizer(HfQuantizer):
             if name in experts:
                 layer = PackedExperts(module, experts[name], own)
                 module._is_hf_initialized = True
+            elif name in tied_to:
+                continue
             else:
-                layer = LAYERS[kind].from_float(module, own)
+                layer = pack_module(module, kind, own)
             # Until its weight arrives: transformers would draw random numbers into bytes that are missing.
             layer._is_hf_initialized = True  # type: ignore[assignment]
             model.set_submodule(name, layer)
+        self._rename_tied(model, tied_to, files)
+        for name, first in tied_to.items():
+            model.set_submodule(name, TiedToEmbedding(model.get_submodule(first), model.get_submodule(name)))
+            del model.all_tied_weights_keys[f"{name}.weight"]
         if config.llm_int8_enable_fp32_cpu_offload:
             keep_in_float32(model, device_map, self._is_kept_in_float32)
         if not names:
@@ -183,6 +244,23 @@ class HalfbyteQuantizer(HfQuantizer):
                 stacked[0],
             )
 
+    def _rename_tied(self, model: Any, tied_to: Mapping[str, str], files: Mapping[str, _Place]) -> None:
+        """A file may hold a tied table under any of its names, or under several; it is read under the first one's."""
+        for name, first in tied_to.items():
+            leaf = first.rpartition(".")[2]
+            own = [key for key in files if f".{key}".endswith(f".{leaf}.weight")]
+            if f"{name}.weight" in files and not own:
+                renaming = WeightRenaming(rf"^{re.escape(name)}\.weight", f"{first}.weight")
+                self.renamings.append(renaming)
+            elif f"{name}.weight" in files and not self.pre_quantized:
+                tied, table = (_read(files[key]) for key in (f"{name}.weight", own[0]))
+                if not torch.equal(tied, table):
+                    raise CheckpointError(
+                        f"the file holds {name}.weight and {own[0]} with different values, and the config ties them; "
+                        "accepted with quantize_embeddings are equal ones, or tie_word_embeddings=False in config.json"
+                    )
+            model._keys_to_ignore_on_load_unexpected.add(rf"^{re.escape(name)}\.(weight|SCB)")
+
     def unquantized_dtype(self, name: str, meta: torch.Tensor) -> torch.dtype:
         """The dtype of what is not quantized: that on meta (float32 if it is offloaded), or float32 by its name."""
         return torch.float32 if meta.is_floating_point() and self._is_kept_in_float32(name) else meta.dtype
@@ -194,7 +272,7 @@ class HalfbyteQuantizer(HfQuantizer):
         if self.failure is not None:
             raise self.failure
         for name, module in model.named_modules():
-            if isinstance(module, PackedLinear | PackedExperts) and any(
+            if isinstance(module, PackedModule | PackedExperts) and any(
                 buffer.is_meta for buffer in module.buffers(recurse=False)
             ):
                 raise CheckpointError(f"tensor {name}.weight is missing")
@@ -204,14 +282,14 @@ class HalfbyteQuantizer(HfQuantizer):
             first = next(iter(getattr(conversion, "operations", ())), None)
             if isinstance(first, _DeserializeExperts):
                 conversions += [] if first.original is None else [first.original]
-            elif not isinstance(first, _Deserialize) and conversion is not self.unwrapping:
+            elif not isinstance(first, _Deserialize) and conversion not in self.renamings:
                 conversions.append(conversion)
         model._weight_conversions = conversions
         return model
 
     def update_weight_conversions(self, weight_conversions: list[Any], model: Any) -> list[Any]:
-        """Names lose `base_layer.`; in a packed file, what joins expert weights into a stack gets their statistics."""
-        weight_conversions = [self.unwrapping, *weight_conversions]
+        """Ours come first; in a packed file, what joins expert weights into a stack gets their statistics too."""
+        weight_conversions = [*self.renamings, *weight_conversions]
         if not self.pre_quantized:
             return list(super().update_weight_conversions(weight_conversions, model))  # type: ignore[no-untyped-call]
         conversions = [
@@ -252,8 +330,16 @@ class HalfbyteQuantizer(HfQuantizer):
 
     def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
         """Every packed layer as an nn.Linear of `dtype` (the model's by default)."""
-        for name, module in list(model.named_modules()):
-            if isinstance(module, PackedLinear):
+        modules = dict(model.named_modules())
+        for name, module in modules.items():
+            if isinstance(module, PackedEmbedding):
+                embedding = module.to_float(dtype)
+                model.set_submodule(name, embedding)
+                for other, tied in modules.items():
+                    if isinstance(tied, TiedToEmbedding) and tied.embedding is module:
+                        model.set_submodule(other, tied.to_float(embedding))
+                        model.all_tied_weights_keys[f"{other}.weight"] = f"{name}.weight"
+            elif isinstance(module, PackedLinear):
                 linear = nn.Linear(module.in_features, module.out_features, bias=False, device="meta")
                 linear.weight = nn.Parameter(module.dequantize(dtype))
                 if module.bias is not None:
@@ -279,7 +365,7 @@ class _Operation(ConversionOps):
         self, name: str, module: nn.Module, missing_keys: set[str] | None, work: Callable[[], dict[str, Any]]
     ) -> dict[str, Any]:
         quantizer = self.hf_quantizer
-        if quantizer.failure is None or not isinstance(module, PackedLinear | PackedExperts):
+        if quantizer.failure is None or not isinstance(module, PackedModule | PackedExperts):
             try:
                 return work()
             except QuantError as error:
@@ -324,7 +410,7 @@ class _Deserialize(_Operation):
     def _adopt(
         self, name: str, tensors: dict[str, torch.Tensor], module: nn.Module, model: nn.Module
     ) -> dict[str, Any]:
-        if not isinstance(module, PackedLinear):
+        if not isinstance(module, PackedModule):
             return {name: self._unquantized(name, tensors, module, model)}
         has_fp16 = isinstance(module, Linear8bit) and module.has_fp16_weight
         if has_fp16 and "SCB" not in tensors:
@@ -424,34 +510,39 @@ class _DeserializeExperts(_Operation):
 
 def _pack(name: str, value: torch.Tensor, module: nn.Module) -> dict[str, Any]:
     """Packs a weight as files hold it where it is; one of another kind of module passes through."""
-    if not isinstance(module, PackedLinear):
+    if not isinstance(module, PackedModule):
         return {name: value}
     weight = value.t() if module.is_transposed_source else value
-    wanted = (module.out_features, module.in_features)
-    if tuple(weight.shape) != wanted:
-        raise CheckpointError(f"tensor {name} has shape {list(weight.shape)}; {list(wanted)} is needed")
+    if tuple(weight.shape) != module.matrix_shape:
+        raise CheckpointError(f"tensor {name} has shape {list(weight.shape)}; {list(module.matrix_shape)} is needed")
     module.quantize(weight)
     module._is_hf_initialized = False  # type: ignore[assignment]
     return {name: module.weight}
 
 
-def _holds_values(weight: torch.Tensor, module: PackedLinear) -> bool:
+def _holds_values(weight: torch.Tensor, module: PackedModule) -> bool:
     """Whether a layer's tensor is an unquantized weight, which has its shape, and not codes in a floating storage."""
     shape = weight.shape[::-1] if module.is_transposed_source else weight.shape
-    return weight.is_floating_point() and tuple(shape) == (module.out_features, module.in_features)
+    return weight.is_floating_point() and tuple(shape) == module.matrix_shape
 
 
-def adapters_unwrapped() -> WeightRenaming:
-    """The renaming that reads the layers of a file that was saved with adapters around them."""
-    return WeightRenaming(source_patterns=re.escape(ADAPTED), target_patterns=".")
+_Place = tuple[str, str]
+"""A tensor's file and its name there."""
 
 
-def _names_in(files: Any) -> Iterator[str]:
-    """The tensor names in a checkpoint's safetensors files, as the model has them where adapters were around layers."""
+def _tensors_in(files: Any) -> Iterator[tuple[str, _Place]]:
+    """The tensors in a checkpoint's safetensors files, named without adapters around layers."""
     for file in files or ():
         if str(file).endswith(".safetensors"):
             with safe_open(file, framework="pt") as opened:
-                yield from map(plain_name, opened.keys())
+                yield from ((plain_name(name), (str(file), name)) for name in opened.keys())  # noqa: SIM118
+
+
+def _read(place: _Place) -> torch.Tensor:
+    file, name = place
+    with safe_open(file, framework="pt") as opened:
+        tensor: torch.Tensor = opened.get_tensor(name)
+    return tensor
 
 
 _originals: dict[str, tuple[Any, Any]] = {}

@@ -22,9 +22,6 @@ from quant.packed8 import Weight8bit
 class PackedLinear(PackedModule, nn.Linear):
     """What the two layers share. Not to be built itself."""
 
-    is_transposed_source = False
-    """The layer stands for a Conv1D (GPT-2), whose unquantized files hold [in, out]."""
-
     def __init__(
         self,
         in_features: int,
@@ -51,7 +48,7 @@ class PackedLinear(PackedModule, nn.Linear):
         return layer.train(linear.training)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.multiply(x)
+        return self.multiply(x, self.bias)
 
     def extra_repr(self) -> str:
         return f"{nn.Linear.extra_repr(self)}, {self._format_repr()}"

@@ -18,12 +18,13 @@ import transformers
 
 from quant import hf
 from quant.config import BitsAndBytesConfig
+from quant.embedding import embedding_groups
 from quant.errors import CheckpointError
 from quant.experts import PackedExperts, Projection, are_packed_in, find_experts
 from quant.formats import NESTED_BLOCKSIZE
 from quant.headers import TensorHeader, plain_name, read_checkpoint_headers
-from quant.linear import Linear4bit, Linear8bit
 from quant.offload import is_offloaded
+from quant.packed import PackedModule
 
 if TYPE_CHECKING:
     from torch import nn
@@ -96,11 +97,16 @@ def predict_meta(
     experts = find_experts(model) if config is not None else {}
     if any(name.endswith((".weight.absmax", ".SCB")) for name in headers) and not are_packed_in(headers):
         experts = {}  # a packed file that holds its experts unquantized
+    groups = embedding_groups(model) if config is not None and config.quantize_embeddings else {}
+    first_of = {name: first for first, members in groups.items() for name in members}
     stacks = {f"{name}.{projection.leaf}": projection for name in experts for projection in experts[name]}
     plan = model._get_dtype_plan(dtype)
     bytes_of: Counter[str] = Counter()
     for name, tensor in _distinct_tensors(model):
         module, _, leaf = name.rpartition(".")
+        module = first_of.get(module, module)  # a tied tensor is found under any of its names
+        if module in kinds and leaf == "embed_scale":
+            continue  # a packed embedding holds its scale as a number
         if lies_away(name) and isinstance(tensor, torch.nn.Parameter):
             continue
         if config is not None and name in stacks and module in kinds:
@@ -140,9 +146,8 @@ def _ordered(bytes_of: Counter[str]) -> Counter[str]:
 
 
 def _component(module: nn.Module, leaf: str, tensor: torch.Tensor) -> str:
-    if isinstance(module, Linear4bit | Linear8bit):
-        holds_fp16 = isinstance(module, Linear8bit) and tensor.dtype == torch.float16  # llm_int8_has_fp16_weight
-        if leaf == "weight" and not holds_fp16:
+    if isinstance(module, PackedModule):
+        if leaf == "weight" and module.is_packed:
             return PACKED_WEIGHTS
         if leaf in ("absmax", "SCB"):
             return ABSMAX

@@ -50,6 +50,8 @@ class PackedModule(Offloadable):
     """The field of a config that asks for it."""
     checkpoint_names: ClassVar[tuple[str, ...]]
     """The names, without the module's prefix, that its weight has in a state_dict."""
+    is_transposed_source = False
+    """The layer stands for a Conv1D (GPT-2), whose unquantized files hold [in, out]."""
     matrix_shape: tuple[int, int]
     weight: torch.Tensor
     bias: nn.Parameter  # or None, as in nn.Linear
@@ -92,8 +94,8 @@ class PackedModule(Offloadable):
         """The weight with its statistics; shares the module's tensors."""
 
     @abstractmethod
-    def multiply(self, x: torch.Tensor) -> torch.Tensor:
-        """x [..., columns] times the transposed weight, plus the bias: [..., rows] in x's dtype."""
+    def multiply(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        """x [..., columns] times the transposed weight, plus a bias: [..., rows] in x's dtype."""
 
     @abstractmethod
     def _format_repr(self) -> str:

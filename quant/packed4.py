@@ -103,17 +103,21 @@ class Weight4bit(PackedModule):
             table=self.nested_quant_map,
         )
 
-    def multiply(self, x: torch.Tensor) -> torch.Tensor:
+    def operands(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+        """The flat codes, absmax, nested_absmax and offset, as operators take them."""
         if self.weight.dtype != self.quant_storage:
             raise self._cast()
-        absmax, nested_absmax, offset = self.absmax, self.nested_absmax, self.nested_offset
-        if self.nested_quant_map is not None:  # a file with a table of its own, which the operator does not know
+        codes = flat_codes(self.weight, self.matrix_shape[0] * self.matrix_shape[1])
+        if self.nested_quant_map is not None:  # a file with a table of its own, which operators do not know
             second_level = self._second_level()
-            absmax = absmax if second_level is None else second_level.decode(absmax)
-            nested_absmax = offset = None
+            return codes, self.absmax if second_level is None else second_level.decode(self.absmax), None, None
+        return codes, self.absmax, self.nested_absmax, self.nested_offset
+
+    def multiply(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        codes, absmax, nested_absmax, offset = self.operands()
         out = ops.linear_4bit(
             x.to(self.compute_dtype),
-            flat_codes(self.weight, self.matrix_shape[0] * self.matrix_shape[1]),
+            codes,
             absmax,
             self.quant_type,
             self.blocksize,
@@ -121,7 +125,7 @@ class Weight4bit(PackedModule):
             nested_absmax,
             offset,
             self.nested_blocksize or 1,
-            self.bias,
+            bias,
         )
         return out.to(x.dtype)
 

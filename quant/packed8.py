@@ -78,13 +78,13 @@ class Weight8bit(PackedModule):
         device = weight.device if assign or self.weight.is_meta else self.weight.device
         self.quantize(weight.to(device, copy=not assign))
 
-    def multiply(self, x: torch.Tensor) -> torch.Tensor:
+    def multiply(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         if self.has_fp16_weight:
             result: torch.Tensor = _QuantizedOnTheFly.apply(  # type: ignore[no-untyped-call]
-                x, self.weight, self.bias, self.threshold, self.outliers
+                x, self.weight, bias, self.threshold, self.outliers
             )
             return result
-        return ops.linear_8bit(x, self.weight, self.SCB, self.threshold, self.outliers, self.bias)
+        return ops.linear_8bit(x, self.weight, self.SCB, self.threshold, self.outliers, bias)
 
     def _format_repr(self) -> str:
         main = ", has_fp16_weight" if self.has_fp16_weight else ""
