@@ -1,54 +1,42 @@
 """The transformers quantizer: `from_pretrained` with our config builds our layers and packs each tensor as it arrives.
 
 Importing `quant` calls register(), which puts our classes where transformers looks for bitsandbytes' (a setting of the
-whole process); unregister() puts the others back. Which modules are converted is decided in modules_to_quantize alone:
-the swap uses it, and so does the prediction of memory. Not here: the layers (linear.py), the file format (state.py).
+whole process); unregister() puts the others back. Not here: which modules are converted (conversion.py), the layers
+(linear.py, embedding.py, experts.py), the file format (state.py).
 
-Loading runs in transformers. It swaps nothing itself: preprocess_model (here) puts Linear4bit or Linear8bit on the meta
-device, then each tensor of the file goes through one of two operations: Quantize (an unquantized file) or Deserialize
-(a quantized one). transformers turns whatever an operation raises into a report of its own; so that the reader gets
-our sentence, operations keep the first error, pack nothing from then on, and postprocess_model raises it.
+Loading runs in transformers. It swaps nothing itself: preprocess_model (here) puts packed layers on the meta device,
+then each tensor of the file goes through an operation of loading.py. Those keep the first error, and
+postprocess_model (here) raises it.
 """
 
 from __future__ import annotations
 
-import functools
 import logging
 import re
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any, Final, Literal, Self, cast
+from collections.abc import Mapping
+from typing import Any, Final
 
 import torch
-from safetensors import safe_open
 from torch import nn
-from transformers import PreTrainedModel
 from transformers.core_model_loading import ConversionOps, WeightConverter, WeightRenaming
-from transformers.pytorch_utils import Conv1D
 from transformers.quantizers import auto
 from transformers.quantizers.base import HfQuantizer
-from transformers.quantizers.quantizers_utils import get_module_from_name, should_convert_module
+from transformers.quantizers.quantizers_utils import get_module_from_name
 
 from quant.config import BitsAndBytesConfig
-from quant.embedding import (
-    Embedding4bit,
-    Embedding8bit,
-    PackedEmbedding,
-    TiedToEmbedding,
-    embedding_groups,
-)
+from quant.conversion import modules_to_quantize, pack_module
+from quant.embedding import PackedEmbedding, TiedToEmbedding, embedding_groups
 from quant.errors import CheckpointError, QuantConfigError, QuantError
 from quant.experts import PackedExperts, are_packed_in, converter_parts, find_experts
-from quant.headers import ADAPTED, plain_name
-from quant.linear import Linear4bit, Linear8bit, PackedLinear
-from quant.offload import is_offloaded, keep_in_float32, offloaded_modules
+from quant.headers import ADAPTED
+from quant.linear import PackedLinear
+from quant.loading import Deserialize, DeserializeExperts, Place, Quantize, read, tensors_in
+from quant.offload import keep_in_float32, offloaded_modules
 from quant.packed import PackedModule
-from quant.state import NAMES_4BIT, NAMES_8BIT, PackedWeight
+from quant.state import NAMES_4BIT, NAMES_8BIT
 
 logger = logging.getLogger(__name__)
 
-Kind = Literal["4bit", "8bit"]
-LAYERS: Final[Mapping[Kind, type[Linear4bit | Linear8bit]]] = {"4bit": Linear4bit, "8bit": Linear8bit}
-EMBEDDINGS: Final[Mapping[Kind, type[Embedding4bit | Embedding8bit]]] = {"4bit": Embedding4bit, "8bit": Embedding8bit}
 METHODS: Final = ("bitsandbytes_4bit", "bitsandbytes_8bit")
 """The names under which transformers looks up quantizers and configs for `quant_method: bitsandbytes`."""
 
@@ -58,93 +46,6 @@ OFFLOAD_REFUSED: Final = (
     "`llm_int8_enable_fp32_cpu_offload=True` and pass a custom `device_map` to `from_pretrained`."
 )
 """The words that bitsandbytes users know and search for."""
-
-
-def modules_to_quantize(model: nn.Module, config: BitsAndBytesConfig, device_map: object = None) -> dict[str, Kind]:
-    """The modules of a model (on meta or not) that `config` converts, by name: nn.Linear itself, GPT-2's Conv1D, and
-    stacks of experts (quant/experts.py) unless `llm_int8_has_fp16_weight` keeps main weights.
-
-    Not converted: what `llm_int8_skip_modules` names (as transformers applies it: by prefix up to a dot, as a regular
-    expression, or as a suffix) or, where it is None, the output embedding and the last module; always what is tied to
-    another tensor; modules that transformers keeps in float32; and with `llm_int8_enable_fp32_cpu_offload` what
-    `device_map` (a dictionary) puts on the CPU or disk beside the main device. An entry of `module_overrides` decides
-    in the place of `llm_int8_skip_modules`; one that has no effect is a QuantConfigError. `config.for_module(name)` is
-    the config of each module that is returned. With `quantize_embeddings` also the input and the output embedding are
-    converted, and what is tied to them, which shares the config of the group's first (embedding_groups).
-    """
-    kept_in_float32 = getattr(model, "_keep_in_fp32_modules", None)
-    skips: list[str] = HfQuantizer.get_modules_to_not_convert(
-        cast(PreTrainedModel, model), config.llm_int8_skip_modules, kept_in_float32
-    )
-    lies_away = is_offloaded(device_map if config.llm_int8_enable_fp32_cpu_offload else None)
-    tied = _tied_modules(model)
-    experts = find_experts(model)
-    kinds: dict[str, Kind] = {}
-    without_effect = set(config.module_overrides)
-    groups = embedding_groups(model) if config.quantize_embeddings else {}
-    for members in groups.values():
-        named = {config.override_of(name) for name in members}
-        without_effect -= {pattern for pattern in named if pattern is not None}
-        named_skips = [*(config.llm_int8_skip_modules or ()), *(kept_in_float32 or ())]
-        own = _config_of_group(model, config, members)
-        if own is not None and all(
-            not lies_away(name)
-            and should_convert_module(name, named_skips if config.override_of(name) is None else kept_in_float32)
-            for name in members
-        ):
-            kinds |= dict.fromkeys(members, "8bit" if own.load_in_8bit else "4bit")
-    in_groups = {name for members in groups.values() for name in members}
-    for name, module in model.named_modules():
-        if name in in_groups or not (type(module) is nn.Linear or isinstance(module, Conv1D) or name in experts):
-            continue
-        own, pattern = config.for_module(name), config.override_of(name)
-        if own is None:
-            without_effect.discard(str(pattern))
-        elif name not in tied and should_convert_module(name, skips if pattern is None else kept_in_float32):
-            without_effect.discard(str(pattern))
-            keeps_values = name in experts and own.load_in_8bit and own.llm_int8_has_fp16_weight
-            if not lies_away(name) and not keeps_values:
-                kinds[name] = "8bit" if own.load_in_8bit else "4bit"
-    if without_effect:
-        raise QuantConfigError(
-            f"module_overrides names {', '.join(map(repr, sorted(without_effect)))}, which changes nothing in "
-            f"{type(model).__name__}; accepted are names of linear layers whose weight is not tied to another one"
-        )
-    return kinds
-
-
-def _config_of_group(
-    model: nn.Module, config: BitsAndBytesConfig, members: tuple[str, ...]
-) -> BitsAndBytesConfig | None:
-    """The config of the modules that share one table: the first one's; an override of another must be the same."""
-    first = members[0]
-    for name in members[1:]:
-        pattern = config.override_of(name)
-        if pattern is not None and config.for_module(name) != config.for_module(first):
-            raise QuantConfigError(
-                f"module_overrides names {name} in {pattern!r}, and its weight is that of {first}; accepted is to name "
-                f"{first}, or both alike"
-            )
-    own = config.for_module(first)
-    is_linear = isinstance(model.get_submodule(first), nn.Linear)
-    if own is not None and own.load_in_8bit and own.llm_int8_has_fp16_weight and not is_linear:
-        raise QuantConfigError(
-            f"llm_int8_has_fp16_weight is True, which the embedding {first} cannot have; accepted is False, or an "
-            "entry of module_overrides for it"
-        )
-    return own
-
-
-def pack_module(module: nn.Module, kind: Kind, config: BitsAndBytesConfig) -> PackedLinear | PackedEmbedding:
-    """A linear layer or an embedding as its packed one."""
-    layers = EMBEDDINGS if isinstance(module, nn.Embedding) else LAYERS
-    return layers[kind].from_float(module, config)
-
-
-def _tied_modules(model: nn.Module) -> set[str]:
-    """Modules whose weight is another module's too: packing one of the two would untie them."""
-    tied: Mapping[str, str] = getattr(model, "all_tied_weights_keys", {})
-    return {name.removesuffix(".weight") for pair in tied.items() for name in pair}
 
 
 class HalfbyteQuantizer(HfQuantizer):
@@ -203,7 +104,7 @@ class HalfbyteQuantizer(HfQuantizer):
         plan = model._get_dtype_plan(self.dtype)
         self._float32_patterns = [pattern for pattern, dtype in plan.items() if dtype == torch.float32]
         experts = find_experts(model)
-        files = dict(_tensors_in(kwargs.get("checkpoint_files")))
+        files = dict(tensors_in(kwargs.get("checkpoint_files")))
         if self.pre_quantized and experts and not are_packed_in(files):
             names = {name: kind for name, kind in names.items() if name not in experts}
         groups = embedding_groups(model) if config.quantize_embeddings else {}
@@ -244,7 +145,7 @@ class HalfbyteQuantizer(HfQuantizer):
                 stacked[0],
             )
 
-    def _rename_tied(self, model: Any, tied_to: Mapping[str, str], files: Mapping[str, _Place]) -> None:
+    def _rename_tied(self, model: Any, tied_to: Mapping[str, str], files: Mapping[str, Place]) -> None:
         """A file may hold a tied table under any of its names, or under several; it is read under the first one's."""
         for name, first in tied_to.items():
             leaf = first.rpartition(".")[2]
@@ -253,7 +154,7 @@ class HalfbyteQuantizer(HfQuantizer):
                 renaming = WeightRenaming(rf"^{re.escape(name)}\.weight", f"{first}.weight")
                 self.renamings.append(renaming)
             elif f"{name}.weight" in files and not self.pre_quantized:
-                tied, table = (_read(files[key]) for key in (f"{name}.weight", own[0]))
+                tied, table = (read(files[key]) for key in (f"{name}.weight", own[0]))
                 if not torch.equal(tied, table):
                     raise CheckpointError(
                         f"the file holds {name}.weight and {own[0]} with different values, and the config ties them; "
@@ -280,9 +181,9 @@ class HalfbyteQuantizer(HfQuantizer):
         conversions = []
         for conversion in getattr(model, "_weight_conversions", None) or []:
             first = next(iter(getattr(conversion, "operations", ())), None)
-            if isinstance(first, _DeserializeExperts):
+            if isinstance(first, DeserializeExperts):
                 conversions += [] if first.original is None else [first.original]
-            elif not isinstance(first, _Deserialize) and conversion not in self.renamings:
+            elif not isinstance(first, Deserialize) and conversion not in self.renamings:
                 conversions.append(conversion)
         model._weight_conversions = conversions
         return model
@@ -310,16 +211,16 @@ class HalfbyteQuantizer(HfQuantizer):
 
     def _joining(self, original: WeightConverter | None, sources: list[str], targets: list[str]) -> WeightConverter:
         named = [source.removesuffix("weight") + name for source in sources for name in self.serialized_names["weight"]]
-        operation = _DeserializeExperts(self, original, tuple(sources))
+        operation = DeserializeExperts(self, original, tuple(sources))
         if original is None:
             return WeightConverter(named, targets, [operation])
         return original.copy(named, targets, operations=[operation])
 
     def get_quantize_ops(self) -> ConversionOps:
-        return _Quantize(self)
+        return Quantize(self)
 
     def get_load_operations(self) -> dict[str, type[ConversionOps]]:
-        return {"deserialize": _Deserialize}
+        return {"deserialize": Deserialize}
 
     def is_serializable(self) -> bool:
         return True
@@ -348,201 +249,6 @@ class HalfbyteQuantizer(HfQuantizer):
             elif isinstance(module, PackedExperts):
                 model.set_submodule(name, module.to_float(dtype))
         return model
-
-
-class _Operation(ConversionOps):
-    """An operation on the tensors of one weight that keeps the first QuantError for the end of loading."""
-
-    def __init__(self, hf_quantizer: HalfbyteQuantizer) -> None:
-        # transformers asks for this very attribute; without it float32 statistics would be cast to the model's dtype.
-        self.hf_quantizer = hf_quantizer
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
-        # transformers copies an operation for each weight; they all must report to the one quantizer.
-        return type(self)(self.hf_quantizer)
-
-    def _guarded(
-        self, name: str, module: nn.Module, missing_keys: set[str] | None, work: Callable[[], dict[str, Any]]
-    ) -> dict[str, Any]:
-        quantizer = self.hf_quantizer
-        if quantizer.failure is None or not isinstance(module, PackedModule | PackedExperts):
-            try:
-                return work()
-            except QuantError as error:
-                text = str(error)
-                quantizer.failure = error if name in text else type(error)(f"{name}: {text}")
-        if missing_keys is not None and not quantizer.is_spread:
-            missing_keys.discard(name)  # the error says it; a table of all that is missing since would hide it
-        return {}
-
-
-class _Quantize(_Operation):
-    """An unquantized tensor of a layer of ours: packed where it is, as soon as it is there."""
-
-    def convert(self, input_dict: dict[str, Any], *args: Any, **kwargs: Any) -> dict[str, Any]:
-        model: nn.Module = kwargs["model"]
-        results: dict[str, Any] = {}
-        for name, values in input_dict.items():
-            value = values[0] if isinstance(values, list) else values
-            module, leaf = get_module_from_name(model, name)
-            work = functools.partial(_pack, name, value, module)
-            if isinstance(module, PackedExperts):
-                work = functools.partial(self._pack_stack, name, value, module, leaf)
-            results |= self._guarded(name, module, kwargs.get("missing_keys"), work)
-        return results
-
-    def _pack_stack(self, name: str, value: torch.Tensor, module: PackedExperts, leaf: str) -> dict[str, Any]:
-        module.quantize(leaf, value)
-        return {name: getattr(module, leaf)}
-
-
-class _Deserialize(_Operation):
-    """The tensors of one packed weight; a weight that is not packed passes through in the model's dtype."""
-
-    def convert(self, input_dict: dict[str, Any], *args: Any, **kwargs: Any) -> dict[str, Any]:
-        model: nn.Module = kwargs["model"]
-        name: str = kwargs["full_layer_name"]
-        tensors = {key: values[0] if isinstance(values, list) else values for key, values in input_dict.items()}
-        module, _ = get_module_from_name(model, name)
-        work = functools.partial(self._adopt, name, tensors, module, model)
-        return self._guarded(name, module, kwargs.get("missing_keys"), work)
-
-    def _adopt(
-        self, name: str, tensors: dict[str, torch.Tensor], module: nn.Module, model: nn.Module
-    ) -> dict[str, Any]:
-        if not isinstance(module, PackedModule):
-            return {name: self._unquantized(name, tensors, module, model)}
-        has_fp16 = isinstance(module, Linear8bit) and module.has_fp16_weight
-        if has_fp16 and "SCB" not in tensors:
-            module.quantize(tensors["weight"])
-        elif set(tensors) == {"weight"} and _holds_values(tensors["weight"], module):
-            # Unquantized in a packed file: the module was offloaded when the file was written.
-            _pack(name, tensors["weight"].to(self.hf_quantizer.dtype), module)
-        else:
-            module.adopt(PackedWeight.from_checkpoint(tensors, name=name.removesuffix(".weight")))
-        module._is_hf_initialized = False  # type: ignore[assignment]
-        return {name: module.weight}
-
-    def _unquantized(self, name: str, tensors: dict[str, torch.Tensor], module: nn.Module, model: Any) -> torch.Tensor:
-        meta = model.get_parameter_or_buffer(name)
-        dtype = self.hf_quantizer.unquantized_dtype(name, meta)
-        if len(tensors) == 1:
-            (value,) = tensors.values()
-            return value.to(dtype) if value.is_floating_point() else value
-        is_linear = isinstance(module, nn.Linear | Conv1D)  # routers were linear layers once, and packed with them
-        if is_linear and not self.hf_quantizer.quantization_config.llm_int8_enable_fp32_cpu_offload:
-            raise CheckpointError(
-                f"tensor {name} is packed in the file, but the quantization config keeps this module unquantized; "
-                "take it out of llm_int8_skip_modules"
-            )
-        # A packed file, and a module that is to stay unquantized because it is offloaded.
-        weight = PackedWeight.from_checkpoint(tensors, name=name.removesuffix(".weight")).dequantize(dtype)
-        return weight.t().contiguous() if isinstance(module, Conv1D) else weight
-
-
-class _DeserializeExperts(_Operation):
-    """The packed tensors of every expert of one stack; a stack that is not packed is joined as transformers would."""
-
-    def __init__(
-        self, hf_quantizer: HalfbyteQuantizer, original: WeightConverter | None, sources: tuple[str, ...]
-    ) -> None:
-        super().__init__(hf_quantizer)
-        self.original = original
-        self.sources = sources
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
-        return type(self)(self.hf_quantizer, self.original, self.sources)
-
-    def convert(self, input_dict: dict[str, Any], *args: Any, **kwargs: Any) -> dict[str, Any]:
-        model: nn.Module = kwargs["model"]
-        name: str = kwargs["full_layer_name"]
-        module, leaf = get_module_from_name(model, name)
-        if not isinstance(module, PackedExperts):
-            return self._join(name, input_dict, model, kwargs)
-        parts = [
-            {
-                key: input_dict[source.removesuffix("weight") + key]
-                for key in self.hf_quantizer.serialized_names["weight"]
-                if source.removesuffix("weight") + key in input_dict
-            }
-            for source in self.sources
-        ]
-        work = functools.partial(self._adopt, name, module, leaf, parts)
-        return self._guarded(name, module, kwargs.get("missing_keys"), work)
-
-    def _adopt(
-        self, name: str, module: PackedExperts, leaf: str, parts: list[dict[str, list[torch.Tensor]]]
-    ) -> dict[str, Any]:
-        projection = module.projections[leaf]
-        prefix = name.removesuffix(leaf)
-        for part, lists in enumerate(parts):
-            for key in ("weight", *lists):
-                found = len(lists.get(key, ()))
-                if found != projection.experts:
-                    wanted = projection.names[part].format(expert="*")
-                    raise CheckpointError(
-                        f"{name}: the file has {found} tensors {prefix}{wanted}.{key}; {projection.experts} are needed"
-                    )
-        matrices = [
-            PackedWeight.from_checkpoint(
-                {key: tensors[expert] for key, tensors in lists.items()}, name=prefix + own.format(expert=expert)
-            )
-            for expert in range(projection.experts)
-            for own, lists in zip(projection.names, parts, strict=True)
-        ]
-        module.adopt(leaf, matrices)
-        return {name: getattr(module, leaf)}
-
-    def _join(self, name: str, input_dict: dict[str, Any], model: nn.Module, kwargs: dict[str, Any]) -> dict[str, Any]:
-        if self.original is None or set(input_dict) - set(self.sources):
-            raise CheckpointError(
-                f"tensor {name} is packed in the file, but the quantization config keeps this module unquantized; "
-                "take it out of llm_int8_skip_modules"
-            )
-        dtype = self.hf_quantizer.unquantized_dtype(name, cast(PreTrainedModel, model).get_parameter_or_buffer(name))
-        joined = {source: [value.to(dtype) for value in values] for source, values in input_dict.items()}
-        for operation in self.original.operations:
-            patterns = {"source_patterns": list(self.sources), "target_patterns": self.original.target_patterns}
-            joined = operation.convert(joined, **(kwargs | patterns))
-        (stack,) = joined.values()
-        return {name: stack}
-
-
-def _pack(name: str, value: torch.Tensor, module: nn.Module) -> dict[str, Any]:
-    """Packs a weight as files hold it where it is; one of another kind of module passes through."""
-    if not isinstance(module, PackedModule):
-        return {name: value}
-    weight = value.t() if module.is_transposed_source else value
-    if tuple(weight.shape) != module.matrix_shape:
-        raise CheckpointError(f"tensor {name} has shape {list(weight.shape)}; {list(module.matrix_shape)} is needed")
-    module.quantize(weight)
-    module._is_hf_initialized = False  # type: ignore[assignment]
-    return {name: module.weight}
-
-
-def _holds_values(weight: torch.Tensor, module: PackedModule) -> bool:
-    """Whether a layer's tensor is an unquantized weight, which has its shape, and not codes in a floating storage."""
-    shape = weight.shape[::-1] if module.is_transposed_source else weight.shape
-    return weight.is_floating_point() and tuple(shape) == module.matrix_shape
-
-
-_Place = tuple[str, str]
-"""A tensor's file and its name there."""
-
-
-def _tensors_in(files: Any) -> Iterator[tuple[str, _Place]]:
-    """The tensors in a checkpoint's safetensors files, named without adapters around layers."""
-    for file in files or ():
-        if str(file).endswith(".safetensors"):
-            with safe_open(file, framework="pt") as opened:
-                yield from ((plain_name(name), (str(file), name)) for name in opened.keys())  # noqa: SIM118
-
-
-def _read(place: _Place) -> torch.Tensor:
-    file, name = place
-    with safe_open(file, framework="pt") as opened:
-        tensor: torch.Tensor = opened.get_tensor(name)
-    return tensor
 
 
 _originals: dict[str, tuple[Any, Any]] = {}

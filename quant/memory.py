@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any, Final
 import torch
 import transformers
 
-from quant import hf
 from quant.config import BitsAndBytesConfig
+from quant.conversion import modules_to_quantize
 from quant.embedding import embedding_groups
 from quant.errors import CheckpointError
 from quant.experts import PackedExperts, Projection, are_packed_in, find_experts
@@ -92,7 +92,7 @@ def predict_meta(
 ) -> Counter[str]:
     """The same for a model on the meta device; layers whose statistics are in `headers` are quantized in the file."""
     headers = {plain_name(name): header for name, header in (headers or {}).items()}
-    kinds = hf.modules_to_quantize(model, config, device_map) if config is not None else {}
+    kinds = modules_to_quantize(model, config, device_map) if config is not None else {}
     lies_away = is_offloaded(device_map)
     experts = find_experts(model) if config is not None else {}
     if any(name.endswith((".weight.absmax", ".SCB")) for name in headers) and not are_packed_in(headers):

@@ -19,9 +19,9 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from quant import BitsAndBytesConfig, Linear4bit, memory, quantize_checkpoint, reference, report_checkpoint, rows
+from quant.conversion import modules_to_quantize
 from quant.embedding import Embedding4bit, Embedding8bit, PackedEmbedding, TiedToEmbedding
 from quant.errors import CheckpointError, QuantConfigError, ShapeError
-from quant.hf import modules_to_quantize
 from quant.lora import lora_config, prepare_model_for_kbit_training
 from quant.report import report_model
 from server.memory.plan import make_plan
