@@ -6,7 +6,8 @@ Loads server/demo/model once per format through transformers and `quant`, in bfl
 documents, which server/demo/corpus makes from a seed and keeps apart from all training text. For each format: the
 perplexity per token; how many nats per token are lost against bfloat16, with a standard error taken over documents
 (the same documents in both, so the difference is far better known than either side); how often the most probable
-token is bfloat16's; bits per weight of the quantized layers with all their statistics, and bytes of the whole model.
+token is bfloat16's; bits per weight of what is quantized with all its statistics, and bytes of the whole model. Then
+the same with the embedding packed too, which in this model is the output layer as well.
 Results: benchmarks/results/quality.json and .md.
 """
 
@@ -14,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import statistics
 import time
 from dataclasses import asdict, dataclass
@@ -26,15 +28,21 @@ from tokenizers import Tokenizer
 
 import quant  # noqa: F401 - registers the quantizer
 from benchmarks.hardware import describe
-from quant.config import PRESETS, from_spec
-from quant.linear import Linear4bit, Linear8bit
+from quant.config import OVERRIDABLE, PRESETS, BitsAndBytesConfig, from_spec
 from quant.memory import measure_weights
+from quant.packed import PackedModule
 from server.demo import DEMO_MODEL_PATH
 from server.demo.evaluate import HELDOUT_SEED, Prediction, heldout_ids, perplexity, predict
 
 RESULTS: Final = Path(__file__).parent / "results"
 FORMATS: Final = ("none", *(name for name in PRESETS if name != "none"))
 BASELINE: Final = FORMATS[0]
+EMBEDDINGS: Final[tuple[tuple[str, str | None], ...]] = (
+    *((name, None) for name in FORMATS),
+    *((name, name) for name in FORMATS if name != BASELINE),
+    ("nf4-dq", "int8"),
+)
+"""What is measured: the linear layers' format and the embedding's, which is tied to the output; None: not packed."""
 SHOWN: Final = {BASELINE: "bf16"}
 """Names in the table, where they differ from the preset's."""
 
@@ -44,6 +52,7 @@ class Row:
     """One format's result."""
 
     quantization: str
+    embedding: str | None
     perplexity: float
     nats_lost: float
     """Mean negative log likelihood per token, minus bfloat16's."""
@@ -52,7 +61,7 @@ class Row:
     same_first_choice: float
     """The share of tokens at which the most probable token is bfloat16's."""
     bits_per_weight: float
-    """Of the layers that are quantized, statistics included."""
+    """Of the layers and embeddings that are quantized, statistics included."""
     model_bytes: int
     """All parameters and buffers."""
     seconds: float
@@ -60,7 +69,7 @@ class Row:
 
 def bits_per_weight(model: torch.nn.Module) -> float:
     """8 * bytes of weights and statistics / number of weights, over the quantized layers; 16 where there are none."""
-    layers = [module for module in model.modules() if isinstance(module, Linear4bit | Linear8bit)]
+    layers = [module for module in model.modules() if isinstance(module, PackedModule)]
     if not layers:
         return 16.0
     stored = sum(
@@ -69,17 +78,33 @@ def bits_per_weight(model: torch.nn.Module) -> float:
         for name, tensor in (*layer.named_parameters(), *layer.named_buffers())
         if name != "bias"
     )
-    return 8 * stored / sum(layer.in_features * layer.out_features for layer in layers)
+    return 8 * stored / sum(math.prod(layer.matrix_shape) for layer in layers)
+
+
+def config_of(name: str, embedding: str | None) -> BitsAndBytesConfig | None:
+    """The config that packs linear layers in one preset's format and the embedding in another's, or not at all."""
+    config = from_spec(name, compute_dtype=torch.bfloat16)
+    own = None if embedding is None else from_spec(embedding, compute_dtype=torch.bfloat16)
+    if config is None or own is None:
+        return config
+    given = own.to_dict()
+    fields = {key: given[key] for key in OVERRIDABLE if key in given}
+    overrides = {} if embedding == name else {"embed_tokens": fields}
+    return BitsAndBytesConfig(**(config.to_dict() | {"quantize_embeddings": True, "module_overrides": overrides}))
 
 
 def run(
-    name: str, directory: Path, sequences: list[list[int]], baseline: list[Prediction] | None
+    name: str,
+    embedding: str | None,
+    directory: Path,
+    sequences: list[list[int]],
+    baseline: list[Prediction] | None,
 ) -> tuple[Row, list[Prediction]]:
     """Loads one format and predicts every sequence; `baseline` is bfloat16's predictions, None while they are made."""
     model = transformers.AutoModelForCausalLM.from_pretrained(
         directory,
         dtype=torch.bfloat16,
-        quantization_config=from_spec(name, compute_dtype=torch.bfloat16),
+        quantization_config=config_of(name, embedding),
         local_files_only=True,
     )
     started = time.monotonic()
@@ -95,6 +120,7 @@ def run(
     )
     row = Row(
         quantization=SHOWN.get(name, name),
+        embedding=embedding,
         perplexity=round(perplexity(predictions), 4),
         nats_lost=round(sum(lost) / tokens, 5),
         nats_lost_error=round(statistics.stdev(lost) * len(lost) ** 0.5 / tokens, 5),
@@ -114,14 +140,15 @@ def table(rows: list[Row], documents: int, tokens: int) -> str:
         f"Held-out text: {documents} documents, {tokens} predicted tokens, seed {HELDOUT_SEED}. "
         "Made by `python -m benchmarks.quality`.",
         "",
-        "| format | perplexity | nats per token lost | same first choice as bf16 | bits per weight | model, bytes |",
-        "| --- | ---: | ---: | ---: | ---: | ---: |",
+        "| format | embedding | perplexity | nats per token lost | same first choice as bf16 | bits per weight "
+        "| model, bytes |",
+        "| --- | --- | ---: | ---: | ---: | ---: | ---: |",
     ]
     for row in rows:
         lost = "-" if row.quantization == SHOWN[BASELINE] else f"{row.nats_lost:+.5f} ± {row.nats_lost_error:.5f}"
         lines.append(
-            f"| {row.quantization} | {row.perplexity:.4f} | {lost} | {row.same_first_choice:.2%} "
-            f"| {row.bits_per_weight:.3f} | {row.model_bytes:,} |"
+            f"| {row.quantization} | {row.embedding or 'bf16'} | {row.perplexity:.4f} | {lost} "
+            f"| {row.same_first_choice:.2%} | {row.bits_per_weight:.3f} | {row.model_bytes:,} |"
         )
     lines += ["", "Machine: " + ", ".join(f"{key} {value}" for key, value in describe().items()) + ".", ""]
     return "\n".join(lines)
@@ -137,11 +164,13 @@ def main() -> None:
     tokens = sum(len(ids) - 1 for ids in sequences)
     baseline: list[Prediction] | None = None
     rows: list[Row] = []
-    for name in FORMATS:
-        row, predictions = run(name, arguments.model, sequences, baseline)
+    for name, embedding in EMBEDDINGS:
+        row, predictions = run(name, embedding, arguments.model, sequences, baseline)
         baseline = baseline or predictions
         rows.append(row)
-        print(f"{row.quantization:8} perplexity {row.perplexity:.4f}  {row.seconds} s", flush=True)
+        print(
+            f"{row.quantization:8} {embedding or 'bf16':8} perplexity {row.perplexity:.4f}  {row.seconds} s", flush=True
+        )
     text = table(rows, len(sequences), tokens)
     print("\n" + text)
     result = {

@@ -48,14 +48,21 @@ FIELDS: Final = (
     "bnb_4bit_use_double_quant",
     "bnb_4bit_quant_storage",
 )
-EXTENSIONS: Final = ("llm_int8_outliers", "bnb_4bit_blocksize", "module_overrides", "bnb_4bit_search")
+EXTENSIONS: Final = (
+    "llm_int8_outliers",
+    "bnb_4bit_blocksize",
+    "module_overrides",
+    "bnb_4bit_search",
+    "quantize_embeddings",
+)
 """Fields of our own; written to a file only where they differ from their default."""
 NEVER_WRITTEN: Final = ("bnb_4bit_search",)
 """Those that leave nothing in a file that its readers need to know."""
 OVERRIDABLE: Final = tuple(
     name
     for name in (*FIELDS, *EXTENSIONS)
-    if name not in ("llm_int8_skip_modules", "llm_int8_enable_fp32_cpu_offload", "module_overrides")
+    if name
+    not in ("llm_int8_skip_modules", "llm_int8_enable_fp32_cpu_offload", "module_overrides", "quantize_embeddings")
 )
 """What an override may set: the fields that say how one module is packed, not which modules are."""
 
@@ -63,7 +70,7 @@ QUANT_METHOD: Final = "bitsandbytes"
 _WRITTEN_BESIDE: Final = ("quant_method", "_load_in_8bit", "_load_in_4bit")
 _BOOKKEEPING: Final = ("_from_model_config", "transformers_version")
 _EXTENSION_DEFAULTS: Final[Mapping[str, Any]] = MappingProxyType(
-    dict(zip(EXTENSIONS, (OUTLIER_RULES[0], formats.DEFAULT_BLOCKSIZE, {}, False), strict=True))
+    dict(zip(EXTENSIONS, (OUTLIER_RULES[0], formats.DEFAULT_BLOCKSIZE, {}, False, False), strict=True))
 )
 _BOTH: Final = "load_in_4bit and load_in_8bit are both True; only one of them is accepted at a time"
 
@@ -77,7 +84,8 @@ class BitsAndBytesConfig(transformers.BitsAndBytesConfig):
     `bnb_4bit_blocksize`, the values per 4-bit block when packing (a packed tensor says its own); `module_overrides`,
     a pattern as in `llm_int8_skip_modules` to the fields that differ for the modules it names, or to None, which
     leaves them unquantized; `bnb_4bit_search`, which looks for each 4-bit block's best scale and sign when packing (the
-    files are what they are without it, so it is never written to one).
+    files are what they are without it, so it is never written to one); `quantize_embeddings`, which packs the input and
+    the output embedding too, as one where they are tied.
 
     Raises QuantConfigError, which is a ValueError, for a value or a name that is not accepted.
     """
@@ -99,6 +107,7 @@ class BitsAndBytesConfig(transformers.BitsAndBytesConfig):
         bnb_4bit_blocksize: int = formats.DEFAULT_BLOCKSIZE,
         module_overrides: Mapping[str, Mapping[str, Any] | None] | None = None,
         bnb_4bit_search: bool = False,
+        quantize_embeddings: bool = False,
         **kwargs: Any,
     ) -> None:
         if load_in_4bit is True and load_in_8bit is True:
@@ -124,10 +133,22 @@ class BitsAndBytesConfig(transformers.BitsAndBytesConfig):
         self.llm_int8_outliers = _choice("llm_int8_outliers", llm_int8_outliers, OUTLIER_RULES)
         self.bnb_4bit_blocksize = _blocksize(bnb_4bit_blocksize)
         self.bnb_4bit_search = _flag("bnb_4bit_search", bnb_4bit_search)
+        self.quantize_embeddings = _flag("quantize_embeddings", quantize_embeddings)
         self._check_written_beside(kwargs)
         self.module_overrides: dict[str, dict[str, Any] | None] = {}
         for pattern, fields in _overrides(module_overrides).items():
             self.module_overrides[pattern] = None if fields is None else self._checked_override(pattern, fields)
+        self._check_embeddings_storage()
+
+    def _check_embeddings_storage(self) -> None:
+        """transformers takes a model's first floating-point parameter for its dtype, usually the embedding."""
+        configs = [self, *map(self.for_override, self.module_overrides)] if self.quantize_embeddings else []
+        for config in configs:
+            if config is not None and config.load_in_4bit and config.bnb_4bit_quant_storage.is_floating_point:
+                raise QuantConfigError(
+                    f"bnb_4bit_quant_storage is {config.bnb_4bit_quant_storage} and quantize_embeddings is True, which "
+                    "would leave transformers no tensor to tell the model's dtype by; accepted are uint8 and int8"
+                )
 
     def override_of(self, name: str) -> str | None:
         """The key of `module_overrides` that names this module; QuantConfigError where two do and disagree."""

@@ -22,8 +22,9 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from quant.config import BitsAndBytesConfig
 from quant.errors import CheckpointError
 from quant.grouped import grouped_linear_4bit, grouped_linear_8bit
-from quant.linear import bits_kept
-from quant.state import NAMES_4BIT, NAMES_8BIT, Packed4bit, Packed8bit, PackedWeight, SecondLevel
+from quant.hooks import Offloadable
+from quant.packed import bits_kept
+from quant.state import NAMES_4BIT, NAMES_8BIT, Packed4bit, Packed8bit, PackedWeight, SecondLevel, layer_tensor
 
 LEAVES: Final = ("gate_up_proj", "down_proj")
 """The stacks that are packed. Their biases, where there are any, are parameters of their own: `down_proj_bias`."""
@@ -154,7 +155,7 @@ def pack_matrix(matrix: torch.Tensor, config: BitsAndBytesConfig) -> PackedWeigh
     )
 
 
-class PackedExperts(nn.Module):
+class PackedExperts(Offloadable):
     """All experts of one layer, packed; stands in the place of transformers' own module.
 
     Per projection: the parameter `<leaf>` uint8 (or the storage dtype) [E, P, bytes] or int8 [E, P, N, K], where P
@@ -247,6 +248,15 @@ class PackedExperts(nn.Module):
             for name, matrix in zip(self.projections[leaf].file_names(), self.matrices(leaf), strict=True)
             for key, tensor in matrix.to_checkpoint().items()
         }
+
+    def tensor_in_files(self, name: str, files: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        for leaf, projection in self.projections.items():
+            statistic = "weight" if name == leaf else name.removeprefix(f"{leaf}_")
+            if statistic in ("weight", *_STATISTICS):
+                parts = [layer_tensor(files, statistic, f"{own}.") for own in projection.file_names()]
+                shape: torch.Size = getattr(self, name).shape
+                return torch.stack(parts).view(shape)
+        raise KeyError(name)
 
     def to_float(self, dtype: torch.dtype | None = None) -> nn.Module:
         """transformers' own module with unquantized stacks of `dtype`; this one loses its shell to it."""

@@ -23,6 +23,9 @@ MAX_HEADER_BYTES: Final = 100_000_000  # the limit of the safetensors library it
 MAX_INDEX_BYTES: Final = 100_000_000
 MAX_DIMENSIONS: Final = 8
 
+ADAPTED: Final = ".base_layer."
+"""What stands before the tensors of a layer that was saved with an adapter around it."""
+
 ITEM_BITS: Final = {
     "BOOL": 8,
     "U8": 8,
@@ -68,6 +71,11 @@ def read_checkpoint_headers(directory: Path) -> dict[str, TensorHeader]:
                 )
             headers[header.name] = header
     return headers
+
+
+def plain_name(name: str) -> str:
+    """A tensor's name without the mark of an adapter around its layer."""
+    return name.replace(ADAPTED, ".")
 
 
 def checkpoint_files(directory: Path) -> list[Path]:

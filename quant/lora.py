@@ -22,6 +22,7 @@ from torch import nn
 from quant.errors import QuantConfigError, QuantError
 from quant.experts import PackedExperts
 from quant.linear import Linear4bit, Linear8bit, PackedLinear
+from quant.packed import PackedModule
 from quant.state import PackedWeight
 
 INITIALISATIONS: Final = (True, False, "gaussian", "eva")
@@ -160,7 +161,7 @@ def _holds_codes(module: nn.Module, name: str) -> bool:
     """Whether a parameter of a module is bytes, whatever its dtype says."""
     if isinstance(module, PackedExperts):
         return name in module.projections
-    return isinstance(module, PackedLinear) and module.is_packed and name == "weight"
+    return isinstance(module, PackedModule) and module.is_packed and name == "weight"
 
 
 def _viewed(weight: torch.Tensor, dtype: torch.dtype) -> nn.Parameter:

@@ -16,13 +16,15 @@ from typing import TYPE_CHECKING, Any, Final
 import torch
 import transformers
 
-from quant import hf
 from quant.config import BitsAndBytesConfig
+from quant.conversion import modules_to_quantize
+from quant.embedding import embedding_groups
 from quant.errors import CheckpointError
 from quant.experts import PackedExperts, Projection, are_packed_in, find_experts
 from quant.formats import NESTED_BLOCKSIZE
-from quant.headers import TensorHeader, read_checkpoint_headers
-from quant.linear import Linear4bit, Linear8bit
+from quant.headers import TensorHeader, plain_name, read_checkpoint_headers
+from quant.offload import is_offloaded
+from quant.packed import PackedModule
 
 if TYPE_CHECKING:
     from torch import nn
@@ -68,14 +70,17 @@ def meta_model(config: transformers.PretrainedConfig, dtype: torch.dtype) -> tra
     return model
 
 
-def predict_weights(directory: Path, config: BitsAndBytesConfig | None, dtype: torch.dtype) -> Counter[str]:
+def predict_weights(
+    directory: Path, config: BitsAndBytesConfig | None, dtype: torch.dtype, device_map: object = None
+) -> Counter[str]:
     """Bytes by component that the loaded model's parameters and buffers will take, from headers and config alone.
 
     `config` is the effective quantization (the request's, or the checkpoint's own), None where nothing is quantized;
-    `dtype` is that of everything else. Tied tensors count once.
+    `dtype` is that of everything else. Tied tensors count once. What `device_map` (a dictionary; a name like "auto" is
+    not worked out) offloads takes nothing: its weights are brought for each forward pass.
     """
     model = meta_model(read_config(directory), dtype)
-    return predict_meta(model, config, dtype, read_checkpoint_headers(directory))
+    return predict_meta(model, config, dtype, read_checkpoint_headers(directory), device_map)
 
 
 def predict_meta(
@@ -83,18 +88,27 @@ def predict_meta(
     config: BitsAndBytesConfig | None,
     dtype: torch.dtype,
     headers: Mapping[str, TensorHeader] | None = None,
+    device_map: object = None,
 ) -> Counter[str]:
     """The same for a model on the meta device; layers whose statistics are in `headers` are quantized in the file."""
-    headers = headers or {}
-    kinds = hf.modules_to_quantize(model, config) if config is not None else {}
+    headers = {plain_name(name): header for name, header in (headers or {}).items()}
+    kinds = modules_to_quantize(model, config, device_map) if config is not None else {}
+    lies_away = is_offloaded(device_map)
     experts = find_experts(model) if config is not None else {}
     if any(name.endswith((".weight.absmax", ".SCB")) for name in headers) and not are_packed_in(headers):
         experts = {}  # a packed file that holds its experts unquantized
+    groups = embedding_groups(model) if config is not None and config.quantize_embeddings else {}
+    first_of = {name: first for first, members in groups.items() for name in members}
     stacks = {f"{name}.{projection.leaf}": projection for name in experts for projection in experts[name]}
     plan = model._get_dtype_plan(dtype)
     bytes_of: Counter[str] = Counter()
     for name, tensor in _distinct_tensors(model):
         module, _, leaf = name.rpartition(".")
+        module = first_of.get(module, module)  # a tied tensor is found under any of its names
+        if module in kinds and leaf == "embed_scale":
+            continue  # a packed embedding holds its scale as a number
+        if lies_away(name) and isinstance(tensor, torch.nn.Parameter):
+            continue
         if config is not None and name in stacks and module in kinds:
             bytes_of.update(_bytes_of_stack(stacks[name], config.for_module(module) or config))
             continue
@@ -132,9 +146,8 @@ def _ordered(bytes_of: Counter[str]) -> Counter[str]:
 
 
 def _component(module: nn.Module, leaf: str, tensor: torch.Tensor) -> str:
-    if isinstance(module, Linear4bit | Linear8bit):
-        holds_fp16 = isinstance(module, Linear8bit) and tensor.dtype == torch.float16  # llm_int8_has_fp16_weight
-        if leaf == "weight" and not holds_fp16:
+    if isinstance(module, PackedModule):
+        if leaf == "weight" and module.is_packed:
             return PACKED_WEIGHTS
         if leaf in ("absmax", "SCB"):
             return ABSMAX

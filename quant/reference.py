@@ -183,6 +183,30 @@ def paged_attention(
     return out
 
 
+def embedding_4bit(
+    ids: torch.Tensor,
+    packed: torch.Tensor,
+    absmax: torch.Tensor,
+    quant_type: str,
+    blocksize: int,
+    rows: int,
+    columns: int,
+    nested_absmax: torch.Tensor | None,
+    offset: torch.Tensor | None,
+    nested_blocksize: int,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    """Rows of the whole table; arguments are those of quant/rows.py."""
+    if nested_absmax is not None and offset is not None:
+        absmax = dequantize_absmax(absmax, nested_absmax, offset, nested_blocksize)
+    return dequantize_4bit(packed, absmax, quant_type, blocksize, [rows, columns], dtype)[ids.long()]
+
+
+def embedding_8bit(ids: torch.Tensor, CB: torch.Tensor, SCB: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Rows of the whole table; arguments are those of quant/rows.py."""
+    return dequantize_8bit(CB, SCB, dtype)[ids.long()]
+
+
 _ONE_THREADS_PIECE = 1 << 15
 """Values up to which torch's element-wise operations and sums stay on one thread."""
 INT8_PRODUCT_SCALE = 1.0 / (formats.INT8_MAX * formats.INT8_MAX)

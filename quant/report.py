@@ -14,10 +14,12 @@ from typing import Any, Final
 import torch
 from torch import nn
 
-from quant import formats, hf, ops
+from quant import formats, ops
 from quant.config import BitsAndBytesConfig
+from quant.conversion import modules_to_quantize, pack_module
+from quant.embedding import embedding_groups
 from quant.experts import PackedExperts, Projection, find_experts, pack_matrix
-from quant.linear import Linear8bit, PackedLinear
+from quant.packed import PackedModule
 from quant.state import Packed4bit, Packed8bit, PackedWeight
 
 OUTLIER_RMS: Final = 4.0
@@ -125,11 +127,14 @@ def report_model(model: nn.Module, config: BitsAndBytesConfig | None = None) -> 
     The latter packs one layer at a time and keeps none. A loaded packed model no longer knows its originals: its
     relative errors are None. Layers that keep float16 main weights (llm_int8_has_fp16_weight) have nothing packed.
     """
-    kinds = {} if config is None else hf.modules_to_quantize(model, config)
+    kinds = {} if config is None else modules_to_quantize(model, config)
+    if config is not None and config.quantize_embeddings:  # a table that several share is one layer
+        shared = {name for members in embedding_groups(model).values() for name in members[1:]}
+        kinds = {name: kind for name, kind in kinds.items() if name not in shared}
     experts = find_experts(model) if kinds else {}
     for name, module in model.named_modules():
-        if isinstance(module, PackedLinear):
-            if not (isinstance(module, Linear8bit) and module.has_fp16_weight):
+        if isinstance(module, PackedModule):
+            if module.is_packed:
                 yield measure_layer(name, module.packed_weight())
         elif isinstance(module, PackedExperts):
             for leaf in module.projections:
@@ -139,7 +144,7 @@ def report_model(model: nn.Module, config: BitsAndBytesConfig | None = None) -> 
                 original = getattr(module, projection.leaf)
                 yield _plan_stack(f"{name}.{projection.leaf}", projection, original, config.for_module(name) or config)
         elif name in kinds and config is not None:
-            layer = hf.LAYERS[kinds[name]].from_float(module, config.for_module(name) or config)
+            layer = pack_module(module, kinds[name], config.for_module(name) or config)
             original = module.weight.t() if layer.is_transposed_source else module.weight
             yield measure_layer(name, layer.packed_weight(), original)
 

@@ -339,6 +339,20 @@ class _StateFields:
         return cls(quant_type, content["blocksize"], _DTYPES[dtype], tuple(shape), is_nested, **fields)
 
 
+def layer_tensor(tensors: Mapping[str, torch.Tensor], name: str, prefix: str = "") -> torch.Tensor:
+    """One tensor of a packed weight by a layer's name for it (`absmax`), from a checkpoint's (`<prefix>weight.absmax`).
+
+    KeyError where there is none.
+    """
+    if name != "nested_offset":
+        return tensors[prefix + (name if name in NAMES_8BIT else f"weight.{name}")]
+    known = (key for key in NAMES_4BIT if key.startswith(STATE_PREFIX) and prefix + key in tensors)
+    key = next(known, STATE_PREFIX)
+    state = tensors[prefix + key]
+    fields = _StateFields.parse(bytes(state.tolist()), prefix.removesuffix("."), key)
+    return torch.tensor(fields.nested_offset, dtype=torch.float32, device=state.device)
+
+
 def flat_codes(packed: torch.Tensor, count: int) -> torch.Tensor:
     """The bytes of `count` codes in a tensor of any storage dtype, as flat uint8 [ceil(count / 2)] without a copy."""
     return packed.view(-1).view(torch.uint8)[: formats.packed_bytes(count)]

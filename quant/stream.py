@@ -27,10 +27,10 @@ from transformers.quantizers.quantizers_utils import get_module_from_name
 from quant.config import BitsAndBytesConfig, from_spec
 from quant.errors import CheckpointError, QuantConfigError
 from quant.experts import PackedExperts
-from quant.headers import TensorHeader, read_checkpoint_headers
+from quant.headers import TensorHeader, checkpoint_files, read_checkpoint_headers
 from quant.hf import HalfbyteQuantizer
-from quant.linear import Linear8bit, PackedLinear
 from quant.memory import read_config
+from quant.packed import PackedModule
 from quant.report import LayerReport, measure_layer, measure_stack
 
 logger = logging.getLogger(__name__)
@@ -78,7 +78,11 @@ class Source:
             self.model: Any = _model_class(config)._from_config(config, dtype=self.dtype)
         self.quantizer = HalfbyteQuantizer(self.quantization, pre_quantized=False)
         self.quantizer.preprocess_model(
-            model=self.model, dtype=self.dtype, device_map=None, checkpoint_files=None, use_kernels=False
+            model=self.model,
+            dtype=self.dtype,
+            device_map=None,
+            checkpoint_files=checkpoint_files(directory),
+            use_kernels=False,
         )
         self.parameters: dict[str, torch.Tensor] = self.model.state_dict()
         self.groups = self._grouped()
@@ -114,7 +118,8 @@ class Source:
 
     def _grouped(self) -> dict[str, _Group]:
         """Every tensor of the files under the name of the model's tensor that it belongs to."""
-        mapping = get_model_conversion_mapping(self.model, None, None)
+        own = self.quantizer.renamings
+        mapping = [*own, *get_model_conversion_mapping(self.model, None, None)]
         renamings = [entry for entry in mapping if isinstance(entry, loading.WeightRenaming)]
         converters = [entry for entry in mapping if isinstance(entry, loading.WeightConverter)]
         by_pattern = {pattern: entry for entry in converters for pattern in entry.source_patterns}
@@ -137,7 +142,7 @@ class Source:
         if unknown:
             logger.warning("%s: %d tensors are not the model's: %s", self.directory, len(unknown), _some(unknown))
         # What saving has to undo, as transformers keeps it: only what was needed to read these very files.
-        self.model._weight_conversions = [entry for entry in mapping if entry.was_used()]
+        self.model._weight_conversions = [entry for entry in mapping if entry.was_used() and entry not in own]
         return {name: group for name, group in groups.items() if not self._is_never_saved(name)}
 
     def _is_never_saved(self, name: str) -> bool:
@@ -201,7 +206,7 @@ class Source:
         self, name: str, value: torch.Tensor, tensors: dict[str, torch.Tensor], layers: list[LayerReport]
     ) -> None:
         module, leaf = get_module_from_name(self.model, name)
-        if leaf == "weight" and isinstance(module, PackedLinear):
+        if leaf == "weight" and isinstance(module, PackedModule):
             _pack(name.removesuffix(".weight"), module, value.to(self.dtype), tensors, layers)
             return
         if isinstance(module, PackedExperts) and leaf in module.projections:
@@ -215,18 +220,18 @@ class Source:
 
 def _pack(
     name: str,
-    layer: PackedLinear,
+    layer: PackedModule,
     value: torch.Tensor,
     tensors: dict[str, torch.Tensor],
     layers: list[LayerReport],
 ) -> None:
     """Packs a weight in its own layer, takes the tensors that the layer would save, and empties it again."""
     weight = value.t() if layer.is_transposed_source else value
-    wanted = (layer.out_features, layer.in_features)
+    wanted = layer.matrix_shape
     if tuple(weight.shape) != wanted:
         raise CheckpointError(f"tensor {name}.weight has shape {list(weight.shape)}; {list(wanted)} is needed")
     layer.quantize(weight)
-    if not (isinstance(layer, Linear8bit) and layer.has_fp16_weight):
+    if layer.is_packed:
         layers.append(measure_layer(name, layer.packed_weight(), weight))
     tensors |= {f"{name}.{key}": tensor for key, tensor in layer.state_dict().items() if key != "bias"}
     layer.quantize(torch.empty(wanted, dtype=weight.dtype, device="meta"))

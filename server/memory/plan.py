@@ -150,7 +150,7 @@ def _read_facts(spec: ModelSpec) -> _Facts:
 
 
 def _plan(spec: ModelSpec, facts: _Facts, config: BitsAndBytesConfig | None, available: int) -> Plan:
-    components = dict(weights.predict_meta(facts.meta, config, facts.dtype, facts.headers))
+    components = dict(weights.predict_meta(facts.meta, config, facts.dtype, facts.headers, spec.device_map))
     loading = 2 * max((header.nbytes for header in facts.headers.values()), default=0)
     limit = context_limit(facts.hf_config)
     length = min(spec.max_model_len or limit, limit)

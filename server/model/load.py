@@ -7,6 +7,7 @@ probe.py's business; what it will cost is server/memory/plan.py's.
 
 from __future__ import annotations
 
+import re
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -21,7 +22,7 @@ from transformers.utils import logging as transformers_logging
 
 import quant  # noqa: F401  importing it makes transformers load bitsandbytes' formats with our layers
 from quant.errors import CheckpointError, QuantError
-from quant.headers import read_checkpoint_headers
+from quant.headers import ADAPTED, read_checkpoint_headers
 from quant.memory import read_config
 from server.errors import ConfigError, LoadError
 from server.memory.plan import effective_quantization, model_dtype, resolve_device
@@ -99,6 +100,8 @@ def load_model(spec: ModelSpec, progress: Progress) -> LoadedModel:
     }
     if offload is not None:
         arguments["offload_folder"] = offload.name
+    if quantization is None and any(ADAPTED in name for name in sizes):
+        arguments["key_mapping"] = {re.escape(ADAPTED): "."}  # what quant does by itself where anything is quantized
     if spec.quantization is not None and quantization is not None:
         arguments["quantization_config"] = quantization
     with _reporting(progress, sizes), _explained(spec):

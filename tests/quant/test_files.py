@@ -13,10 +13,13 @@ import transformers
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from quant import BitsAndBytesConfig
+from quant import BitsAndBytesConfig, memory, quantize_checkpoint
 from quant.errors import CheckpointError
 from quant.linear import Linear4bit, PackedLinear
 from quant.state import Packed4bit
+from server.memory.plan import make_plan
+from server.model.load import load_model
+from server.records import ModelSpec
 from tests.tiny_models import auto_class, save_tiny, tiny_inputs
 
 CONFIGS: dict[str, dict[str, object]] = {
@@ -106,20 +109,62 @@ def test_the_prefix_of_a_vision_language_model(form: str, tmp_path: Path) -> Non
     assert torch.equal(logits(load(path, "llava"), inputs), logits(model, inputs))
 
 
-@pytest.mark.parametrize("form", CONFIGS)
-def test_the_prefix_of_adapters(form: str, tmp_path: Path) -> None:
-    """A model saved with its adapters around it has `base_layer.` in its keys."""
-    path = quantized("llama", tmp_path, form)
-    inputs = tiny_inputs("llama")
-    expected = logits(load(path), inputs)
+def adapters_around(path: Path) -> dict[str, torch.Tensor]:
+    """A checkpoint's tensors as they are named where every projection has an adapter around it, and the adapters."""
     renamed = {}
     for key, tensor in load_file(path / "model.safetensors").items():
         head, mark, rest = key.partition("_proj.")
         renamed[f"{head}{mark}base_layer.{rest}" if mark else key] = tensor
-    assert any(".q_proj.base_layer.weight" in key for key in renamed)
-    rewrite(path, renamed)
-    mapping = {r"\.base_layer\.": "."}
+        if mark and rest == "weight":
+            renamed[f"{head}{mark}lora_A.default.weight"] = torch.ones(4, 128)
+            renamed[f"{head}{mark}lora_B.default.weight"] = torch.ones(128, 4)
+    assert any("_proj.base_layer.weight" in key for key in renamed)
+    return renamed
+
+
+@pytest.mark.parametrize("form", [*CONFIGS, "one layer unquantized"])
+@pytest.mark.parametrize("architecture", ["llama", "qwen3_moe"])
+def test_layers_with_adapters_around_them(architecture: str, form: str, tmp_path: Path) -> None:
+    if form in CONFIGS:
+        path = quantized(architecture, tmp_path, form)
+    else:
+        path = quantized(architecture, tmp_path, "fp4", llm_int8_skip_modules=["lm_head", "q_proj"])
+    inputs = tiny_inputs(architecture)
+    expected = logits(load(path), inputs)
+    plain = load_file(path / "model.safetensors")
+    rewrite(path, adapters_around(path))
+    config = BitsAndBytesConfig.from_dict(memory.read_config(path).quantization_config)
+    model, info = auto_class(architecture).from_pretrained(path, output_loading_info=True)
+    assert torch.equal(logits(model, inputs), expected)
+    assert info["unexpected_keys"]
+    assert all(".lora_" in key for key in info["unexpected_keys"])
+    assert not info["missing_keys"]
+    assert memory.predict_weights(path, config, torch.float32) == memory.measure_weights(model)
+    model.save_pretrained(tmp_path / "again")
+    again = load_file(tmp_path / "again" / "model.safetensors")
+    assert set(again) == set(plain)
+    assert all(torch.equal(again[key], plain[key]) for key in plain)
+    mapping = {r"\.base_layer\.": "."}  # as it had to be written before
     assert torch.equal(logits(load(path, key_mapping=mapping), inputs), expected)
+
+
+@pytest.mark.parametrize("form", [*CONFIGS, None])
+def test_an_unquantized_file_with_adapters_around_layers(form: str | None, tmp_path: Path) -> None:
+    path = save_tiny("llama", tmp_path / "source")
+    fields = None if form is None else CONFIGS[form]
+    how = {} if fields is None else {"quantization_config": BitsAndBytesConfig(**fields)}
+    inputs = tiny_inputs("llama")
+    expected = load(path, **how)
+    rewrite(path, adapters_around(path))
+    spec = ModelSpec(name="m", path=str(path), dtype="float32", device="cpu", quantization=fields)
+    served = load_model(spec, lambda done, total: None).model
+    assert torch.equal(logits(served, inputs), logits(expected, inputs))
+    plan = make_plan(spec).components
+    assert {name: size for name, size in plan.items() if name != "kv_cache"} == dict(memory.measure_weights(served))
+    if fields is not None:
+        quantize_checkpoint(path, tmp_path / "written", fields)
+        expected.save_pretrained(tmp_path / "saved")
+        assert filecmp.cmp(*(tmp_path / name / "model.safetensors" for name in ("written", "saved")), shallow=False)
 
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # peft 0.21 asks transformers for it

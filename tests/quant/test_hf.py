@@ -23,9 +23,11 @@ from transformers.quantizers import auto
 import quant
 from quant import BitsAndBytesConfig, Linear4bit, Linear8bit
 from quant.config import from_spec
+from quant.conversion import modules_to_quantize
 from quant.errors import CheckpointError, QuantConfigError
-from quant.hf import METHODS, OFFLOAD_REFUSED, HalfbyteQuantizer, modules_to_quantize, offloaded_modules
+from quant.hf import METHODS, OFFLOAD_REFUSED, HalfbyteQuantizer
 from quant.linear import PackedLinear
+from quant.offload import offloaded_modules
 from tests.tiny_models import CONFIGS, save_tiny, tiny_model
 
 NF4_DQ = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}

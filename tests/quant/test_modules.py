@@ -15,10 +15,12 @@ import accelerate
 import pytest
 import torch
 import transformers
+from accelerate.hooks import remove_hook_from_submodules
 from accelerate.utils.modeling import get_state_dict_offloaded_model
 from torch import nn
 
 from quant import BitsAndBytesConfig
+from quant.experts import PackedExperts
 from quant.linear import PackedLinear
 from tests import tiny_models
 from tests.quant.test_linear import CONFIGS, PACKED, bits, make
@@ -212,36 +214,89 @@ def test_shared_memory(name: str) -> None:
     assert bits(model) == before
 
 
+def with_a_table_of_its_own(model: nn.Module, name: str) -> nn.Module:
+    """The same with one more buffer, which files of other writers bring."""
+    if name.startswith("nf4-dq"):
+        model.load_state_dict(model.state_dict() | {"first.weight.nested_quant_map": torch.linspace(-1, 1, 256)})
+    return model
+
+
+@pytest.mark.parametrize("buffers", [False, True])
 @pytest.mark.parametrize("name", EVERY)
-def test_disk_offload(name: str, tmp_path: Path) -> None:
-    model = Small(name)
+def test_disk_offload(name: str, buffers: bool, tmp_path: Path) -> None:
+    model = with_a_table_of_its_own(Small(name), name)
     x = torch.randn(2, 64)
     expected, state = model(x), bits(model)
-    accelerate.disk_offload(model, tmp_path, execution_device=torch.device("cpu"))
+    accelerate.disk_offload(model, tmp_path, execution_device=torch.device("cpu"), offload_buffers=buffers)
     assert model.first.weight.is_meta
     for _ in range(2):
         assert torch.equal(model(x), expected)
         assert model.first.weight.is_meta
+        assert all(buffer.is_meta == buffers for buffer in model.buffers())
     restored = get_state_dict_offloaded_model(model)
     assert {key: (t.dtype, bytes(t.view(-1).view(torch.uint8).tolist())) for key, t in restored.items()} == state
 
 
+@pytest.mark.parametrize("buffers", [False, True])
 @pytest.mark.parametrize("name", EVERY)
-def test_cpu_offload(name: str) -> None:
-    model = Small(name)
+def test_cpu_offload(name: str, buffers: bool) -> None:
+    model = with_a_table_of_its_own(Small(name), name)
     x = torch.randn(2, 64)
-    expected = model(x)
-    accelerate.cpu_offload(model, execution_device=torch.device("cpu"))
+    expected, state = model(x), bits(model)
+    accelerate.cpu_offload(model, execution_device=torch.device("cpu"), offload_buffers=buffers)
     assert model.first.weight.is_meta
     assert torch.equal(model(x), expected)
+    assert all(buffer.is_meta == buffers for buffer in model.buffers())
+    assert torch.equal(copy.deepcopy(model)(x), expected)
+    remove_hook_from_submodules(model)
+    assert bits(model) == state
+    assert torch.equal(model(x), expected)
+    assert not hasattr(model.first, "_hf_hook")
 
 
+@pytest.mark.parametrize("buffers", [False, True])
 @pytest.mark.parametrize("name", EVERY)
-def test_dispatch_over_cpu_and_disk(name: str, tmp_path: Path) -> None:
-    model = Small(name)
+def test_dispatch_over_cpu_and_disk(name: str, buffers: bool, tmp_path: Path) -> None:
+    model = with_a_table_of_its_own(Small(name), name)
     x = torch.randn(2, 64)
     expected = model(x)
+    places = {"first": "cpu", "inner": "disk"}
     model = accelerate.dispatch_model(
-        model, {"first": "cpu", "inner": "disk"}, offload_dir=tmp_path, main_device="cpu", force_hooks=True
+        model, places, offload_dir=tmp_path, main_device="cpu", force_hooks=True, offload_buffers=buffers
     )
     assert torch.equal(model(x), expected)
+    assert model.inner[2].weight.is_meta
+    assert all(buffer.is_meta == buffers for buffer in model.inner.buffers())
+
+
+@pytest.mark.parametrize("buffers", [False, True])
+@pytest.mark.parametrize("name", ["nf4", "nf4-dq-bf16-storage", "int8"])
+@pytest.mark.parametrize("architecture", ["mixtral", "gpt_oss"])
+def test_packed_experts_are_offloaded(architecture: str, name: str, buffers: bool, tmp_path: Path) -> None:
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        tiny_models.save_tiny(architecture, tmp_path / "source"),
+        quantization_config=BitsAndBytesConfig(**CONFIGS[name]),
+    )
+    (first, second) = [module for module in model.modules() if isinstance(module, PackedExperts)]
+    ids = torch.randint(3, 300, (2, 9))
+    with torch.no_grad():
+        expected, state = model(input_ids=ids).logits, bits(first)
+        accelerate.cpu_offload(model.model.layers[0], execution_device=torch.device("cpu"), offload_buffers=buffers)
+        accelerate.disk_offload(
+            model.model.layers[1], tmp_path / "offload", execution_device=torch.device("cpu"), offload_buffers=buffers
+        )
+        for _ in range(2):
+            assert torch.equal(model(input_ids=ids).logits, expected)
+            for experts in (first, second):
+                assert all(parameter.is_meta for parameter in experts.parameters())
+                assert all(buffer.is_meta == buffers for buffer in experts.buffers())
+        remove_hook_from_submodules(model)
+        assert bits(first) == state
+        assert torch.equal(model(input_ids=ids).logits, expected)
+
+
+def test_a_name_that_no_tensor_has_is_a_key_error() -> None:
+    layer = make("nf4", nn.Linear(64, 8))
+    for name in ("SCB", "nested_offset", "bias", "anything"):
+        with pytest.raises(KeyError):
+            layer.tensor_in_files(name, {})

@@ -121,6 +121,36 @@ def test_quantized_models_answer_as_transformers_does(architecture: str, quantiz
             assert found[name] == answer
 
 
+LLAMA = ("model.embed_tokens", "model.layers.0", "model.layers.1", "model.norm", "model.rotary_emb", "lm_head")
+PLACES = dict.fromkeys(LLAMA, "cpu") | {"model.layers.1": "disk"}
+
+
+@pytest.mark.filterwarnings("ignore:.*offloaded.*")
+@pytest.mark.parametrize(
+    ("fields", "device_map"),
+    [({"quantize_embeddings": True}, None), ({"llm_int8_enable_fp32_cpu_offload": True}, PLACES)],
+    ids=["packed tied embedding", "a layer on disk"],
+)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_packed_embeddings_and_offloaded_layers_are_paged(
+    dtype: str, fields: dict[str, bool], device_map: dict[str, str | int] | None, tmp_path: Path
+) -> None:
+    path = save_tiny("llama", tmp_path, tie_word_embeddings=device_map is None)
+    quantization = {"load_in_4bit": True} | fields
+    spec = ModelSpec("m", str(path), dtype=dtype, device="cpu", device_map=device_map, quantization=quantization)
+    alone, served = (load_model(spec, lambda *_: None) for _ in range(2))
+    runner = choose_runner(served.model, spec, blocks=64, max_model_len=LENGTH)
+    assert type(runner) is PagedRunner
+    prompt = prompt_of(30)
+    found = Engine(runner, max_batch_tokens=24).serve([generate("r", prompt, 12)])["r"]
+    if dtype == "float32":
+        assert found == expected(alone.model, prompt, 12)
+    assert len(found) == 12
+    for loaded in (alone, served):
+        if loaded.offload is not None:
+            loaded.offload.cleanup()
+
+
 INT8_TIE = 0.05
 """In standard deviations of a row's logits. Activations are rounded to int8 in every layer: where one lies between two
 steps, a difference of 1e-7 in its input turns it over, which moves the logits by about 0.01 (in 1 prompt of 20)."""
