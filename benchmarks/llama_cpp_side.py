@@ -1,6 +1,6 @@
 """llama.cpp's side of model_speed.py: writes a GGUF file from a checkpoint, and answers with the seconds of its steps.
 
-Runs in an environment of its own, which has llama-cpp-python, gguf, safetensors and numpy, and knows nothing of ours.
+Runs in an environment of its own, which has llama-cpp-python, gguf and numpy, and knows nothing of ours.
 
     python llama_cpp_side.py write CHECKPOINT FILE q4_0|q8_0
     python llama_cpp_side.py serve FILE THREADS          then lines `prefill TOKENS` and `decode SEQUENCES TOKENS`
@@ -35,7 +35,6 @@ def write(checkpoint: Path, target: Path, name: str) -> None:
     """A Llama checkpoint in bfloat16 -> GGUF without a vocabulary: tokens go in and out as numbers."""
     import gguf
     import numpy as np
-    from safetensors import safe_open
 
     config = json.loads((checkpoint / "config.json").read_text())
     heads, kv_heads = config["num_attention_heads"], config["num_key_value_heads"]
@@ -58,9 +57,12 @@ def write(checkpoint: Path, target: Path, name: str) -> None:
         rows, columns = weight.shape
         return weight.reshape(count, 2, rows // count // 2, columns).swapaxes(1, 2).reshape(rows, columns)
 
-    with safe_open(checkpoint / "model.safetensors", "np") as file:
-        for key in file.keys():  # noqa: SIM118 - not a dictionary
-            bits = file.get_slice(key)[:].view(np.uint16)
+    data = (checkpoint / "model.safetensors").read_bytes()  # numpy has no bfloat16, so its file reader has none
+    header_end = 8 + int.from_bytes(data[:8], "little")
+    for key, entry in json.loads(data[8:header_end]).items():
+        if key != "__metadata__":
+            begin, end = (header_end + offset for offset in entry["data_offsets"])
+            bits = np.frombuffer(data[begin:end], np.uint16).reshape(entry["shape"])
             values = (bits.astype(np.uint32) << 16).view(np.float32)
             stem = key.removesuffix(".weight")
             if stem.startswith("model.layers."):
@@ -86,7 +88,8 @@ class Server:
         import llama_cpp
 
         self.api: Any = llama_cpp
-        self.api.llama_log_set(self.api.llama_log_callback(lambda *_: None), None)
+        self.silence = self.api.llama_log_callback(lambda *_: None)  # the library keeps no reference
+        self.api.llama_log_set(self.silence, None)
         self.api.llama_backend_init()
         parameters = self.api.llama_model_default_params()
         self.model = self.api.llama_model_load_from_file(path.encode(), parameters)

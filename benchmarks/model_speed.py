@@ -7,7 +7,7 @@ shape) and answers one question at a time; they take turns, and medians are repo
 runner, transformers' models through their own forward call and cache. Decoding starts after 16 tokens.
 
 bitsandbytes is found in this environment or in DIR; llama.cpp in the environment of the interpreter PYTHON, which has
-llama-cpp-python, gguf, safetensors and numpy. Who is not there is left out. Results: benchmarks/results/model_speed.*.
+llama-cpp-python, gguf and numpy. Who is not there is left out. Results: benchmarks/results/model_speed.*.
 """
 
 from __future__ import annotations

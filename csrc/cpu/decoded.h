@@ -68,7 +68,7 @@ extern const DecodedVariants kDecodedAvx512Bf16;
 // Scratch of one thread, in bytes; each part is a multiple of 64.
 struct DecodedScratch {
     int64_t tile_bytes;
-    int64_t absmax_bytes;  // of kWeightRows weight rows, as stored and side by side
+    int64_t absmax_bytes;  // of kWeightRows weight rows
     int64_t row_bytes;     // one weight row as float32, for rows that do not begin with a block
     int64_t sums_bytes;
     int64_t bytes() const { return tile_bytes + absmax_bytes + row_bytes + sums_bytes; }

@@ -94,7 +94,7 @@ struct Decoded {
 
     // --- few rows of x --------------------------------------------------------------------------------------------
 
-    // Weight rows n .. n + 3, each beginning with a block, against Rows rows of x. absmax: float32 [blocks, 4].
+    // Weight rows n .. n + 3, each beginning with a block, against Rows rows of x. absmax: float32 [4, blocks].
     template <int Rows>
     static void few(const DecodedJob& job, int64_t n, const float* absmax, float* out, int64_t stride) {
         const DecodedCall& a = *job.call;
@@ -107,9 +107,10 @@ struct Decoded {
         const uint8_t* fetched = packed + (kPrefetchBytes / (kWeightRows * row_bytes) + 1) * kWeightRows * row_bytes;
         Sums<Rows> sums;
         sums.clear();
-        for (size_t at = 0; at < row_bytes; absmax += kWeightRows) {
+        const size_t blocks = row_bytes / block_bytes;
+        for (size_t at = 0; at < row_bytes; ++absmax) {
             Table tables[kWeightRows];
-            for (int i = 0; i < kWeightRows; ++i) tables[i] = Isa::scaled(base, absmax[i]);
+            for (size_t i = 0; i < kWeightRows; ++i) tables[i] = Isa::scaled(base, absmax[i * blocks]);
             const size_t end = at + block_bytes;
             for (; at < end; at += kGroup / kCodes) {
                 for (int64_t i = 0; i < kGroup / kCodes * kWeightRows; i += 64, fetched += 64)
@@ -199,15 +200,13 @@ struct Decoded {
         load_absmax(a.weight.absmax, first, last - first + 1, out);
     }
 
-    // The same for rows n .. n + 3 that begin with a block, side by side: [blocks, 4].
-    static void load_absmax_of_four(const DecodedJob& job, int64_t n, float* out) {
-        const DecodedCall& a = *job.call;
+    // The absmax of rows n .. n + 3, which begin with a block, one row behind the other: where they lie, or in `room`.
+    static const float* absmax_of_four(const DecodedCall& a, int64_t n, float* room) {
         const int64_t blocks = a.K / a.weight.blocksize;
-        float* const rows = out + kWeightRows * job.absmax_floats;
-        load_absmax(a.weight.absmax, n * blocks, kWeightRows * blocks, rows);
-        for (int64_t block = 0; block < blocks; ++block) {
-            for (int64_t i = 0; i < kWeightRows; ++i) out[block * kWeightRows + i] = rows[i * blocks + block];
-        }
+        const AbsmaxSource& source = a.weight.absmax;
+        if (source.nested_absmax == nullptr) return static_cast<const float*>(source.absmax) + n * blocks;
+        load_absmax(source, n * blocks, kWeightRows * blocks, room);
+        return room;
     }
 
     // --- the whole: weight rows [begin, end) x kWeightRows --------------------------------------------------------
@@ -223,8 +222,7 @@ struct Decoded {
         int64_t n = begin * kWeightRows;
         if (job.rows <= kRows && is_aligned(a)) {
             for (; n + kWeightRows <= last; n += kWeightRows) {
-                load_absmax_of_four(job, n, absmax);
-                few_rows(job, n, absmax, sums);
+                few_rows(job, n, absmax_of_four(a, n, absmax), sums);
                 finish(job, 0, job.rows, n, kWeightRows, sums);
             }
         }
