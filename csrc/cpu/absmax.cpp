@@ -117,12 +117,8 @@ extern "C" hb_status hb_quantize_absmax(const hb_quantize_absmax_args* args) {
                 const float both[2] = {largest, centred};
                 largest = largest_magnitude(both, 2);
             }
-            const float scale = largest < kSmallestDivisor ? kSubnormalScale : 1.0f;
-            const float divisor = largest * scale;
-            const float reciprocal = divisor == 0 ? 0.0f : 1.0f / divisor;
-            for (int64_t i = first; i < last; ++i) {
-                a.codes[i] = nearest_code((a.absmax[i] - offset) * scale * reciprocal);
-            }
+            const Normaliser normalise(largest);
+            for (int64_t i = first; i < last; ++i) a.codes[i] = nearest_code(normalise(a.absmax[i] - offset));
             a.nested_absmax[block] = largest;
         }
     });
