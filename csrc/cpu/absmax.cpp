@@ -12,17 +12,28 @@
 
 namespace hb {
 
+HB_CLONES void decode_absmax(const uint8_t* codes, int64_t count, float nested_absmax, float offset, float* out) {
+    for (int64_t i = 0; i < count; ++i) out[i] = kDynamicValues.at[codes[i]];
+    for (int64_t i = 0; i < count; ++i) {
+        const float scaled = out[i] * nested_absmax;
+        out[i] = scaled + offset;
+    }
+}
+
 void load_absmax(const AbsmaxSource& source, int64_t first, int64_t count, float* out) {
     if (source.nested_absmax == nullptr) {
         std::copy_n(static_cast<const float*>(source.absmax) + first, count, out);
         return;
     }
     const uint8_t* const codes = static_cast<const uint8_t*>(source.absmax);
-    const float offset = *source.offset;
-    for (int64_t i = 0; i < count; ++i) {
-        const float scaled =
-            kDynamicValues.at[codes[first + i]] * source.nested_absmax[(first + i) / source.nested_blocksize];
-        out[i] = scaled + offset;
+    const int64_t end = first + count;
+    int64_t block = first / source.nested_blocksize;
+    while (first < end) {
+        const int64_t block_end = std::min((block + 1) * source.nested_blocksize, end);
+        decode_absmax(codes + first, block_end - first, source.nested_absmax[block], *source.offset, out);
+        out += block_end - first;
+        first = block_end;
+        ++block;
     }
 }
 
@@ -97,6 +108,20 @@ HB_INLINE uint8_t nearest_code(float value) {
     return static_cast<uint8_t>(first + (value > kCodes.midpoint[first] ? 1 : 0));
 }
 
+HB_CLONES float largest_distance(const float* absmax, int64_t count, float offset) {
+    int32_t largest = 0;
+    for (int64_t i = 0; i < count; ++i) {
+        const int32_t magnitude = static_cast<int32_t>(bits_of(absmax[i] - offset) & 0x7fffffffu);
+        largest = magnitude > largest ? magnitude : largest;
+    }
+    return float_of(static_cast<uint32_t>(largest));
+}
+
+HB_CLONES void write_codes(const float* absmax, int64_t count, float offset, float largest, uint8_t* codes) {
+    const Normaliser normalise(largest);
+    for (int64_t i = 0; i < count; ++i) codes[i] = nearest_code(normalise(absmax[i] - offset));
+}
+
 }  // namespace
 
 }  // namespace hb
@@ -110,15 +135,9 @@ extern "C" hb_status hb_quantize_absmax(const hb_quantize_absmax_args* args) {
         const float offset = *a.offset;
         for (int64_t block = begin; block < end; ++block) {
             const int64_t first = block * a.nested_blocksize;
-            const int64_t last = std::min(first + a.nested_blocksize, a.blocks);
-            float largest = 0;
-            for (int64_t i = first; i < last; ++i) {
-                const float centred = a.absmax[i] - offset;
-                const float both[2] = {largest, centred};
-                largest = largest_magnitude(both, 2);
-            }
-            const Normaliser normalise(largest);
-            for (int64_t i = first; i < last; ++i) a.codes[i] = nearest_code(normalise(a.absmax[i] - offset));
+            const int64_t count = std::min(a.nested_blocksize, a.blocks - first);
+            const float largest = largest_distance(a.absmax + first, count, offset);
+            write_codes(a.absmax + first, count, offset, largest, a.codes + first);
             a.nested_absmax[block] = largest;
         }
     });

@@ -5,6 +5,7 @@
 #include "floats.h"
 #include "halfbyte.h"
 #include "pool.h"
+#include "stream.h"
 
 namespace hb {
 
@@ -50,20 +51,22 @@ extern "C" hb_status hb_quantize8(const hb_quantize8_args* args) {
     parallel_for(threads_for(a.call.threads, a.N * a.K), a.N, [&a](int64_t, int64_t begin, int64_t end) {
         float loaded[kPiece], values[kPiece];
         for (int64_t row = begin; row < end; ++row) {
+            const char* const w = static_cast<const char*>(a.w) + row * a.K * dtype_bytes(a.w_dtype);
+            int8_t* const codes = a.codes + row * a.K;
             float largest = 0;
-            for (int64_t k = 0; k < a.K; k += kPiece) {
+            for (int64_t k = absmax_avx512(w, a.w_dtype, a.K, &largest); k < a.K; k += kPiece) {
                 const int64_t count = a.K - k < kPiece ? a.K - k : kPiece;
-                load_floats(a.w, a.w_dtype, row * a.K + k, count, loaded);
+                load_floats(w, a.w_dtype, k, count, loaded);
                 round_through_half(loaded, count, values);
                 const float both[2] = {largest, row_absmax(values, count)};
                 largest = largest_magnitude(both, 2);
             }
             const float factor = int8_factor(largest);
-            for (int64_t k = 0; k < a.K; k += kPiece) {
+            for (int64_t k = quantize_avx512(w, a.w_dtype, a.K, factor, codes); k < a.K; k += kPiece) {
                 const int64_t count = a.K - k < kPiece ? a.K - k : kPiece;
-                load_floats(a.w, a.w_dtype, row * a.K + k, count, loaded);
+                load_floats(w, a.w_dtype, k, count, loaded);
                 round_through_half(loaded, count, values);
-                round_to_int8(values, count, factor, a.codes + row * a.K + k);
+                round_to_int8(values, count, factor, codes + k);
             }
             a.absmax[row] = largest;
         }
@@ -75,13 +78,18 @@ extern "C" hb_status hb_dequantize8(const hb_dequantize8_args* args) {
     using namespace hb;
     HB_REQUIRE(check(args));
     const hb_dequantize8_args& a = *args;
-    parallel_for(threads_for(a.call.threads, a.N * a.K), a.N, [&a](int64_t, int64_t begin, int64_t end) {
+    const int64_t row_bytes = a.K * dtype_bytes(a.out_dtype);
+    const bool streams = should_stream(a.N * row_bytes);
+    parallel_for(threads_for(a.call.threads, a.N * a.K), a.N, [&](int64_t, int64_t begin, int64_t end) {
         float values[kPiece];
         for (int64_t row = begin; row < end; ++row) {
-            for (int64_t k = 0; k < a.K; k += kPiece) {
+            const int8_t* const codes = a.codes + row * a.K;
+            char* const out = static_cast<char*>(a.out) + row * row_bytes;
+            const float absmax = a.absmax[row];
+            for (int64_t k = dequantize_avx512(codes, a.K, absmax, out, a.out_dtype, streams); k < a.K; k += kPiece) {
                 const int64_t count = a.K - k < kPiece ? a.K - k : kPiece;
-                scale_codes(a.codes + row * a.K + k, count, a.absmax[row], values);
-                store_floats(values, count, a.out, a.out_dtype, row * a.K + k);
+                scale_codes(codes + k, count, absmax, values);
+                store_floats(values, count, out, a.out_dtype, k);
             }
         }
     });

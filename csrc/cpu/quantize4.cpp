@@ -60,7 +60,7 @@ HB_CLONES float encode_block(int64_t format, const float* values, int64_t count,
 
 void encode_blocks(const Blocks4& b, int64_t begin, int64_t end, const float* scales, float* absmax) {
     float values[kLargestBlocksize];
-    for (int64_t block = begin; block < end; ++block) {
+    for (int64_t block = begin; (block = encode_blocks_avx512(b, block, end, scales, absmax)) < end; ++block) {
         const int64_t first = block * b.blocksize;
         const int64_t count = first + b.blocksize <= b.n ? b.blocksize : b.n - first;
         load_floats(b.x, b.x_dtype, first, count, values);

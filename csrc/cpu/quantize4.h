@@ -19,4 +19,8 @@ struct Blocks4 {
 // then written to absmax[block].
 void encode_blocks(const Blocks4& blocks, int64_t begin, int64_t end, const float* scales, float* absmax);
 
+// The same from `begin` on, at most to `end`; returns the first block that it leaves: one that is short or whose scale
+// is zero, tiny or not finite, and every block on a CPU without AVX-512.
+int64_t encode_blocks_avx512(const Blocks4& blocks, int64_t begin, int64_t end, const float* scales, float* absmax);
+
 }  // namespace hb

@@ -1,0 +1,109 @@
+// Values -> 4-bit codes with AVX-512: ranks by lookups (buckets4.h), sixteen values at once, without a buffer between.
+//
+// For whole blocks with an ordinary scale; quantize4.cpp does the others, and all of them where there is no AVX-512.
+#include "level.h"
+#include "quantize4.h"
+
+#ifdef HB_X86
+
+#include <immintrin.h>
+
+#include "buckets4.h"
+#include "floats.h"
+#include "halfbyte.h"
+#include "vectors_avx512.h"
+
+namespace hb {
+
+namespace {
+
+// Codes of sixteen values times a reciprocal. Divided by their largest magnitude they are within the table; by another
+// scale they may lie beyond it, and a NaN, which gets rank 0, may be among them.
+template <typename Ranks, bool IsWithinTable>
+struct CodesOf16 {
+    Buckets<Ranks> rank_of;
+    __m512i code_of_rank;
+
+    HB_AVX512BW CodesOf16() {
+        alignas(64) int32_t codes[16] = {};
+        for (int rank = 0; rank <= Ranks::kThresholds; ++rank) codes[rank] = Ranks::code(rank);
+        code_of_rank = _mm512_load_si512(codes);
+    }
+
+    HB_AVX512BW __m512i operator()(__m512 values, __m512 reciprocal) const {
+        const __m512 normalised = _mm512_mul_ps(values, reciprocal);
+        __m512 ranked = Ranks::kHasSignBit ? _mm512_abs_ps(normalised) : normalised;
+        if (!IsWithinTable) {
+            // The second operand is what a comparison with NaN gives.
+            const __m512 lowest = _mm512_set1_ps(Ranks::kHasSignBit ? 0.0f : -1.0f);
+            ranked = _mm512_min_ps(_mm512_max_ps(ranked, lowest), _mm512_set1_ps(1.0f));
+        }
+        const __m512i rank = rank_of(ranked);
+        if (!Ranks::kHasSignBit) return rank;  // such a format's codes are the ranks
+        const __m512i code = _mm512_permutexvar_epi32(rank, code_of_rank);
+        const __mmask16 negative = _mm512_cmp_ps_mask(normalised, _mm512_setzero_ps(), _CMP_LT_OQ);
+        return _mm512_mask_or_epi32(code, negative, code, _mm512_set1_epi32(8));
+    }
+};
+
+// Sixteen codes -> eight bytes, the first of two in the high nibble.
+HB_AVX512BW inline void store_codes(__m512i codes, uint8_t* packed) {
+    const __m512i pairs = _mm512_or_si512(_mm512_slli_epi64(codes, 4), _mm512_srli_epi64(codes, 32));
+    _mm_storel_epi64(reinterpret_cast<__m128i*>(packed), _mm512_cvtepi64_epi8(pairs));
+}
+
+template <typename Ranks, typename Values, bool HasScales>
+HB_AVX512BW int64_t encode(const Blocks4& b, int64_t begin, int64_t end, const float* scales, float* absmax) {
+    const CodesOf16<Ranks, !HasScales> codes_of;
+    const typename Values::Element* const x = static_cast<const typename Values::Element*>(b.x);
+    const int64_t whole = b.n / b.blocksize;
+    int64_t block = begin;
+    for (; block < end && block < whole; ++block) {
+        const typename Values::Element* const values = x + block * b.blocksize;
+        const float scale = HasScales ? scales[block] : largest_magnitude_avx512<Values>(values, b.blocksize);
+        const uint32_t magnitude = bits_of(scale) & 0x7fffffffu;
+        if (magnitude < bits_of(kSmallestDivisor) || magnitude >= 0x7f800000u) return block;
+        const __m512 reciprocal = _mm512_set1_ps(1.0f / scale);
+        uint8_t* const packed = b.packed + block * b.blocksize / 2;
+        for (int64_t i = 0; i < b.blocksize; i += 16) {
+            store_codes(codes_of(Values::load16(values + i), reciprocal), packed + i / 2);
+        }
+        if (!HasScales) absmax[block] = scale;
+    }
+    return block;
+}
+
+template <typename Ranks, typename Values>
+int64_t encode(const Blocks4& b, int64_t begin, int64_t end, const float* scales, float* absmax) {
+    return scales != nullptr ? encode<Ranks, Values, true>(b, begin, end, scales, absmax)
+                             : encode<Ranks, Values, false>(b, begin, end, scales, absmax);
+}
+
+template <typename Values>
+int64_t encode(const Blocks4& b, int64_t begin, int64_t end, const float* scales, float* absmax) {
+    return b.format == HB_NF4 ? encode<Nf4Ranks, Values>(b, begin, end, scales, absmax)
+                              : encode<Fp4Ranks, Values>(b, begin, end, scales, absmax);
+}
+
+}  // namespace
+
+int64_t encode_blocks_avx512(const Blocks4& b, int64_t begin, int64_t end, const float* scales, float* absmax) {
+    if (!has_avx512bw()) return begin;
+    if (b.x_dtype == HB_FLOAT32) return encode<Float32Values>(b, begin, end, scales, absmax);
+    if (b.x_dtype == HB_FLOAT16) return encode<Float16Values>(b, begin, end, scales, absmax);
+    return encode<Bfloat16Values>(b, begin, end, scales, absmax);
+}
+
+}  // namespace hb
+
+#else
+
+namespace hb {
+
+int64_t encode_blocks_avx512(const Blocks4&, int64_t begin, int64_t, const float*, float*) {
+    return begin;
+}
+
+}  // namespace hb
+
+#endif
