@@ -11,12 +11,14 @@ namespace hb {
 
 namespace {
 
-// Values as float16 would hold them; one that float16 would make infinite stays as it is.
+// A value as float16 would hold it; one that float16 would make infinite stays as it is.
+HB_INLINE float through_half(float value) {
+    const uint16_t half = to_half(value);
+    return (half & 0x7c00) == 0x7c00 ? value : from_half(half);
+}
+
 HB_CLONES void round_through_half(const float* in, int64_t count, float* out) {
-    for (int64_t i = 0; i < count; ++i) {
-        const uint16_t half = to_half(in[i]);
-        out[i] = (half & 0x7c00) == 0x7c00 ? in[i] : from_half(half);
-    }
+    for (int64_t i = 0; i < count; ++i) out[i] = through_half(in[i]);
 }
 
 HB_CLONES float row_absmax(const float* values, int64_t count) {
@@ -54,21 +56,21 @@ extern "C" hb_status hb_quantize8(const hb_quantize8_args* args) {
             const char* const w = static_cast<const char*>(a.w) + row * a.K * dtype_bytes(a.w_dtype);
             int8_t* const codes = a.codes + row * a.K;
             float largest = 0;
-            for (int64_t k = absmax_avx512(w, a.w_dtype, a.K, &largest); k < a.K; k += kPiece) {
+            for (int64_t k = largest_avx512(w, a.w_dtype, a.K, &largest); k < a.K; k += kPiece) {
                 const int64_t count = a.K - k < kPiece ? a.K - k : kPiece;
                 load_floats(w, a.w_dtype, k, count, loaded);
-                round_through_half(loaded, count, values);
-                const float both[2] = {largest, row_absmax(values, count)};
+                const float both[2] = {largest, row_absmax(loaded, count)};
                 largest = largest_magnitude(both, 2);
             }
-            const float factor = int8_factor(largest);
-            for (int64_t k = quantize_avx512(w, a.w_dtype, a.K, factor, codes); k < a.K; k += kPiece) {
+            const float absmax = through_half(largest);  // rounding keeps the order, so that it can come last
+            const float factor = int8_factor(absmax);
+            for (int64_t k = quantize_avx512(w, a.w_dtype, a.K, absmax, codes); k < a.K; k += kPiece) {
                 const int64_t count = a.K - k < kPiece ? a.K - k : kPiece;
                 load_floats(w, a.w_dtype, k, count, loaded);
                 round_through_half(loaded, count, values);
                 round_to_int8(values, count, factor, codes + k);
             }
-            a.absmax[row] = largest;
+            a.absmax[row] = absmax;
         }
     });
     return HB_OK;

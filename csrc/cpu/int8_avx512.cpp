@@ -16,39 +16,31 @@ namespace hb {
 namespace {
 
 constexpr int64_t kLanes = 16;
+constexpr float kLargestHalf = 65504.0f;
 
-HB_AVX512BW inline __mmask16 below(__m512 magnitudes, float bound) {
-    return _mm512_cmp_ps_mask(magnitudes, _mm512_set1_ps(bound), _CMP_LE_OQ);
-}
-
-// As float16 would hold them; what float16 would make infinite, and NaN, stays as it is.
+// As float16 would hold them; for values that it can hold.
 template <typename Values>
 HB_AVX512BW __m512 load_through_half(const typename Values::Element* values) {
     const __m512 loaded = Values::load16(values);
     if (std::is_same<Values, Float16Values>::value) return loaded;
-    const __m512 half = _mm512_cvtph_ps(_mm512_cvtps_ph(loaded, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
-    return _mm512_mask_mov_ps(loaded, below(_mm512_abs_ps(half), 65504.0f), half);
+    return _mm512_cvtph_ps(_mm512_cvtps_ph(loaded, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
 }
 
 template <typename Values>
-HB_AVX512BW float row_absmax(const typename Values::Element* row, int64_t count) {
-    __m512i largest = _mm512_setzero_si512();
-    for (int64_t k = 0; k < count; k += kLanes) {
-        const __m512 magnitudes = _mm512_abs_ps(load_through_half<Values>(row + k));
-        largest = _mm512_max_epi32(largest, _mm512_castps_si512(magnitudes));  // NaN and infinity are the largest
-    }
-    return float_of(static_cast<uint32_t>(_mm512_reduce_max_epi32(largest)));
-}
-
-template <typename Values>
-HB_AVX512BW void write_codes(const typename Values::Element* row, int64_t count, float factor, int8_t* codes) {
+HB_AVX512BW int64_t write_codes(const void* row, int64_t count, float factor, int8_t* codes) {
+    const typename Values::Element* const values = static_cast<const typename Values::Element*>(row);
     const __m512 by = _mm512_set1_ps(factor);
-    for (int64_t k = 0; k < count; k += kLanes) {
-        const __m512 scaled = _mm512_mul_ps(load_through_half<Values>(row + k), by);
-        const __m512 rounded = _mm512_roundscale_ps(scaled, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-        const __m512i numbers = _mm512_maskz_cvtps_epi32(below(_mm512_abs_ps(rounded), kInt8Max), rounded);
+    int64_t k = 0;
+    for (; k + kLanes <= count; k += kLanes) {
+        const __m512i numbers = _mm512_cvtps_epi32(_mm512_mul_ps(load_through_half<Values>(values + k), by));
         _mm_storeu_si128(reinterpret_cast<__m128i*>(codes + k), _mm512_cvtepi32_epi8(numbers));
     }
+    return k;
+}
+
+template <typename Values>
+float largest_of_row(const void* row, int64_t count) {
+    return largest_magnitude_avx512<Values>(static_cast<const typename Values::Element*>(row), count);
 }
 
 HB_AVX512BW inline __m512 scaled16(const int8_t* codes, __m512 absmax) {
@@ -105,25 +97,22 @@ HB_AVX512BW int64_t dequantize(const int8_t* codes, int64_t count, float absmax,
 
 }  // namespace
 
-int64_t absmax_avx512(const void* row, int64_t dtype, int64_t count, float* absmax) {
-    const int64_t whole = has_avx512bw() ? count / kLanes * kLanes : 0;
+int64_t largest_avx512(const void* row, int64_t dtype, int64_t count, float* largest) {
+    const int64_t whole = has_avx512bw() ? count / 32 * 32 : 0;
     if (whole == 0) return 0;
-    *absmax = dtype == HB_FLOAT32   ? row_absmax<Float32Values>(static_cast<const float*>(row), whole)
-              : dtype == HB_FLOAT16 ? row_absmax<Float16Values>(static_cast<const uint16_t*>(row), whole)
-                                    : row_absmax<Bfloat16Values>(static_cast<const uint16_t*>(row), whole);
+    *largest = dtype == HB_FLOAT32   ? largest_of_row<Float32Values>(row, whole)
+               : dtype == HB_FLOAT16 ? largest_of_row<Float16Values>(row, whole)
+                                     : largest_of_row<Bfloat16Values>(row, whole);
     return whole;
 }
 
-int64_t quantize_avx512(const void* row, int64_t dtype, int64_t count, float factor, int8_t* codes) {
-    const int64_t whole = has_avx512bw() ? count / kLanes * kLanes : 0;
-    if (dtype == HB_FLOAT32) {
-        write_codes<Float32Values>(static_cast<const float*>(row), whole, factor, codes);
-    } else if (dtype == HB_FLOAT16) {
-        write_codes<Float16Values>(static_cast<const uint16_t*>(row), whole, factor, codes);
-    } else {
-        write_codes<Bfloat16Values>(static_cast<const uint16_t*>(row), whole, factor, codes);
-    }
-    return whole;
+int64_t quantize_avx512(const void* row, int64_t dtype, int64_t count, float absmax, int8_t* codes) {
+    // Beyond the largest float16 values stay as they are, and those that are not finite get zeros.
+    if (!has_avx512bw() || !(absmax <= kLargestHalf)) return 0;
+    const float factor = int8_factor(absmax);
+    if (dtype == HB_FLOAT32) return write_codes<Float32Values>(row, count, factor, codes);
+    if (dtype == HB_FLOAT16) return write_codes<Float16Values>(row, count, factor, codes);
+    return write_codes<Bfloat16Values>(row, count, factor, codes);
 }
 
 int64_t dequantize_avx512(const int8_t* codes, int64_t count, float absmax, void* out, int64_t dtype, bool streams) {
@@ -139,7 +128,7 @@ int64_t dequantize_avx512(const int8_t* codes, int64_t count, float absmax, void
 
 namespace hb {
 
-int64_t absmax_avx512(const void*, int64_t, int64_t, float*) {
+int64_t largest_avx512(const void*, int64_t, int64_t, float*) {
     return 0;
 }
 

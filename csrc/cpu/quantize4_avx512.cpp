@@ -46,10 +46,14 @@ struct CodesOf16 {
     }
 };
 
-// Sixteen codes -> eight bytes, the first of two in the high nibble.
-HB_AVX512BW inline void store_codes(__m512i codes, uint8_t* packed) {
-    const __m512i pairs = _mm512_or_si512(_mm512_slli_epi64(codes, 4), _mm512_srli_epi64(codes, 32));
-    _mm_storel_epi64(reinterpret_cast<__m128i*>(packed), _mm512_cvtepi64_epi8(pairs));
+// Twice sixteen codes -> sixteen bytes, the first of two in the high nibble.
+HB_AVX512BW inline void store_codes(__m512i first, __m512i second, uint8_t* packed) {
+    // Packing goes by lanes of 128 bits, four values from either: pairs 0 1 of the first, 0 1 of the second, 2 3 ...
+    const __m512i words = _mm512_packus_epi32(first, second);
+    const __m512i pairs = _mm512_madd_epi16(words, _mm512_set1_epi32(1 << 16 | 16));
+    const __m128i order = _mm_setr_epi8(0, 1, 4, 5, 8, 9, 12, 13, 2, 3, 6, 7, 10, 11, 14, 15);
+    const __m128i bytes = _mm_shuffle_epi8(_mm512_cvtepi32_epi8(pairs), order);
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(packed), bytes);
 }
 
 template <typename Ranks, typename Values, bool HasScales>
@@ -65,8 +69,9 @@ HB_AVX512BW int64_t encode(const Blocks4& b, int64_t begin, int64_t end, const f
         if (magnitude < bits_of(kSmallestDivisor) || magnitude >= 0x7f800000u) return block;
         const __m512 reciprocal = _mm512_set1_ps(1.0f / scale);
         uint8_t* const packed = b.packed + block * b.blocksize / 2;
-        for (int64_t i = 0; i < b.blocksize; i += 16) {
-            store_codes(codes_of(Values::load16(values + i), reciprocal), packed + i / 2);
+        for (int64_t i = 0; i < b.blocksize; i += 32) {
+            const __m512i first = codes_of(Values::load16(values + i), reciprocal);
+            store_codes(first, codes_of(Values::load16(values + i + 16), reciprocal), packed + i / 2);
         }
         if (!HasScales) absmax[block] = scale;
     }
