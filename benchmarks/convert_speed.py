@@ -3,11 +3,13 @@
     python -m benchmarks.convert_speed [--bitsandbytes DIR] [--repeats 9] [--values 134217728]
 
 Every conversion of a tensor much larger than the caches, its output allocated before. In each round every row runs
-once, so that a busy moment of the machine does not fall on one of them, and each row's median counts. Memory itself is
+once, so that a busy moment of the machine does not fall on one of them; each row's median counts, and its best round
+stands beside it, which others on the machine disturb least. Memory itself is
 measured in the same rounds: reading (torch's sum of float32), copying (torch's copy_), and torch's own conversions
-between dtypes. bitsandbytes, whose CPU functions are timed on an eighth of the values because they take seconds, is
-found in this environment or in DIR (`pip install --no-deps --target DIR bitsandbytes==0.50.2`); without it the table
-says so. Results: benchmarks/results/convert_speed.json and .md.
+between dtypes. bitsandbytes' CPU functions take seconds and allocate their results, so they are timed on an eighth of
+the values, beside Halfbyte's operators as torch calls them, which allocate too. bitsandbytes is found in this
+environment or in DIR (`pip install --no-deps --target DIR bitsandbytes==0.50.2`); without it the table says so.
+Results: benchmarks/results/convert_speed.json and .md.
 """
 
 from __future__ import annotations
@@ -27,12 +29,14 @@ from typing import Any, Final
 import torch
 
 from benchmarks.hardware import describe
-from quant import formats, native
+from quant import formats, native, ops
 
 RESULTS: Final = Path(__file__).parent / "results"
 BLOCKSIZE: Final = formats.DEFAULT_BLOCKSIZE
 COLUMNS: Final = 4096
 DTYPES: Final = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+OPERATORS: Final = "halfbyte, allocating"
+THEIRS: Final = "bitsandbytes, allocating"
 READING: Final = "reading"
 COPYING: Final = "copying"
 
@@ -42,20 +46,21 @@ class Task:
     """One row of the table."""
 
     name: str
-    group: str  # "memory", "torch", "halfbyte" or "bitsandbytes"
+    group: str  # who does it, and how
     bytes: int  # read and written
     run: Callable[[], object]
 
 
 @dataclass(frozen=True)
 class Row:
-    """The median of one task."""
+    """One task's rounds."""
 
     name: str
     group: str
     bytes: int
-    seconds: float
-    gigabytes_per_second: float
+    median: float  # GB/s
+    best: float
+    seconds: list[float]
 
 
 def size(*tensors: torch.Tensor) -> int:
@@ -142,31 +147,32 @@ def entry(name: str, **fields: Any) -> Callable[[], None]:
     return lambda: kernels.call(name, device, **fields)
 
 
-def bitsandbytes_tasks(count: int, directory: Path | None) -> list[Task]:
-    """Its CPU functions on NF4 and bfloat16; none where it is not installed."""
+def allocating_tasks(count: int, directory: Path | None) -> list[Task]:
+    """NF4 and bfloat16 with results allocated in the call: Halfbyte's operators, and bitsandbytes where it is."""
+    values = torch.randn(count // COLUMNS, COLUMNS).to(torch.bfloat16)
+    packed, absmax = ops.quantize_4bit(values, "nf4", BLOCKSIZE)
+    moved = size(values, packed, absmax)
+    pack, unpack = "nf4: pack bfloat16", "nf4: unpack to bfloat16"
+    tasks = [
+        Task(pack, OPERATORS, moved, lambda: ops.quantize_4bit(values, "nf4", BLOCKSIZE)),
+        Task(
+            unpack,
+            OPERATORS,
+            moved,
+            lambda: ops.dequantize_4bit(packed, absmax, "nf4", BLOCKSIZE, values.shape, values.dtype),
+        ),
+    ]
     if directory is not None:
         sys.path.append(str(directory))
     try:
         functional = importlib.import_module("bitsandbytes.functional")
     except ModuleNotFoundError:
-        return []
-    values = torch.randn(count // COLUMNS, COLUMNS).to(torch.bfloat16)
-    packed, state = functional.quantize_4bit(values, blocksize=BLOCKSIZE, quant_type="nf4")
-    out = torch.empty_like(values)
-    moved = size(values, packed, state.absmax)
+        return tasks
+    theirs, state = functional.quantize_4bit(values, blocksize=BLOCKSIZE, quant_type="nf4")
     return [
-        Task(
-            "nf4: pack bfloat16",
-            "bitsandbytes",
-            moved,
-            lambda: functional.quantize_4bit(values, blocksize=BLOCKSIZE, quant_type="nf4"),
-        ),
-        Task(
-            "nf4: unpack to bfloat16",
-            "bitsandbytes",
-            moved,
-            lambda: functional.dequantize_4bit(packed, state, out=out),
-        ),
+        *tasks,
+        Task(pack, THEIRS, moved, lambda: functional.quantize_4bit(values, blocksize=BLOCKSIZE, quant_type="nf4")),
+        Task(unpack, THEIRS, moved, lambda: functional.dequantize_4bit(theirs, state)),
     ]
 
 
@@ -181,15 +187,13 @@ def measure(tasks: list[Task], repeats: int) -> list[Row]:
                 seconds[index].append(time.perf_counter() - started)
     rows = []
     for index, task in enumerate(tasks):
-        median = statistics.median(seconds[index])
-        rows.append(Row(task.name, task.group, task.bytes, median, task.bytes / median / 1e9))
+        speeds = [task.bytes / each / 1e9 for each in seconds[index]]
+        rows.append(Row(task.name, task.group, task.bytes, statistics.median(speeds), max(speeds), seconds[index]))
     return rows
 
 
 def table(rows: list[Row], count: int, repeats: int) -> str:
     """The medians as Markdown, the machine and its load named below them."""
-    speeds = {(row.group, row.name): row.gigabytes_per_second for row in rows}
-    copying = speeds["memory", COPYING]
     lines = [
         "# Packing and unpacking weights",
         "",
@@ -197,16 +201,17 @@ def table(rows: list[Row], count: int, repeats: int) -> str:
         f"medians of {repeats} alternating rounds, buffers larger than the caches. "
         "Made by `python -m benchmarks.convert_speed`.",
         "",
-        "| what | by | GB/s | of copying's | bitsandbytes GB/s |",
-        "| --- | --- | ---: | ---: | ---: |",
+        "| what | by | GB/s | of copying's | best round | of copying's |",
+        "| --- | --- | ---: | ---: | ---: | ---: |",
     ]
-    for row in (each for each in rows if each.group != "bitsandbytes"):
-        theirs = speeds.get(("bitsandbytes", row.name))
-        beside = "" if theirs is None or row.group != "halfbyte" else f"{theirs:.2f}"
-        speed = row.gigabytes_per_second
-        lines.append(f"| {row.name} | {row.group} | {speed:.1f} | {speed / copying:.0%} | {beside} |")
+    copying = next(row for row in rows if row.name == COPYING)
+    for row in rows:
+        lines.append(
+            f"| {row.name} | {row.group} | {row.median:.3g} | {row.median / copying.median:.0%} "
+            f"| {row.best:.3g} | {row.best / copying.best:.0%} |"
+        )
     load = ", ".join(f"{value:.1f}" for value in os.getloadavg())
-    if not any(row.group == "bitsandbytes" for row in rows):
+    if not any(row.group == THEIRS for row in rows):
         lines += ["", "bitsandbytes: not installed."]
     lines += [
         "",
@@ -228,8 +233,8 @@ def main() -> None:
     count = arguments.values // COLUMNS * COLUMNS
     torch.manual_seed(0)
     tasks = memory_tasks(count) + four_bit_tasks(count) + int8_tasks(count) + absmax_tasks(count)
+    tasks += allocating_tasks(count // 8, arguments.bitsandbytes)
     rows = measure(tasks, arguments.repeats)
-    rows += measure(bitsandbytes_tasks(count // 8, arguments.bitsandbytes), 1)
     text = table(rows, count, arguments.repeats)
     print("\n" + text)
     content = {"machine": describe(), "load": os.getloadavg(), "values": count, "rows": [asdict(row) for row in rows]}

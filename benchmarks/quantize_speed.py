@@ -2,11 +2,12 @@
 
     python -m benchmarks.quantize_speed [--bitsandbytes DIR] [--repeats 3 1] [--directory DIR]
 
-Three things are timed, each run in a process of its own: *quantizing*, which reads the weight of every linear layer but
-the output head from the mapped file and packs it, one after the other, keeping the packed ones; *searching*, the same
-with `bnb_4bit_search`, which bitsandbytes does not have; and *loading*, the whole of transformers' from_pretrained. Runs of Halfbyte and of bitsandbytes alternate and medians are reported; the
-seconds of processor time beside them do not count waiting for a busy machine. The file is read before each run, so
-that both find it in the page cache. Memory is the highest anonymous memory above what the process held before.
+Three things are timed, each run in a process of its own: *quantizing*, which reads the weight of every linear layer
+but the output head from the mapped file and packs it, one after the other, keeping the packed ones; *searching*, the
+same with `bnb_4bit_search`, which bitsandbytes does not have; and *loading*, the whole of transformers'
+from_pretrained. Runs of Halfbyte and of bitsandbytes alternate and medians are reported; the seconds of processor time
+beside them do not count waiting for a busy machine. The file is read before each run, so that both find it in the page
+cache. Memory is the highest anonymous memory above what the process held before.
 
 bitsandbytes is found in this environment or in DIR (`pip install --no-deps --target DIR bitsandbytes==0.50.2`); without
 it the table says so. Results: benchmarks/results/quantize_speed.json and .md.
