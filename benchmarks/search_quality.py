@@ -45,6 +45,7 @@ class ErrorRow:
     plain: float
     searched: float
     search_seconds: float
+    search_processor_seconds: float
 
 
 @dataclass(frozen=True)
@@ -70,12 +71,19 @@ def errors() -> list[ErrorRow]:
         for quant_type, nested in FORMATS:
             relative = []
             for search in (False, True):
-                started = time.perf_counter()
+                started, processor = time.perf_counter(), time.process_time()
                 packed = Packed4bit.quantize(values, quant_type, double_quant=nested, search=search)
-                seconds = time.perf_counter() - started
+                seconds, processor = time.perf_counter() - started, time.process_time() - processor
                 relative.append(float((packed.dequantize() - values).square().sum() / values.square().sum()))
             rows.append(
-                ErrorRow(distribution, name_of(quant_type, nested), relative[0], relative[1], round(seconds, 4))
+                ErrorRow(
+                    distribution,
+                    name_of(quant_type, nested),
+                    relative[0],
+                    relative[1],
+                    round(seconds, 4),
+                    round(processor, 4),
+                )
             )
     return rows
 
@@ -139,18 +147,22 @@ def table(error_rows: list[ErrorRow], model_rows: list[ModelRow], documents: int
     for each in model_rows:
         lost = "-" if each.format == "bf16" else f"{each.nats_lost:+.5f} ± {each.nats_lost_error:.5f}"
         lines.append(f"| {each.format} | {each.perplexity:.4f} | {lost} |")
-    speeds = {
-        quant_type: statistics.median(
-            row.search_seconds / VALUES * 1e6 for row in error_rows if row.format.startswith(quant_type)
-        )
-        for quant_type in ("nf4", "fp4")
-    }
     load = ", ".join(f"{value:.1f}" for value in os.getloadavg())
     lines += [
         "",
-        "Seconds per million weights with the search, medians: "
-        + ", ".join(f"{name} {seconds:.3f}" for name, seconds in speeds.items())
-        + f" ({torch.get_num_threads()} threads; load averages over 1, 5 and 15 minutes: {load}).",
+        f"Seconds per million weights, medians, {torch.get_num_threads()} threads "
+        f"(load averages over 1, 5 and 15 minutes: {load}; above about {torch.get_num_threads()} others were using the "
+        "machine, for which processor time does not count):",
+        "",
+        "| format | seconds | processor seconds of all threads |",
+        "| --- | ---: | ---: |",
+    ]
+    for quant_type, nested in FORMATS:
+        group = [row for row in error_rows if row.format == name_of(quant_type, nested)]
+        seconds = statistics.median(row.search_seconds for row in group) / VALUES * 1e6
+        processor = statistics.median(row.search_processor_seconds for row in group) / VALUES * 1e6
+        lines.append(f"| {name_of(quant_type, nested)} searched | {seconds:.3f} | {processor:.3f} |")
+    lines += [
         "",
         "Machine: " + ", ".join(f"{key} {value}" for key, value in describe().items()) + ".",
         "",

@@ -51,9 +51,9 @@ def quantize_4bit_searching(
     if not double_quant:
         return Quantized(ops.encode_4bit(x, scales, quant_type, blocksize), scales)
     plain = quantize_4bit_plainly(x, quant_type, blocksize, double_quant=True)
-    if not bool(scales.isfinite().all()):
-        return plain  # the shared offset is not finite: nothing can be gained
     nested = _with_second_level(plain.packed, scales)
+    if nested.offset is None or not bool(nested.offset.isfinite()):
+        return plain  # some block is not finite, which spreads with the offset: nothing can be gained
     found = nested._replace(packed=ops.encode_4bit(x, _plain_absmax(nested), quant_type, blocksize))
     # Scales of both signs are further apart than maxima, so that a small tensor can lose more by the second level than
     # it gains.
@@ -81,5 +81,5 @@ def _squared_error(flat: torch.Tensor, found: Quantized, quant_type: str, blocks
         scales = absmax[first // blocksize :][: formats.block_count(piece.numel(), blocksize)]
         values = ops.dequantize_4bit(packed, scales, quant_type, blocksize, piece.shape, torch.float32)
         values -= piece
-        errors.append(torch.dot(values, values))
+        errors.append(values.square_().sum())
     return float(torch.stack(errors).double().sum())
