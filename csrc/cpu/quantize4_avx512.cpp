@@ -21,7 +21,7 @@ namespace {
 // scale they may lie beyond it, and a NaN, which gets rank 0, may be among them.
 template <typename Ranks, bool IsWithinTable>
 struct CodesOf16 {
-    Buckets<Ranks> rank_of;
+    Buckets<Ranks> buckets;
     __m512i code_of_rank;
 
     HB_AVX512BW CodesOf16() {
@@ -38,7 +38,7 @@ struct CodesOf16 {
             const __m512 lowest = _mm512_set1_ps(Ranks::kHasSignBit ? 0.0f : -1.0f);
             ranked = _mm512_min_ps(_mm512_max_ps(ranked, lowest), _mm512_set1_ps(1.0f));
         }
-        const __m512i rank = rank_of(ranked);
+        const __m512i rank = buckets(ranked);
         if (!Ranks::kHasSignBit) return rank;  // such a format's codes are the ranks
         const __m512i code = _mm512_permutexvar_epi32(rank, code_of_rank);
         const __mmask16 negative = _mm512_cmp_ps_mask(normalised, _mm512_setzero_ps(), _CMP_LT_OQ);
@@ -46,8 +46,13 @@ struct CodesOf16 {
     }
 };
 
-// Twice sixteen codes -> sixteen bytes, the first of two in the high nibble.
-HB_AVX512BW inline void store_codes(__m512i first, __m512i second, uint8_t* packed) {
+// Twice sixteen codes, as load32 gave the values -> sixteen bytes, the first of two codes in the high nibble.
+template <bool Alternates>
+HB_AVX512BW void store_codes(__m512i first, __m512i second, uint8_t* packed) {
+    if (Alternates) {
+        const __m512i pairs = _mm512_or_si512(_mm512_slli_epi32(first, 4), second);
+        return _mm_storeu_si128(reinterpret_cast<__m128i*>(packed), _mm512_cvtepi32_epi8(pairs));
+    }
     // Packing goes by lanes of 128 bits, four values from either: pairs 0 1 of the first, 0 1 of the second, 2 3 ...
     const __m512i words = _mm512_packus_epi32(first, second);
     const __m512i pairs = _mm512_madd_epi16(words, _mm512_set1_epi32(1 << 16 | 16));
@@ -70,8 +75,9 @@ HB_AVX512BW int64_t encode(const Blocks4& b, int64_t begin, int64_t end, const f
         const __m512 reciprocal = _mm512_set1_ps(1.0f / scale);
         uint8_t* const packed = b.packed + block * b.blocksize / 2;
         for (int64_t i = 0; i < b.blocksize; i += 32) {
-            const __m512i first = codes_of(Values::load16(values + i), reciprocal);
-            store_codes(first, codes_of(Values::load16(values + i + 16), reciprocal), packed + i / 2);
+            __m512 first, second;
+            Values::load32(values + i, &first, &second);
+            store_codes<Values::kAlternates>(codes_of(first, reciprocal), codes_of(second, reciprocal), packed + i / 2);
         }
         if (!HasScales) absmax[block] = scale;
     }

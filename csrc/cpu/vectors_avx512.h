@@ -21,10 +21,16 @@ inline bool has_avx512bw() {
     return has;
 }
 
+// Each dtype of values: sixteen of them as float32, and 32 as two vectors that hold the first and the second half of
+// them or, where `kAlternates`, those with even and with odd index.
 struct Float32Values {
     using Element = float;
+    static constexpr bool kAlternates = false;
     static constexpr int kPerVector = 16;
     HB_AVX512BW static __m512 load16(const float* values) { return _mm512_loadu_ps(values); }
+    HB_AVX512BW static void load32(const float* values, __m512* first, __m512* second) {
+        *first = load16(values), *second = load16(values + 16);
+    }
     // The bits of magnitudes, compared as integers.
     HB_AVX512BW static __m512i magnitudes(const float* values) {
         return _mm512_and_si512(_mm512_loadu_si512(values), _mm512_set1_epi32(0x7fffffff));
@@ -53,16 +59,26 @@ struct Words {
 };
 
 struct Float16Values : Words {
+    static constexpr bool kAlternates = false;
     HB_AVX512BW static __m512 load16(const uint16_t* values) {
         return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(values)));
+    }
+    HB_AVX512BW static void load32(const uint16_t* values, __m512* first, __m512* second) {
+        *first = load16(values), *second = load16(values + 16);
     }
     HB_AVX512BW static float largest(__m512i bits) { return from_half(largest_of_words(bits)); }
 };
 
 struct Bfloat16Values : Words {
+    static constexpr bool kAlternates = true;
     HB_AVX512BW static __m512 load16(const uint16_t* values) {
         const __m256i words = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(values));
         return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(words), 16));
+    }
+    HB_AVX512BW static void load32(const uint16_t* values, __m512* first, __m512* second) {
+        const __m512i words = _mm512_loadu_si512(values);
+        *first = _mm512_castsi512_ps(_mm512_slli_epi32(words, 16));
+        *second = _mm512_castsi512_ps(_mm512_and_si512(words, _mm512_set1_epi32(static_cast<int>(0xffff0000u))));
     }
     HB_AVX512BW static float largest(__m512i bits) { return from_bfloat(largest_of_words(bits)); }
 };
