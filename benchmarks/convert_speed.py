@@ -3,12 +3,12 @@
     python -m benchmarks.convert_speed [--bitsandbytes DIR] [--repeats 9] [--values 134217728]
 
 Every conversion of a tensor much larger than the caches, its output allocated before. In each round every row runs
-once, so that a busy moment of the machine does not fall on one of them; each row's median counts, and its best round
-stands beside it, which others on the machine disturb least. Memory itself is
-measured in the same rounds: reading (torch's sum of float32), copying (torch's copy_), and torch's own conversions
-between dtypes. bitsandbytes' CPU functions take seconds and allocate their results, so they are timed on an eighth of
-the values, beside Halfbyte's operators as torch calls them, which allocate too. bitsandbytes is found in this
-environment or in DIR (`pip install --no-deps --target DIR bitsandbytes==0.50.2`); without it the table says so.
+once, so that a busy moment of the machine does not fall on one of them; each row's median counts. Beside it stand its
+best round, which others on the machine disturb least, and the cores that it got: processor time over time. Memory
+itself is measured in the same rounds: reading (torch's sum of float32), copying (torch's copy_), and torch's own
+conversions between dtypes. bitsandbytes' CPU functions take seconds and allocate their results, so they are timed on
+an eighth of the values, beside Halfbyte's operators as torch calls them, which allocate too. bitsandbytes is found in
+this environment or in DIR (`pip install --no-deps --target DIR bitsandbytes==0.50.2`); without it the table says so.
 Results: benchmarks/results/convert_speed.json and .md.
 """
 
@@ -60,6 +60,7 @@ class Row:
     bytes: int
     median: float  # GB/s
     best: float
+    cores: float  # the median of processor time over time
     seconds: list[float]
 
 
@@ -179,16 +180,22 @@ def allocating_tasks(count: int, directory: Path | None) -> list[Task]:
 def measure(tasks: list[Task], repeats: int) -> list[Row]:
     """Rounds over all tasks; the first, in which memory is touched for the first time, does not count."""
     seconds: dict[int, list[float]] = {index: [] for index in range(len(tasks))}
+    cores: dict[int, list[float]] = {index: [] for index in range(len(tasks))}
     for turn in range(repeats + 1):
         for index, task in enumerate(tasks):
-            started = time.perf_counter()
+            started, processor = time.perf_counter(), time.process_time()
             task.run()
+            taken, processor = time.perf_counter() - started, time.process_time() - processor
             if turn > 0:
-                seconds[index].append(time.perf_counter() - started)
+                seconds[index].append(taken)
+                cores[index].append(processor / taken)
     rows = []
     for index, task in enumerate(tasks):
         speeds = [task.bytes / each / 1e9 for each in seconds[index]]
-        rows.append(Row(task.name, task.group, task.bytes, statistics.median(speeds), max(speeds), seconds[index]))
+        used = statistics.median(cores[index])
+        rows.append(
+            Row(task.name, task.group, task.bytes, statistics.median(speeds), max(speeds), used, seconds[index])
+        )
     return rows
 
 
@@ -201,13 +208,13 @@ def table(rows: list[Row], count: int, repeats: int) -> str:
         f"medians of {repeats} alternating rounds, buffers larger than the caches. "
         "Made by `python -m benchmarks.convert_speed`.",
         "",
-        "| what | by | GB/s | of copying's | best round | of copying's |",
-        "| --- | --- | ---: | ---: | ---: | ---: |",
+        "| what | by | cores | GB/s | of copying's | best round | of copying's |",
+        "| --- | --- | ---: | ---: | ---: | ---: | ---: |",
     ]
     copying = next(row for row in rows if row.name == COPYING)
     for row in rows:
         lines.append(
-            f"| {row.name} | {row.group} | {row.median:.3g} | {row.median / copying.median:.0%} "
+            f"| {row.name} | {row.group} | {row.cores:.1f} | {row.median:.3g} | {row.median / copying.median:.0%} "
             f"| {row.best:.3g} | {row.best / copying.best:.0%} |"
         )
     load = ", ".join(f"{value:.1f}" for value in os.getloadavg())
