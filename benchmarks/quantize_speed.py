@@ -2,11 +2,12 @@
 
     python -m benchmarks.quantize_speed [--bitsandbytes DIR] [--repeats 3 1] [--directory DIR]
 
-Two things are timed, each run in a process of its own: *quantizing*, which reads the weight of every linear layer but
-the output head from the mapped file and packs it, one after the other, keeping the packed ones; and *loading*, the
-whole of transformers' from_pretrained. Runs of Halfbyte and of bitsandbytes alternate and medians are reported; the
-seconds of processor time beside them do not count waiting for a busy machine. The file is read before each run, so
-that both find it in the page cache. Memory is the highest anonymous memory above what the process held before.
+Three things are timed, each run in a process of its own: *quantizing*, which reads the weight of every linear layer
+but the output head from the mapped file and packs it, one after the other, keeping the packed ones; *searching*, the
+same with `bnb_4bit_search`, which bitsandbytes does not have; and *loading*, the whole of transformers'
+from_pretrained. Runs of Halfbyte and of bitsandbytes alternate and medians are reported; the seconds of processor time
+beside them do not count waiting for a busy machine. The file is read before each run, so that both find it in the page
+cache. Memory is the highest anonymous memory above what the process held before.
 
 bitsandbytes is found in this environment or in DIR (`pip install --no-deps --target DIR bitsandbytes==0.50.2`); without
 it the table says so. Results: benchmarks/results/quantize_speed.json and .md.
@@ -30,7 +31,8 @@ from benchmarks.hardware import describe
 from benchmarks.load_memory import MB, RESULTS, SAMPLE_SECONDS, make_checkpoint, sample
 
 LIBRARIES: Final = ("halfbyte", "bitsandbytes")
-TASKS: Final = ("quantizing", "loading")
+TASKS: Final = {"quantizing": LIBRARIES, "searching": LIBRARIES[:1], "loading": LIBRARIES}
+"""What is timed, and by which libraries."""
 ABSENT: Final = "not installed"
 TARGET_SECONDS: Final = 4.0
 """For quantizing, on two cores."""
@@ -43,7 +45,7 @@ if library == "halfbyte":
     import quant
     from quant.state import Packed4bit
     Config = quant.BitsAndBytesConfig
-    pack = lambda weight: Packed4bit.quantize(weight, "nf4", double_quant=True)
+    pack = lambda weight: Packed4bit.quantize(weight, "nf4", double_quant=True, search=task == "searching")
 else:
     import bitsandbytes
     Config = transformers.BitsAndBytesConfig
@@ -65,7 +67,7 @@ pack(torch.randn(64, 64, dtype=torch.bfloat16))  # what is loaded or started on 
 print("ready", flush=True)
 sys.stdin.readline()
 wall, processor = time.monotonic(), time.process_time()
-kept = {"quantizing": quantizing, "loading": loading}[task]()
+kept = {"quantizing": quantizing, "searching": quantizing, "loading": loading}[task]()
 print(time.monotonic() - wall, time.process_time() - processor, flush=True)
 sys.stdin.readline()
 """
@@ -155,7 +157,7 @@ def table(results: list[Result], has_bitsandbytes: bool) -> str:
                 f"| {task} | {result.library} | {len(result.runs)} | {result.seconds:.2f} "
                 f"| {result.processor_seconds:.2f} | {result.peak_bytes / MB:.0f} MB |"
             )
-        if not has_bitsandbytes:
+        if not has_bitsandbytes and LIBRARIES[1] in TASKS[task]:
             lines.append(f"| {task} | {LIBRARIES[1]} | {ABSENT} | | | |")
     load = ", ".join(f"{value:.1f}" for value in os.getloadavg())
     lines += [
@@ -181,8 +183,10 @@ def main() -> None:
     runs: dict[tuple[str, str], list[Run]] = {}
     repeats = dict(zip(LIBRARIES, arguments.repeats, strict=True))
     for turn in range(max(repeats.values())):
-        for task in TASKS:
-            for library in (each for each in LIBRARIES[: 1 + has_bitsandbytes] if turn < repeats[each]):
+        for task, libraries in TASKS.items():
+            for library in (each for each in libraries if turn < repeats[each]):
+                if library == LIBRARIES[1] and not has_bitsandbytes:
+                    continue
                 read(checkpoint / "model.safetensors")
                 one = run(task, library, checkpoint, arguments.bitsandbytes if library == LIBRARIES[1] else None)
                 runs.setdefault((task, library), []).append(one)

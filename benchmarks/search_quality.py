@@ -2,7 +2,7 @@
 
     python -m benchmarks.search_quality [--documents 150] [--model DIR]
 
-Squared error: 2^19 values drawn from a normal distribution and from Student's t with 5 degrees of freedom, which has
+Squared error: 2^22 values drawn from a normal distribution and from Student's t with 5 degrees of freedom, which has
 the heavier tails of trained weights, in blocks of 64. Perplexity: held-out documents through server/demo/model in
 bfloat16 and in 4 bits with and without `bnb_4bit_search`, the same documents in each; nats lost per token against
 bfloat16 with a standard error over documents. Results: benchmarks/results/search_quality.json and .md.
@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import statistics
 import time
 from dataclasses import asdict, dataclass
@@ -29,7 +30,7 @@ from server.demo import DEMO_MODEL_PATH
 from server.demo.evaluate import HELDOUT_SEED, Prediction, heldout_ids, perplexity, predict
 
 RESULTS: Final = Path(__file__).parent / "results"
-VALUES: Final = 1 << 19
+VALUES: Final = 1 << 22
 SEED: Final = 0
 DISTRIBUTIONS: Final = {"normal": torch.distributions.Normal(0.0, 1.0), "Student t5": torch.distributions.StudentT(5.0)}
 FORMATS: Final = tuple((quant_type, nested) for quant_type in ("nf4", "fp4") for nested in (False, True))
@@ -44,6 +45,7 @@ class ErrorRow:
     plain: float
     searched: float
     search_seconds: float
+    search_processor_seconds: float
 
 
 @dataclass(frozen=True)
@@ -69,12 +71,19 @@ def errors() -> list[ErrorRow]:
         for quant_type, nested in FORMATS:
             relative = []
             for search in (False, True):
-                started = time.monotonic()
+                started, processor = time.perf_counter(), time.process_time()
                 packed = Packed4bit.quantize(values, quant_type, double_quant=nested, search=search)
-                seconds = time.monotonic() - started
+                seconds, processor = time.perf_counter() - started, time.process_time() - processor
                 relative.append(float((packed.dequantize() - values).square().sum() / values.square().sum()))
             rows.append(
-                ErrorRow(distribution, name_of(quant_type, nested), relative[0], relative[1], round(seconds, 2))
+                ErrorRow(
+                    distribution,
+                    name_of(quant_type, nested),
+                    relative[0],
+                    relative[1],
+                    round(seconds, 4),
+                    round(processor, 4),
+                )
             )
     return rows
 
@@ -138,10 +147,22 @@ def table(error_rows: list[ErrorRow], model_rows: list[ModelRow], documents: int
     for each in model_rows:
         lost = "-" if each.format == "bf16" else f"{each.nats_lost:+.5f} ± {each.nats_lost_error:.5f}"
         lines.append(f"| {each.format} | {each.perplexity:.4f} | {lost} |")
-    speed = statistics.median(row.search_seconds / VALUES * 1e6 for row in error_rows)
+    load = ", ".join(f"{value:.1f}" for value in os.getloadavg())
     lines += [
         "",
-        f"Searching took {speed:.2f} seconds per million weights (median; others were using the machine).",
+        f"Seconds per million weights, medians, {torch.get_num_threads()} threads "
+        f"(load averages over 1, 5 and 15 minutes: {load}; above about {torch.get_num_threads()} others were using the "
+        "machine, for which processor time does not count):",
+        "",
+        "| format | seconds | processor seconds of all threads |",
+        "| --- | ---: | ---: |",
+    ]
+    for quant_type, nested in FORMATS:
+        group = [row for row in error_rows if row.format == name_of(quant_type, nested)]
+        seconds = statistics.median(row.search_seconds for row in group) / VALUES * 1e6
+        processor = statistics.median(row.search_processor_seconds for row in group) / VALUES * 1e6
+        lines.append(f"| {name_of(quant_type, nested)} searched | {seconds:.3f} | {processor:.3f} |")
+    lines += [
         "",
         "Machine: " + ", ".join(f"{key} {value}" for key, value in describe().items()) + ".",
         "",

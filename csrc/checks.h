@@ -82,16 +82,33 @@ inline hb_status check_workspace(const hb_call& call, int64_t needed_bytes) {
 
 // --- one per entry: everything but the workspace ---------------------------------------------------------------------
 
-inline hb_status check(const hb_quantize4_args* a) {
+// What the entries share that read values in blocks.
+template <typename Args>
+hb_status check_blocks(const Args* a) {
     HB_REQUIRE(check_call(a == nullptr ? nullptr : &a->call, sizeof *a));
     HB_REQUIRE(check_dtype(a->x_dtype));
     HB_REQUIRE(check_format(a->format));
     HB_REQUIRE(check_blocksize(a->blocksize));
     int64_t count = 0;
     HB_REQUIRE(check_shape(a->n, 1, &count));
-    HB_REQUIRE(check_tensor(a->x, count, dtype_bytes(a->x_dtype)));
-    HB_REQUIRE(check_tensor(a->packed, count, 1));
-    return check_tensor(a->absmax, count, sizeof(float));
+    return check_tensor(a->x, count, dtype_bytes(a->x_dtype));
+}
+
+inline hb_status check(const hb_quantize4_args* a) {
+    HB_REQUIRE(check_blocks(a));
+    HB_REQUIRE(check_tensor(a->packed, a->n, 1));
+    return check_tensor(a->absmax, a->n, sizeof(float));
+}
+
+inline hb_status check(const hb_encode4_args* a) {
+    HB_REQUIRE(check_blocks(a));
+    HB_REQUIRE(check_tensor(a->scales, a->n, sizeof(float)));
+    return check_tensor(a->packed, a->n, 1);
+}
+
+inline hb_status check(const hb_search4_args* a) {
+    HB_REQUIRE(check_blocks(a));
+    return check_tensor(a->scales, a->n, sizeof(float));
 }
 
 inline hb_status check(const hb_dequantize4_args* a) {

@@ -95,4 +95,20 @@ constexpr float kInt8ProductScale = static_cast<float>(1.0 / (127.0 * 127.0));
 constexpr float kSmallestDivisor = 0x1p-100f;
 constexpr float kSubnormalScale = 0x1p100f;
 
+// The search for a block's scale tries these times its largest magnitude: steps of 1/32, and for a format without a
+// sign bit their negatives after them.
+constexpr int kSearchCount = 48;
+constexpr Table<float, 2 * kSearchCount> make_search_factors() {
+    Table<float, 2 * kSearchCount> factors{};
+    for (int i = 0; i < kSearchCount; ++i) {
+        factors.at[i] = static_cast<float>(8 + i) / 32.0f;
+        factors.at[kSearchCount + i] = -factors.at[i];
+    }
+    return factors;
+}
+constexpr Table<float, 2 * kSearchCount> kSearchFactors = make_search_factors();
+// A scale that is found must lower the squared error by more, in units of the largest magnitude's square: less may be
+// the rounding of the division by it, and a block that its maximum decodes exactly must keep it.
+constexpr float kSearchMargin = 0x1p-30f;
+
 }  // namespace hb

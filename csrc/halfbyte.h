@@ -97,6 +97,32 @@ typedef struct hb_quantize4_args {
 } hb_quantize4_args;
 HB_API hb_status hb_quantize4(const hb_quantize4_args* args);
 
+/* Flat values -> 4-bit codes at scales that are given: what hb_quantize4 writes where scales are its absmax. */
+typedef struct hb_encode4_args {
+    hb_call call;
+    const void* x;       /* [n] values */
+    int64_t x_dtype;     /* HB_FLOAT32, HB_FLOAT16 or HB_BFLOAT16 */
+    int64_t n;           /* number of values */
+    int64_t format;      /* HB_NF4 or HB_FP4 */
+    int64_t blocksize;   /* values per block: a power of two from 32 to 4096 */
+    const float* scales; /* [ceil(n/blocksize)] of either sign; a block whose scale is 0 gets the code of zero */
+    uint8_t* packed;     /* out [ceil(n/2)] two codes per byte, the first in the high nibble */
+} hb_encode4_args;
+HB_API hb_status hb_encode4(const hb_encode4_args* args);
+
+/* Flat values -> for each block the scale, of either sign, with the smallest squared error that a search finds; the
+ * largest magnitude where none is better. A block with a NaN or an infinity has that as its scale. */
+typedef struct hb_search4_args {
+    hb_call call;
+    const void* x;     /* [n] values */
+    int64_t x_dtype;   /* HB_FLOAT32, HB_FLOAT16 or HB_BFLOAT16 */
+    int64_t n;         /* number of values */
+    int64_t format;    /* HB_NF4 or HB_FP4 */
+    int64_t blocksize; /* values per block: a power of two from 32 to 4096 */
+    float* scales;     /* out [ceil(n/blocksize)] */
+} hb_search4_args;
+HB_API hb_status hb_search4(const hb_search4_args* args);
+
 /* 4-bit codes -> values: dtype(table[code] * absmax), one float32 product and one rounding. */
 typedef struct hb_dequantize4_args {
     hb_call call;

@@ -68,6 +68,8 @@ def _struct(name: str, pointers_and_sizes: str) -> type[ctypes.Structure]:
 
 STRUCTS: Final = {
     "hb_quantize4": _struct("Quantize4", "*x x_dtype n format blocksize *packed *absmax"),
+    "hb_encode4": _struct("Encode4", "*x x_dtype n format blocksize *scales *packed"),
+    "hb_search4": _struct("Search4", "*x x_dtype n format blocksize *scales"),
     "hb_dequantize4": _struct("Dequantize4", "*packed *absmax n format blocksize *out out_dtype"),
     "hb_quantize_absmax": _struct("QuantizeAbsmax", "*absmax blocks *offset nested_blocksize *codes *nested_absmax"),
     "hb_dequantize_absmax": _struct(
@@ -228,6 +230,37 @@ class Kernels:
             absmax=absmax,
         )
         return packed, absmax
+
+    def encode_4bit(self, x: torch.Tensor, scales: torch.Tensor, quant_type: str, blocksize: int) -> torch.Tensor:
+        x, scales = ready(x), ready(scales)
+        packed = torch.empty(formats.packed_bytes(x.numel()), dtype=torch.uint8, device=x.device)
+        self.call(
+            "hb_encode4",
+            x.device,
+            x=x,
+            x_dtype=DTYPE_CODES[x.dtype],
+            n=x.numel(),
+            format=FORMAT_CODES[quant_type],
+            blocksize=blocksize,
+            scales=scales,
+            packed=packed,
+        )
+        return packed
+
+    def search_scales_4bit(self, x: torch.Tensor, quant_type: str, blocksize: int) -> torch.Tensor:
+        x = ready(x)
+        scales = torch.empty(formats.block_count(x.numel(), blocksize), dtype=torch.float32, device=x.device)
+        self.call(
+            "hb_search4",
+            x.device,
+            x=x,
+            x_dtype=DTYPE_CODES[x.dtype],
+            n=x.numel(),
+            format=FORMAT_CODES[quant_type],
+            blocksize=blocksize,
+            scales=scales,
+        )
+        return scales
 
     def dequantize_4bit(
         self,

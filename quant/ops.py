@@ -28,6 +28,8 @@ _reference_calls: collections.Counter[str] = collections.Counter()
 _STATISTICS: Final = "Tensor? nested_absmax, Tensor? offset, int nested_blocksize, Tensor? bias"
 _SCHEMAS: Final = (
     "quantize_4bit(Tensor x, str quant_type, int blocksize) -> (Tensor, Tensor)",
+    "encode_4bit(Tensor x, Tensor scales, str quant_type, int blocksize) -> Tensor",
+    "search_scales_4bit(Tensor x, str quant_type, int blocksize) -> Tensor",
     "dequantize_4bit(Tensor packed, Tensor absmax, str quant_type, int blocksize, SymInt[] shape, ScalarType dtype)"
     " -> Tensor",
     "quantize_absmax(Tensor absmax, int nested_blocksize) -> (Tensor, Tensor, Tensor)",
@@ -68,6 +70,25 @@ def quantize_4bit(x: torch.Tensor, quant_type: str, blocksize: int) -> tuple[tor
     gets the code of zero and absmax 0; a block with a NaN or an infinity has that as its absmax. Raises ShapeError.
     """
     return cast(tuple[torch.Tensor, torch.Tensor], torch.ops.halfbyte.quantize_4bit(x, quant_type, blocksize))
+
+
+def encode_4bit(x: torch.Tensor, scales: torch.Tensor, quant_type: str, blocksize: int) -> torch.Tensor:
+    """Codes of the flattened `x` at scales that are given: what quantize_4bit gives where they are its absmax.
+
+    x: as for quantize_4bit. scales: float32 [ceil(n/blocksize)], of either sign; a block whose scale is 0 gets the code
+    of zero. Returns packed codes uint8 [ceil(n/2)]. Raises ShapeError.
+    """
+    return cast(torch.Tensor, torch.ops.halfbyte.encode_4bit(x, scales, quant_type, blocksize))
+
+
+def search_scales_4bit(x: torch.Tensor, quant_type: str, blocksize: int) -> torch.Tensor:
+    """The scale of each block, of either sign, with the smallest squared error that a search finds.
+
+    x: as for quantize_4bit. Returns float32 [ceil(n/blocksize)] for encode_4bit, in the place of quantize_4bit's
+    absmax, which it is where nothing better is found and where a block holds a NaN or an infinity. Every device gives
+    the same bits. Raises ShapeError.
+    """
+    return cast(torch.Tensor, torch.ops.halfbyte.search_scales_4bit(x, quant_type, blocksize))
 
 
 def dequantize_4bit(
@@ -219,6 +240,36 @@ def _fake_quantize_4bit(x: torch.Tensor, quant_type: str, blocksize: int) -> tup
         x.new_empty(formats.packed_bytes(count), dtype=torch.uint8),
         x.new_empty(formats.block_count(count, blocksize), dtype=torch.float32),
     )
+
+
+def _check_encode_4bit(x: torch.Tensor, scales: torch.Tensor, quant_type: str, blocksize: int) -> None:
+    arguments.check_values("x", x)
+    arguments.check_format(quant_type, blocksize)
+    blocks = formats.block_count(x.numel(), blocksize)
+    arguments.check_vector("scales", scales, torch.float32, blocks, f"blocks of {blocksize} values")
+    arguments.check_same_device("scales", scales, "x", x)
+
+
+def _encode_4bit(x: torch.Tensor, scales: torch.Tensor, quant_type: str, blocksize: int) -> torch.Tensor:
+    _check_encode_4bit(x, scales, quant_type, blocksize)
+    return cast(torch.Tensor, _run("encode_4bit", x.device, x, scales, quant_type, blocksize))
+
+
+def _fake_encode_4bit(x: torch.Tensor, scales: torch.Tensor, quant_type: str, blocksize: int) -> torch.Tensor:
+    _check_encode_4bit(x, scales, quant_type, blocksize)
+    return x.new_empty(formats.packed_bytes(x.numel()), dtype=torch.uint8)
+
+
+def _search_scales_4bit(x: torch.Tensor, quant_type: str, blocksize: int) -> torch.Tensor:
+    arguments.check_values("x", x)
+    arguments.check_format(quant_type, blocksize)
+    return cast(torch.Tensor, _run("search_scales_4bit", x.device, x, quant_type, blocksize))
+
+
+def _fake_search_scales_4bit(x: torch.Tensor, quant_type: str, blocksize: int) -> torch.Tensor:
+    arguments.check_values("x", x)
+    arguments.check_format(quant_type, blocksize)
+    return x.new_empty(formats.block_count(x.numel(), blocksize), dtype=torch.float32)
 
 
 def _check_dequantize_4bit(

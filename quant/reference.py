@@ -19,23 +19,58 @@ from quant import formats
 # SUBNORMAL_SCALE first, which is exact.
 SMALLEST_DIVISOR = 2.0**-100
 SUBNORMAL_SCALE = 2.0**100
+SEARCH_FACTORS = tuple(step / 32 for step in range(8, 56))
+"""The scales that the search tries, in units of a block's absmax; csrc/formats.h has them once more."""
+SEARCH_MARGIN = 2.0**-30
+"""What a scale must gain in squared error, in units of absmax squared: less may be the rounding of the division."""
 
 
 def quantize_4bit(x: torch.Tensor, quant_type: str, blocksize: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Blockwise 4-bit codes and block maxima of `x`."""
+    absmax = _block_absmax(_in_blocks(x, blocksize))
+    return encode_4bit(x, absmax, quant_type, blocksize), absmax
+
+
+def encode_4bit(x: torch.Tensor, scales: torch.Tensor, quant_type: str, blocksize: int) -> torch.Tensor:
+    """Blockwise 4-bit codes of `x` divided by its blocks' scales."""
     number_format = formats.FOUR_BIT[quant_type]
-    normalised, absmax = _normalise_blocks(x.reshape(-1).float(), blocksize)
-    ranked = normalised.abs() if number_format.signed_magnitude else normalised
-    rank = torch.zeros_like(ranked, dtype=torch.int64)
-    for threshold in number_format.thresholds:
-        rank += ranked > torch.tensor(threshold, dtype=torch.float32, device="cpu").to(x.device)
+    normalised = _divide(_in_blocks(x, blocksize), scales).view(-1)[: x.numel()]
+    rank = _rank(normalised.abs() if number_format.signed_magnitude else normalised, number_format)
     codes = torch.tensor(number_format.code_of_rank, dtype=torch.uint8, device=x.device)[rank]
     if number_format.signed_magnitude:
         codes = codes + (normalised < 0) * torch.tensor(8, dtype=torch.uint8, device=x.device)
     if codes.numel() % 2:
         codes = torch.cat([codes, codes.new_full((1,), number_format.zero_code)])
     pairs = codes.view(-1, 2)
-    return (pairs[:, 0] << formats.HIGH_NIBBLE_SHIFT) | pairs[:, 1], absmax
+    return (pairs[:, 0] << formats.HIGH_NIBBLE_SHIFT) | pairs[:, 1]
+
+
+def search_scales_4bit(x: torch.Tensor, quant_type: str, blocksize: int) -> torch.Tensor:
+    """The scale of each block with the smallest squared error among those tried, in the block's own unit, its absmax.
+
+    Every factor of SEARCH_FACTORS gives each value its nearest code. For given codes q the best scale is
+    sum(x q) / sum(q q), which lowers the error by sum(x q)^2 / sum(q q): the factor with the largest such gain wins,
+    the first among equals. Its best scale gives nearest codes once more, those their best scale, and it is kept where
+    its error is below that of absmax itself. Sums go over a block's values in order, each operation rounded to float32.
+    """
+    number_format = formats.FOUR_BIT[quant_type]
+    blocks = _in_blocks(x, blocksize)
+    absmax = _block_absmax(blocks)
+    values = _divide(blocks, absmax)
+    if number_format.signed_magnitude:
+        values = values.abs()
+    tried = torch.tensor(SEARCH_FACTORS, dtype=torch.float32, device=x.device)
+    if not number_format.signed_magnitude:  # else the other sign gives the same values
+        tried = torch.cat([tried, -tried])
+    products, powers = _fit(values, tried[:, None].expand(-1, absmax.numel()), number_format)
+    gains = torch.where(powers == 0, 0.0, products * products / powers)
+    gain, winner = gains.max(dim=0)  # the first of equal ones
+    found = torch.where(gain > 0, (products / powers).gather(0, winner[None])[0], 1.0)
+    products, powers = (sums[0] for sums in _fit(values, found[None], number_format))
+    found = torch.where(powers > 0, products / powers, found)
+    error, error_of_absmax = _errors(values, torch.stack([found, torch.ones_like(found)]), number_format)
+    scales = torch.where(error < error_of_absmax - SEARCH_MARGIN, found, 1.0) * absmax
+    return torch.where(scales.isfinite(), scales, absmax)
 
 
 def dequantize_4bit(
@@ -58,7 +93,9 @@ def quantize_absmax(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Double quantization: 8-bit codes of absmax minus its mean."""
     offset = mean_absmax(absmax)
-    normalised, nested_absmax = _normalise_blocks(absmax - offset, nested_blocksize)
+    centred = _in_blocks(absmax - offset, nested_blocksize)
+    nested_absmax = _block_absmax(centred)
+    normalised = _divide(centred, nested_absmax).view(-1)[: absmax.numel()]
     midpoints = formats.DYNAMIC_MIDPOINTS.to(absmax.device)
     codes = torch.bucketize(normalised, midpoints)  # the number of midpoints strictly below; 255 for NaN
     return codes.to(torch.uint8), nested_absmax, offset
@@ -226,17 +263,59 @@ def mean_absmax(absmax: torch.Tensor) -> torch.Tensor:
     return (torch.stack(sums).sum() / absmax.numel()).float()
 
 
-def _normalise_blocks(values: torch.Tensor, blocksize: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """float32 [n] -> values times 1/absmax of their block [n], absmax [blocks]. A block of zeros stays zeros."""
-    count = values.numel()
-    if count == 0:
-        return values, values.clone()
-    blocks = torch.nn.functional.pad(values, (0, -count % blocksize)).view(-1, blocksize)
-    absmax = blocks.abs().amax(dim=1)
-    scale = torch.where(absmax < SMALLEST_DIVISOR, SUBNORMAL_SCALE, 1.0)
-    divisor = absmax * scale
+def _in_blocks(x: torch.Tensor, blocksize: int) -> torch.Tensor:
+    """float32 [blocks, blocksize] of the flattened values; zeros fill a short block."""
+    flat = x.reshape(-1).float()
+    return torch.nn.functional.pad(flat, (0, -flat.numel() % blocksize)).view(-1, blocksize)
+
+
+def _block_absmax(blocks: torch.Tensor) -> torch.Tensor:
+    return blocks.abs().amax(dim=1)
+
+
+def _divide(blocks: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+    """Each block times the reciprocal of its scale; zeros where that is zero."""
+    lift = torch.where(scales.abs() < SMALLEST_DIVISOR, SUBNORMAL_SCALE, 1.0)
+    divisor = scales * lift
     reciprocal = torch.where(divisor == 0, 0.0, 1.0 / divisor)
-    return ((blocks * scale[:, None]) * reciprocal[:, None]).view(-1)[:count], absmax
+    return (blocks * lift[:, None]) * reciprocal[:, None]
+
+
+def _rank(ranked: torch.Tensor, number_format: formats.FourBitFormat) -> torch.Tensor:
+    """How many of the format's thresholds each value exceeds; 0 for NaN."""
+    thresholds = torch.tensor(number_format.thresholds, dtype=torch.float32, device=ranked.device)
+    return torch.bucketize(ranked, thresholds).masked_fill(ranked.isnan(), 0)
+
+
+def _nearest(values: torch.Tensor, factors: torch.Tensor, number_format: formats.FourBitFormat) -> torch.Tensor:
+    """The table's value that each value divided by its factor gets, before it is multiplied with the factor again."""
+    table = formats.CODE_TABLES[number_format.name][list(number_format.code_of_rank)].to(values.device)
+    reciprocals = torch.where(factors == 0, 0.0, 1.0 / factors)
+    return table[_rank(values * reciprocals, number_format)]
+
+
+def _fit(
+    values: torch.Tensor, factors: torch.Tensor, number_format: formats.FourBitFormat
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """sum(x q) and sum(q q) of every block at every factor.
+
+    values: [blocks, n]; factors, and both results: [tried, blocks].
+    """
+    products, powers = torch.zeros_like(factors), torch.zeros_like(factors)
+    for column in values.unbind(dim=1):
+        chosen = _nearest(column, factors, number_format)
+        products = products + column * chosen
+        powers = powers + chosen * chosen
+    return products, powers
+
+
+def _errors(values: torch.Tensor, factors: torch.Tensor, number_format: formats.FourBitFormat) -> torch.Tensor:
+    """The squared error of every block at every factor: [tried, blocks]."""
+    errors = torch.zeros_like(factors)
+    for column in values.unbind(dim=1):
+        difference = column - _nearest(column, factors, number_format) * factors
+        errors = errors + difference * difference
+    return errors
 
 
 def _row_absmax(values: torch.Tensor) -> torch.Tensor:

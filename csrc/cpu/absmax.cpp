@@ -1,6 +1,8 @@
 // Double quantization: block maxima <-> 8-bit codes of the dynamic map.
 //
 // Must be compiled without contraction (CMakeLists.txt does): map[code] * nested_absmax + offset is rounded twice.
+#include "absmax.h"
+
 #include <algorithm>
 
 #include "checks.h"
@@ -9,6 +11,7 @@
 #include "floats.h"
 #include "formats.h"
 #include "halfbyte.h"
+#include "level.h"
 #include "pool.h"
 
 namespace hb {
@@ -17,8 +20,9 @@ namespace {
 
 // Inside one second-level block.
 HB_CLONES void decode_absmax(const uint8_t* codes, int64_t count, float nested_absmax, float offset, float* out) {
+    for (int64_t i = 0; i < count; ++i) out[i] = kDynamicValues.at[codes[i]];
     for (int64_t i = 0; i < count; ++i) {
-        const float scaled = kDynamicValues.at[codes[i]] * nested_absmax;
+        const float scaled = out[i] * nested_absmax;
         out[i] = scaled + offset;
     }
 }
@@ -30,13 +34,20 @@ void load_absmax(const AbsmaxSource& source, int64_t first, int64_t count, float
         std::copy_n(static_cast<const float*>(source.absmax) + first, count, out);
         return;
     }
+#ifdef HB_X86
+    const auto decode = has_avx512() ? decode_absmax_avx512 : decode_absmax;
+#else
+    const auto decode = decode_absmax;
+#endif
     const uint8_t* const codes = static_cast<const uint8_t*>(source.absmax);
-    int64_t nested = first / source.nested_blocksize;
-    for (const int64_t end = first + count; first < end; ++nested) {
-        const int64_t run = std::min((nested + 1) * source.nested_blocksize, end) - first;
-        decode_absmax(codes + first, run, source.nested_absmax[nested], *source.offset, out);
-        first += run;
-        out += run;
+    const int64_t end = first + count;
+    int64_t block = first / source.nested_blocksize;
+    while (first < end) {
+        const int64_t block_end = std::min((block + 1) * source.nested_blocksize, end);
+        decode(codes + first, block_end - first, source.nested_absmax[block], *source.offset, out);
+        out += block_end - first;
+        first = block_end;
+        ++block;
     }
 }
 
@@ -50,6 +61,7 @@ constexpr int kBucketShift = 23 - kBucketBits;
 constexpr int kLowestOctave = 105;  // 2^-22: below the smallest midpoint
 constexpr int kOctaves = 128 - kLowestOctave;
 constexpr int kBuckets = kOctaves << kBucketBits;
+constexpr int kBucketOfNan = 2 * kBuckets;  // after those of positive and of negative values
 constexpr uint32_t kLowestBits = static_cast<uint32_t>(kLowestOctave) << 23;
 constexpr uint32_t kInfinityBits = 0x7f800000u;
 
@@ -67,21 +79,22 @@ constexpr double bucket_start(int bucket) {
 }
 
 struct CodeTable {
-    uint8_t first[2][kBuckets];  // by sign: the number of midpoints below everything in the bucket
-    float midpoint[256];         // the next one, for each of those numbers
-    bool is_valid;               // at most one midpoint in any bucket, and none nearer to zero than the first bucket
+    uint8_t first[kBucketOfNan + 1];  // the number of midpoints below everything in the bucket
+    float midpoint[256];              // the next one, for each of those numbers
+    bool is_valid;  // at most one midpoint in any bucket, and none nearer to zero than the first bucket
 };
 
 constexpr CodeTable make_code_table() {
     CodeTable table{};
     table.is_valid = true;
     for (int i = 0; i < kDynamicMidpoints.length; ++i) table.midpoint[i] = kDynamicMidpoints.at[i];
-    table.midpoint[255] = 2.0f;  // beyond every normalised value
-    int below = 127;             // midpoints under the bucket; the 127 negative ones are under every positive value
+    table.midpoint[255] = 2.0f;       // beyond every normalised value
+    table.first[kBucketOfNan] = 255;  // which has every midpoint below it
+    int below = 127;  // midpoints under the bucket; the 127 negative ones are under every positive value
     for (int bucket = 0; bucket < kBuckets; ++bucket) {
         const double start = bucket_start(bucket), end = bucket_start(bucket + 1);
         while (below < 255 && kDynamicMidpoints.at[below] < start) ++below;
-        table.first[0][bucket] = static_cast<uint8_t>(below);
+        table.first[bucket] = static_cast<uint8_t>(below);
         if (below < 254 && kDynamicMidpoints.at[below + 1] < end) table.is_valid = false;
         if (bucket == 0 && below != 127) table.is_valid = false;
     }
@@ -90,7 +103,7 @@ constexpr CodeTable make_code_table() {
         const double start = bucket_start(bucket), end = bucket_start(bucket + 1);
         const int before = above;
         while (above > 0 && kDynamicMidpoints.at[above - 1] > -end) --above;
-        table.first[1][bucket] = static_cast<uint8_t>(above);
+        table.first[kBuckets + bucket] = static_cast<uint8_t>(above);
         if (before - above > 1 || (bucket == 0 && above != 127)) table.is_valid = false;
         if (before - above == 1 && kDynamicMidpoints.at[above] > -start) table.is_valid = false;
     }
@@ -100,15 +113,47 @@ constexpr CodeTable make_code_table() {
 constexpr CodeTable kCodes = make_code_table();
 static_assert(kCodes.is_valid, "two midpoints of the dynamic map share a bucket");
 
-// `value` is normalised, at most a rounding beyond 1, or NaN, which has every midpoint below it.
-HB_INLINE uint8_t nearest_code(float value) {
+// `value` is normalised, at most a rounding beyond 1, or NaN.
+HB_INLINE uint16_t bucket_of(float value) {
     const uint32_t bits = bits_of(value);
     const uint32_t magnitude = bits & 0x7fffffffu;
-    if (magnitude > kInfinityBits) return 255;
     const uint32_t lifted = magnitude < kLowestBits ? kLowestBits : magnitude;
     const uint32_t bucket = (lifted - kLowestBits) >> kBucketShift;
-    const uint8_t first = kCodes.first[bits >> 31][bucket < kBuckets ? bucket : kBuckets - 1];
-    return static_cast<uint8_t>(first + (value > kCodes.midpoint[first] ? 1 : 0));
+    const uint32_t bounded = bucket < kBuckets ? bucket : kBuckets - 1;
+    const uint32_t of_sign = bounded + (bits >> 31) * kBuckets;
+    return static_cast<uint16_t>(magnitude > kInfinityBits ? kBucketOfNan : of_sign);
+}
+
+HB_CLONES float largest_distance(const float* absmax, int64_t count, float offset) {
+    int32_t largest = 0;
+    for (int64_t i = 0; i < count; ++i) {
+        const int32_t magnitude = static_cast<int32_t>(bits_of(absmax[i] - offset) & 0x7fffffffu);
+        largest = magnitude > largest ? magnitude : largest;
+    }
+    return float_of(static_cast<uint32_t>(largest));
+}
+
+HB_CLONES void find_buckets(const float* absmax, int64_t count, float offset, const Normaliser& normalise,
+                            float* normalised, uint16_t* buckets) {
+    for (int64_t i = 0; i < count; ++i) {
+        normalised[i] = normalise(absmax[i] - offset);
+        buckets[i] = bucket_of(normalised[i]);
+    }
+}
+
+void write_codes(const float* absmax, int64_t count, float offset, float largest, uint8_t* codes) {
+    constexpr int64_t kPiece = 256;
+    const Normaliser normalise(largest);
+    float normalised[kPiece];
+    uint16_t buckets[kPiece];
+    for (int64_t first = 0; first < count; first += kPiece) {
+        const int64_t length = std::min(kPiece, count - first);
+        find_buckets(absmax + first, length, offset, normalise, normalised, buckets);
+        for (int64_t i = 0; i < length; ++i) {
+            const uint8_t below = kCodes.first[buckets[i]];
+            codes[first + i] = static_cast<uint8_t>(below + (normalised[i] > kCodes.midpoint[below] ? 1 : 0));
+        }
+    }
 }
 
 }  // namespace
@@ -124,19 +169,9 @@ extern "C" hb_status hb_quantize_absmax(const hb_quantize_absmax_args* args) {
         const float offset = *a.offset;
         for (int64_t block = begin; block < end; ++block) {
             const int64_t first = block * a.nested_blocksize;
-            const int64_t last = std::min(first + a.nested_blocksize, a.blocks);
-            float largest = 0;
-            for (int64_t i = first; i < last; ++i) {
-                const float centred = a.absmax[i] - offset;
-                const float both[2] = {largest, centred};
-                largest = largest_magnitude(both, 2);
-            }
-            const float scale = largest < kSmallestDivisor ? kSubnormalScale : 1.0f;
-            const float divisor = largest * scale;
-            const float reciprocal = divisor == 0 ? 0.0f : 1.0f / divisor;
-            for (int64_t i = first; i < last; ++i) {
-                a.codes[i] = nearest_code((a.absmax[i] - offset) * scale * reciprocal);
-            }
+            const int64_t count = std::min(a.nested_blocksize, a.blocks - first);
+            const float largest = largest_distance(a.absmax + first, count, offset);
+            write_codes(a.absmax + first, count, offset, largest, a.codes + first);
             a.nested_absmax[block] = largest;
         }
     });

@@ -7,6 +7,7 @@
 #include <string.h>
 
 #include "clones.h"
+#include "formats.h"
 #include "halfbyte.h"
 
 namespace hb {
@@ -74,5 +75,20 @@ HB_INLINE float largest_magnitude(const float* values, int64_t count) {
     }
     return float_of(static_cast<uint32_t>(largest));
 }
+
+// What divides the values of a block by its scale: value * lift * reciprocal, where the lift is 1 but for scales so
+// small that their reciprocal would not be finite. A scale of 0 gives zeros.
+struct Normaliser {
+    float lift;
+    float reciprocal;
+
+    HB_INLINE explicit Normaliser(float scale) {
+        const float magnitude = scale < 0 ? -scale : scale;
+        lift = magnitude < kSmallestDivisor ? kSubnormalScale : 1.0f;
+        const float divisor = scale * lift;
+        reciprocal = divisor == 0 ? 0.0f : 1.0f / divisor;
+    }
+    HB_INLINE float operator()(float value) const { return value * lift * reciprocal; }
+};
 
 }  // namespace hb

@@ -5,17 +5,20 @@
 #include "floats.h"
 #include "halfbyte.h"
 #include "pool.h"
+#include "stream.h"
 
 namespace hb {
 
 namespace {
 
-// Values as float16 would hold them; one that float16 would make infinite stays as it is.
+// A value as float16 would hold it; one that float16 would make infinite stays as it is.
+HB_INLINE float through_half(float value) {
+    const uint16_t half = to_half(value);
+    return (half & 0x7c00) == 0x7c00 ? value : from_half(half);
+}
+
 HB_CLONES void round_through_half(const float* in, int64_t count, float* out) {
-    for (int64_t i = 0; i < count; ++i) {
-        const uint16_t half = to_half(in[i]);
-        out[i] = (half & 0x7c00) == 0x7c00 ? in[i] : from_half(half);
-    }
+    for (int64_t i = 0; i < count; ++i) out[i] = through_half(in[i]);
 }
 
 HB_CLONES float row_absmax(const float* values, int64_t count) {
@@ -50,22 +53,24 @@ extern "C" hb_status hb_quantize8(const hb_quantize8_args* args) {
     parallel_for(threads_for(a.call.threads, a.N * a.K), a.N, [&a](int64_t, int64_t begin, int64_t end) {
         float loaded[kPiece], values[kPiece];
         for (int64_t row = begin; row < end; ++row) {
+            const char* const w = static_cast<const char*>(a.w) + row * a.K * dtype_bytes(a.w_dtype);
+            int8_t* const codes = a.codes + row * a.K;
             float largest = 0;
-            for (int64_t k = 0; k < a.K; k += kPiece) {
+            for (int64_t k = largest_avx512(w, a.w_dtype, a.K, &largest); k < a.K; k += kPiece) {
                 const int64_t count = a.K - k < kPiece ? a.K - k : kPiece;
-                load_floats(a.w, a.w_dtype, row * a.K + k, count, loaded);
-                round_through_half(loaded, count, values);
-                const float both[2] = {largest, row_absmax(values, count)};
+                load_floats(w, a.w_dtype, k, count, loaded);
+                const float both[2] = {largest, row_absmax(loaded, count)};
                 largest = largest_magnitude(both, 2);
             }
-            const float factor = int8_factor(largest);
-            for (int64_t k = 0; k < a.K; k += kPiece) {
+            const float absmax = through_half(largest);  // rounding keeps the order, so that it can come last
+            const float factor = int8_factor(absmax);
+            for (int64_t k = quantize_avx512(w, a.w_dtype, a.K, absmax, codes); k < a.K; k += kPiece) {
                 const int64_t count = a.K - k < kPiece ? a.K - k : kPiece;
-                load_floats(a.w, a.w_dtype, row * a.K + k, count, loaded);
+                load_floats(w, a.w_dtype, k, count, loaded);
                 round_through_half(loaded, count, values);
-                round_to_int8(values, count, factor, a.codes + row * a.K + k);
+                round_to_int8(values, count, factor, codes + k);
             }
-            a.absmax[row] = largest;
+            a.absmax[row] = absmax;
         }
     });
     return HB_OK;
@@ -75,13 +80,18 @@ extern "C" hb_status hb_dequantize8(const hb_dequantize8_args* args) {
     using namespace hb;
     HB_REQUIRE(check(args));
     const hb_dequantize8_args& a = *args;
-    parallel_for(threads_for(a.call.threads, a.N * a.K), a.N, [&a](int64_t, int64_t begin, int64_t end) {
+    const int64_t row_bytes = a.K * dtype_bytes(a.out_dtype);
+    const bool streams = should_stream(a.N * row_bytes);
+    parallel_for(threads_for(a.call.threads, a.N * a.K), a.N, [&](int64_t, int64_t begin, int64_t end) {
         float values[kPiece];
         for (int64_t row = begin; row < end; ++row) {
-            for (int64_t k = 0; k < a.K; k += kPiece) {
+            const int8_t* const codes = a.codes + row * a.K;
+            char* const out = static_cast<char*>(a.out) + row * row_bytes;
+            const float absmax = a.absmax[row];
+            for (int64_t k = dequantize_avx512(codes, a.K, absmax, out, a.out_dtype, streams); k < a.K; k += kPiece) {
                 const int64_t count = a.K - k < kPiece ? a.K - k : kPiece;
-                scale_codes(a.codes + row * a.K + k, count, a.absmax[row], values);
-                store_floats(values, count, a.out, a.out_dtype, row * a.K + k);
+                scale_codes(codes + k, count, absmax, values);
+                store_floats(values, count, out, a.out_dtype, k);
             }
         }
     });

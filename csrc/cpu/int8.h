@@ -19,4 +19,10 @@ HB_INLINE float int8_factor(float absmax) {
 // codes[i] = values[i] * factor to nearest, ties to even; 0 for a product that is not finite.
 void round_to_int8(const float* values, int64_t count, float factor, int8_t* codes);
 
+// What int8_avx512.cpp does of a row: each starts at its first element and returns how many it has done, 0 on a CPU
+// without AVX-512.
+int64_t largest_avx512(const void* row, int64_t dtype, int64_t count, float* largest);
+int64_t quantize_avx512(const void* row, int64_t dtype, int64_t count, float absmax, int8_t* codes);
+int64_t dequantize_avx512(const int8_t* codes, int64_t count, float absmax, void* out, int64_t dtype, bool streams);
+
 }  // namespace hb

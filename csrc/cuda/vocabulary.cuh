@@ -101,17 +101,17 @@ __device__ inline int64_t sum_in_warp(int64_t value) {
     return value;
 }
 
-// What turns the values of a block with this absmax into normalised ones: value * scale * reciprocal.
+// What divides the values of a block by its scale, as in cpu/floats.h: value * lift * reciprocal.
 struct Normaliser {
-    float scale;
+    float lift;
     float reciprocal;
 
-    __device__ explicit Normaliser(float absmax) {
-        scale = absmax < kSmallestDivisor ? kSubnormalScale : 1.0f;
-        const float divisor = __fmul_rn(absmax, scale);
+    __device__ explicit Normaliser(float scale) {
+        lift = fabsf(scale) < kSmallestDivisor ? kSubnormalScale : 1.0f;
+        const float divisor = __fmul_rn(scale, lift);
         reciprocal = divisor == 0 ? 0.0f : __fdiv_rn(1.0f, divisor);
     }
-    __device__ float operator()(float value) const { return __fmul_rn(__fmul_rn(value, scale), reciprocal); }
+    __device__ float operator()(float value) const { return __fmul_rn(__fmul_rn(value, lift), reciprocal); }
 };
 
 // --- codes -----------------------------------------------------------------------------------------------------------

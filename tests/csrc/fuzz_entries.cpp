@@ -179,6 +179,27 @@ void fuzz_quantize4(Input& input) {
     judge(hb_quantize4(&args), tensors);
 }
 
+void fuzz_encode4(Input& input) {
+    Tensors tensors(input);
+    auto args = start<hb_encode4_args>(input);
+    args.x_dtype = input.option(3), args.n = input.size(), args.format = input.option(2);
+    args.blocksize = input.blocksize();
+    args.x = tensors.in<void>(args.n, element_bytes(args.x_dtype));
+    args.scales = tensors.in<float>(blocks_of(args.n, args.blocksize), 4);
+    args.packed = tensors.out<uint8_t>((static_cast<__int128>(args.n) + 1) / 2, 1);
+    judge(hb_encode4(&args), tensors);
+}
+
+void fuzz_search4(Input& input) {
+    Tensors tensors(input);
+    auto args = start<hb_search4_args>(input);
+    args.x_dtype = input.option(3), args.n = input.size(), args.format = input.option(2);
+    args.blocksize = input.blocksize();
+    args.x = tensors.in<void>(args.n, element_bytes(args.x_dtype));
+    args.scales = tensors.out<float>(blocks_of(args.n, args.blocksize), 4);
+    judge(hb_search4(&args), tensors);
+}
+
 void fuzz_dequantize4(Input& input) {
     Tensors tensors(input);
     auto args = start<hb_dequantize4_args>(input);
@@ -342,8 +363,9 @@ void fuzz_table(Input& input) {
 
 extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
     static constexpr void (*kEntries[])(Input&) = {
-        fuzz_quantize4,   fuzz_dequantize4, fuzz_quantize_absmax, fuzz_dequantize_absmax, fuzz_linear4, fuzz_quantize8,
-        fuzz_dequantize8, fuzz_linear8,     fuzz_table,           fuzz_paged_attention,
+        fuzz_quantize4,       fuzz_encode4,           fuzz_search4, fuzz_dequantize4,
+        fuzz_quantize_absmax, fuzz_dequantize_absmax, fuzz_linear4, fuzz_quantize8,
+        fuzz_dequantize8,     fuzz_linear8,           fuzz_table,   fuzz_paged_attention,
     };
     Input input(data, size);
     kEntries[input.any<uint8_t>() % (sizeof kEntries / sizeof kEntries[0])](input);

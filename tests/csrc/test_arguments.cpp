@@ -31,6 +31,16 @@ struct Valid {
         a.x = x, a.n = 64, a.blocksize = 64, a.packed = bytes, a.absmax = absmax;
         return a;
     }
+    hb_encode4_args encode4() {
+        auto a = args_with<hb_encode4_args>();
+        a.x = x, a.n = 64, a.blocksize = 64, a.scales = absmax, a.packed = bytes;
+        return a;
+    }
+    hb_search4_args search4() {
+        auto a = args_with<hb_search4_args>();
+        a.x = x, a.n = 64, a.blocksize = 64, a.scales = absmax;
+        return a;
+    }
     hb_dequantize4_args dequantize4() {
         auto a = args_with<hb_dequantize4_args>();
         a.packed = bytes, a.absmax = absmax, a.n = 64, a.blocksize = 64, a.out = out;
@@ -118,6 +128,8 @@ constexpr int64_t kHuge = std::numeric_limits<int64_t>::max();
 
 TEST(every_entry_refuses_a_bad_call) {
     REFUSED_CALLS(quantize4);
+    REFUSED_CALLS(encode4);
+    REFUSED_CALLS(search4);
     REFUSED_CALLS(dequantize4);
     REFUSED_CALLS(quantize_absmax);
     REFUSED_CALLS(dequantize_absmax);
@@ -132,6 +144,11 @@ TEST(null_pointers_are_refused) {
     REFUSED(quantize4, a.x = nullptr, HB_NULL_POINTER);
     REFUSED(quantize4, a.packed = nullptr, HB_NULL_POINTER);
     REFUSED(quantize4, a.absmax = nullptr, HB_NULL_POINTER);
+    REFUSED(encode4, a.x = nullptr, HB_NULL_POINTER);
+    REFUSED(encode4, a.scales = nullptr, HB_NULL_POINTER);
+    REFUSED(encode4, a.packed = nullptr, HB_NULL_POINTER);
+    REFUSED(search4, a.x = nullptr, HB_NULL_POINTER);
+    REFUSED(search4, a.scales = nullptr, HB_NULL_POINTER);
     REFUSED(dequantize4, a.packed = nullptr, HB_NULL_POINTER);
     REFUSED(dequantize4, a.absmax = nullptr, HB_NULL_POINTER);
     REFUSED(dequantize4, a.out = nullptr, HB_NULL_POINTER);
@@ -174,6 +191,10 @@ TEST(misaligned_pointers_are_refused) {
     REFUSED(quantize4, a.x = shifted(a.x), HB_MISALIGNED);
     REFUSED(quantize4, (a.x_dtype = HB_BFLOAT16, a.x = shifted(a.x)), HB_MISALIGNED);
     REFUSED(quantize4, a.absmax = shifted(a.absmax, 2), HB_MISALIGNED);
+    REFUSED(encode4, a.x = shifted(a.x), HB_MISALIGNED);
+    REFUSED(encode4, a.scales = shifted(a.scales), HB_MISALIGNED);
+    REFUSED(search4, (a.x_dtype = HB_FLOAT16, a.x = shifted(a.x)), HB_MISALIGNED);
+    REFUSED(search4, a.scales = shifted(a.scales, 2), HB_MISALIGNED);
     REFUSED(dequantize4, a.absmax = shifted(a.absmax), HB_MISALIGNED);
     REFUSED(dequantize4, a.out = shifted(a.out, 2), HB_MISALIGNED);
     REFUSED(quantize_absmax, a.absmax = shifted(a.absmax), HB_MISALIGNED);
@@ -202,13 +223,22 @@ TEST(unknown_choices_are_refused) {
     REFUSED(quantize4, a.x_dtype = 3, HB_BAD_DTYPE);
     REFUSED(quantize4, a.format = 2, HB_BAD_FORMAT);
     REFUSED(quantize4, a.format = -1, HB_BAD_FORMAT);
+    REFUSED(encode4, a.x_dtype = -1, HB_BAD_DTYPE);
+    REFUSED(encode4, a.format = 2, HB_BAD_FORMAT);
+    REFUSED(search4, a.x_dtype = 3, HB_BAD_DTYPE);
+    REFUSED(search4, a.format = 7, HB_BAD_FORMAT);
     for (const int64_t blocksize : {int64_t{0}, int64_t{-64}, int64_t{16}, int64_t{48}, int64_t{8192}, kHuge}) {
         Valid valid;
         hb_quantize4_args quantize = valid.quantize4();
+        hb_encode4_args encode = valid.encode4();
+        hb_search4_args search = valid.search4();
         hb_dequantize4_args dequantize = valid.dequantize4();
         hb_linear4_args linear = valid.linear4();
-        quantize.blocksize = dequantize.blocksize = linear.blocksize = blocksize;
+        quantize.blocksize = encode.blocksize = search.blocksize = blocksize;
+        dequantize.blocksize = linear.blocksize = blocksize;
         EXPECT(hb_quantize4(&quantize) == HB_BAD_BLOCKSIZE, "%lld", static_cast<long long>(blocksize));
+        EXPECT(hb_encode4(&encode) == HB_BAD_BLOCKSIZE, "%lld", static_cast<long long>(blocksize));
+        EXPECT(hb_search4(&search) == HB_BAD_BLOCKSIZE, "%lld", static_cast<long long>(blocksize));
         EXPECT(hb_dequantize4(&dequantize) == HB_BAD_BLOCKSIZE, "%lld", static_cast<long long>(blocksize));
         EXPECT(hb_linear4(&linear) == HB_BAD_BLOCKSIZE, "%lld", static_cast<long long>(blocksize));
     }
@@ -287,6 +317,12 @@ TEST(negative_and_huge_sizes_are_refused) {
         auto quantize4 = valid.quantize4();
         quantize4.n = size;
         EXPECT(hb_quantize4(&quantize4) == HB_BAD_SHAPE, "n %lld", static_cast<long long>(size));
+        auto encode4 = valid.encode4();
+        encode4.n = size;
+        EXPECT(hb_encode4(&encode4) == HB_BAD_SHAPE, "n %lld", static_cast<long long>(size));
+        auto search4 = valid.search4();
+        search4.n = size;
+        EXPECT(hb_search4(&search4) == HB_BAD_SHAPE, "n %lld", static_cast<long long>(size));
         auto dequantize4 = valid.dequantize4();
         dequantize4.n = size;
         EXPECT(hb_dequantize4(&dequantize4) == HB_BAD_SHAPE, "n %lld", static_cast<long long>(size));
@@ -358,6 +394,12 @@ TEST(empty_tensors_need_no_pointers) {
     auto quantize4 = args_with<hb_quantize4_args>();
     quantize4.blocksize = 64;
     EXPECT(hb_quantize4(&quantize4) == HB_OK, "n = 0");
+    auto encode4 = args_with<hb_encode4_args>();
+    encode4.blocksize = 64;
+    EXPECT(hb_encode4(&encode4) == HB_OK, "n = 0");
+    auto search4 = args_with<hb_search4_args>();
+    search4.blocksize = 64;
+    EXPECT(hb_search4(&search4) == HB_OK, "n = 0");
     auto dequantize4 = args_with<hb_dequantize4_args>();
     dequantize4.blocksize = 64;
     EXPECT(hb_dequantize4(&dequantize4) == HB_OK, "n = 0");

@@ -1,5 +1,5 @@
-"""Every instruction set level that this machine has: honest sums, equal bits from the 8-bit matmul and from attention,
-and rows that do not depend on their company. Each level runs in a process of its own, since a process decides once."""
+"""Every instruction set level that this machine has: honest sums, equal bits from everything but the 4-bit matmul, and
+rows that do not depend on their company. Each level runs in a process of its own, since a process decides once."""
 
 from __future__ import annotations
 
@@ -16,13 +16,22 @@ from quant.errors import NativeError
 
 LEVELS = native.levels(native.kernels("cpu").library)
 
-CHECKS = """
+START = """
 import hashlib, itertools, sys, torch
 from quant import formats, native, ops, reference
 from tests.quant.operands import Paged, Weight4
 level, seed = sys.argv[1], int(sys.argv[2])
 assert native.kernels("cpu").level == level
 generator = torch.Generator().manual_seed(seed)
+digest = hashlib.sha256()
+
+def update(*tensors):  # any NaN equals any NaN
+    for tensor in tensors:
+        is_nan = tensor != tensor
+        digest.update(is_nan.numpy().tobytes())
+        digest.update(tensor.masked_fill(is_nan, 0).view(-1).view(torch.uint8).numpy().tobytes())
+"""
+MATMULS = """
 shapes = ((4, 16), (5, 64), (33, 96), (8, 48), (70, 512), (7, 130), (12, 2048), (3, 4096), (9, 65), (37, 4480))
 for quant_type, blocksize, nested in itertools.product(formats.FOUR_BIT, (32, 64, 256), (None, 256)):
     for shape in shapes:
@@ -52,7 +61,6 @@ for shape, dtype in itertools.product(((5, 64), (33, 250), (12, 2048)), (torch.f
     assert ((out - exact).abs() <= exact.abs() * torch.finfo(dtype).eps + 6e-7 * size).all(), shape
     for rows in (1, 2, 4, 7):
         assert torch.equal(ops.linear_8bit(x[:rows], CB, SCB, 0.0, "all").double(), out[:rows])
-digest = hashlib.sha256()
 shapes8 = ((1, 1), (7, 33), (33, 250), (70, 512), (3, 70000))
 for shape, rows, dtype in itertools.product(shapes8, (1, 3, 9), (torch.float32, torch.bfloat16)):
     CB = torch.randint(-128, 128, shape, generator=generator, dtype=torch.int8)
@@ -62,7 +70,7 @@ for shape, rows, dtype in itertools.product(shapes8, (1, 3, 9), (torch.float32, 
         out = ops.linear_8bit(x, CB, SCB, threshold, outliers)
         if shape[1] < 1000:
             assert torch.equal(out, reference.linear_8bit(x, CB, SCB, threshold, outliers)), (shape, threshold)
-        digest.update(out.float().numpy().tobytes())
+        update(out)
 for dtype in formats.VALUE_DTYPES:
     for heads, dims in (((4, 4), (16, 32)), ((8, 1), (80, 96)), ((6, 2), (7, 33)), ((4, 1), (128, 128))):
         for options in ((0.3, 0, 0.0), (0.2, 70, 0.0), (0.2, 0, 4.0)):
@@ -70,23 +78,61 @@ for dtype in formats.VALUE_DTYPES:
             sinks = torch.randn(heads[0], generator=generator)
             out = ops.paged_attention(*paged.arguments(), *options, sinks)
             assert torch.isfinite(out).all()
-            digest.update(out.view(torch.uint8).numpy().tobytes())
-print("digest", digest.hexdigest())
+            update(out)
+"""
+CONVERSIONS = """
+def convert(values, quant_type, blocksize):
+    packed, absmax = ops.quantize_4bit(values, quant_type, blocksize)
+    scales = ops.search_scales_4bit(values, quant_type, blocksize)
+    update(packed, absmax, scales, ops.encode_4bit(values, scales, quant_type, blocksize))
+    hostile = torch.randn(scales.shape, generator=generator)
+    hostile[1::9], hostile[3::9], hostile[5::9], hostile[7::9] = torch.inf, torch.nan, 0.0, -1e-40
+    update(ops.encode_4bit(values, hostile, quant_type, blocksize))
+    codes = torch.randint(0, 256, packed.shape, generator=generator, dtype=torch.uint8)
+    for maxima in (absmax, hostile):
+        update(ops.dequantize_4bit(codes, maxima, quant_type, blocksize, values.shape, values.dtype))
+    update(*ops.quantize_absmax(absmax[absmax.isfinite()], 100))
+
+def convert_rows(values):
+    CB, SCB = ops.quantize_8bit(values)
+    update(CB, SCB, ops.dequantize_8bit(CB, SCB, values.dtype), ops.dequantize_8bit(CB, -SCB, values.dtype))
+
+for dtype in (torch.float32, torch.float16, torch.bfloat16):
+    for count in (31, 9001):
+        values = torch.randn(count, generator=generator) * 10 ** torch.randn(count, generator=generator)
+        values[64:96], values[96:128], values[300:301], values[800:801] = 0.0, values[96:128] * 1e-38, 1e9, torch.nan
+        for quant_type in formats.FOUR_BIT:
+            for blocksize in (32, 64, 1024):
+                convert(values.to(dtype), quant_type, blocksize)
+        for columns in (1, 15, 31, 100, 1000):
+            convert_rows(values[: count // columns * columns].view(-1, columns).to(dtype))
+"""
+LARGE = """# so large that results are written around the caches
+packed = torch.randint(0, 256, (1 << 23,), generator=generator, dtype=torch.uint8)
+absmax = torch.randn(1 << 18, generator=generator)
+update(*(ops.dequantize_4bit(packed, absmax, "nf4", 64, [1 << 24], dtype) for dtype in (torch.float32, torch.bfloat16)))
+CB, SCB = packed.view(torch.int8)[: 8200 * 1023].view(8200, 1023), absmax[:8200]
+update(ops.dequantize_8bit(CB, SCB, torch.float32))
 """
 
 
-def run_at(level: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+def run_at(level: str, script: str, seed: str) -> subprocess.CompletedProcess[str]:
     environment = os.environ | {native.LEVEL_VARIABLE: level}
-    command = [sys.executable, "-c", CHECKS, level, *arguments]
+    program = START + script + 'print("digest", digest.hexdigest())'
+    command = [sys.executable, "-c", program, level, seed]
     root = Path(__file__).parents[2]
     return subprocess.run(command, capture_output=True, text=True, check=False, env=environment, cwd=root)
 
 
-def test_every_level_is_right_and_exact_results_agree() -> None:
+@pytest.mark.parametrize(
+    "script",
+    [pytest.param(MATMULS, id="matmuls"), pytest.param(CONVERSIONS, id="conversions"), pytest.param(LARGE, id="large")],
+)
+def test_every_level_is_right_and_exact_results_agree(script: str) -> None:
     seed = str(int.from_bytes(os.urandom(4), "little"))
     digests = {}
     for level in LEVELS:
-        result = run_at(level, seed)
+        result = run_at(level, script, seed)
         assert result.returncode == 0, f"level {level}, seed {seed}: {result.stderr}"
         digests[level] = result.stdout
     assert len(set(digests.values())) == 1, f"seed {seed}: {digests}"
@@ -99,7 +145,7 @@ def test_a_wide_level_runs_where_nothing_else_is_asked_for() -> None:
 
 @pytest.mark.parametrize("level", ["none", "", "avx1024"])
 def test_an_unknown_level_is_refused_with_what_is_accepted(level: str) -> None:
-    result = run_at(level, "0")
+    result = run_at(level, "", "0")
     assert NativeError.__name__ in result.stderr
     assert re.search(
         rf"HALFBYTE_CPU_LEVEL is '{level}'; accepted on this machine are {', '.join(LEVELS)}", result.stderr

@@ -77,6 +77,39 @@ def test_nan_and_infinity_stay_in_their_block(device: str, quant_type: str, gene
     assert got[[0, 4, 5]].isfinite().all()
 
 
+@pytest.mark.parametrize("quant_type", formats.FOUR_BIT)
+@pytest.mark.parametrize("blocksize", formats.BLOCKSIZES)
+def test_codes_at_given_scales_are_the_references(
+    device: str, quant_type: str, blocksize: int, generator: torch.Generator
+) -> None:
+    for shape, dtype in itertools.product([*operands.SHAPES, (0, 5), (5, 4097)], DTYPES):
+        x = operands.hostile_values(shape, dtype, generator)
+        scales = torch.randn(formats.block_count(x.numel(), blocksize), generator=generator)
+        scales[1:2], scales[2:3], scales[3:4], scales[4:5], scales[5:6] = 0.0, 1e-41, -3e38, torch.inf, torch.nan
+        packed = ops.encode_4bit(x.to(device), scales.to(device), quant_type, blocksize)
+        assert same_bits(packed.cpu(), reference.encode_4bit(x, scales, quant_type, blocksize)), (shape, dtype)
+        codes, absmax = ops.quantize_4bit(x.to(device), quant_type, blocksize)
+        assert same_bits(ops.encode_4bit(x.to(device), absmax, quant_type, blocksize), codes), (shape, dtype)
+
+
+@pytest.mark.parametrize("quant_type", formats.FOUR_BIT)
+@pytest.mark.parametrize("blocksize", [32, 64, 512, 4096])
+def test_scales_that_are_found_are_the_references(
+    device: str, quant_type: str, blocksize: int, generator: torch.Generator
+) -> None:
+    for shape, dtype in [
+        ((1, 1), torch.float16),
+        ((33, 250), torch.float32),
+        ((5, 1001), torch.bfloat16),
+        ((0, 5), torch.float32),
+    ]:
+        x = operands.hostile_values(shape, dtype, generator)
+        if x.numel() > 8192:
+            x.view(-1)[3000], x.view(-1)[-1] = torch.nan, -torch.inf
+        scales = ops.search_scales_4bit(x.to(device), quant_type, blocksize)
+        assert same_bits(scales.cpu(), reference.search_scales_4bit(x, quant_type, blocksize)), (shape, dtype)
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_every_16_bit_value_is_read_and_written_right(device: str, dtype: torch.dtype) -> None:
     """All 65536 patterns in, as values to quantize; and out, as products of a code and an absmax."""
@@ -237,7 +270,9 @@ def test_threads_change_no_bit(generator: torch.Generator) -> None:
         for threads in (1, 2, 5):
             torch.set_num_threads(threads)
             product = ops.linear_4bit(x, *weight.arguments())  # type: ignore[arg-type]
-            results.append((product, *ops.quantize_4bit(big, "fp4", 64)))
+            scales = ops.search_scales_4bit(big, "nf4", 64)
+            codes = ops.encode_4bit(big, scales, "nf4", 64)
+            results.append((product, *ops.quantize_4bit(big, "fp4", 64), scales, codes))
     finally:
         torch.set_num_threads(before)
     for other in results[1:]:

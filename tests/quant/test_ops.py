@@ -32,6 +32,8 @@ def sample_arguments(name: str, generator: torch.Generator, dtype: torch.dtype =
     sinks = torch.randn(4, generator=generator)
     return {
         "quantize_4bit": [x, "fp4", 64],
+        "encode_4bit": [x, torch.randn(4, generator=generator), "nf4", 64],
+        "search_scales_4bit": [x, "nf4", 64],
         "dequantize_4bit": [weight.packed, weight.plain_absmax(), "nf4", 64, [7, 33], dtype],
         "quantize_absmax": [absmax, 256],
         "dequantize_absmax": [*reference.quantize_absmax(absmax), 256],
@@ -185,6 +187,14 @@ REFUSALS: list[tuple[str, int, Callable[[Any], Any], str]] = [
     ("quantize_4bit", 0, lambda x: x.double(), "x has dtype torch.float64"),
     ("quantize_4bit", 1, lambda _: "int4", "quant_type is 'int4'; accepted are 'nf4' and 'fp4'"),
     ("quantize_4bit", 2, lambda _: 48, "blocksize is 48; accepted are 32, 64"),
+    ("encode_4bit", 0, lambda x: x.double(), "x has dtype torch.float64"),
+    ("encode_4bit", 1, lambda s: s[1:], r"scales has shape \[3\]; it must be \[4\]"),
+    ("encode_4bit", 1, lambda s: s.half(), "scales has dtype torch.float16"),
+    ("encode_4bit", 1, lambda s: s.to("meta"), "scales is on meta but x is on cpu"),
+    ("encode_4bit", 2, lambda _: "int4", "quant_type is 'int4'"),
+    ("search_scales_4bit", 0, lambda x: x.to(torch.int8), "x has dtype torch.int8"),
+    ("search_scales_4bit", 1, lambda _: "int4", "quant_type is 'int4'"),
+    ("search_scales_4bit", 2, lambda _: 16, "blocksize is 16; accepted are 32, 64"),
     ("dequantize_4bit", 0, lambda p: p[:-1], r"packed has shape \[115\]; it must be \[116\]"),
     ("dequantize_4bit", 0, lambda p: p.view(torch.int8), "packed has dtype torch.int8"),
     ("dequantize_4bit", 0, lambda p: p[:, None], r"packed has shape \[116, 1\]"),
