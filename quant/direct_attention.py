@@ -48,9 +48,9 @@ class DirectAttention:
         if query.stride(2) != 1 or query.data_ptr() % query.element_size():
             query = query.clone(memory_format=torch.contiguous_format)
         threads = min(torch.get_num_threads(), native.MAX_THREADS)
-        # All that the checks look at.
-        key = (query.shape, keys.shape, values.shape, query.dtype, keys.dtype, values.dtype, scale, window, softcap)
-        key += (threads, None if sinks is None else (sinks.shape, sinks.dtype))
+        stores = (keys.shape, values.shape, keys.dtype, values.dtype)
+        of_sinks = None if sinks is None else (sinks.shape, sinks.dtype)
+        key = (query.shape, query.dtype, stores, scale, window, softcap, of_sinks, threads)  # what the checks look at
         args = self._prepared.get(key)
         if args is None:
             args = self._prepare(query, keys, values, scale, window, softcap, sinks, threads)

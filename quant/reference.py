@@ -3,8 +3,8 @@
 Not the way to run a model: `linear_4bit` here builds the whole weight. Functions have the names and arguments of
 quant/ops.py, whose docstrings give shapes, dtypes and errors; arguments are taken as already checked.
 
-Bit-exact everywhere: quantized codes, statistics and dequantized values. The matmuls agree with a kernel up to the
-order in which float32 sums are added.
+Bit-exact everywhere: quantized codes, statistics and dequantized values. The others agree with a kernel up to the
+order in which float32 sums are added, and to the last bits of an exponential.
 """
 
 from __future__ import annotations
@@ -181,6 +181,19 @@ def paged_attention(
         value = value.masked_fill(~seen.any(dim=0)[:, None, None], 0.0)  # nothing, times what nobody sees
         out[begin:end] = torch.einsum("gjrk,kge->rgje", weights, value).flatten(1, 2).to(query.dtype)
     return out
+
+
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    """Normalised in float32, rounded, then weighted."""
+    values = x.float()
+    values = values * torch.rsqrt(values.square().mean(dim=-1, keepdim=True) + eps)
+    return (weight * values.to(x.dtype)).contiguous()
+
+
+def swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    """silu, rounded, times up."""
+    values = gate.float()
+    return ((values / (1.0 + torch.exp(-values))).to(gate.dtype) * up).contiguous()
 
 
 _ONE_THREADS_PIECE = 1 << 15
