@@ -261,4 +261,27 @@ inline hb_status check(const hb_paged_attention_args* a) {
     return check_tensor(a->out, a->T, bytes);
 }
 
+inline hb_status check(const hb_rms_norm_args* a) {
+    HB_REQUIRE(check_call(a == nullptr ? nullptr : &a->call, sizeof *a));
+    HB_REQUIRE(check_dtype(a->dtype));
+    HB_REQUIRE(fail_unless(a->eps >= 0, HB_BAD_OPTION));
+    int64_t count = 0;
+    HB_REQUIRE(check_shape(a->M, a->K, &count));
+    const int64_t bytes = dtype_bytes(a->dtype);
+    HB_REQUIRE(check_tensor(a->x, count, bytes));
+    HB_REQUIRE(check_tensor(a->weight, count, bytes));
+    return check_tensor(a->out, count, bytes);
+}
+
+inline hb_status check(const hb_swiglu_args* a) {
+    HB_REQUIRE(check_call(a == nullptr ? nullptr : &a->call, sizeof *a));
+    HB_REQUIRE(check_dtype(a->dtype));
+    int64_t count = 0;
+    HB_REQUIRE(check_shape(a->n, 1, &count));
+    const int64_t bytes = dtype_bytes(a->dtype);
+    HB_REQUIRE(check_tensor(a->gate, count, bytes));
+    HB_REQUIRE(check_tensor(a->up, count, bytes));
+    return check_tensor(a->out, count, bytes);
+}
+
 }  // namespace hb

@@ -271,6 +271,32 @@ HB_API hb_status hb_paged_attention(const hb_paged_attention_args* args);
 /* Writes the bytes of workspace that hb_paged_attention needs for these shapes and threads; reads no other pointer. */
 HB_API hb_status hb_paged_attention_workspace(const hb_paged_attention_args* args, int64_t* bytes);
 
+/* Root mean square normalisation of rows, CPU only: with r = x / sqrt(mean(x^2) + eps) in float32, r rounded to x's
+ * dtype, out = weight * r rounded once more. The squares are added up in 16 sums, the same at every level. */
+typedef struct hb_rms_norm_args {
+    hb_call call;
+    const void* x;      /* [M, K] */
+    int64_t dtype;      /* of x, weight and out */
+    int64_t M;          /* rows */
+    int64_t K;          /* values of a row */
+    const void* weight; /* [K] */
+    double eps;         /* used as a float32; not negative and not NaN */
+    void* out;          /* out [M, K] */
+} hb_rms_norm_args;
+HB_API hb_status hb_rms_norm(const hb_rms_norm_args* args);
+
+/* The product in a gated linear unit, CPU only: out = silu(gate) * up, with silu(g) = g / (1 + e^-g) computed in
+ * float32 and rounded to the dtype before the product is. */
+typedef struct hb_swiglu_args {
+    hb_call call;
+    const void* gate; /* [n] */
+    const void* up;   /* [n] */
+    int64_t dtype;    /* of gate, up and out */
+    int64_t n;        /* values */
+    void* out;        /* out [n] */
+} hb_swiglu_args;
+HB_API hb_status hb_swiglu(const hb_swiglu_args* args);
+
 /* HB_ABI_VERSION of the library. */
 HB_API int32_t hb_abi_version(void);
 /* The name of the instruction set level that this library runs at: the one that serves this machine best, or the one

@@ -187,3 +187,24 @@ def check_paged_attention(
         if sinks.dim() != 1 or sinks.shape[0] != query.shape[1]:
             raise ShapeError(f"sinks have shape {list(sinks.shape)}; they must be [{query.shape[1]}], one per head.")
         check_same_device("sinks", sinks, "query", query)
+
+
+def check_rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> None:
+    """Rows to normalise and their weight."""
+    check_values("x", x)
+    if x.dim() == 0:
+        raise ShapeError("x has no dimensions; it must be [..., K].")
+    check_vector("weight", weight, x.dtype, x.shape[-1], "as x's last size")
+    check_same_device("weight", weight, "x", x)
+    if not 0 <= eps < math.inf:
+        raise ShapeError(f"eps is {eps}; accepted are 0 and any positive number.")
+
+
+def check_swiglu(gate: torch.Tensor, up: torch.Tensor) -> None:
+    """The two halves of a gated linear unit."""
+    check_values("gate", gate)
+    if gate.shape != up.shape or gate.dtype != up.dtype:
+        raise ShapeError(
+            f"gate is {gate.dtype} {list(gate.shape)} and up is {up.dtype} {list(up.shape)}; they must be alike."
+        )
+    check_same_device("up", up, "gate", gate)

@@ -88,10 +88,12 @@ STRUCTS: Final = {
         "*query query_row_stride query_head_stride *keys *values dtype T H G D E blocks block_tokens"
         " *tables S max_blocks *offsets *starts %scale window %softcap *sinks sinks_dtype *out",
     ),
+    "hb_rms_norm": _struct("RmsNorm", "*x dtype M K *weight %eps *out"),
+    "hb_swiglu": _struct("Swiglu", "*gate *up dtype n *out"),
 }
 """The argument struct of each entry."""
 ENTRIES_WITH_WORKSPACE: Final = ("hb_linear4", "hb_linear8", "hb_paged_attention")
-CPU_ONLY: Final = frozenset({"hb_paged_attention"})
+CPU_ONLY: Final = frozenset({"hb_paged_attention", "hb_rms_norm", "hb_swiglu"})
 """Entries that libhalfbyte_cuda.so does not have."""
 
 
@@ -455,6 +457,28 @@ class Kernels:
             sinks_dtype=0 if sinks is None else DTYPE_CODES[sinks.dtype],
             out=out,
         )
+        return out
+
+    def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+        x, weight = ready(x), ready(weight)
+        out = torch.empty_like(x)
+        self.call(
+            "hb_rms_norm",
+            x.device,
+            x=x,
+            dtype=DTYPE_CODES[x.dtype],
+            M=_rows(x),
+            K=x.shape[-1],
+            weight=weight,
+            eps=eps,
+            out=out,
+        )
+        return out
+
+    def swiglu(self, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+        gate, up = ready(gate), ready(up)
+        out = torch.empty_like(gate)
+        self.call("hb_swiglu", gate.device, gate=gate, up=up, dtype=DTYPE_CODES[gate.dtype], n=gate.numel(), out=out)
         return out
 
 

@@ -19,7 +19,10 @@ import torch
 from quant import arguments, formats, native, reference
 from quant.errors import ShapeError
 
-REFERENCE_ONLY: Final[dict[str, frozenset[str]]] = {"cpu": frozenset(), "cuda": frozenset({"paged_attention"})}
+REFERENCE_ONLY: Final[dict[str, frozenset[str]]] = {
+    "cpu": frozenset(),
+    "cuda": frozenset({"paged_attention", "rms_norm", "swiglu"}),
+}
 """The device types with compiled kernels, and the operators that have none there and run the reference."""
 
 _LIBRARY: Final = torch.library.Library("halfbyte", "DEF")  # type: ignore[no-untyped-call]
@@ -41,6 +44,8 @@ _SCHEMAS: Final = (
     "linear_8bit(Tensor x, Tensor CB, Tensor SCB, float threshold, str outliers, Tensor? bias) -> Tensor",
     "paged_attention(Tensor query, Tensor keys, Tensor values, Tensor tables, Tensor offsets, Tensor starts,"
     " float scale, int window, float softcap, Tensor? sinks) -> Tensor",
+    "rms_norm(Tensor x, Tensor weight, float eps) -> Tensor",
+    "swiglu(Tensor gate, Tensor up) -> Tensor",
 )
 NAMES: Final = tuple(schema.partition("(")[0] for schema in _SCHEMAS)
 """The operators, for tests that go over all of them."""
@@ -221,6 +226,24 @@ def paged_attention(
         torch.Tensor,
         torch.ops.halfbyte.paged_attention(query, keys, values, tables, offsets, starts, scale, window, softcap, sinks),
     )
+
+
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    """Root mean square normalisation over the last dimension, rounded as Llama's is.
+
+    x: [..., K] float32 / float16 / bfloat16; weight: [K] in x's dtype. x / sqrt(mean(x^2) + eps) in float32, rounded to
+    x's dtype, then times weight. Returns x's shape and dtype. A row does not depend on others. No gradients. Raises
+    ShapeError.
+    """
+    return cast(torch.Tensor, torch.ops.halfbyte.rms_norm(x, weight, eps))
+
+
+def swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    """silu(gate) * up, silu computed in float32 and rounded to the dtype before it is multiplied.
+
+    gate, up: one shape and dtype, float32 / float16 / bfloat16; so is the result. No gradients. Raises ShapeError.
+    """
+    return cast(torch.Tensor, torch.ops.halfbyte.swiglu(gate, up))
 
 
 # --- kernels: check, then run -----------------------------------------------------------------------------------------
@@ -437,6 +460,26 @@ def _fake_paged_attention(query: torch.Tensor, *rest: Any) -> torch.Tensor:
     arguments.check_paged_attention(query, *rest)
     values: torch.Tensor = rest[1]
     return query.new_empty(*query.shape[:2], values.shape[3])
+
+
+def _rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    arguments.check_rms_norm(x, weight, eps)
+    return cast(torch.Tensor, _run("rms_norm", x.device, x, weight, eps))
+
+
+def _fake_rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    arguments.check_rms_norm(x, weight, eps)
+    return x.new_empty(x.shape)
+
+
+def _swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    arguments.check_swiglu(gate, up)
+    return cast(torch.Tensor, _run("swiglu", gate.device, gate, up))
+
+
+def _fake_swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    arguments.check_swiglu(gate, up)
+    return gate.new_empty(gate.shape)
 
 
 # --- gradients: to activations and bias, none to packed weights -------------------------------------------------------

@@ -3,8 +3,8 @@
 Not the way to run a model: `linear_4bit` here builds the whole weight. Functions have the names and arguments of
 quant/ops.py, whose docstrings give shapes, dtypes and errors; arguments are taken as already checked.
 
-Bit-exact everywhere: quantized codes, statistics and dequantized values. The matmuls agree with a kernel up to the
-order in which float32 sums are added.
+Bit-exact everywhere: quantized codes, statistics and dequantized values. The others agree with a kernel up to the
+order in which float32 sums are added, and to the last bits of an exponential.
 """
 
 from __future__ import annotations
@@ -242,6 +242,19 @@ def embedding_4bit(
 def embedding_8bit(ids: torch.Tensor, CB: torch.Tensor, SCB: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """Rows of the whole table; arguments are those of quant/rows.py."""
     return dequantize_8bit(CB, SCB, dtype)[ids.long()]
+
+
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    """Normalised in float32, rounded, then weighted."""
+    values = x.float()
+    values = values * torch.rsqrt(values.square().mean(dim=-1, keepdim=True) + eps)
+    return (weight * values.to(x.dtype)).contiguous()
+
+
+def swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    """silu, rounded, times up."""
+    values = gate.float()
+    return ((values / (1.0 + torch.exp(-values))).to(gate.dtype) * up).contiguous()
 
 
 _ONE_THREADS_PIECE = 1 << 15

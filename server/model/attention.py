@@ -11,7 +11,8 @@ and windows are ours. A batch is packed: all sequences' tokens in one row, `[1, 
     per layer store      [blocks, block_tokens, kv_heads, head_dim]
     write                row t -> slot = block * block_tokens + place      (one index_copy for the whole batch)
     read                 per sequence: its blocks in order, cut to its length; nothing beyond is ever read
-    tables               all sequences' blocks, [S, widest], made once per batch and used by every layer
+    tables               all sequences' blocks, [S, widest], made once per batch and used by every layer; where nothing
+                         is traced or differentiated, in a call past torch's dispatcher, with the same bits
 
 This file chooses no batches and owns no queue; runner.py fills the context.
 """
@@ -27,6 +28,8 @@ from torch.nn import functional as F
 from transformers import AttentionInterface
 
 from quant import formats, ops
+from quant.direct import is_direct
+from quant.direct_attention import DirectAttention
 from server.records import KV_BLOCK_TOKENS
 
 ATTENTION_NAME: Final = "halfbyte"
@@ -173,14 +176,15 @@ class PagedBatch:
     """In packed order, together all rows."""
     calls: int = 0
     _tables: _Tables | None = None
+    _direct: DirectAttention | None = None
     _masks: dict[tuple[int, int | None, torch.device], torch.Tensor] = field(default_factory=dict)
 
     def attend(self, call: Call) -> torch.Tensor:
         keys, values = self.cache.keys[self.calls], self.cache.values[self.calls]
         self.calls += 1
-        slots = self.slots.to(keys.device)
-        keys.flatten(0, 1).index_copy_(0, slots, call.key.transpose(0, 1))
-        values.flatten(0, 1).index_copy_(0, slots, call.value.transpose(0, 1))
+        slots = self.slots if self.slots.device == keys.device else self.slots.to(keys.device)
+        _write(keys, slots, call.key)
+        _write(values, slots, call.value)
         if keys.device.type == "cpu" and keys.dtype in formats.VALUE_DTYPES and call.query.dtype == keys.dtype:
             return self.attend_at_once(call, keys, values)
         return self.attend_in_torch(call, keys, values)
@@ -194,8 +198,13 @@ class PagedBatch:
         """All sequences in one call of quant's kernel; the same."""
         if self._tables is None:
             self._tables = _Tables.of(self.segments)
+        query = call.query.transpose(0, 1)
+        if is_direct(query):
+            if self._direct is None:
+                self._direct = DirectAttention(self._tables.blocks, self._tables.offsets, self._tables.starts)
+            return self._direct(query, keys, values, call.scale, call.window or 0, call.softcap or 0.0, call.sinks)
         return ops.paged_attention(
-            call.query.transpose(0, 1),
+            query,
             keys,
             values,
             self._tables.blocks,
@@ -239,6 +248,11 @@ class PagedBatch:
                 known &= columns > rows - window
             self._masks[index, window, device] = known
         return known
+
+
+def _write(store: torch.Tensor, slots: torch.Tensor, rows: torch.Tensor) -> None:
+    """rows [G, T, D] into [blocks, block_tokens, G, D]."""
+    store.view(-1, *store.shape[2:]).index_copy_(0, slots, rows.transpose(0, 1))
 
 
 def _attend_fused(

@@ -5,6 +5,9 @@ error. So nothing is believed by name. A recorder counts the calls and notes eac
 sequences go through the candidate runner, packed and in chunks, and their logits must be those of the model's own
 attention on each sequence alone.
 
+Before the runners are tried, and after the model's own logits are known, fuse.py puts kernels of our own into it: what
+it changed is proven by the same comparison.
+
     every layer calls us, and the logits agree     -> PagedRunner
     else, where the logits agree                   -> CacheRunner
     else                                           -> refused, by name, with what was seen
@@ -21,6 +24,7 @@ from server.errors import LoadError
 from server.model.attention import ATTENTION_NAME, CONTEXT_ARGUMENT, Call, LayerShape, PagedCache, register
 from server.model.batch import Batch, Chunk, Draw
 from server.model.cache_runner import CacheRunner
+from server.model.fuse import fuse
 from server.model.runner import PagedRunner, input_device
 from server.records import KV_BLOCK_TOKENS, ModelSpec, SamplingParams
 
@@ -54,6 +58,7 @@ def choose_runner(
     prompts = _prompts(model, max_model_len)
     _refuse_unless_causal(model, prompts[-1])
     expected = _own_logits(model, prompts)
+    fuse(model)
     try:
         layers = _probe_layers(model, prompts[-1])
         runner = PagedRunner(

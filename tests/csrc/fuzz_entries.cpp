@@ -351,6 +351,28 @@ void fuzz_paged_attention(Input& input) {
     run_with_workspace(input, args, tensors, hb_paged_attention_workspace, hb_paged_attention, args.T > 0, steps);
 }
 
+void fuzz_rms_norm(Input& input) {
+    Tensors tensors(input);
+    auto args = start<hb_rms_norm_args>(input);
+    args.dtype = input.option(3), args.M = input.size(), args.K = input.size();
+    args.eps = input.any<uint8_t>() % 4 == 0 ? input.any<double>() : 1e-6;
+    const __int128 count = args.M < 0 ? -1 : static_cast<__int128>(args.M) * args.K;
+    args.x = tensors.in<void>(count, element_bytes(args.dtype));
+    args.weight = tensors.in<void>(args.K, element_bytes(args.dtype));
+    args.out = tensors.out<void>(count, element_bytes(args.dtype));
+    judge(hb_rms_norm(&args), tensors);
+}
+
+void fuzz_swiglu(Input& input) {
+    Tensors tensors(input);
+    auto args = start<hb_swiglu_args>(input);
+    args.dtype = input.option(3), args.n = input.size();
+    args.gate = tensors.in<void>(args.n, element_bytes(args.dtype));
+    args.up = tensors.in<void>(args.n, element_bytes(args.dtype));
+    args.out = tensors.out<void>(args.n, element_bytes(args.dtype));
+    judge(hb_swiglu(&args), tensors);
+}
+
 void fuzz_table(Input& input) {
     const int32_t which = input.any<int32_t>() % 16;
     const int64_t room = input.any<uint16_t>() % 300 - 10;
@@ -363,9 +385,11 @@ void fuzz_table(Input& input) {
 
 extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
     static constexpr void (*kEntries[])(Input&) = {
-        fuzz_quantize4,       fuzz_encode4,           fuzz_search4, fuzz_dequantize4,
-        fuzz_quantize_absmax, fuzz_dequantize_absmax, fuzz_linear4, fuzz_quantize8,
-        fuzz_dequantize8,     fuzz_linear8,           fuzz_table,   fuzz_paged_attention,
+        fuzz_quantize4,   fuzz_encode4,         fuzz_search4,
+        fuzz_dequantize4, fuzz_quantize_absmax, fuzz_dequantize_absmax,
+        fuzz_linear4,     fuzz_quantize8,       fuzz_dequantize8,
+        fuzz_linear8,     fuzz_table,           fuzz_paged_attention,
+        fuzz_rms_norm,    fuzz_swiglu,
     };
     Input input(data, size);
     kEntries[input.any<uint8_t>() % (sizeof kEntries / sizeof kEntries[0])](input);

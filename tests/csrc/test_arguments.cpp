@@ -1,4 +1,6 @@
 // What must be refused, and with which status: null, misaligned, odd, empty and huge arguments of every entry.
+#include <memory>
+
 #include "testing.h"
 
 using namespace testing;
@@ -78,6 +80,16 @@ struct Valid {
         a.x = x, a.M = 2, a.N = 3, a.K = 21, a.codes = codes, a.absmax = absmax, a.out = out;
         return a;
     }
+    hb_rms_norm_args rms_norm() {
+        auto a = args_with<hb_rms_norm_args>();
+        a.x = x, a.M = 3, a.K = 21, a.weight = absmax, a.eps = 1e-6, a.out = out;
+        return a;
+    }
+    hb_swiglu_args swiglu() {
+        auto a = args_with<hb_swiglu_args>();
+        a.gate = x, a.up = absmax, a.n = 63, a.out = out;
+        return a;
+    }
     // Two sequences: rows at positions 2 and 3 of one, at 0 of the other; blocks of two tokens.
     hb_paged_attention_args paged_attention() {
         auto a = args_with<hb_paged_attention_args>();
@@ -104,12 +116,12 @@ Pointer shifted(Pointer pointer, int bytes = 1) {
     return reinterpret_cast<Pointer>(reinterpret_cast<uintptr_t>(pointer) + static_cast<uintptr_t>(bytes));
 }
 
-#define REFUSED(entry, field_change, expected)                                                              \
-    do {                                                                                                    \
-        Valid valid;                                                                                        \
-        using Args = hb_##entry##_args;                                                                     \
-        expect_refused<Args>(                                                                               \
-            hb_##entry, valid.entry(), [](Args& a) { field_change; }, expected, #entry ": " #field_change); \
+#define REFUSED(entry, field_change, expected)                                                               \
+    do {                                                                                                     \
+        const std::unique_ptr<Valid> valid(new Valid); /* its buffers are too large for many on a stack */   \
+        using Args = hb_##entry##_args;                                                                      \
+        expect_refused<Args>(                                                                                \
+            hb_##entry, valid->entry(), [](Args& a) { field_change; }, expected, #entry ": " #field_change); \
     } while (0)
 
 // What every entry refuses in the part that all calls share.
@@ -138,6 +150,8 @@ TEST(every_entry_refuses_a_bad_call) {
     REFUSED_CALLS(dequantize8);
     REFUSED_CALLS(linear8);
     REFUSED_CALLS(paged_attention);
+    REFUSED_CALLS(rms_norm);
+    REFUSED_CALLS(swiglu);
 }
 
 TEST(null_pointers_are_refused) {
@@ -177,6 +191,12 @@ TEST(null_pointers_are_refused) {
     REFUSED(linear8, a.absmax = nullptr, HB_NULL_POINTER);
     REFUSED(linear8, a.out = nullptr, HB_NULL_POINTER);
     REFUSED(linear8, a.call.workspace = nullptr, HB_NULL_POINTER);
+    REFUSED(rms_norm, a.x = nullptr, HB_NULL_POINTER);
+    REFUSED(rms_norm, a.weight = nullptr, HB_NULL_POINTER);
+    REFUSED(rms_norm, a.out = nullptr, HB_NULL_POINTER);
+    REFUSED(swiglu, a.gate = nullptr, HB_NULL_POINTER);
+    REFUSED(swiglu, a.up = nullptr, HB_NULL_POINTER);
+    REFUSED(swiglu, a.out = nullptr, HB_NULL_POINTER);
     REFUSED(paged_attention, a.query = nullptr, HB_NULL_POINTER);
     REFUSED(paged_attention, a.keys = nullptr, HB_NULL_POINTER);
     REFUSED(paged_attention, a.values = nullptr, HB_NULL_POINTER);
@@ -210,6 +230,12 @@ TEST(misaligned_pointers_are_refused) {
     REFUSED(linear8, a.x = shifted(a.x), HB_MISALIGNED);
     REFUSED(linear8, a.bias = shifted(a.x), HB_MISALIGNED);
     REFUSED(linear8, a.call.workspace = shifted(a.call.workspace, 4), HB_WORKSPACE_MISALIGNED);
+    REFUSED(rms_norm, a.x = shifted(a.x, 2), HB_MISALIGNED);
+    REFUSED(rms_norm, (a.dtype = HB_FLOAT16, a.weight = shifted(a.weight)), HB_MISALIGNED);
+    REFUSED(rms_norm, a.out = shifted(a.out), HB_MISALIGNED);
+    REFUSED(swiglu, a.gate = shifted(a.gate, 2), HB_MISALIGNED);
+    REFUSED(swiglu, (a.dtype = HB_BFLOAT16, a.up = shifted(a.up)), HB_MISALIGNED);
+    REFUSED(swiglu, a.out = shifted(a.out, 3), HB_MISALIGNED);
     REFUSED(paged_attention, a.query = shifted(a.query, 2), HB_MISALIGNED);
     REFUSED(paged_attention, (a.dtype = HB_BFLOAT16, a.keys = shifted(a.keys)), HB_MISALIGNED);
     REFUSED(paged_attention, a.tables = shifted(a.tables, 4), HB_MISALIGNED);
@@ -253,6 +279,10 @@ TEST(unknown_choices_are_refused) {
 }
 
 TEST(options_of_attention_are_refused) {
+    REFUSED(rms_norm, a.dtype = 3, HB_BAD_DTYPE);
+    REFUSED(rms_norm, a.eps = -1e-6, HB_BAD_OPTION);
+    REFUSED(rms_norm, a.eps = std::numeric_limits<double>::quiet_NaN(), HB_BAD_OPTION);
+    REFUSED(swiglu, a.dtype = -1, HB_BAD_DTYPE);
     REFUSED(paged_attention, a.dtype = 3, HB_BAD_DTYPE);
     REFUSED(paged_attention, (a.sinks = a.query, a.sinks_dtype = -1), HB_BAD_DTYPE);
     REFUSED(paged_attention, a.scale = std::numeric_limits<double>::infinity(), HB_BAD_OPTION);
@@ -357,6 +387,12 @@ TEST(negative_and_huge_sizes_are_refused) {
         auto quantize8 = valid.quantize8();
         quantize8.N = size;
         EXPECT(hb_quantize8(&quantize8) == HB_BAD_SHAPE, "N %lld", static_cast<long long>(size));
+        auto rms_norm = valid.rms_norm();
+        rms_norm.K = size;
+        EXPECT(hb_rms_norm(&rms_norm) == HB_BAD_SHAPE, "K %lld", static_cast<long long>(size));
+        auto swiglu = valid.swiglu();
+        swiglu.n = size;
+        EXPECT(hb_swiglu(&swiglu) == HB_BAD_SHAPE, "n %lld", static_cast<long long>(size));
         auto dequantize8 = valid.dequantize8();
         dequantize8.K = size;
         EXPECT(hb_dequantize8(&dequantize8) == HB_BAD_SHAPE, "K %lld", static_cast<long long>(size));
@@ -420,6 +456,11 @@ TEST(empty_tensors_need_no_pointers) {
     auto linear8 = args_with<hb_linear8_args>();
     linear8.K = 100;
     EXPECT(hb_linear8(&linear8) == HB_OK, "M = N = 0");
+    auto rms_norm = args_with<hb_rms_norm_args>();
+    rms_norm.M = 7;
+    EXPECT(hb_rms_norm(&rms_norm) == HB_OK, "K = 0");
+    auto swiglu = args_with<hb_swiglu_args>();
+    EXPECT(hb_swiglu(&swiglu) == HB_OK, "n = 0");
     auto attention = args_with<hb_paged_attention_args>();
     attention.H = attention.G = attention.D = attention.E = attention.block_tokens = 1;
     EXPECT(hb_paged_attention(&attention) == HB_OK, "T = S = 0");

@@ -42,6 +42,8 @@ def sample_arguments(name: str, generator: torch.Generator, dtype: torch.dtype =
         "dequantize_8bit": [CB, SCB, dtype],
         "linear_8bit": [x, CB, SCB, 2.0, "value", bias],
         "paged_attention": [*paged.arguments(), 0.5, 3, 20.0, sinks],
+        "rms_norm": [x, torch.randn(33, generator=generator).to(dtype), 1e-6],
+        "swiglu": [x, x * 2],
     }[name]
 
 
@@ -218,6 +220,14 @@ REFUSALS: list[tuple[str, int, Callable[[Any], Any], str]] = [
     ("linear_8bit", 3, lambda _: -1.0, "threshold is -1.0"),
     ("linear_8bit", 3, lambda _: float("nan"), "threshold is nan"),
     ("linear_8bit", 4, lambda _: "column", "outliers is 'column'"),
+    ("rms_norm", 0, lambda x: x.double(), "x has dtype torch.float64"),
+    ("rms_norm", 0, lambda x: x[0, 0, 0], "x has no dimensions"),
+    ("rms_norm", 1, lambda w: w.half(), "weight has dtype torch.float16; it must be torch.float32"),
+    ("rms_norm", 1, lambda w: w[1:], r"weight has shape \[32\]; it must be \[33\]"),
+    ("rms_norm", 2, lambda _: -1.0, "eps is -1.0"),
+    ("swiglu", 0, lambda g: g.int(), "gate has dtype torch.int32"),
+    ("swiglu", 1, lambda u: u[1:], r"they must be alike"),
+    ("swiglu", 1, lambda u: u.half(), r"up is torch.float16 \[2, 3, 33\]; they must be alike"),
     ("paged_attention", 0, lambda q: q.double(), "query has dtype torch.float64"),
     ("paged_attention", 0, lambda q: q[0], r"query has shape \[4, 8\]; it must be \[T, H, D\]"),
     ("paged_attention", 0, lambda q: q[:, :3], "query has 3 heads; it must be a multiple of the keys' 2"),

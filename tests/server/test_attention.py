@@ -181,3 +181,18 @@ def test_what_is_not_honoured_is_refused(arguments: dict[str, object], words: st
     settings = {key: value for key, value in arguments.items() if key not in ("attention_mask", "rows")}
     with pytest.raises(ValueError, match=words):
         attention(torch.nn.Module(), *qkv, arguments.get("attention_mask"), **context, **settings)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_call_past_the_dispatcher_gives_the_same_bits(dtype: torch.dtype) -> None:
+    cache = PagedCache([LayerShape(2, 8, 8, dtype, torch.device("cpu"))], BLOCKS, BLOCK)
+    query, key, value = (torch.randn(heads, 3, 8, dtype=dtype) for heads in (4, 2, 2))
+    call = Call(query, key, value, 0.3, None, None, torch.randn(4))
+    segments = [Segment(0, 2, 0, torch.tensor([3])), Segment(2, 1, 0, torch.tensor([9, 1]))]
+    found = []
+    for mode in (torch.no_grad(), torch.enable_grad()):
+        batch = PagedBatch(cache, torch.tensor([12, 13, 36]), segments)
+        with mode:
+            found.append(batch.attend(call))
+        assert (batch._direct is None) == (mode.__class__ is torch.enable_grad)
+    assert torch.equal(*found)

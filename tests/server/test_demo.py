@@ -276,7 +276,7 @@ def test_quality_benchmark(model: transformers.PreTrainedModel, name: str, bits:
     """32 / 64 bits of absmax a weight, 8 / 64 and a little when it is quantized again, 32 a row of int8."""
     sequences = heldout_ids(Tokenizer.from_file(str(DEMO_MODEL_PATH / "tokenizer.json")), 8)
     baseline = [predict(model, ids) for ids in sequences]
-    row, predictions = quality.run(name, DEMO_MODEL_PATH, sequences, baseline)
+    row, predictions = quality.run(name, None, DEMO_MODEL_PATH, sequences, baseline)
     assert row.bits_per_weight == pytest.approx(bits, abs=0.001)
     assert 0 < abs(row.nats_lost) < 0.2
     assert row.same_first_choice > 0.9

@@ -1,0 +1,141 @@
+"""Small modules of transformers' models, computed by quant's kernels: one call where torch runs six operators.
+
+In a decode step on a CPU a norm of some hundred values costs what torch's dispatcher costs, several times per layer.
+A module that is fused keeps its object, parameters and names, and gets a subclass of its class whose forward takes the
+short way where it may (`quant.direct.is_direct`); every other call is transformers' own.
+
+Nothing is believed by name. A norm is fused where its own output on random rows is what the kernel gives, an MLP where
+its forward, run on stand-ins for its four parts, proves to be down(silu(gate(x)) * up(x)) bit for bit. Whatever else
+there is stays as it is, among it Gemma's (1 + weight) norms, modules with accelerate's hooks, and other devices' ones.
+Not here: rotary embeddings, which are functions of transformers' modules: to change them is to change them for
+everyone in the process.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+from types import SimpleNamespace
+from typing import Any, Final
+
+import torch
+from torch import nn
+from transformers.activations import SiLUActivation
+
+from quant import direct_rows, formats
+from quant.direct import is_direct
+
+log = logging.getLogger(__name__)
+
+_PROBED_VALUES: Final = 4096
+_SEED: Final = 20
+_MLP_PARTS: Final = {"gate_proj", "up_proj", "down_proj", "act_fn"}
+
+
+class FusedNorm(nn.Module):
+    """Llama's RMSNorm under any name; comes before the class of transformers."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        weight = self._parameters["weight"]
+        if is_direct(x) and weight is not None and weight.dtype is x.dtype:
+            return direct_rows.rms_norm(x, weight, self.variance_epsilon)  # type: ignore[arg-type]
+        return super().forward(x)  # type: ignore[no-any-return]
+
+
+class FusedMLP(nn.Module):
+    """Llama's gated MLP under any name; comes before the class of transformers."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if not is_direct(x):
+            return super().forward(x)  # type: ignore[no-any-return]
+        parts: Any = self._modules
+        return parts["down_proj"](direct_rows.swiglu(parts["gate_proj"](x), parts["up_proj"](x)))  # type: ignore[no-any-return]
+
+
+@torch.inference_mode()
+def fuse(model: nn.Module) -> int:
+    """Fuses what it knows in a model on a CPU, in place; how many modules that are."""
+    count = 0
+    for module in model.modules():
+        if isinstance(module, (FusedNorm, FusedMLP)) or not _is_plain(module):
+            continue
+        kind: Any = type(module)
+        if _is_norm(module):
+            module.__class__ = _fused(FusedNorm, kind)
+        elif _is_mlp(module):
+            module.__class__ = _fused(FusedMLP, kind)
+        else:
+            continue
+        count += 1
+    log.info("%d modules of %s run on kernels of their own", count, type(model).__name__)
+    return count
+
+
+@functools.cache
+def _fused(mixin: Any, kind: Any) -> type[nn.Module]:
+    return type(f"Fused{kind.__name__}", (mixin, kind), {"__module__": __name__})
+
+
+def _is_plain(module: nn.Module) -> bool:
+    """In memory on a CPU, with no forward but its class's: accelerate's hooks put one on the object."""
+    for part in module.modules():
+        if "forward" in vars(part) or hasattr(part, "_hf_hook"):
+            return False
+    return all(tensor.is_cpu for tensor in (*module.parameters(), *module.buffers()))
+
+
+def _is_norm(module: nn.Module) -> bool:
+    weight, eps = module._parameters.get("weight"), getattr(module, "variance_epsilon", None)
+    if weight is None or len(module._parameters) != 1 or module._buffers or module._modules:
+        return False
+    if weight.dim() != 1 or weight.dtype not in formats.VALUE_DTYPES or not weight.numel():
+        return False
+    if not isinstance(eps, float) or not 0 <= eps < 1:
+        return False
+    rows = -(-_PROBED_VALUES // weight.numel())
+    x = (torch.randn(rows, weight.numel(), generator=_generator()) * 3).to(weight.dtype)
+    try:
+        expected = module(x)
+    except (TypeError, RuntimeError, ValueError):
+        return False
+    return isinstance(expected, torch.Tensor) and _agree(direct_rows.rms_norm(x, weight, eps), expected)
+
+
+def _agree(found: torch.Tensor, expected: torch.Tensor) -> bool:
+    """Up to the order of a row's sum: a few last bits in float32, hardly ever one where results are rounded further."""
+    if found.shape != expected.shape or found.dtype != expected.dtype:
+        return False
+    is_rounded = found.dtype != torch.float32
+    bits = 1 if is_rounded else 8
+    allowed = bits * torch.finfo(found.dtype).eps * expected.float().abs()
+    different = (found != expected).float().mean().item()
+    near = ((found.float() - expected.float()).abs() <= allowed).all()
+    return bool(near) and (not is_rounded or different < 0.01)
+
+
+def _is_mlp(module: nn.Module) -> bool:
+    is_silu = type(module._modules.get("act_fn")) in (nn.SiLU, SiLUActivation)
+    if not is_silu or set(module._modules) != _MLP_PARTS or module._parameters or module._buffers:
+        return False
+    kind: Any = type(module)
+    return _is_gated_silu(kind)
+
+
+@functools.cache
+def _is_gated_silu(kind: Any) -> bool:
+    """Whether a class's forward looks at nothing but its four parts, and is what a fused one computes."""
+    x, a, b, c = torch.randn(4, 3, 64, generator=_generator()).unbind()
+    silu = nn.functional.silu
+    parts: Any = SimpleNamespace(
+        gate_proj=lambda y: y * a, up_proj=lambda y: y * b, down_proj=lambda y: y * c, act_fn=silu
+    )
+    try:
+        found: Any = kind.forward(parts, x)
+    except (AttributeError, TypeError, RuntimeError, ValueError):
+        return False
+    return isinstance(found, torch.Tensor) and torch.equal(found, silu(x * a) * (x * b) * c)
+
+
+def _generator() -> torch.Generator:
+    """Numbers of its own: a model's loading leaves torch's as they were."""
+    return torch.Generator().manual_seed(_SEED)

@@ -1,0 +1,55 @@
+// Normalisation and the gated product against their definitions in float64.
+#include "testing.h"
+
+using namespace testing;
+
+TEST(rms_norm_follows_its_definition) {
+    const int64_t shapes[][2] = {{1, 1}, {3, 16}, {2, 33}, {5, 511}, {1, 513}, {70, 1030}};
+    for (const auto& [M, K] : shapes) {
+        const std::vector<float> x = normal_values(M * K, 3.0f), weight = normal_values(K);
+        std::vector<float> out = poisoned<float>(M * K);
+        auto args = args_with<hb_rms_norm_args>(any_of({1, 3}));
+        args.x = x.data(), args.M = M, args.K = K, args.weight = weight.data(), args.eps = 0.01, args.out = out.data();
+        EXPECT(hb_rms_norm(&args) == HB_OK, "%d x %d", (int)M, (int)K);
+        for (int64_t row = 0; row < M; ++row) {
+            double squares = 0;
+            for (int64_t k = 0; k < K; ++k) squares += std::pow(x[static_cast<size_t>(row * K + k)], 2.0);
+            const double factor = 1 / std::sqrt(squares / static_cast<double>(K) + 0.01);
+            for (int64_t k = 0; k < K; ++k) {
+                const double want = x[static_cast<size_t>(row * K + k)] * factor * weight[static_cast<size_t>(k)];
+                const double found = out[static_cast<size_t>(row * K + k)];
+                EXPECT(std::fabs(found - want) <= 1e-6 * std::fabs(want), "row %d: %g, not %g", (int)row, found, want);
+            }
+        }
+    }
+}
+
+TEST(swiglu_follows_its_definition) {
+    for (const int64_t n : {1, 15, 511, 513, 70000}) {
+        std::vector<float> gate = normal_values(n, 20.0f);
+        const std::vector<float> up = normal_values(n);
+        gate[0] = any_of({0, -87, 87});
+        std::vector<float> out = poisoned<float>(n);
+        auto args = args_with<hb_swiglu_args>(any_of({1, 3}));
+        args.gate = gate.data(), args.up = up.data(), args.n = n, args.out = out.data();
+        EXPECT(hb_swiglu(&args) == HB_OK, "n %d", (int)n);
+        for (size_t i = 0; i < gate.size(); ++i) {
+            const double g = gate[i], want = g / (1 + std::exp(-g)) * up[i];
+            EXPECT(std::fabs(out[i] - want) <= 4e-7 * std::fabs(want) + 1e-36, "%g * %g: %g", g, up[i], out[i]);
+        }
+    }
+}
+
+TEST(swiglu_at_the_ends) {
+    const float infinity = std::numeric_limits<float>::infinity();
+    const float gate[] = {infinity, 1000.0f, -1000.0f, -infinity, std::nanf(""), 0.0f};
+    const float up[] = {1, 1, 1, 1, 1, 1};
+    float out[6];
+    auto args = args_with<hb_swiglu_args>();
+    args.gate = gate, args.up = up, args.n = 6, args.out = out;
+    EXPECT(hb_swiglu(&args) == HB_OK, "six values");
+    EXPECT(out[0] == infinity && out[1] == 1000.0f, "large: %g %g", out[0], out[1]);
+    EXPECT(out[2] == 0 && std::signbit(out[2]), "very negative: %g", out[2]);
+    EXPECT(std::isnan(out[3]) && std::isnan(out[4]), "no numbers: %g %g", out[3], out[4]);
+    EXPECT(out[5] == 0, "zero: %g", out[5]);
+}

@@ -1,0 +1,93 @@
+"""Norms and gated products: kernels, references, float64, torch's own modules, and calls past the dispatcher."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.nn import functional as F
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
+
+from quant import direct_rows, ops, reference
+from quant.errors import ShapeError
+from tests.quant import operands
+
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+SHAPES = [(1,), (3, 16), (2, 3, 33), (5, 511), (1, 1, 2048), (70, 1030), (0, 8), (4, 0)]
+LAST_BITS = 4
+"""What a float32 result may differ by, in steps of its size: a sum in another order, an exponential, two roundings."""
+
+
+def near(found: torch.Tensor, expected: torch.Tensor) -> bool:
+    """Within LAST_BITS in float32; in 16 bits one, and that in fewer than one value of a hundred."""
+    bits = LAST_BITS if found.dtype == torch.float32 else 1
+    is_near = (found - expected).abs().double() <= bits * torch.finfo(found.dtype).eps * expected.abs().double()
+    turned = (found != expected).sum().item()
+    return bool(is_near.all()) and (found.dtype == torch.float32 or turned <= 1 + found.numel() / 100)
+
+
+@pytest.fixture
+def generator() -> torch.Generator:
+    return operands.fresh_generator()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_rms_norm_is_llamas(shape: tuple[int, ...], dtype: torch.dtype, generator: torch.Generator) -> None:
+    x = (torch.randn(shape, generator=generator) * 3).to(dtype)
+    module = LlamaRMSNorm(shape[-1], 1e-5).to(dtype)
+    module.weight.data = weight = torch.randn(shape[-1], generator=generator).to(dtype)
+    found = ops.rms_norm(x, weight, 1e-5)
+    assert found.shape == x.shape
+    assert near(found, module(x).detach())
+    assert near(found, reference.rms_norm(x, weight, 1e-5))
+    with torch.no_grad():
+        assert operands.same_bits(direct_rows.rms_norm(x, weight, 1e-5), found)
+        spread = torch.stack([x, x], dim=-1)[..., 0]
+        assert operands.same_bits(direct_rows.rms_norm(spread, weight, 1e-5), found)
+    if x.dim() > 1 and x.numel():
+        assert operands.same_bits(ops.rms_norm(x[-1:], weight, 1e-5), found[-1:]), "a row on its own"
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_swiglu_is_torchs(shape: tuple[int, ...], dtype: torch.dtype, generator: torch.Generator) -> None:
+    gate, up = ((torch.randn(shape, generator=generator) * size).to(dtype) for size in (6, 1))
+    found = ops.swiglu(gate, up)
+    assert found.shape == gate.shape
+    assert near(found, F.silu(gate) * up)
+    assert near(found, reference.swiglu(gate, up))
+    with torch.no_grad():
+        assert operands.same_bits(direct_rows.swiglu(gate, up), found)
+        spread = torch.stack([up, up], dim=-1)[..., 0]
+        assert operands.same_bits(direct_rows.swiglu(gate, spread), found)
+
+
+def test_threads_change_nothing(generator: torch.Generator) -> None:
+    x, weight = torch.randn(200, 1030, generator=generator), torch.randn(1030, generator=generator)
+    threads = torch.get_num_threads()
+    found = []
+    try:
+        for count in (1, 3):
+            torch.set_num_threads(count)
+            found.append((direct_rows.rms_norm(x, weight, 1e-5), direct_rows.swiglu(x, x)))
+    finally:
+        torch.set_num_threads(threads)
+    assert all(operands.same_bits(one, three) for one, three in zip(*found, strict=True))
+
+
+def test_direct_calls_refuse_what_the_operators_refuse() -> None:
+    x, weight = torch.ones(2, 8), torch.ones(8)
+    with pytest.raises(ShapeError, match=r"weight has shape \[7\]"):
+        direct_rows.rms_norm(x, weight[:7], 1e-5)
+    with pytest.raises(ShapeError, match="weight has dtype torch.float16"):
+        direct_rows.rms_norm(x, weight.half(), 1e-5)
+    with pytest.raises(ShapeError, match="weight is on meta"):
+        direct_rows.rms_norm(x, weight.to("meta"), 1e-5)
+    with pytest.raises(ShapeError, match="eps is -1"):
+        direct_rows.rms_norm(x, weight, -1.0)
+    with pytest.raises(ShapeError, match="x has dtype torch.int64"):
+        direct_rows.rms_norm(x.long(), weight, 1e-5)
+    with pytest.raises(ShapeError, match="they must be alike"):
+        direct_rows.swiglu(x, weight)
+    with pytest.raises(ShapeError, match="up is on meta"):
+        direct_rows.swiglu(x, x.to("meta"))
