@@ -95,18 +95,24 @@ constexpr float kInt8ProductScale = static_cast<float>(1.0 / (127.0 * 127.0));
 constexpr float kSmallestDivisor = 0x1p-100f;
 constexpr float kSubnormalScale = 0x1p100f;
 
-// The search for a block's scale tries these times its largest magnitude: steps of 1/32, and for a format without a
-// sign bit their negatives after them.
-constexpr int kSearchCount = 48;
+// The search for a block's scale first tries these times its largest magnitude, and for a format without a sign bit
+// their negatives after them; then the best one's scale plus each of the steps.
+constexpr int kSearchCount = 16;
 constexpr Table<float, 2 * kSearchCount> make_search_factors() {
     Table<float, 2 * kSearchCount> factors{};
     for (int i = 0; i < kSearchCount; ++i) {
-        factors.at[i] = static_cast<float>(8 + i) / 32.0f;
+        factors.at[i] = static_cast<float>(20 + 5 * i) / 64.0f;
         factors.at[kSearchCount + i] = -factors.at[i];
     }
     return factors;
 }
 constexpr Table<float, 2 * kSearchCount> kSearchFactors = make_search_factors();
+constexpr Table<float, kSearchCount> make_search_steps() {
+    Table<float, kSearchCount> steps{};
+    for (int i = 0; i < kSearchCount; ++i) steps.at[i] = static_cast<float>(2 * i - 15) / 256.0f;
+    return steps;
+}
+constexpr Table<float, kSearchCount> kSearchSteps = make_search_steps();
 // A scale that is found must lower the squared error by more, in units of the largest magnitude's square: less may be
 // the rounding of the division by it, and a block that its maximum decodes exactly must keep it.
 constexpr float kSearchMargin = 0x1p-30f;

@@ -19,8 +19,10 @@ from quant import formats
 # SUBNORMAL_SCALE first, which is exact.
 SMALLEST_DIVISOR = 2.0**-100
 SUBNORMAL_SCALE = 2.0**100
-SEARCH_FACTORS = tuple(step / 32 for step in range(8, 56))
-"""The scales that the search tries, in units of a block's absmax; csrc/formats.h has them once more."""
+SEARCH_FACTORS = tuple((20 + 5 * i) / 64 for i in range(16))
+"""The scales that the search tries first, in units of a block's absmax; csrc/formats.h has them once more."""
+SEARCH_STEPS = tuple((2 * i - 15) / 256 for i in range(16))
+"""Added to the best of those, they are the scales that it tries then."""
 SEARCH_MARGIN = 2.0**-30
 """What a scale must gain in squared error, in units of absmax squared: less may be the rounding of the division."""
 
@@ -48,10 +50,10 @@ def encode_4bit(x: torch.Tensor, scales: torch.Tensor, quant_type: str, blocksiz
 def search_scales_4bit(x: torch.Tensor, quant_type: str, blocksize: int) -> torch.Tensor:
     """The scale of each block with the smallest squared error among those tried, in the block's own unit, its absmax.
 
-    Every factor of SEARCH_FACTORS gives each value its nearest code. For given codes q the best scale is
-    sum(x q) / sum(q q), which lowers the error by sum(x q)^2 / sum(q q): the factor with the largest such gain wins,
-    the first among equals. Its best scale gives nearest codes once more, those their best scale, and it is kept where
-    its error is below that of absmax itself. Sums go over a block's values in order, each operation rounded to float32.
+    Every scale that is tried gives each value its nearest code. For given codes q the best scale is
+    sum(x q) / sum(q q), which lowers the error by sum(x q)^2 / sum(q q), its gain; the largest gain wins, the first
+    among equals. First come SEARCH_FACTORS, then those around the scale that won, and that is kept where its error is
+    below that of absmax itself. Sums go over a block's values in order, each operation rounded to float32.
     """
     number_format = formats.FOUR_BIT[quant_type]
     blocks = _in_blocks(x, blocksize)
@@ -62,14 +64,13 @@ def search_scales_4bit(x: torch.Tensor, quant_type: str, blocksize: int) -> torc
     tried = torch.tensor(SEARCH_FACTORS, dtype=torch.float32, device=x.device)
     if not number_format.signed_magnitude:  # else the other sign gives the same values
         tried = torch.cat([tried, -tried])
-    products, powers = _fit(values, tried[:, None].expand(-1, absmax.numel()), number_format)
-    gains = torch.where(powers == 0, 0.0, products * products / powers)
-    gain, winner = gains.max(dim=0)  # the first of equal ones
-    found = torch.where(gain > 0, (products / powers).gather(0, winner[None])[0], 1.0)
-    products, powers = (sums[0] for sums in _fit(values, found[None], number_format))
-    found = torch.where(powers > 0, products / powers, found)
-    error, error_of_absmax = _errors(values, torch.stack([found, torch.ones_like(found)]), number_format)
-    scales = torch.where(error < error_of_absmax - SEARCH_MARGIN, found, 1.0) * absmax
+    own = torch.ones_like(absmax)
+    best = torch.zeros_like(absmax), own
+    best = _better(best, *_fit(values, tried[:, None].expand(-1, absmax.numel()), number_format))
+    steps = torch.tensor(SEARCH_STEPS, dtype=torch.float32, device=x.device)
+    _, found = _better(best, *_fit(values, best[1] + steps[:, None], number_format))
+    error, error_of_absmax = _errors(values, torch.stack([found, own]), number_format)
+    scales = torch.where(error < error_of_absmax - SEARCH_MARGIN, found, own) * absmax
     return torch.where(scales.isfinite(), scales, absmax)
 
 
@@ -320,6 +321,16 @@ def _fit(
         products = products + column * chosen
         powers = powers + chosen * chosen
     return products, powers
+
+
+def _better(
+    best: tuple[torch.Tensor, torch.Tensor], products: torch.Tensor, powers: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The largest gain of every block and the scale that has it: the best so far, or a larger one among these fits."""
+    gains = torch.where(powers == 0, 0.0, products * products / powers)
+    gain, winner = gains.max(dim=0)  # the first of equal ones
+    scale = (products / powers).gather(0, winner[None])[0]
+    return torch.where(gain > best[0], gain, best[0]), torch.where(gain > best[0], scale, best[1])
 
 
 def _errors(values: torch.Tensor, factors: torch.Tensor, number_format: formats.FourBitFormat) -> torch.Tensor:

@@ -1,9 +1,10 @@
 // The scale of each 4-bit block, of either sign, with the smallest squared error that is found.
 //
-// A block is divided by its largest magnitude. Every factor of formats.h's search gives each value x its nearest table
-// value q; the best scale for those is sum(xq) / sum(qq), which lowers the error by sum(xq)^2 / sum(qq). The factor
-// that gains most wins, its best scale is refined once more, and it is taken where its error is below that of the
-// largest magnitude itself. Bit-equal to quant/reference.py: sums go over the values in order, one lane per factor.
+// A block is divided by its largest magnitude. Every factor that is tried gives each value x its nearest table value q;
+// the best scale for those is sum(xq) / sum(qq), which lowers the error by sum(xq)^2 / sum(qq), its gain. First come
+// formats.h's factors, then those around the scale that gained most, and the best is taken where its error is below
+// that of the largest magnitude itself. Bit-equal to quant/reference.py: sums go over the values in order, a lane per
+// factor.
 #include "search4.h"
 
 #include <math.h>
@@ -92,38 +93,43 @@ constexpr Table<float, kMostFactors> make_reciprocals() {
 }
 constexpr Table<float, kMostFactors> kReciprocals = make_reciprocals();
 
-// A factor and its reciprocal, which is 0 where there is none, in every lane.
-struct Lanes {
-    alignas(64) float factors[kFactorLanes];
-    alignas(64) float reciprocals[kFactorLanes];
+float reciprocal_of(float factor) {
+    return factor == 0 ? 0.0f : 1.0f / factor;
+}
 
-    explicit Lanes(float factor) {
-        for (int lane = 0; lane < kFactorLanes; ++lane) {
-            factors[lane] = factor;
-            reciprocals[lane] = factor == 0 ? 0.0f : 1.0f / factor;
+// The scale that gained most so far; 1, the largest magnitude's own, before any did.
+struct Best {
+    float gain = 0;
+    float scale = 1;
+
+    void look_at(const Fit& fit, int count) {
+        for (int i = 0; i < count; ++i) {
+            const float power = fit.powers[i];
+            const float gained = power == 0 ? 0.0f : fit.products[i] * fit.products[i] / power;
+            if (!(gained > gain)) continue;
+            gain = gained;
+            scale = fit.products[i] / power;
         }
     }
 };
 
-// The factor with the smallest error for values that are divided by their largest magnitude; 1 is that magnitude's own.
-float best_factor(const SearchSteps& steps, const float* values, int64_t length, int count) {
+// For values that are divided by their largest magnitude, in units of it.
+float best_scale(const SearchSteps& steps, const float* values, int64_t length, int count) {
     Fit fit;
+    Best best;
     steps.fit(values, length, kReciprocals.at, count, &fit);
-    float best_gain = 0, found = 1;
-    for (int i = 0; i < count; ++i) {
-        const float power = fit.powers[i];
-        const float gain = power == 0 ? 0.0f : fit.products[i] * fit.products[i] / power;
-        if (!(gain > best_gain)) continue;
-        best_gain = gain;
-        found = fit.products[i] / power;
+    best.look_at(fit, count);
+    alignas(64) float factors[kFactorLanes], reciprocals[kFactorLanes], errors[kFactorLanes];
+    for (int lane = 0; lane < kFactorLanes; ++lane)
+        reciprocals[lane] = reciprocal_of(best.scale + kSearchSteps.at[lane]);
+    steps.fit(values, length, reciprocals, kFactorLanes, &fit);
+    best.look_at(fit, kFactorLanes);
+    for (int lane = 0; lane < kFactorLanes; ++lane) {  // two lanes are needed, the others cost nothing
+        factors[lane] = lane == 0 ? best.scale : 1.0f;
+        reciprocals[lane] = reciprocal_of(factors[lane]);
     }
-    steps.fit(values, length, Lanes(found).reciprocals, kFactorLanes, &fit);
-    if (fit.powers[0] > 0) found = fit.products[0] / fit.powers[0];
-    Lanes lanes(found);
-    lanes.factors[1] = lanes.reciprocals[1] = 1.0f;
-    float errors[kFactorLanes];
-    steps.errors(values, length, lanes.factors, lanes.reciprocals, errors);
-    return errors[0] < errors[1] - kSearchMargin ? found : 1.0f;
+    steps.errors(values, length, factors, reciprocals, errors);
+    return errors[0] < errors[1] - kSearchMargin ? best.scale : 1.0f;
 }
 
 // Divides by the largest magnitude, which is returned; magnitudes where only those are searched.
@@ -156,7 +162,7 @@ extern "C" hb_status hb_search4(const hb_search4_args* args) {
             const int64_t length = first + a.blocksize <= a.n ? a.blocksize : a.n - first;
             load_floats(a.x, a.x_dtype, first, length, values);
             const float absmax = normalise_block(values, length, has_sign_bit);
-            const float scale = best_factor(steps, values, length, count) * absmax;
+            const float scale = best_scale(steps, values, length, count) * absmax;
             a.scales[block] = isfinite(scale) ? scale : absmax;
         }
     });

@@ -10,9 +10,9 @@
 
 namespace hb {
 
-constexpr int kFactorLanes = 16;
+constexpr int kFactorLanes = kSearchCount;
 constexpr int kMostFactors = kSearchFactors.length;
-static_assert(kSearchCount % kFactorLanes == 0, "a group of factors fills its lanes");
+static_assert(kFactorLanes == 16, "what a vector of 512 bits holds");
 
 // Of a block at several factors, by lane: sum(x q) and sum(q q), where q is the table's value nearest to x / factor.
 struct Fit {

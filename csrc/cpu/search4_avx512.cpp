@@ -55,7 +55,7 @@ HB_AVX512 void fit_groups(const float* values, int64_t length, const float* reci
 
 template <typename Ranks>
 HB_AVX512 void fit(const float* values, int64_t length, const float* reciprocals, int64_t count, Fit* out) {
-    constexpr int kTogether = 3;  // as many as registers hold
+    constexpr int kTogether = 2;  // both signs
     int64_t at = 0;
     for (; at + kTogether * kFactorLanes <= count; at += kTogether * kFactorLanes) {
         fit_groups<Ranks, kTogether>(values, length, reciprocals + at, out->products + at, out->powers + at);

@@ -1,9 +1,8 @@
 // The scale of each 4-bit block with the smallest squared error that is found; csrc/cpu/search4.cpp says how.
 //
 // One warp per block, one factor per lane: each lane goes over the block's values in order, so that its sums equal the
-// CPU library's and the reference's bit for bit. The block's maximum and the winning factor are exchanged in the warp;
-// the refinement and the last comparison run in all lanes alike. Simple rather than fast: values come from the cache
-// again for every group of factors.
+// CPU library's and the reference's bit for bit. The block's maximum and the best scale are exchanged in the warp; the
+// last comparison runs in all lanes alike. Simple rather than fast: values come from the cache again for each step.
 #include "vocabulary.cuh"
 
 namespace hb {
@@ -11,6 +10,8 @@ namespace hb {
 namespace {
 
 static __constant__ const Table<float, kSearchFactors.length> kDeviceSearchFactors = make_search_factors();
+static __constant__ const Table<float, kSearchSteps.length> kDeviceSearchSteps = make_search_steps();
+static_assert(kSearchFactors.length <= kWarp, "a lane per factor");
 
 struct Fit {
     float products;
@@ -67,34 +68,36 @@ struct Block {
     }
 };
 
-// The factor of the lane with the largest gain, the smallest index among equal ones, in every lane.
-__device__ float winner_in_warp(float gain, int index, float factor) {
-    for (int distance = kWarp / 2; distance > 0; distance /= 2) {
-        const float other_gain = __shfl_xor_sync(kAllLanes, gain, distance);
-        const int other_index = __shfl_xor_sync(kAllLanes, index, distance);
-        const float other_factor = __shfl_xor_sync(kAllLanes, factor, distance);
-        if (other_gain > gain || (other_gain == gain && other_index < index)) {
-            gain = other_gain, index = other_index, factor = other_factor;
+// What gained most so far, the same in every lane; before anything did, the largest magnitude's own scale.
+struct Best {
+    float gain;
+    float scale;
+
+    // Each lane brings a fit, or none with powers of 0; the first lane wins among equal ones.
+    __device__ void look_at(Fit fit) {
+        float gained = fit.powers == 0 ? 0.0f : __fdiv_rn(__fmul_rn(fit.products, fit.products), fit.powers);
+        float found = __fdiv_rn(fit.products, fit.powers);
+        int winner = lane();
+        for (int distance = kWarp / 2; distance > 0; distance /= 2) {
+            const float other_gained = __shfl_xor_sync(kAllLanes, gained, distance);
+            const float other_found = __shfl_xor_sync(kAllLanes, found, distance);
+            const int other_winner = __shfl_xor_sync(kAllLanes, winner, distance);
+            if (other_gained > gained || (other_gained == gained && other_winner < winner)) {
+                gained = other_gained, found = other_found, winner = other_winner;
+            }
         }
+        if (!(gained > gain)) return;
+        gain = gained, scale = found;
     }
-    return factor;
-}
+};
 
 template <typename T>
-__device__ float best_factor(const Block<T>& block, int count) {
-    float best_gain = 0, found = 1;
-    int best_index = count;
-    for (int index = lane(); index < count; index += kWarp) {
-        const Fit fit = block.fit(kDeviceSearchFactors.at[index]);
-        const float gain = fit.powers == 0 ? 0.0f : __fdiv_rn(__fmul_rn(fit.products, fit.products), fit.powers);
-        if (!(gain > best_gain)) continue;
-        best_gain = gain, best_index = index;
-        found = __fdiv_rn(fit.products, fit.powers);
-    }
-    found = winner_in_warp(best_gain, best_index, found);
-    const Fit fit = block.fit(found);
-    if (fit.powers > 0) found = __fdiv_rn(fit.products, fit.powers);
-    return block.error(found) < __fsub_rn(block.error(1.0f), kSearchMargin) ? found : 1.0f;
+__device__ float best_scale(const Block<T>& block, int count) {
+    const Fit none = {0, 0};
+    Best best = {0, 1};
+    best.look_at(lane() < count ? block.fit(kDeviceSearchFactors.at[lane()]) : none);
+    best.look_at(lane() < kSearchCount ? block.fit(__fadd_rn(best.scale, kDeviceSearchSteps.at[lane()])) : none);
+    return block.error(best.scale) < __fsub_rn(block.error(1.0f), kSearchMargin) ? best.scale : 1.0f;
 }
 
 template <typename T>
@@ -108,7 +111,7 @@ __global__ void search4(const T* x, int64_t n, int64_t format, int64_t blocksize
         for (int64_t i = first + lane(); i < end; i += kWarp) largest = max(largest, magnitude_bits(to_float(x[i])));
         const float absmax = largest_in_warp(largest);
         const Block<T> block = {x, first, end, format, Normaliser(absmax)};
-        const float scale = __fmul_rn(best_factor(block, count), absmax);
+        const float scale = __fmul_rn(best_scale(block, count), absmax);
         if (lane() == 0) scales[number] = isfinite(scale) ? scale : absmax;
     }
 }

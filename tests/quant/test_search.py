@@ -14,7 +14,7 @@ from quant.state import Packed4bit
 from tests.quant.operands import fresh_generator
 
 GAINS = {"nf4": 0.815, "fp4": 0.86}
-"""The squared error of normal weights against the plain quantization's, measured 0.805 and 0.852; 2^17 values."""
+"""The squared error of normal weights against the plain quantization's, measured 0.806 and 0.852; 2^17 values."""
 
 
 def squared_error(weight: torch.Tensor, packed: PackedWeight) -> float:
