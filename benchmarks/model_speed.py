@@ -153,8 +153,10 @@ class Child:
     """A contender's process."""
 
     def __init__(self, command: list[str], environment: dict[str, str]) -> None:
+        # A file: a pipe that nobody reads would hold up who warns a lot. It lives as long as the process.
+        self.complaints = tempfile.TemporaryFile("w+")  # noqa: SIM115
         self.process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.complaints, text=True, env=environment
         )
         self._expect("ready")
 
@@ -167,7 +169,8 @@ class Child:
         line = pipe(self.process.stdout).readline().strip()
         if not line or (wanted is not None and line != wanted):
             self.process.kill()
-            raise RuntimeError(f"a contender failed: {pipe(self.process.stderr).read()[-2000:]}")
+            self.complaints.seek(0)
+            raise RuntimeError(f"a contender failed: {self.complaints.read()[-2000:]}")
         return line
 
     def end(self) -> None:
