@@ -12,11 +12,11 @@ constexpr const char* kStatusTexts[HB_STATUS_COUNT] = {
     "The argument struct has another size than this library was built with; rebuild so that both come from one source.",
     "A dtype is unknown; accepted are float32, float16 and bfloat16.",
     "The 4-bit format is unknown; accepted are nf4 and fp4.",
-    "The block size is not accepted; a 4-bit block holds a power of two from 32 to 4096 values, a nested block at "
-    "least "
-    "one.",
-    "A size is negative or too large, or sizes do not fit: a tensor has at most 2^46 elements, an attention head 1 to "
-    "4096, and the number of kv heads divides that of heads.",
+    ("The block size is not accepted; a 4-bit block holds a power of two from 32 to 4096 values, a nested block at "
+     "least "
+     "one."),
+    ("A size is negative or too large, or sizes do not fit: a tensor has at most 2^46 elements, an attention head 1 to "
+     "4096, and the number of kv heads divides that of heads."),
     "A pointer is not aligned to its element size.",
     "The workspace is not aligned to 64 bytes.",
     "The workspace is smaller than the entry's workspace function asks for.",

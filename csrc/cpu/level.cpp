@@ -15,7 +15,7 @@ constexpr const char* kLevelNames[kLevelCount] = {"baseline", "avx2", "avx512", 
 Level available() {
 #ifdef HB_X86
     // __builtin_cpu_supports also asks XCR0 whether the system saves the wide registers.
-    if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma") || !__builtin_cpu_supports("f16c")) {
+    if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma")) {
         return kBaseline;
     }
     if (!__builtin_cpu_supports("avx512f") || !__builtin_cpu_supports("avx512bw") ||
@@ -29,8 +29,8 @@ Level available() {
 #endif
 }
 
-// Intel's processors have taken four times as long for a product of bfloat16 as for one of float32, of half as many
-// values: what they are slower with is not chosen for them.
+// Intel's processors have taken four times as long for an instruction of bfloat16 products as for one of float32, which
+// multiplies half as many values: what they are slower with is not chosen for them.
 Level best() {
     const Level most = available();
 #ifdef HB_X86

@@ -16,7 +16,7 @@ namespace hb {
 // Each holds what the ones before it hold.
 enum Level {
     kBaseline,    // anything: what other processors run
-    kAvx2,        // AVX2, FMA, F16C
+    kAvx2,        // AVX2, FMA
     kAvx512,      // AVX-512 F, BW, DQ, VL and VNNI
     kAvx512Bf16,  // and its BF16 products
     kLevelCount

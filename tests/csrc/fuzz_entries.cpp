@@ -99,7 +99,8 @@ class Tensors {
     };
 
     void* make(__int128 count, __int128 element_bytes, bool is_output) {
-        if (count < 0 || element_bytes < 1 || count * element_bytes > kLargestTensor) return nullptr;
+        if (count < 0 || element_bytes < 1 || count > kLargestTensor || element_bytes > kLargestTensor) return nullptr;
+        if (count * element_bytes > kLargestTensor) return nullptr;
         const size_t bytes = static_cast<size_t>(count * element_bytes);
         void* const data = malloc(bytes == 0 ? 1 : bytes);
         tensors_.push_back({{data, free}, bytes, is_output});
