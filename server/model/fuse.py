@@ -102,7 +102,7 @@ def _is_norm(module: nn.Module) -> bool:
 
 
 def _agree(found: torch.Tensor, expected: torch.Tensor) -> bool:
-    """Up to the order of a row's sum: a few last bits in float32, hardly ever one or two where results are rounded twice."""
+    """Up to the order of a row's sum: a few last bits in float32, hardly ever one or two where it is rounded twice."""
     if found.shape != expected.shape or found.dtype != expected.dtype:
         return False
     is_rounded = found.dtype != torch.float32
