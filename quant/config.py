@@ -79,7 +79,7 @@ class BitsAndBytesConfig(transformers.BitsAndBytesConfig):
     """What bitsandbytes users already write; docs/quantization.md says what each field does.
 
     Ours are: `llm_int8_outliers`, "value" (default: each activation above the threshold is an outlier, so that rows of
-    a batch do not change each other) "batch" (whole columns over the batch, as bitsandbytes does) or
+    a batch do not change each other), "batch" (whole columns over the batch, as bitsandbytes does) or
     "all" (no activation is rounded: the weight alone is in 8 bits);
     `bnb_4bit_blocksize`, the values per 4-bit block when packing (a packed tensor says its own); `module_overrides`,
     a pattern as in `llm_int8_skip_modules` to the fields that differ for the modules it names, or to None, which

@@ -70,22 +70,13 @@ class Direct:
 
         `weight` and `statistics` are the tensors that the layer holds, whose replacement makes this call stale.
         """
-        kernels = native.kernels("cpu")
-        self._function = getattr(kernels.library, entry)
-        self._workspace_function = getattr(kernels.library, f"{entry}_workspace")
-        self._check_status = kernels.check_status
+        self._kernels = native.kernels("cpu")
+        self._function = getattr(self._kernels.library, entry)
         self._entry = entry
         self._struct = native.STRUCTS[entry]
         self._rows, self._columns = shape
-        pointers = {
-            name: value.data_ptr() if isinstance(value, torch.Tensor) else value for name, value in fields.items()
-        }
-        template = self._struct(N=shape[0], K=shape[1], **pointers)
-        if bias is not None:
-            template.bias = bias.data_ptr()
-            template.bias_dtype = native.DTYPE_CODES[bias.dtype]
-        template.call.struct_bytes = ctypes.sizeof(self._struct)
-        self._template = template
+        bias_dtype = 0 if bias is None else native.DTYPE_CODES[bias.dtype]
+        self._template = native.filled(entry, N=shape[0], K=shape[1], bias=bias, bias_dtype=bias_dtype, **fields)
         self._tensors = tuple(value for value in fields.values() if isinstance(value, torch.Tensor))  # kept alive
         self._weight, self._statistics, self._bias = weight, statistics, bias
         self._addresses = (weight.data_ptr(), 0 if bias is None else bias.data_ptr())
@@ -105,30 +96,28 @@ class Direct:
         K = self._columns
         if x.dim() == 0 or x.shape[-1] != K or x.dtype not in native.DTYPE_CODES:
             arguments.check_linear(x, (self._rows, K), None, x)
-        if not x.is_contiguous() or x.data_ptr() % x.element_size():
-            x = native.ready(x)
+        x = native.ready(x)
         out = x.new_empty((*x.shape[:-1], self._rows))
         M = x.numel() // K if K else out.numel() // max(self._rows, 1)
         args = self._struct.from_buffer_copy(self._template)
         args.x, args.x_dtype, args.M, args.out = x.data_ptr(), native.DTYPE_CODES[x.dtype], M, out.data_ptr()
         call = args.call
-        call.threads = threads = min(torch.get_num_threads(), native.MAX_THREADS)
+        call.threads = threads = native.thread_count()
         size = self._workspace_bytes.get((M, x.dtype, threads))
         if size is None:
             size = self._needed(args, (M, x.dtype, threads))
         call.workspace, call.workspace_bytes = WORKSPACE.at_least(size), size
         status = self._function(ctypes.byref(args))
         if status:
-            self._check_status(self._entry, status)
+            self._kernels.check_status(self._entry, status)
         return out
 
     def _needed(self, args: ctypes.Structure, key: tuple[int, torch.dtype, int]) -> int:
-        needed = ctypes.c_int64()
-        self._check_status(self._entry, self._workspace_function(ctypes.byref(args), ctypes.byref(needed)))
+        needed = self._kernels.workspace_bytes(self._entry, args)
         if len(self._workspace_bytes) >= _ROW_COUNTS_KEPT:
             self._workspace_bytes.clear()
-        self._workspace_bytes[key] = needed.value
-        return needed.value
+        self._workspace_bytes[key] = needed
+        return needed
 
 
 def direct_4bit(

@@ -23,10 +23,8 @@ class DirectAttention:
 
     def __init__(self, tables: torch.Tensor, offsets: torch.Tensor, starts: torch.Tensor) -> None:
         """The tensors' values are not to change while this is in use."""
-        kernels = native.kernels("cpu")
-        self._function = getattr(kernels.library, _ENTRY)
-        self._workspace_function = getattr(kernels.library, f"{_ENTRY}_workspace")
-        self._check_status = kernels.check_status
+        self._kernels = native.kernels("cpu")
+        self._function = getattr(self._kernels.library, _ENTRY)
         self._tables, self._offsets, self._starts = map(native.ready, (tables, offsets, starts))
         self._prepared: dict[tuple[object, ...], ctypes.Structure] = {}
 
@@ -41,13 +39,10 @@ class DirectAttention:
         sinks: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """[T, H, D] over [blocks, block_tokens, G, D] and [.., E] -> [T, H, E]. Raises ShapeError and NativeError."""
-        if not (keys.is_contiguous() and values.is_contiguous()):
-            keys, values = native.ready(keys), native.ready(values)
-        if sinks is not None and not sinks.is_contiguous():
-            sinks = native.ready(sinks)
+        keys, values, sinks = native.ready(keys), native.ready(values), native.ready_or_none(sinks)
         if query.stride(2) != 1 or query.data_ptr() % query.element_size():
             query = query.clone(memory_format=torch.contiguous_format)
-        threads = min(torch.get_num_threads(), native.MAX_THREADS)
+        threads = native.thread_count()
         stores = (keys.shape, values.shape, keys.dtype, values.dtype)
         of_sinks = None if sinks is None else (sinks.shape, sinks.dtype)
         key = (query.shape, query.dtype, stores, scale, window, softcap, of_sinks, threads)  # what the checks look at
@@ -65,7 +60,7 @@ class DirectAttention:
         call.workspace = WORKSPACE.at_least(call.workspace_bytes)
         status = self._function(ctypes.byref(args))
         if status:
-            self._check_status(_ENTRY, status)
+            self._kernels.check_status(_ENTRY, status)
         return out
 
     def _prepare(
@@ -87,7 +82,8 @@ class DirectAttention:
         T, H, D = query.shape
         blocks, block_tokens, G, E = values.shape
         row_stride, head_stride, _ = query.stride()
-        args = native.STRUCTS[_ENTRY](
+        args: ctypes.Structure = native.filled(
+            _ENTRY,
             query_row_stride=row_stride,
             query_head_stride=head_stride,
             dtype=native.DTYPE_CODES[query.dtype],
@@ -98,19 +94,16 @@ class DirectAttention:
             E=E,
             blocks=blocks,
             block_tokens=block_tokens,
-            tables=tables.data_ptr(),
+            tables=tables,
             S=tables.shape[0],
             max_blocks=tables.shape[1],
-            offsets=self._offsets.data_ptr(),
-            starts=self._starts.data_ptr(),
+            offsets=self._offsets,
+            starts=self._starts,
             scale=scale,
             window=window,
             softcap=softcap,
             sinks_dtype=0 if sinks is None else native.DTYPE_CODES[sinks.dtype],
         )
-        args.call.struct_bytes = ctypes.sizeof(args)
         args.call.threads = threads
-        needed = ctypes.c_int64()
-        self._check_status(_ENTRY, self._workspace_function(ctypes.byref(args), ctypes.byref(needed)))
-        args.call.workspace_bytes = needed.value
+        args.call.workspace_bytes = self._kernels.workspace_bytes(_ENTRY, args)
         return args

@@ -23,14 +23,14 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     is_good = x.dim() > 0 and weight.dtype is x.dtype and weight.is_cpu and 0 <= eps < math.inf
     if code is None or not is_good or weight.shape != x.shape[-1:]:
         arguments.check_rms_norm(x, weight, eps)
-    x, weight = _ready(x), _ready(weight)
+    x, weight = native.ready(x), native.ready(weight)
     out = x.new_empty(x.shape)
     entry, template = _entry("hb_rms_norm")
     args = type(template).from_buffer_copy(template)
     K = weight.shape[0]
     args.x, args.dtype, args.K, args.weight, args.eps = x.data_ptr(), code, K, weight.data_ptr(), eps
     args.M, args.out = x.numel() // max(K, 1), out.data_ptr()
-    args.call.threads = min(torch.get_num_threads(), native.MAX_THREADS)
+    args.call.threads = native.thread_count()
     entry(args)
     return out
 
@@ -40,19 +40,15 @@ def swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
     code = native.DTYPE_CODES.get(gate.dtype)
     if code is None or up.dtype is not gate.dtype or up.shape != gate.shape or not up.is_cpu:
         arguments.check_swiglu(gate, up)
-    gate, up = _ready(gate), _ready(up)
+    gate, up = native.ready(gate), native.ready(up)
     out = gate.new_empty(gate.shape)
     entry, template = _entry("hb_swiglu")
     args = type(template).from_buffer_copy(template)
     args.gate, args.up, args.dtype, args.n = gate.data_ptr(), up.data_ptr(), code, gate.numel()
     args.out = out.data_ptr()
-    args.call.threads = min(torch.get_num_threads(), native.MAX_THREADS)
+    args.call.threads = native.thread_count()
     entry(args)
     return out
-
-
-def _ready(x: torch.Tensor) -> torch.Tensor:
-    return native.ready(x) if not x.is_contiguous() or x.data_ptr() % x.element_size() else x
 
 
 @functools.cache
@@ -60,8 +56,7 @@ def _entry(name: str) -> tuple[Callable[[Any], None], Any]:
     """A function that runs an entry on its filled struct, and the struct to copy."""
     kernels = native.kernels("cpu")
     function, check_status = getattr(kernels.library, name), kernels.check_status
-    template = native.STRUCTS[name]()
-    template.call.struct_bytes = ctypes.sizeof(template)
+    template = native.filled(name)
 
     def run(args: Any) -> None:
         status = function(ctypes.byref(args))

@@ -164,6 +164,19 @@ def unavailable_because(device_type: str) -> str | None:
     return None
 
 
+def filled(entry: str, **fields: Any) -> Any:
+    """The argument struct of an entry; tensors among `fields` are given by address, None as null."""
+    struct = STRUCTS[entry]
+    args = struct(**{k: v.data_ptr() if isinstance(v, torch.Tensor) else v for k, v in fields.items()})
+    cast(Any, args).call.struct_bytes = ctypes.sizeof(struct)
+    return args
+
+
+def thread_count() -> int:
+    """Threads that a call may use: torch's."""
+    return min(torch.get_num_threads(), MAX_THREADS)
+
+
 class Kernels:
     """The operators of one loaded library under the names that quant/ops.py gives them; arguments are checked."""
 
@@ -188,20 +201,15 @@ class Kernels:
 
     def call(self, entry: str, device: torch.device, **fields: Any) -> None:
         """Calls an entry; tensors among `fields` are passed by address, None as null. Raises NativeError."""
-        struct = STRUCTS[entry]
-        args = struct(**{k: v.data_ptr() if isinstance(v, torch.Tensor) else v for k, v in fields.items()})
-        args.call.struct_bytes = ctypes.sizeof(struct)
-        args.call.threads = min(torch.get_num_threads(), MAX_THREADS)
+        args = filled(entry, **fields)
+        args.call.threads = thread_count()
         workspace = None
         if entry in ENTRIES_WITH_WORKSPACE:
-            needed = _I64()
-            self.check_status(
-                entry, getattr(self.library, f"{entry}_workspace")(ctypes.byref(args), ctypes.byref(needed))
-            )
-            if needed.value:
-                workspace = torch.empty(needed.value, dtype=torch.uint8, device=device)
+            needed = self.workspace_bytes(entry, args)
+            if needed:
+                workspace = torch.empty(needed, dtype=torch.uint8, device=device)
                 args.call.workspace = workspace.data_ptr()
-                args.call.workspace_bytes = needed.value
+                args.call.workspace_bytes = needed
         if self.device_type == "cuda":
             with torch.cuda.device(device):
                 args.call.stream = torch.cuda.current_stream(device).cuda_stream
@@ -209,6 +217,13 @@ class Kernels:
         else:
             status = getattr(self.library, entry)(ctypes.byref(args))
         self.check_status(entry, status)
+
+    def workspace_bytes(self, entry: str, args: Any) -> int:
+        """The scratch memory that an entry needs for a struct whose shapes and threads are filled in."""
+        needed = _I64()
+        status = getattr(self.library, f"{entry}_workspace")(ctypes.byref(args), ctypes.byref(needed))
+        self.check_status(entry, status)
+        return needed.value
 
     def check_status(self, entry: str, status: int) -> None:
         """Raises NativeError with the library's sentence unless the call succeeded."""
@@ -492,8 +507,9 @@ def _rows(x: torch.Tensor) -> int:
 
 def ready(tensor: torch.Tensor) -> torch.Tensor:
     """Contiguous and aligned to its element, as the C interface asks (a tensor mapped from a file may be neither)."""
-    tensor = tensor.contiguous()
-    return tensor if tensor.data_ptr() % tensor.element_size() == 0 else tensor.clone()
+    if tensor.is_contiguous():
+        return tensor if tensor.data_ptr() % tensor.element_size() == 0 else tensor.clone()
+    return tensor.contiguous()
 
 
 def ready_or_none(tensor: torch.Tensor | None) -> torch.Tensor | None:
