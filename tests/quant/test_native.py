@@ -160,7 +160,7 @@ def test_linear_4bit_is_no_further_from_float64_than_dequantizing(
         baseline = (x.float() @ weight.dense(dtype).float().t() + bias).to(dtype)
         size = x.double().abs() @ weight.dense().double().abs().t() + bias.abs()
         error, allowed = (out.double() - exact).abs(), (baseline.double() - exact).abs()
-        # One rounding to the dtype may fall either way: of the sum of rounded weights, which may be larger than `exact`.
+        # One rounding to the dtype may fall either way: of the sum of rounded weights, which may exceed `exact`.
         rounding = torch.maximum(exact.abs(), baseline.double().abs()) * torch.finfo(dtype).eps
         assert (error <= allowed + rounding + 1e-6 * size).all(), (shape, rows)  # both add up in float32
         if out.numel() >= 100 and dtype != torch.float32:
