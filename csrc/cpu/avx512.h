@@ -2,12 +2,17 @@
 #pragma once
 
 #include <immintrin.h>
+#include <stdint.h>
 
 #include "clones.h"
 
 namespace hb {
 
 namespace {
+
+HB_INLINE __m512 floats_of_int8(const uint8_t* bytes) {
+    return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(bytes))));
+}
 
 // Four sums of sixteen lanes -> four numbers, in one fixed tree: neighbours, pairs, then the four quarters.
 HB_INLINE void add_lanes_of_four(const __m512* sums, float* out) {

@@ -3,6 +3,8 @@
 // instruction in six and cost a copy, or the copying back.
 #include "decoded.h"
 
+#include <algorithm>
+
 #include "checks.h"
 #include "level.h"
 #include "pool.h"
@@ -29,25 +31,17 @@ const DecodedKernels& kernels_for(const DecodedCall& call, bool is_int8) {
     return is_int8 ? variants.codes8 : variants.codes4;
 }
 
-int64_t at_least(int64_t a, int64_t b) {
-    return a > b ? a : b;
-}
-
-int64_t at_most(int64_t a, int64_t b) {
-    return a < b ? a : b;
-}
-
 DecodedJob job_for(const DecodedCall& call, const DecodedKernels& kernels) {
     DecodedJob job{};
     job.call = &call;
-    job.rows = at_most(call.M, kRowsPerPass);
+    job.rows = std::min(call.M, kRowsPerPass);
     job.padded_k = round_up(call.K, kernels.group);
     // Rows an odd number of cache lines apart: a power of two would put all of them into the same few lines.
     const int64_t line = 64 / kernels.value_bytes;
     job.stride = (round_up(job.padded_k, line) / line | 1) * line;
     const int64_t fitting = kTileBytes / (job.stride * kernels.value_bytes);
-    job.tile_rows = at_least(kWeightRows, at_most(fitting, kMostTileRows) / kWeightRows * kWeightRows);
-    job.absmax_floats = round_up(call.K / at_least(call.weight.blocksize, 1) + 2, 16);
+    job.tile_rows = std::max(kWeightRows, std::min(fitting, kMostTileRows) / kWeightRows * kWeightRows);
+    job.absmax_floats = round_up(call.K / std::max<int64_t>(call.weight.blocksize, 1) + 2, 16);
     return job;
 }
 
@@ -56,7 +50,7 @@ int64_t x_bytes(const DecodedJob& job, const DecodedKernels& kernels) {
 }
 
 int64_t threads_of(const DecodedCall& call, int64_t threads) {
-    return threads_for(threads, call.N * (call.K / 8 + 1) * at_most(call.M, 8));
+    return threads_for_matmul(threads, call.M, call.N, call.K);
 }
 
 }  // namespace
@@ -84,7 +78,7 @@ void run_decoded(const DecodedCall& call, bool is_int8, int64_t most_threads, vo
     job.x = x;
     const int64_t row_bytes = job.stride * kernels.value_bytes;
     for (job.first_row = 0; job.first_row < call.M; job.first_row += kRowsPerPass) {
-        job.rows = at_most(call.M - job.first_row, kRowsPerPass);
+        job.rows = std::min(call.M - job.first_row, kRowsPerPass);
         parallel_for(threads_for(threads, job.rows * call.K), job.rows, [&](int64_t, int64_t begin, int64_t end) {
             for (int64_t row = begin; row < end; ++row) {
                 kernels.load_x(call, job.first_row + row, job.padded_k, x + row * row_bytes);

@@ -36,12 +36,9 @@ struct Avx512 {
 // An int8 code is a value; its vectors keep the natural order.
 struct Avx512Int8 : Avx512 {
     static constexpr bool kIsInt8 = true;
-    static HB_INLINE Vector widen(const uint8_t* bytes) {
-        return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(bytes))));
-    }
     static HB_INLINE void decode(const uint8_t* bytes, Table, Vector& first, Vector& second) {
-        first = widen(bytes);
-        second = widen(bytes + 16);
+        first = floats_of_int8(bytes);
+        second = floats_of_int8(bytes + 16);
     }
 };
 

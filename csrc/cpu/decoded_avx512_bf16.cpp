@@ -41,12 +41,9 @@ struct Avx512Bf16 {
 // An int8 code is a value, exact in bfloat16; its vectors keep the natural order.
 struct Avx512Bf16Int8 : Avx512Bf16 {
     static constexpr bool kIsInt8 = true;
-    static HB_INLINE __m512 widen(const uint8_t* bytes) {
-        return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(bytes))));
-    }
     static HB_INLINE void decode(const uint8_t* bytes, Table, Vector& first, Vector& second) {
-        first = (__m512i)_mm512_cvtne2ps_pbh(widen(bytes + 16), widen(bytes));
-        second = (__m512i)_mm512_cvtne2ps_pbh(widen(bytes + 48), widen(bytes + 32));
+        first = (__m512i)_mm512_cvtne2ps_pbh(floats_of_int8(bytes + 16), floats_of_int8(bytes));
+        second = (__m512i)_mm512_cvtne2ps_pbh(floats_of_int8(bytes + 48), floats_of_int8(bytes + 32));
     }
 };
 

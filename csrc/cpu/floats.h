@@ -59,6 +59,11 @@ void load_floats(const void* tensor, int64_t dtype, int64_t first, int64_t count
 // The other way, each value rounded once.
 void store_floats(const float* values, int64_t count, void* tensor, int64_t dtype, int64_t first);
 
+// values, rounded to `dtype`, times `count` factors of that dtype from element `first_factor` on, rounded once more
+// into elements `first` on of `out`. The values are scratch.
+void store_products(float* values, int64_t count, int64_t dtype, const void* factors, int64_t first_factor, void* out,
+                    int64_t first);
+
 // One element.
 HB_INLINE float load_float(const void* tensor, int64_t dtype, int64_t index) {
     if (dtype == HB_FLOAT32) return static_cast<const float*>(tensor)[index];

@@ -39,7 +39,7 @@ struct Layout {
           // Rows an odd number of cache lines apart: a power of two would put all of them into the same few lines.
           stride((ceil_div(a.K, 64) | 1) * 64),
           words(ceil_div(a.K, kWord)),
-          threads(threads_for(a.call.threads, a.N * (a.K / 8 + 1) * (a.M < 8 ? a.M : 8))),
+          threads(threads_for_matmul(a.call.threads, a.M, a.N, a.K)),
           absmax_at(rows * stride),
           counts_at(absmax_at + round_up(rows * 4, 64)),
           outliers_at(counts_at + round_up(rows * 4, 64)),

@@ -30,9 +30,7 @@ struct Avx2Int8 {
         _mm_storeu_si128(reinterpret_cast<__m128i*>(out), all);
     }
     static HB_INLINE uint64_t outliers(const float* values, int64_t count, float threshold) {
-        uint64_t found = 0;
-        for (int64_t i = 0; i < count; ++i) found |= uint64_t{fabsf(values[i]) >= threshold} << i;
-        return found;
+        return outliers_one_by_one(values, count, threshold);
     }
 };
 

@@ -27,9 +27,7 @@ struct Baseline8 {
     }
     static HB_INLINE void totals(const Sum* sums, int32_t* out) { memcpy(out, sums, kQuad * sizeof *out); }
     static HB_INLINE uint64_t outliers(const float* values, int64_t count, float threshold) {
-        uint64_t found = 0;
-        for (int64_t i = 0; i < count; ++i) found |= uint64_t{fabsf(values[i]) >= threshold} << i;
-        return found;
+        return outliers_one_by_one(values, count, threshold);
     }
 };
 

@@ -26,6 +26,12 @@ namespace hb {
 
 namespace {
 
+HB_INLINE uint64_t outliers_one_by_one(const float* values, int64_t count, float threshold) {
+    uint64_t found = 0;
+    for (int64_t i = 0; i < count; ++i) found |= uint64_t{fabsf(values[i]) >= threshold} << i;
+    return found;
+}
+
 template <typename Isa>
 struct Linear8 {
     using Sum = typename Isa::Sum;

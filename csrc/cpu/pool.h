@@ -31,4 +31,9 @@ inline int64_t threads_for(int64_t threads, int64_t work) {
     return threads < useful ? threads : useful;
 }
 
+// The same for a matmul of M rows with a weight [N, K]: more rows cost little more while the weight is what is read.
+inline int64_t threads_for_matmul(int64_t threads, int64_t M, int64_t N, int64_t K) {
+    return threads_for(threads, N * (K / 8 + 1) * (M < 8 ? M : 8));
+}
+
 }  // namespace hb

@@ -26,10 +26,6 @@ HB_CLONES void multiply(float* values, float factor, int64_t count) {
     for (int64_t i = 0; i < count; ++i) values[i] *= factor;
 }
 
-HB_CLONES void multiply_each(float* values, const float* factors, int64_t count) {
-    for (int64_t i = 0; i < count; ++i) values[i] *= factors[i];
-}
-
 float sum_of_squares(const hb_rms_norm_args& a, int64_t row, float* values) {
     float sums[kSums] = {};
     for (int64_t k = 0; k < a.K; k += kPiece) {
@@ -44,20 +40,14 @@ float sum_of_squares(const hb_rms_norm_args& a, int64_t row, float* values) {
 }
 
 void normalise(const hb_rms_norm_args& a, int64_t row) {
-    float values[kPiece], weights[kPiece];
+    float values[kPiece];
     const float mean = sum_of_squares(a, row, values) / static_cast<float>(a.K);
     const float factor = 1.0f / sqrtf(mean + static_cast<float>(a.eps));
     for (int64_t k = 0; k < a.K; k += kPiece) {
         const int64_t count = a.K - k < kPiece ? a.K - k : kPiece, at = row * a.K + k;
         load_floats(a.x, a.dtype, at, count, values);
         multiply(values, factor, count);
-        if (a.dtype != HB_FLOAT32) {  // rounded where it lies, and back
-            store_floats(values, count, a.out, a.dtype, at);
-            load_floats(a.out, a.dtype, at, count, values);
-        }
-        load_floats(a.weight, a.dtype, k, count, weights);
-        multiply_each(values, weights, count);
-        store_floats(values, count, a.out, a.dtype, at);
+        store_products(values, count, a.dtype, a.weight, k, a.out, at);
     }
 }
 

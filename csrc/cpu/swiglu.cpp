@@ -49,21 +49,11 @@ HB_CLONES void silu(float* values, int64_t count) {
     for (int64_t i = 0; i < count; ++i) values[i] = values[i] / (1.0f + exponential(-values[i]));
 }
 
-HB_CLONES void multiply(float* values, const float* factors, int64_t count) {
-    for (int64_t i = 0; i < count; ++i) values[i] *= factors[i];
-}
-
 void run(const hb_swiglu_args& a, int64_t at, int64_t count) {
-    float values[kPiece], factors[kPiece];
+    float values[kPiece];
     load_floats(a.gate, a.dtype, at, count, values);
     silu(values, count);
-    if (a.dtype != HB_FLOAT32) {  // rounded where it lies, and back
-        store_floats(values, count, a.out, a.dtype, at);
-        load_floats(a.out, a.dtype, at, count, values);
-    }
-    load_floats(a.up, a.dtype, at, count, factors);
-    multiply(values, factors, count);
-    store_floats(values, count, a.out, a.dtype, at);
+    store_products(values, count, a.dtype, a.up, at, a.out, at);
 }
 
 }  // namespace
