@@ -3,7 +3,7 @@
 The table is held, moved and saved like a linear layer's weight [rows, columns], under the same names. Where the output
 embedding is tied to it there is one table: the output embedding becomes a TiedToEmbedding, which holds no weight of its
 own and multiplies with the table's. Neither is an nn.Embedding, so that what would resize or adapt one refuses a table
-that it cannot read. Not here: which embeddings are packed (hf.py), the lookup (rows.py).
+that it cannot read. Not here: which embeddings are packed (conversion.py), the lookup (rows.py).
 """
 
 from __future__ import annotations

@@ -104,7 +104,8 @@ class HalfbyteQuantizer(HfQuantizer):
         plan = model._get_dtype_plan(self.dtype)
         self._float32_patterns = [pattern for pattern, dtype in plan.items() if dtype == torch.float32]
         experts = find_experts(model)
-        files = dict(tensors_in(kwargs.get("checkpoint_files")))
+        is_asked = bool(experts) or config.quantize_embeddings  # else nobody needs to know what the files hold
+        files = dict(tensors_in(kwargs.get("checkpoint_files"))) if is_asked else {}
         if self.pre_quantized and experts and not are_packed_in(files):
             names = {name: kind for name, kind in names.items() if name not in experts}
         groups = embedding_groups(model) if config.quantize_embeddings else {}
