@@ -57,7 +57,7 @@ int64_t threads_of(const DecodedCall& call, int64_t threads) {
 
 DecodedScratch scratch_of(const DecodedJob& job, int64_t value_bytes) {
     const int64_t floats = sizeof(float);
-    return {round_up(job.tile_rows * job.stride * value_bytes, 64), kWeightRows * job.absmax_floats * floats,
+    return {round_up(job.tile_rows * job.stride * value_bytes, 64), kMostTileRows * job.absmax_floats * floats,
             round_up(job.padded_k * floats, 64), kMostTileRows * 6 * floats};
 }
 
