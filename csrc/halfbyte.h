@@ -304,6 +304,13 @@ HB_API int32_t hb_abi_version(void);
 HB_API const char* hb_level(void);
 /* Writes the names of the levels that can run on this machine and returns their number; -1 for too little room. */
 HB_API int64_t hb_levels(const char** names, int64_t room);
+/* Runs body(context) on up to `threads` threads at once, the caller among them, and returns when each has returned:
+ * GOMP_parallel of an OpenMP runtime, whose flags are 0 here. */
+typedef void (*hb_parallel)(void (*body)(void* context), void* context, unsigned threads, unsigned flags);
+/* From now on calls run on the threads of this runtime, where others keep them awake already, instead of on the
+ * library's own; null goes back to those. A forked child, where a runtime has no threads, starts with null. Not in the
+ * CUDA library. */
+HB_API void hb_use_parallel(hb_parallel parallel);
 /* One sentence saying what a status means; never null. */
 HB_API const char* hb_status_text(hb_status status);
 /* Copies a table (HB_TABLE_*) as float32 and returns its length; -1 for an unknown table or too little room. */

@@ -152,7 +152,27 @@ def levels(library: ctypes.CDLL) -> list[str]:
 @functools.lru_cache(maxsize=2)  # a failure is not kept: the library may be built while the process runs
 def kernels(device_type: str) -> Kernels:
     """The kernels for tensors on "cpu" or "cuda", loaded once; raises NativeError."""
-    return Kernels(load_library(library_path(device_type)), device_type)
+    library = load_library(library_path(device_type))
+    if device_type == "cpu":
+        share_threads(library)
+    return Kernels(library, device_type)
+
+
+def share_threads(library: ctypes.CDLL) -> bool:
+    """Lets a CPU library run on the threads of torch's OpenMP runtime; False where torch has none that can be found.
+
+    The operators between ours then find the same threads awake. With threads of our own beside torch's, which spin
+    after each operator, every change from one to the other costs a wake-up or a core.
+    """
+    try:
+        torch_library = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"))
+        start = torch_library.GOMP_parallel  # looked up in what torch links, which is loaded already
+    except (OSError, AttributeError):
+        return False
+    library.hb_use_parallel.argtypes = (_PTR,)
+    library.hb_use_parallel.restype = None
+    library.hb_use_parallel(ctypes.cast(start, _PTR))
+    return True
 
 
 def unavailable_because(device_type: str) -> str | None:
