@@ -17,7 +17,7 @@ from typing import Any, Final, cast
 
 import torch
 
-from quant import formats, reference
+from quant import formats, pages, reference
 from quant.errors import NativeError
 
 ABI_VERSION: Final = 2
@@ -253,7 +253,7 @@ class Kernels:
     def quantize_4bit(self, x: torch.Tensor, quant_type: str, blocksize: int) -> tuple[torch.Tensor, torch.Tensor]:
         x = ready(x)
         count = x.numel()
-        packed = torch.empty(formats.packed_bytes(count), dtype=torch.uint8, device=x.device)
+        packed = pages.empty((formats.packed_bytes(count),), torch.uint8, x.device)
         absmax = torch.empty(formats.block_count(count, blocksize), dtype=torch.float32, device=x.device)
         self.call(
             "hb_quantize4",
@@ -270,7 +270,7 @@ class Kernels:
 
     def encode_4bit(self, x: torch.Tensor, scales: torch.Tensor, quant_type: str, blocksize: int) -> torch.Tensor:
         x, scales = ready(x), ready(scales)
-        packed = torch.empty(formats.packed_bytes(x.numel()), dtype=torch.uint8, device=x.device)
+        packed = pages.empty((formats.packed_bytes(x.numel()),), torch.uint8, x.device)
         self.call(
             "hb_encode4",
             x.device,
@@ -329,7 +329,7 @@ class Kernels:
         absmax = ready(absmax)
         blocks = absmax.numel()
         offset = reference.mean_absmax(absmax)
-        codes = torch.empty(blocks, dtype=torch.uint8, device=absmax.device)
+        codes = pages.empty((blocks,), torch.uint8, absmax.device)
         nested_blocks = formats.block_count(blocks, nested_blocksize)
         nested_absmax = torch.empty(nested_blocks, dtype=torch.float32, device=absmax.device)
         self.call(
@@ -402,7 +402,7 @@ class Kernels:
     def quantize_8bit(self, w: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         w = ready(w)
         N, K = w.shape
-        CB = torch.empty((N, K), dtype=torch.int8, device=w.device)
+        CB = pages.empty((N, K), torch.int8, w.device)
         SCB = torch.empty(N, dtype=torch.float32, device=w.device)
         self.call("hb_quantize8", w.device, w=w, w_dtype=DTYPE_CODES[w.dtype], N=N, K=K, codes=CB, absmax=SCB)
         return CB, SCB
