@@ -90,11 +90,15 @@ STRUCTS: Final = {
     ),
     "hb_rms_norm": _struct("RmsNorm", "*x dtype M K *weight %eps *out"),
     "hb_swiglu": _struct("Swiglu", "*gate *up dtype n *out"),
+    "hb_rotary": _struct("Rotary", "*query *key dtype T H G D *cos *sin"),
 }
 """The argument struct of each entry."""
+GROUPS: Final = ("hb_linear4", "hb_linear8")
+"""Entries that have a twin for several products of one x, `<entry>_group`."""
+MAX_GROUP: Final = 8
 ENTRIES_WITH_WORKSPACE: Final = ("hb_linear4", "hb_linear8", "hb_paged_attention")
-CPU_ONLY: Final = frozenset({"hb_paged_attention", "hb_rms_norm", "hb_swiglu"})
-"""Entries that libhalfbyte_cuda.so does not have."""
+CPU_ONLY: Final = frozenset({"hb_paged_attention", "hb_rms_norm", "hb_rotary", "hb_swiglu"})
+"""Entries that libhalfbyte_cuda.so does not have; nor has it groups."""
 
 
 def library_path(device_type: str) -> Path:
@@ -139,6 +143,10 @@ def load_library(path: Path) -> ctypes.CDLL:
         getattr(library, name).argtypes = (ctypes.POINTER(struct),)
         if name in ENTRIES_WITH_WORKSPACE:
             getattr(library, f"{name}_workspace").argtypes = (ctypes.POINTER(struct), ctypes.POINTER(_I64))
+        if name in GROUPS and hasattr(library, f"{name}_group"):
+            getattr(library, f"{name}_group").argtypes = (ctypes.POINTER(struct), _I64)
+            workspace = getattr(library, f"{name}_group_workspace")
+            workspace.argtypes = (ctypes.POINTER(struct), _I64, ctypes.POINTER(_I64))
     return library
 
 
@@ -238,10 +246,11 @@ class Kernels:
             status = getattr(self.library, entry)(ctypes.byref(args))
         self.check_status(entry, status)
 
-    def workspace_bytes(self, entry: str, args: Any) -> int:
-        """The scratch memory that an entry needs for a struct whose shapes and threads are filled in."""
+    def workspace_bytes(self, entry: str, args: Any, *count: int) -> int:
+        """The scratch memory that an entry needs for a struct, or a group of `count`, with shapes and threads."""
         needed = _I64()
-        status = getattr(self.library, f"{entry}_workspace")(ctypes.byref(args), ctypes.byref(needed))
+        first = args if count else ctypes.byref(args)
+        status = getattr(self.library, f"{entry}_workspace")(first, *count, ctypes.byref(needed))
         self.check_status(entry, status)
         return needed.value
 
@@ -515,6 +524,15 @@ class Kernels:
         out = torch.empty_like(gate)
         self.call("hb_swiglu", gate.device, gate=gate, up=up, dtype=DTYPE_CODES[gate.dtype], n=gate.numel(), out=out)
         return out
+
+    def rotary(
+        self, query: torch.Tensor, key: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        turned = [tensor.clone(memory_format=torch.contiguous_format) for tensor in (query, key)]
+        T, H, D = query.shape
+        sizes = {"dtype": DTYPE_CODES[query.dtype], "T": T, "H": H, "G": key.shape[1], "D": D}
+        self.call("hb_rotary", query.device, query=turned[0], key=turned[1], cos=ready(cos), sin=ready(sin), **sizes)
+        return turned[0], turned[1]
 
 
 def _rows(x: torch.Tensor) -> int:

@@ -45,9 +45,8 @@ struct Weight {
     }
 };
 
-std::vector<float> run(const Weight& w, const std::vector<float>& x, int64_t M, const std::vector<float>* bias,
-                       int64_t threads) {
-    std::vector<float> out = poisoned<float>(M * w.N);
+hb_linear4_args arguments(const Weight& w, const std::vector<float>& x, int64_t M, const std::vector<float>* bias,
+                          std::vector<float>& out, int64_t threads) {
     auto args = args_with<hb_linear4_args>(threads);
     args.x = x.data(), args.M = M, args.N = w.N, args.K = w.K, args.packed = w.packed.data(), args.format = w.format;
     args.blocksize = w.blocksize, args.out = out.data();
@@ -57,6 +56,13 @@ std::vector<float> run(const Weight& w, const std::vector<float>& x, int64_t M, 
         args.nested_blocksize = w.nested_blocksize;
     }
     if (bias != nullptr) args.bias = bias->data(), args.bias_dtype = HB_FLOAT32;
+    return args;
+}
+
+std::vector<float> run(const Weight& w, const std::vector<float>& x, int64_t M, const std::vector<float>* bias,
+                       int64_t threads) {
+    std::vector<float> out = poisoned<float>(M * w.N);
+    auto args = arguments(w, x, M, bias, out, threads);
     int64_t bytes = -1;
     EXPECT(hb_linear4_workspace(&args, &bytes) == HB_OK, "workspace");
     const Workspace workspace(bytes);
@@ -91,6 +97,32 @@ TEST(products_are_right_at_every_shape) {
                 }
             }
         }
+    }
+}
+
+TEST(a_group_gives_what_its_products_give_alone) {
+    const int64_t M = 7, K = 256;
+    const std::vector<float> x = normal_values(M * K), bias = normal_values(130);
+    const Weight weights[] = {{70, K, true}, {1, K, false}, {130, K, true}, {0, K, false}};
+    for (const int64_t threads : {1, 3}) {
+        std::vector<std::vector<float>> outs;
+        std::vector<hb_linear4_args> items;
+        for (const Weight& w : weights) {
+            outs.push_back(poisoned<float>(M * w.N));
+            items.push_back(arguments(w, x, M, w.N == 130 ? &bias : nullptr, outs.back(), threads));
+        }
+        int64_t bytes = -1;
+        const int64_t count = static_cast<int64_t>(items.size());
+        EXPECT(hb_linear4_group_workspace(items.data(), count, &bytes) == HB_OK, "workspace");
+        const Workspace workspace(bytes);
+        workspace.give_to(items[0].call);
+        EXPECT(hb_linear4_group(items.data(), count) == HB_OK, "group");
+        for (size_t i = 0; i < items.size(); ++i) {
+            const std::vector<float> alone = run(weights[i], x, M, weights[i].N == 130 ? &bias : nullptr, 2);
+            EXPECT(outs[i] == alone, "item %d", (int)i);
+        }
+        --items[0].call.workspace_bytes;
+        EXPECT(hb_linear4_group(items.data(), count) == HB_WORKSPACE_TOO_SMALL, "a byte less");
     }
 }
 
