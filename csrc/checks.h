@@ -32,7 +32,8 @@ inline int64_t round_up(int64_t a, int64_t multiple) {
 inline hb_status check_call(const hb_call* call, int64_t bytes) {
     if (call == nullptr) return HB_NULL_POINTER;
     if (call->struct_bytes != bytes) return HB_BAD_STRUCT;
-    return fail_unless(call->threads >= 1 && call->threads <= HB_MAX_THREADS, HB_BAD_THREADS);
+    HB_REQUIRE(fail_unless(call->threads >= 1 && call->threads <= HB_MAX_THREADS, HB_BAD_THREADS));
+    return fail_unless(call->batch_invariant == 0 || call->batch_invariant == 1, HB_BAD_OPTION);
 }
 
 // rows * columns, refused where a size is negative or the product is beyond HB_MAX_ELEMENTS.

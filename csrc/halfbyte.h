@@ -25,7 +25,7 @@ extern "C" {
 #define HB_API __attribute__((visibility("default")))
 
 /* Goes up with every change of a struct, a code or a meaning in this file. */
-#define HB_ABI_VERSION 2
+#define HB_ABI_VERSION 3
 /* Required alignment of a workspace. */
 #define HB_WORKSPACE_ALIGNMENT 64
 /* The largest number of elements that any tensor may have. */
@@ -84,6 +84,8 @@ typedef struct hb_call {
     void* workspace;      /* scratch, aligned to HB_WORKSPACE_ALIGNMENT; may be null when none is needed */
     int64_t workspace_bytes; /* its size */
     int64_t threads; /* 1 .. HB_MAX_THREADS threads may work; the result does not depend on it; CUDA ignores it */
+    int64_t batch_invariant; /* 1: a row of a matmul has the same bits in a batch of any size; 0: few rows may take a
+                                faster way than many, which adds up in another order. CUDA ignores it. */
 } hb_call;
 
 /* Flat values -> 4-bit codes and block maxima. */
@@ -187,7 +189,7 @@ HB_API hb_status hb_linear4(const hb_linear4_args* args);
 HB_API hb_status hb_linear4_workspace(const hb_linear4_args* args, int64_t* bytes);
 /* `count` (1 .. HB_MAX_GROUP) products of one x, as a model's query, key and value have them: what hb_linear4 gives for
  * each, bit for bit, in one call that converts x once and starts its threads once. Items have the same x, x_dtype, M
- * and K; threads and workspace are the first one's. Not in the CUDA library. */
+ * and K; threads, workspace and batch_invariant are the first one's. Not in the CUDA library. */
 HB_API hb_status hb_linear4_group(const hb_linear4_args* items, int64_t count);
 HB_API hb_status hb_linear4_group_workspace(const hb_linear4_args* items, int64_t count, int64_t* bytes);
 

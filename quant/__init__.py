@@ -7,6 +7,7 @@ from quant.config import BitsAndBytesConfig
 from quant.convert import quantize_checkpoint, report_checkpoint
 from quant.hf import register, unregister
 from quant.linear import Linear4bit, Linear8bit
+from quant.native import set_batch_invariant
 from quant.report import report_model
 from quant.state import PackedWeight
 
@@ -19,6 +20,7 @@ __all__ = [
     "register",
     "report_checkpoint",
     "report_model",
+    "set_batch_invariant",
     "unregister",
 ]
 

@@ -112,6 +112,7 @@ class Direct:
         args.x, args.x_dtype, args.M, args.out = x.data_ptr(), native.DTYPE_CODES[x.dtype], M, out.data_ptr()
         call = args.call
         call.threads = threads = native.thread_count()
+        call.batch_invariant = native.batch_invariant()
         size = self._workspace_bytes.get((M, x.dtype, threads))
         if size is None:
             size = self._needed(args, (M, x.dtype, threads))
@@ -169,6 +170,7 @@ class DirectGroup:
                 self._workspace_bytes.clear()
             size = self._workspace_bytes[key] = self._kernels.workspace_bytes(self._entry, items, len(outs))
         call = items[0].call
+        call.batch_invariant = native.batch_invariant()
         call.workspace, call.workspace_bytes = WORKSPACE.at_least(size), size
         status = self._function(items, len(outs))
         if status:

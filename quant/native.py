@@ -20,7 +20,7 @@ import torch
 from quant import formats, pages, reference
 from quant.errors import NativeError
 
-ABI_VERSION: Final = 2
+ABI_VERSION: Final = 3
 MAX_THREADS: Final = 1024
 DTYPE_CODES: Final = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 FORMAT_CODES: Final = {"nf4": 0, "fp4": 1}
@@ -55,6 +55,7 @@ class Call(ctypes.Structure):
         ("workspace", _PTR),
         ("workspace_bytes", _I64),
         ("threads", _I64),
+        ("batch_invariant", _I64),
     )
 
 
@@ -200,6 +201,24 @@ def filled(entry: str, **fields: Any) -> Any:
     return args
 
 
+_batch_invariant = 0
+
+
+def set_batch_invariant(wanted: bool) -> None:
+    """Whether a row of a matmul has the same bits in a batch of any size, in this process from now on; False at first.
+
+    Without it, on processors with BF16 vectors, a 4-bit layer that computes in bfloat16 adds up one to three rows in
+    another, faster order than more rows. Whatever the other rows hold, they never matter.
+    """
+    global _batch_invariant
+    _batch_invariant = int(wanted)
+
+
+def batch_invariant() -> int:
+    """1 where set_batch_invariant() asked for it, as hb_call has it."""
+    return _batch_invariant
+
+
 def thread_count() -> int:
     """Threads that a call may use: torch's."""
     return min(torch.get_num_threads(), MAX_THREADS)
@@ -231,6 +250,7 @@ class Kernels:
         """Calls an entry; tensors among `fields` are passed by address, None as null. Raises NativeError."""
         args = filled(entry, **fields)
         args.call.threads = thread_count()
+        args.call.batch_invariant = batch_invariant()
         workspace = None
         if entry in ENTRIES_WITH_WORKSPACE:
             needed = self.workspace_bytes(entry, args)

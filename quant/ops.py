@@ -153,7 +153,8 @@ def linear_4bit(
 
     x: [..., K] float32 / float16 / bfloat16. absmax: float32 [B], or uint8 [B] with nested_absmax and offset when it is
     double-quantized. bias: [N], any of the three dtypes. Returns [..., N] in x's dtype: float32 sums of exact float32
-    weights, bias added in float32, rounded once. A row's result does not depend on the other rows or on their number.
+    weights, bias added in float32, rounded once. A row's result does not depend on the other rows, and on their number
+    only as `native.set_batch_invariant` allows.
     Gradients flow to x and bias. Raises ShapeError.
     """
     return cast(

@@ -99,6 +99,9 @@ class ModelConfig(Settings):
     max_sequences: Annotated[int, Field(ge=1, le=4096)] = Field(
         default=64, description="Sequences that share an engine step at most."
     )
+    batch_invariant: bool = Field(
+        default=False, description="Same bits for a token whatever else is in its step, at some cost; on a CPU only."
+    )
     threads: Annotated[int, Field(ge=1, le=1024)] | None = Field(
         default=None, description="CPU threads of this engine; without it an equal share of the machine's."
     )
@@ -133,6 +136,7 @@ class ModelConfig(Settings):
             kv_cache_tokens=self.kv_cache.tokens,
             max_batch_tokens=self.max_batch_tokens,
             max_sequences=self.max_sequences,
+            batch_invariant=self.batch_invariant,
             threads=self.threads or threads,
         )
 

@@ -49,6 +49,8 @@ class ModelSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Tokens one step computes at most (prefill chunks and decodes together)."""
     max_sequences: int = 64
     """Sequences that share a step at most."""
+    batch_invariant: bool = False
+    """Whether a row's logits have the same bits in a batch of any size, at some cost."""
     threads: int | None = None
     """CPU threads this engine may use; None takes its share of the machine."""
 

@@ -29,6 +29,7 @@ struct DecodedCall {
     const void* bias;  // [N] or null
     int64_t bias_dtype;
     void* out;
+    bool batch_invariant;  // as hb_call has it
 };
 
 // Some rows of a call, as one variant computes them. Sizes are in values unless a name says bytes.
@@ -44,7 +45,8 @@ struct DecodedJob {
 };
 
 // One instruction set's way to compute. Results depend on the variant in their last bits; within one variant a row's
-// result is the same whatever the other rows hold, however many they are, and however the work is cut.
+// result is the same whatever the other rows hold and however the work is cut; in an invariant call, and in all of them
+// but for bfloat16, also however many the other rows are.
 struct DecodedKernels {
     int64_t group;        // values decoded at a time; padded_k is a multiple
     int64_t value_bytes;  // of a value of x, and of a decoded weight

@@ -17,6 +17,7 @@ struct Avx2 {
         __m256 lower, upper;
     };
     static constexpr bool kIsInt8 = false;
+    static constexpr bool kScalesSums = false;
     static constexpr int64_t kGroup = 16;
     static constexpr int kRows = 2;
 

@@ -15,6 +15,7 @@ struct Avx512 {
     using Sum = __m512;
     using Table = __m512;
     static constexpr bool kIsInt8 = false;
+    static constexpr bool kScalesSums = false;
     static constexpr int64_t kGroup = 32;
     static constexpr int kRows = 6;
 

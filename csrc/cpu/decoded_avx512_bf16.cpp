@@ -17,6 +17,7 @@ struct Avx512Bf16 {
     using Sum = __m512;
     using Table = __m512;  // float32 as made by table(), bfloat16 twice as made by scaled()
     static constexpr bool kIsInt8 = false;
+    static constexpr bool kScalesSums = true;
     static constexpr int64_t kGroup = 64;
     static constexpr int kRows = 6;
 
@@ -25,6 +26,9 @@ struct Avx512Bf16 {
     static HB_INLINE Vector load(const uint16_t* values) { return _mm512_loadu_si512(values); }
     static HB_INLINE void store(uint16_t* to, Vector values) { _mm512_storeu_si512(to, values); }
     static HB_INLINE Sum dot(Sum sum, Vector a, Vector b) { return _mm512_dpbf16_ps(sum, (__m512bh)a, (__m512bh)b); }
+    static HB_INLINE Sum add_scaled(Sum sum, Sum block, float scale) {
+        return _mm512_fmadd_ps(block, _mm512_set1_ps(scale), sum);
+    }
     static HB_INLINE Table table(const float* values) { return _mm512_loadu_ps(values); }
     static HB_INLINE Table scaled(Table base, float absmax) {
         const __m256bh once = _mm512_cvtneps_pbh(_mm512_mul_ps(base, _mm512_set1_ps(absmax)));
@@ -41,6 +45,7 @@ struct Avx512Bf16 {
 // An int8 code is a value, exact in bfloat16; its vectors keep the natural order.
 struct Avx512Bf16Int8 : Avx512Bf16 {
     static constexpr bool kIsInt8 = true;
+    static constexpr bool kScalesSums = false;
     static HB_INLINE void decode(const uint8_t* bytes, Table, Vector& first, Vector& second) {
         first = (__m512i)_mm512_cvtne2ps_pbh(floats_of_int8(bytes + 16), floats_of_int8(bytes));
         second = (__m512i)_mm512_cvtne2ps_pbh(floats_of_int8(bytes + 48), floats_of_int8(bytes + 32));

@@ -14,6 +14,7 @@ struct Baseline {
         float at[16];
     };
     static constexpr bool kIsInt8 = false;
+    static constexpr bool kScalesSums = false;
     static constexpr int64_t kGroup = 8;
     static constexpr int kRows = 2;
 

@@ -15,6 +15,10 @@
 // cache and meets all of x, up to six by four sums at a time (`many`). The sum of one row and one column is
 // added up in the same order both ways: over the groups in each lane, then over the lanes in one fixed tree.
 //
+// Where scaling the table costs as much as the products of a block with one row (Isa::kScalesSums), up to kRowsBySums
+// rows take a third way: the table stays as it is, and what a block has added up to is scaled. Not in invariant calls,
+// where a row must not tell how many others there are.
+//
 // Everything is in an unnamed namespace and calls nothing inline from shared headers but HB_INLINE functions: the
 // linker must not choose code compiled for one level for another.
 #pragma once
@@ -47,6 +51,7 @@ struct Decoded {
     // Values of a row that are worked on before the next rows: x and the tile then stay in the first cache.
     static constexpr int64_t kStretch = 2048 / static_cast<int64_t>(sizeof(Value));
     static constexpr int64_t kPrefetchBytes = 6144;
+    static constexpr int kRowsBySums = 3;  // from four on, scaling their sums costs more than scaling the tables
 
     static HB_INLINE Table table_of(int64_t format) {
         return Isa::table(format == HB_NF4 ? kNf4Values.at : kFp4Values.at);
@@ -93,6 +98,12 @@ struct Decoded {
                 for (int n = 0; n < kWeightRows; ++n) at[r][n] = Isa::zero();
             }
         }
+        // Each column's sums of a block times the column's absmax.
+        HB_INLINE void add_scaled(const Sums& block, const float* absmax, size_t stride) {
+            for (size_t n = 0; n < kWeightRows; ++n) {
+                for (int r = 0; r < Rows; ++r) at[r][n] = Isa::add_scaled(at[r][n], block.at[r][n], absmax[n * stride]);
+            }
+        }
         // out[r * stride + n]
         HB_INLINE void add_lanes(float* out, int64_t stride) const {
             for (int r = 0; r < Rows; ++r) Isa::add_lanes(at[r], out + r * stride);
@@ -101,23 +112,35 @@ struct Decoded {
 
     // --- few rows of x --------------------------------------------------------------------------------------------
 
+    // What a table is multiplied by before it is rounded to bfloat16, chosen so that little is rounded: NF4 values then
+    // are off by half as much on average as those of a table that is scaled by absmax first, FP4 values are exact.
+    static HB_INLINE float lift_of(int64_t format) { return format == HB_NF4 ? 1.4365f : 1.03125f; }
+
     // Weight rows n .. n + 3, each beginning with a block, against Rows rows of x. absmax: float32 [4, blocks].
-    template <int Rows>
+    template <int Rows, bool BySums>
     static void few(const DecodedJob& job, int64_t n, const float* absmax, float* out, int64_t stride) {
         const DecodedCall& a = *job.call;
-        const Table base = table_of(a.weight.format);
+        const float lift = lift_of(a.weight.format);
+        const Table base = table_of(a.weight.format), lifted = Isa::scaled(base, lift);
         const size_t row_bytes = static_cast<size_t>(a.K / kCodes);
         const size_t block_bytes = static_cast<size_t>(a.weight.blocksize / kCodes);
         const uint8_t* const packed = a.weight.codes + static_cast<size_t>(n) * row_bytes;
         const Value* const x = static_cast<const Value*>(job.x);
         // The rows lie one behind the other: what is ahead is fetched in the order of memory, not of use.
         const uint8_t* fetched = packed + (kPrefetchBytes / (kWeightRows * row_bytes) + 1) * kWeightRows * row_bytes;
-        Sums<Rows> sums;
+        Sums<Rows> sums, block;
         sums.clear();
         const size_t blocks = row_bytes / block_bytes;
         for (size_t at = 0; at < row_bytes; ++absmax) {
             Table tables[kWeightRows];
-            for (size_t i = 0; i < kWeightRows; ++i) tables[i] = Isa::scaled(base, absmax[i * blocks]);
+            for (size_t i = 0; i < kWeightRows; ++i) {
+                tables[i] = BySums ? lifted : Isa::scaled(base, absmax[i * blocks]);
+            }
+            if constexpr (BySums) {
+                block.clear();
+            } else {
+                block = sums;
+            }
             const size_t end = at + block_bytes;
             for (; at < end; at += kGroup / kCodes) {
                 for (int64_t i = 0; i < kGroup / kCodes * kWeightRows; i += 64, fetched += 64)
@@ -127,13 +150,21 @@ struct Decoded {
                     Isa::decode(packed + static_cast<size_t>(i) * row_bytes + at, tables[i], high, low);
                     for (int r = 0; r < Rows; ++r) {
                         const Value* const some = x + r * job.stride + kCodes * at;
-                        sums.at[r][i] = Isa::dot(sums.at[r][i], Isa::load(some), high);
-                        sums.at[r][i] = Isa::dot(sums.at[r][i], Isa::load(some + kHalf), low);
+                        block.at[r][i] = Isa::dot(block.at[r][i], Isa::load(some), high);
+                        block.at[r][i] = Isa::dot(block.at[r][i], Isa::load(some + kHalf), low);
                     }
                 }
             }
+            if constexpr (BySums) {
+                sums.add_scaled(block, absmax, blocks);
+            } else {
+                sums = block;
+            }
         }
         sums.add_lanes(out, stride);
+        for (int r = 0; r < Rows && BySums; ++r) {
+            for (int64_t i = 0; i < kWeightRows; ++i) out[r * stride + i] /= lift;
+        }
     }
 
     // --- many rows of x -------------------------------------------------------------------------------------------
@@ -278,7 +309,10 @@ struct Decoded {
         if constexpr (Rows > 1) {
             if (job.rows < Rows) return few_rows<Rows - 1>(job, n, absmax, sums);
         }
-        few<Rows>(job, n, absmax, sums, kMostTileRows);
+        if constexpr (Isa::kScalesSums && Rows <= kRowsBySums) {
+            if (!job.call->batch_invariant) return few<Rows, true>(job, n, absmax, sums, kMostTileRows);
+        }
+        few<Rows, false>(job, n, absmax, sums, kMostTileRows);
     }
 
     template <int Rows = kRows>

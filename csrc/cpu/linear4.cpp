@@ -10,11 +10,14 @@ namespace {
 DecodedCall decoded_call(const hb_linear4_args& a) {
     const AbsmaxSource absmax = {a.absmax, a.nested_absmax, a.offset, a.nested_blocksize};
     const DecodedWeight weight = {a.packed, a.format, a.blocksize, absmax};
-    return {a.x, a.x_dtype, a.M, a.N, a.K, weight, a.bias, a.bias_dtype, a.out};
+    return {a.x, a.x_dtype, a.M, a.N, a.K, weight, a.bias, a.bias_dtype, a.out, false};
 }
 
 void decoded_calls(const hb_linear4_args* items, int64_t count, DecodedCall* calls) {
-    for (int64_t i = 0; i < count; ++i) calls[i] = decoded_call(items[i]);
+    for (int64_t i = 0; i < count; ++i) {
+        calls[i] = decoded_call(items[i]);
+        calls[i].batch_invariant = items->call.batch_invariant != 0;
+    }
 }
 
 }  // namespace

@@ -121,11 +121,14 @@ void run_int8(const hb_linear8_args* items, int64_t count, const Layout& layout)
 DecodedCall decoded_call(const hb_linear8_args& a) {
     const AbsmaxSource absmax = {a.absmax, nullptr, nullptr, 1};
     const DecodedWeight weight = {reinterpret_cast<const uint8_t*>(a.codes), 0, a.K, absmax};
-    return {a.x, a.x_dtype, a.M, a.N, a.K, weight, a.bias, a.bias_dtype, a.out};
+    return {a.x, a.x_dtype, a.M, a.N, a.K, weight, a.bias, a.bias_dtype, a.out, false};
 }
 
 void decoded_calls(const hb_linear8_args* items, int64_t count, DecodedCall* calls) {
-    for (int64_t i = 0; i < count; ++i) calls[i] = decoded_call(items[i]);
+    for (int64_t i = 0; i < count; ++i) {
+        calls[i] = decoded_call(items[i]);
+        calls[i].batch_invariant = items->call.batch_invariant != 0;
+    }
 }
 
 int64_t columns_of(const hb_linear8_args* items, int64_t count) {

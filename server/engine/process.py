@@ -162,6 +162,7 @@ def load_engine(spec: ModelSpec, connection: Connection) -> EngineLoop:
     _phase(connection, "start")
     import torch  # here, because it takes a second or more, in which end-of-file must already be heard
 
+    from quant.native import set_batch_invariant
     from server.memory.ledger import measure, process_memory
     from server.memory.plan import make_plan
     from server.model.load import check_path, load_model
@@ -169,6 +170,7 @@ def load_engine(spec: ModelSpec, connection: Connection) -> EngineLoop:
 
     if spec.threads is not None:
         torch.set_num_threads(spec.threads)
+    set_batch_invariant(spec.batch_invariant)
     check_path(spec)
     _phase(connection, "plan")
     plan = make_plan(spec)
