@@ -54,7 +54,7 @@ for quant_type, blocksize, nested in itertools.product(formats.FOUR_BIT, (32, 64
                 rounded = torch.maximum(exact.abs(), baseline.abs())
                 allowed = (baseline - exact).abs() + rounded * torch.finfo(dtype).eps + 1e-6 * size
                 assert (error <= allowed).all(), shape
-                # A table that is rounded to bfloat16 once is off by less than half a last bit, in sums of many by little.
+                # A table that is rounded once is off by less than half a last bit, in sums of many by little.
                 rounded = torch.maximum(exact[:3].abs(), few.double().abs())
                 error, allowed = (few.double() - exact[:3]).abs(), rounded * torch.finfo(dtype).eps + 2**-9 * size[:3]
                 assert (error <= allowed).all(), shape
