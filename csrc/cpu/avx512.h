@@ -24,6 +24,18 @@ HB_INLINE void add_lanes_of_four(const __m512* sums, float* out) {
     _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(halves), _mm256_extractf128_ps(halves, 1)));
 }
 
+// Which of up to 64 values reach the threshold, one bit each.
+HB_INLINE uint64_t outliers_of_floats(const float* values, int64_t count, float threshold) {
+    const __m512 least = _mm512_set1_ps(threshold);
+    uint64_t found = 0;
+    for (int64_t i = 0; i < count; i += 16) {
+        const __mmask16 there = static_cast<__mmask16>(count - i >= 16 ? 0xffff : (1 << (count - i)) - 1);
+        const __m512 magnitude = _mm512_abs_ps(_mm512_maskz_loadu_ps(there, values + i));
+        found |= uint64_t{_mm512_mask_cmp_ps_mask(there, magnitude, least, _CMP_GE_OQ)} << i;
+    }
+    return found;
+}
+
 }  // namespace
 
 }  // namespace hb
