@@ -8,6 +8,7 @@
 #include "checks.h"
 #include "level.h"
 #include "pool.h"
+#include "tiled.h"
 
 namespace hb {
 
@@ -19,7 +20,7 @@ constexpr int64_t kTileBytes = 128 << 10;  // of decoded weight: half of a small
 const DecodedVariants& variants_for(int64_t dtype) {
 #ifdef HB_X86
     if (level() >= kAvx512Bf16 && dtype == HB_BFLOAT16) return kDecodedAvx512Bf16;
-    if (level() >= kAvx512) return kDecodedAvx512;
+    if (has_avx512()) return kDecodedAvx512;
     if (level() >= kAvx2) return kDecodedAvx2;
 #endif
     (void)dtype;
@@ -62,12 +63,16 @@ DecodedScratch scratch_of(const DecodedJob& job, int64_t value_bytes) {
 }
 
 int64_t decoded_workspace(const DecodedCall& call, bool is_int8, int64_t threads) {
+    if (tiled_kernels(call.x_dtype, is_int8) != nullptr) return tiled_workspace(call, threads);
     const DecodedKernels& kernels = kernels_for(call, is_int8);
     const DecodedJob job = job_for(call, kernels);
     return x_bytes(job, kernels) + threads_of(call, threads) * scratch_of(job, kernels.value_bytes).bytes();
 }
 
 void run_decoded(const DecodedCall& call, bool is_int8, int64_t most_threads, void* workspace) {
+    if (const TiledKernels* const tiles = tiled_kernels(call.x_dtype, is_int8)) {
+        return run_tiled(*tiles, call, most_threads, workspace);
+    }
     const DecodedKernels& kernels = kernels_for(call, is_int8);
     const int64_t threads = threads_of(call, most_threads);
     DecodedJob job = job_for(call, kernels);

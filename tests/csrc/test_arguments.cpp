@@ -14,7 +14,7 @@ struct Valid {
     alignas(64) float out[64] = {};
     alignas(64) uint8_t bytes[256] = {};
     alignas(64) int8_t codes[256] = {};
-    alignas(64) char scratch[1 << 16] = {};
+    alignas(64) char scratch[1 << 17] = {};
     alignas(64) char large[1 << 17] = {};
     float offset = 0;
     alignas(64) int64_t tables[6] = {1, 0, -7, 2, 99, 99};  // [2, 3]: what the sequences do not reach names no block

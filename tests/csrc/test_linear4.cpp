@@ -45,10 +45,13 @@ struct Weight {
     }
 };
 
-std::vector<float> run(const Weight& w, const std::vector<float>& x, int64_t M, const std::vector<float>* bias,
-                       int64_t threads) {
-    std::vector<float> out = poisoned<float>(M * w.N);
+// T: float, or uint16_t for bfloat16.
+template <typename T>
+std::vector<T> run(const Weight& w, const std::vector<T>& x, int64_t M, const std::vector<float>* bias,
+                   int64_t threads) {
+    std::vector<T> out = poisoned<T>(M * w.N);
     auto args = args_with<hb_linear4_args>(threads);
+    args.x_dtype = sizeof(T) == sizeof(float) ? HB_FLOAT32 : HB_BFLOAT16;
     args.x = x.data(), args.M = M, args.N = w.N, args.K = w.K, args.packed = w.packed.data(), args.format = w.format;
     args.blocksize = w.blocksize, args.out = out.data();
     args.absmax = w.absmax.data();
@@ -94,6 +97,44 @@ TEST(products_are_right_at_every_shape) {
     }
 }
 
+TEST(products_of_bfloat16_are_right_at_every_shape) {
+    const int64_t shapes[][3] = {{1, 1, 1},     {1, 16, 64},   {2, 3, 5},      {3, 17, 33},
+                                 {16, 15, 512}, {17, 33, 577}, {31, 5, 1024},  {33, 130, 70},
+                                 {48, 40, 256}, {300, 20, 70}, {33, 150, 1280}};
+    for (const auto& [M, N, K] : shapes) {
+        const Weight w(N, K, any_of({0, 1}) == 1);
+        const std::vector<uint16_t> x = bfloats(normal_values(M * K));
+        const std::vector<float> bias = normal_values(N);
+        const std::vector<uint16_t> out = run(w, x, M, &bias, any_of({1, 3}));
+        for (int64_t m = 0; m < M; ++m) {
+            for (int64_t n = 0; n < N; ++n) {
+                double sum = bias[static_cast<size_t>(n)], size = std::fabs(sum);
+                for (int64_t k = 0; k < K; ++k) {
+                    const double weight = w.at(n, k);
+                    const double product =
+                        value_at(x, m * K + k, HB_BFLOAT16) *
+                        (multiplies_bfloat16() ? value_of(bfloat(static_cast<float>(weight)), 7) : weight);
+                    sum += product, size += std::fabs(product);
+                }
+                const double error = std::fabs(value_at(out, m * N + n, HB_BFLOAT16) - sum);
+                EXPECT(error <= std::fabs(sum) / 256 + 1e-6 * size, "out[%d, %d] of %d x %d x %d off by %g of %g",
+                       (int)m, (int)n, (int)M, (int)N, (int)K, error, size);
+            }
+        }
+    }
+}
+
+TEST(a_row_of_bfloat16_is_the_same_in_every_batch) {
+    const Weight w(37, any_of({333, 1024}), true);
+    const std::vector<uint16_t> x = bfloats(normal_values(40 * w.K));
+    const std::vector<uint16_t> together = run(w, x, 40, nullptr, 2);
+    for (const int64_t M : {1, 2, 7, 15, 16, 17, 32, 33, 39}) {
+        const std::vector<uint16_t> fewer(x.begin(), x.begin() + M * w.K);
+        const std::vector<uint16_t> out = run(w, fewer, M, nullptr, any_of({1, 2, 3}));
+        EXPECT(memcmp(out.data(), together.data(), out.size() * sizeof(uint16_t)) == 0, "M = %d", (int)M);
+    }
+}
+
 TEST(a_row_is_the_same_in_every_batch) {
     const Weight w(37, 333, true);
     const std::vector<float> x = normal_values(9 * w.K);
@@ -108,6 +149,8 @@ TEST(a_row_is_the_same_in_every_batch) {
 TEST(no_input_features_give_the_bias) {
     Weight w(5, 0, false);
     const std::vector<float> bias = normal_values(5);
-    const std::vector<float> out = run(w, {}, 2, &bias, 1);
+    const std::vector<float> out = run(w, std::vector<float>(), 2, &bias, 1);
     for (size_t i = 0; i < out.size(); ++i) EXPECT(out[i] == bias[i % 5], "out %d", (int)i);
+    const std::vector<uint16_t> rounded = run(w, std::vector<uint16_t>(), 2, &bias, 1);
+    for (size_t i = 0; i < rounded.size(); ++i) EXPECT(rounded[i] == bfloat(bias[i % 5]), "out %d", (int)i);
 }
