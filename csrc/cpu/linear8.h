@@ -3,6 +3,7 @@
 
 #include <stdint.h>
 
+#include "clones.h"
 #include "halfbyte.h"
 #include "tile_blocks.h"
 
@@ -51,7 +52,7 @@ constexpr int64_t run_floats(int64_t rows) {
 
 // Bytes behind those, for a panel of weights and its sums on tiles; a second set of sums where int32 does not hold
 // them.
-inline int64_t tile_bytes(const TileBlocks& blocks, int64_t K) {
+HB_INLINE int64_t tile_bytes(const TileBlocks& blocks, int64_t K) {
     return blocks.panel_rows() * kPanelStride + blocks.sums() * (K > kExactTerms8 ? 12 : 4);
 }
 

@@ -4,6 +4,8 @@
 
 #include <stdint.h>
 
+#include "clones.h"
+
 namespace hb {
 
 constexpr int64_t kTileRows = 16;
@@ -21,20 +23,22 @@ struct TileBlocks {
     int64_t bytes;    // of a padded row, a multiple of 64
 
     TileBlocks() = default;
-    TileBlocks(int64_t rows, int64_t row_bytes)
+    HB_INLINE TileBlocks(int64_t rows, int64_t row_bytes)
         : blocks((rows + kTileRows - 1) / kTileRows),
           columns(blocks == 0 ? 0 : (rows + blocks - 1) / blocks),
           bytes((row_bytes + kTileRowBytes - 1) / kTileRowBytes * kTileRowBytes) {}
-    int64_t x_bytes() const { return blocks * columns * bytes; }
-    int64_t pieces() const { return (bytes + kStretchBytes - 1) / kStretchBytes; }
+    HB_INLINE int64_t x_bytes() const { return blocks * columns * bytes; }
+    HB_INLINE int64_t pieces() const { return (bytes + kStretchBytes - 1) / kStretchBytes; }
     // Where stretch `piece` of a block begins.
-    int64_t at(int64_t block, int64_t piece) const { return columns * (block * bytes + piece * kStretchBytes); }
-    int64_t piece_bytes(int64_t piece) const {
+    HB_INLINE int64_t at(int64_t block, int64_t piece) const {
+        return columns * (block * bytes + piece * kStretchBytes);
+    }
+    HB_INLINE int64_t piece_bytes(int64_t piece) const {
         const int64_t left = bytes - piece * kStretchBytes;
         return left < kStretchBytes ? left : kStretchBytes;
     }
-    int64_t panel_rows() const { return blocks > 2 ? kMostPanelRows : kFewPanelRows; }
-    int64_t sums() const { return panel_rows() * blocks * columns; }  // of four bytes each
+    HB_INLINE int64_t panel_rows() const { return blocks > 2 ? kMostPanelRows : kFewPanelRows; }
+    HB_INLINE int64_t sums() const { return panel_rows() * blocks * columns; }  // of four bytes each
 };
 
 }  // namespace hb

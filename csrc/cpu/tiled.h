@@ -7,6 +7,7 @@
 
 #include <stdint.h>
 
+#include "clones.h"
 #include "decoded.h"
 #include "tile_blocks.h"
 
@@ -40,7 +41,7 @@ extern const TiledVariants kTiledAmx;
 struct TiledScratch {
     int64_t panel, absmax, sums;
     TiledScratch(const TileBlocks& blocks, const DecodedCall& call);
-    int64_t bytes() const { return panel + absmax + sums; }
+    HB_INLINE int64_t bytes() const { return panel + absmax + sums; }
 };
 
 // Null where this level has no tiles for activations of this type.

@@ -89,15 +89,16 @@ struct Tiled {
         }
     }
 
-    // A row that begins with a block. absmax: of the block that k is in.
+    // A row that begins with a block. absmax: of the block that k is in. Sizes of blocks are powers of two, so that one
+    // begins at k or holds the whole stretch.
     static void decode_aligned(const DecodedCall& a, int64_t n, int64_t k, int64_t count, const float* absmax,
                                int64_t ahead, uint16_t* out) {
         const Table base = Isa::table(a.weight.format == HB_NF4 ? kNf4Values.at : kFp4Values.at);
         const uint8_t* const packed = a.weight.codes + (n * a.K + k) / kCodes;
-        int64_t block_end = a.weight.blocksize - k % a.weight.blocksize;
-        for (int64_t i = 0; i < count; ++absmax, block_end += a.weight.blocksize) {
+        const int64_t run = count < a.weight.blocksize ? count : a.weight.blocksize;
+        for (int64_t i = 0; i < count; ++absmax) {
             const Table table = Isa::scaled(base, *absmax);
-            for (const int64_t end = count < block_end ? count : block_end; i < end; i += kGroup) {
+            for (const int64_t end = i + run; i < end; i += kGroup) {
                 __builtin_prefetch(packed + i / kCodes + ahead, 0, 2);
                 store_group(packed + i / kCodes, table, out + i);
             }

@@ -122,6 +122,9 @@ extern "C" int __wrap_pthread_sigmask(int how, const sigset_t* set, sigset_t* be
     return __real_pthread_sigmask(how, &others, before);
 }
 
+// A trial that fails here must not pass for a processor without tiles.
 bool hb::try_amx() {
-    return tiles_multiply<AmxTiles>();
+    if (tiles_multiply<AmxTiles>()) return true;
+    fprintf(stderr, "trapped tiles multiply wrongly\n");
+    abort();
 }
