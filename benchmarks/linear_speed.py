@@ -190,9 +190,6 @@ def main() -> None:
     parser.add_argument("--rows", nargs="+", type=int, default=[1, 2, 3, 4, 8, 16, 64, 256])
     parser.add_argument("--seconds", type=float, default=1.0, help="per contender, shape and number of rows")
     arguments = parser.parse_args()
-    if "OMP_WAIT_POLICY" not in os.environ:  # as the server's engines: else torch's waiting threads hold a core of ours
-        os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
-        os.execv(sys.executable, [sys.executable, "-m", "benchmarks.linear_speed", *sys.argv[1:]])
     results: list[Result] = []
     bandwidth = read_bandwidth()
     with torch.inference_mode():

@@ -28,6 +28,7 @@ import torch
 from benchmarks.hardware import describe
 from benchmarks.load_memory import RESULTS, make_checkpoint
 from quant import native
+from server.engine.process import OPENMP_WAITING
 
 PREFILL_TOKENS: Final = 256
 DECODE_TOKENS: Final = 24
@@ -186,9 +187,9 @@ def pipe(stream: IO[str] | None) -> IO[str]:
 
 def start(checkpoint: Path, bitsandbytes: str | None, llama_cpp: str | None, threads: int) -> dict[str, Child]:
     """Every contender that this machine has, loaded."""
-    quiet = os.environ | {"OMP_WAIT_POLICY": "PASSIVE"}  # as the server starts its engines
+    as_an_engine = os.environ | dict([OPENMP_WAITING])
     found = {
-        name: Child([sys.executable, "-c", OUR_CHILD, str(checkpoint), json.dumps(options), str(threads)], quiet)
+        name: Child([sys.executable, "-c", OUR_CHILD, str(checkpoint), json.dumps(options), str(threads)], as_an_engine)
         for name, options in OURS.items()
     }
     environment = os.environ | ({} if bitsandbytes is None else {"PYTHONPATH": bitsandbytes})

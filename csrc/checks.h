@@ -176,6 +176,27 @@ inline hb_status check(const hb_linear4_args* a) {
     return check_tensor(a->out, a->M * a->N, dtype_bytes(a->x_dtype));
 }
 
+// Products of one x: each as `check_item` has it, and in agreement with the first.
+template <typename Args>
+hb_status check_group(const Args* items, int64_t count, hb_status (*check_item)(const Args*)) {
+    HB_REQUIRE(check_item(items));
+    HB_REQUIRE(fail_unless(count >= 1 && count <= HB_MAX_GROUP, HB_BAD_SHAPE));
+    for (int64_t i = 1; i < count; ++i) {
+        HB_REQUIRE(check_item(items + i));
+        HB_REQUIRE(fail_unless(items[i].x_dtype == items->x_dtype, HB_BAD_DTYPE));
+        HB_REQUIRE(fail_unless(items[i].M == items->M && items[i].K == items->K, HB_BAD_SHAPE));
+        HB_REQUIRE(fail_unless(items[i].x == items->x, HB_BAD_OPTION));
+    }
+    return HB_OK;
+}
+
+template <typename Args>
+bool has_output(const Args* items, int64_t count) {
+    bool any = false;
+    for (int64_t i = 0; i < count; ++i) any |= items[i].M > 0 && items[i].N > 0;
+    return any;
+}
+
 inline hb_status check(const hb_quantize8_args* a) {
     HB_REQUIRE(check_call(a == nullptr ? nullptr : &a->call, sizeof *a));
     HB_REQUIRE(check_dtype(a->w_dtype));
@@ -218,6 +239,16 @@ inline hb_status check(const hb_linear8_args* a) {
         HB_REQUIRE(check_tensor(a->bias, a->N, dtype_bytes(a->bias_dtype)));
     }
     return check_tensor(a->out, a->M * a->N, dtype_bytes(a->x_dtype));
+}
+
+inline hb_status check_linear8_group(const hb_linear8_args* items, int64_t count,
+                                     hb_status (*check_item)(const hb_linear8_args*)) {
+    HB_REQUIRE(check_group(items, count, check_item));
+    for (int64_t i = 1; i < count; ++i) {
+        const bool same = items[i].threshold == items->threshold && items[i].outlier_rule == items->outlier_rule;
+        HB_REQUIRE(fail_unless(same, HB_BAD_OPTION));
+    }
+    return HB_OK;
 }
 
 inline hb_status check_attention_shape(const hb_paged_attention_args* a) {
@@ -282,6 +313,20 @@ inline hb_status check(const hb_swiglu_args* a) {
     HB_REQUIRE(check_tensor(a->gate, count, bytes));
     HB_REQUIRE(check_tensor(a->up, count, bytes));
     return check_tensor(a->out, count, bytes);
+}
+
+inline hb_status check(const hb_rotary_args* a) {
+    HB_REQUIRE(check_call(a == nullptr ? nullptr : &a->call, sizeof *a));
+    HB_REQUIRE(check_dtype(a->dtype));
+    HB_REQUIRE(fail_unless(a->D >= 0 && a->D <= HB_MAX_HEAD_DIM && a->D % 2 == 0, HB_BAD_SHAPE));
+    int64_t rows = 0, queries = 0, keys = 0;
+    HB_REQUIRE(check_shape(a->T, a->D, &rows));
+    HB_REQUIRE(check_shape(a->H, rows, &queries));
+    HB_REQUIRE(check_shape(a->G, rows, &keys));
+    HB_REQUIRE(check_tensor(a->query, queries, dtype_bytes(a->dtype)));
+    HB_REQUIRE(check_tensor(a->key, keys, dtype_bytes(a->dtype)));
+    HB_REQUIRE(check_tensor(a->cos, rows, dtype_bytes(a->dtype)));
+    return check_tensor(a->sin, rows, dtype_bytes(a->dtype));
 }
 
 }  // namespace hb

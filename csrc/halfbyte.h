@@ -32,6 +32,8 @@ extern "C" {
 #define HB_MAX_ELEMENTS ((int64_t)1 << 46)
 /* The largest number of threads that a call may ask for. */
 #define HB_MAX_THREADS 1024
+/* The most products that a group may have. */
+#define HB_MAX_GROUP 8
 /* The largest size of an attention head. */
 #define HB_MAX_HEAD_DIM 4096
 
@@ -183,6 +185,11 @@ typedef struct hb_linear4_args {
 HB_API hb_status hb_linear4(const hb_linear4_args* args);
 /* Writes the bytes of workspace that hb_linear4 needs for these shapes and threads; reads no other pointer. */
 HB_API hb_status hb_linear4_workspace(const hb_linear4_args* args, int64_t* bytes);
+/* `count` (1 .. HB_MAX_GROUP) products of one x, as a model's query, key and value have them: what hb_linear4 gives for
+ * each, bit for bit, in one call that converts x once and starts its threads once. Items have the same x, x_dtype, M
+ * and K; threads and workspace are the first one's. Not in the CUDA library. */
+HB_API hb_status hb_linear4_group(const hb_linear4_args* items, int64_t count);
+HB_API hb_status hb_linear4_group_workspace(const hb_linear4_args* items, int64_t count, int64_t* bytes);
 
 /* Rows -> int8 codes and row maxima, values rounded to float16 first unless that makes them infinite. */
 typedef struct hb_quantize8_args {
@@ -229,6 +236,9 @@ typedef struct hb_linear8_args {
 HB_API hb_status hb_linear8(const hb_linear8_args* args);
 /* Writes the bytes of workspace that hb_linear8 needs for these shapes and threads; reads no other pointer. */
 HB_API hb_status hb_linear8_workspace(const hb_linear8_args* args, int64_t* bytes);
+/* As hb_linear4_group; items also have the same threshold and outlier_rule. */
+HB_API hb_status hb_linear8_group(const hb_linear8_args* items, int64_t count);
+HB_API hb_status hb_linear8_group_workspace(const hb_linear8_args* items, int64_t count, int64_t* bytes);
 
 /* Attention over a paged cache, CPU only. A batch packs the new rows of S sequences; row r of a sequence stands at
  * position start + r and sees the sequence's positions up to its own, or the last `window` of them.
@@ -297,6 +307,23 @@ typedef struct hb_swiglu_args {
 } hb_swiglu_args;
 HB_API hb_status hb_swiglu(const hb_swiglu_args* args);
 
+/* Rotary position embeddings, in place: out[t, h, d] = x[t, h, d] * cos[t, d] + turned(x)[t, h, d] * sin[t, d], where
+ * turned(x) is x with its halves exchanged and the first then negated. Products and sum are rounded to the dtype one by
+ * one. CPU only. */
+typedef struct hb_rotary_args {
+    hb_call call;
+    void* query;     /* in and out [T, H, D] */
+    void* key;       /* in and out [T, G, D] */
+    int64_t dtype;   /* of all four tensors */
+    int64_t T;       /* tokens */
+    int64_t H;       /* query heads */
+    int64_t G;       /* key heads */
+    int64_t D;       /* size of a head, even, at most HB_MAX_HEAD_DIM */
+    const void* cos; /* [T, D] */
+    const void* sin; /* [T, D] */
+} hb_rotary_args;
+HB_API hb_status hb_rotary(const hb_rotary_args* args);
+
 /* HB_ABI_VERSION of the library. */
 HB_API int32_t hb_abi_version(void);
 /* The name of the instruction set level that this library runs at: the one that serves this machine best, or the one
@@ -304,6 +331,13 @@ HB_API int32_t hb_abi_version(void);
 HB_API const char* hb_level(void);
 /* Writes the names of the levels that can run on this machine and returns their number; -1 for too little room. */
 HB_API int64_t hb_levels(const char** names, int64_t room);
+/* Runs body(context) on up to `threads` threads at once, the caller among them, and returns when each has returned:
+ * GOMP_parallel of an OpenMP runtime, whose flags are 0 here. */
+typedef void (*hb_parallel)(void (*body)(void* context), void* context, unsigned threads, unsigned flags);
+/* From now on calls run on the threads of this runtime, where others keep them awake already, instead of on the
+ * library's own; null goes back to those. A forked child, where a runtime has no threads, starts with null. Not in the
+ * CUDA library. */
+HB_API void hb_use_parallel(hb_parallel parallel);
 /* One sentence saying what a status means; never null. */
 HB_API const char* hb_status_text(hb_status status);
 /* Copies a table (HB_TABLE_*) as float32 and returns its length; -1 for an unknown table or too little room. */

@@ -208,3 +208,20 @@ def check_swiglu(gate: torch.Tensor, up: torch.Tensor) -> None:
             f"gate is {gate.dtype} {list(gate.shape)} and up is {up.dtype} {list(up.shape)}; they must be alike."
         )
     check_same_device("up", up, "gate", gate)
+
+
+def check_rotary(query: torch.Tensor, key: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> None:
+    """Raises ShapeError unless these are [T, H, D], [T, G, D] with an even D, and twice [T, D], in one dtype."""
+    check_values("query", query)
+    if query.dim() != 3 or query.shape[2] % 2:
+        raise ShapeError(f"query has shape {list(query.shape)}; [tokens, heads, an even head size] is needed")
+    T, _, D = query.shape
+    if key.dim() != 3 or (key.shape[0], key.shape[2]) != (T, D):
+        raise ShapeError(f"key has shape {list(key.shape)}; [{T}, heads, {D}] is needed beside this query")
+    for name, tensor in (("cos", cos), ("sin", sin)):
+        if tuple(tensor.shape) != (T, D):
+            raise ShapeError(f"{name} has shape {list(tensor.shape)}; [{T}, {D}] is needed beside this query")
+    for name, tensor in (("key", key), ("cos", cos), ("sin", sin)):
+        if tensor.dtype != query.dtype:
+            raise ShapeError(f"{name} has dtype {tensor.dtype}; the query's, {query.dtype}, is needed")
+        check_same_device(name, tensor, "query", query)

@@ -10,7 +10,9 @@ result. Not here: what is computed (csrc), the operators (ops.py).
 from __future__ import annotations
 
 import ctypes
+import math
 import threading
+from collections.abc import Sequence
 from typing import Any, Final
 
 import torch
@@ -54,6 +56,11 @@ WORKSPACE: Final = Workspace()
 """What direct calls of the calling thread work in."""
 
 
+def _row_count(x: torch.Tensor) -> int:
+    K = x.shape[-1]
+    return x.numel() // K if K else math.prod(x.shape[:-1])
+
+
 class Direct:
     """One weight's matmul, ready to be called with activations [..., K]."""
 
@@ -73,6 +80,8 @@ class Direct:
         self._kernels = native.kernels("cpu")
         self._function = getattr(self._kernels.library, entry)
         self._entry = entry
+        self.options = (fields.get("threshold"), fields.get("outlier_rule"))
+        """What calls must have in common, beside x, to be made together."""
         self._struct = native.STRUCTS[entry]
         self._rows, self._columns = shape
         bias_dtype = 0 if bias is None else native.DTYPE_CODES[bias.dtype]
@@ -98,7 +107,7 @@ class Direct:
             arguments.check_linear(x, (self._rows, K), None, x)
         x = native.ready(x)
         out = x.new_empty((*x.shape[:-1], self._rows))
-        M = x.numel() // K if K else out.numel() // max(self._rows, 1)
+        M = _row_count(x)
         args = self._struct.from_buffer_copy(self._template)
         args.x, args.x_dtype, args.M, args.out = x.data_ptr(), native.DTYPE_CODES[x.dtype], M, out.data_ptr()
         call = args.call
@@ -118,6 +127,53 @@ class Direct:
             self._workspace_bytes.clear()
         self._workspace_bytes[key] = needed
         return needed
+
+
+class DirectGroup:
+    """Products of one x with several weights in one call: what each Direct gives, bit for bit."""
+
+    def __init__(self, parts: Sequence[Direct]) -> None:
+        """`parts` as may_be_grouped() accepts them."""
+        first = parts[0]
+        self._kernels = first._kernels
+        self._entry = f"{first._entry}_group"
+        self._function = getattr(self._kernels.library, self._entry)
+        self._parts = tuple(parts)  # their tensors stay alive
+        self._rows, self._columns = [part._rows for part in parts], first._columns
+        self._struct = first._struct * len(parts)
+        self._template = b"".join(bytes(part._template) for part in parts)
+        self._workspace_bytes: dict[tuple[int, torch.dtype, int], int] = {}
+
+    @staticmethod
+    def may_be_grouped(parts: Sequence[Direct]) -> bool:
+        """Whether they are of one entry, size of x and options, and not too many."""
+        kinds = {(part._entry, part._columns, *part.options) for part in parts}
+        return len(kinds) == 1 and len(parts) <= native.MAX_GROUP
+
+    def __call__(self, x: torch.Tensor) -> list[torch.Tensor]:
+        """x [..., K] -> one [..., N] for each weight. Raises ShapeError."""
+        if x.dim() == 0 or x.shape[-1] != self._columns or x.dtype not in native.DTYPE_CODES:
+            arguments.check_linear(x, (self._rows[0], self._columns), None, x)
+        x = native.ready(x)
+        outs = [x.new_empty((*x.shape[:-1], rows)) for rows in self._rows]
+        M, address, code = _row_count(x), x.data_ptr(), native.DTYPE_CODES[x.dtype]
+        items = self._struct.from_buffer_copy(self._template)
+        threads = native.thread_count()
+        for item, out in zip(items, outs, strict=True):
+            item.x, item.x_dtype, item.M, item.out = address, code, M, out.data_ptr()
+            item.call.threads = threads
+        key = (M, x.dtype, threads)
+        size = self._workspace_bytes.get(key)
+        if size is None:
+            if len(self._workspace_bytes) >= _ROW_COUNTS_KEPT:
+                self._workspace_bytes.clear()
+            size = self._workspace_bytes[key] = self._kernels.workspace_bytes(self._entry, items, len(outs))
+        call = items[0].call
+        call.workspace, call.workspace_bytes = WORKSPACE.at_least(size), size
+        status = self._function(items, len(outs))
+        if status:
+            self._kernels.check_status(self._entry, status)
+        return outs
 
 
 def direct_4bit(

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from quant import arguments, native
+from quant.errors import ShapeError
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
@@ -49,6 +50,26 @@ def swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
     args.call.threads = native.thread_count()
     entry(args)
     return out
+
+
+def rotate(query: torch.Tensor, key: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> None:
+    """ops.rotary with the same bits, in place, for contiguous query [T, H, D] and key [T, G, D]. Raises ShapeError."""
+    code = native.DTYPE_CODES.get(query.dtype)
+    T, H, D = query.shape
+    shapes_fit = key.dim() == 3 and key.shape[0] == T and key.shape[2] == D and D % 2 == 0
+    is_good = cos.shape == (T, D) == sin.shape and cos.dtype is sin.dtype is key.dtype is query.dtype
+    if code is None or not shapes_fit or not is_good or not (key.is_cpu and cos.is_cpu and sin.is_cpu):
+        arguments.check_rotary(query, key, cos, sin)
+    if not (query.is_contiguous() and key.is_contiguous()):
+        raise ShapeError("query and key must be contiguous to be turned in place")
+    cos, sin = native.ready(cos), native.ready(sin)
+    entry, template = _entry("hb_rotary")
+    args = type(template).from_buffer_copy(template)
+    args.query, args.key, args.dtype = query.data_ptr(), key.data_ptr(), code
+    args.T, args.H, args.G, args.D = T, H, key.shape[1], D
+    args.cos, args.sin = cos.data_ptr(), sin.data_ptr()
+    args.call.threads = native.thread_count()
+    entry(args)
 
 
 @functools.cache

@@ -19,6 +19,7 @@ from torch import nn
 from transformers import core_model_loading as loading
 from transformers.conversion_mapping import get_model_conversion_mapping
 
+from quant import pages
 from quant.config import BitsAndBytesConfig
 from quant.errors import CheckpointError
 from quant.grouped import grouped_linear_4bit, grouped_linear_8bit
@@ -205,7 +206,7 @@ class PackedExperts(Offloadable):
                 )
 
         def stacked(tensors: list[torch.Tensor]) -> torch.Tensor:
-            return torch.stack(tensors).view(projection.experts, len(projection.names), *tensors[0].shape)
+            return pages.stacked(tensors).view(projection.experts, len(projection.names), *tensors[0].shape)
 
         values: dict[str, torch.Tensor | None] = dict.fromkeys(_STATISTICS)
         if isinstance(first, Packed8bit):

@@ -17,7 +17,7 @@ from typing import Any, Final, cast
 
 import torch
 
-from quant import formats, reference
+from quant import formats, pages, reference
 from quant.errors import NativeError
 
 ABI_VERSION: Final = 2
@@ -90,11 +90,15 @@ STRUCTS: Final = {
     ),
     "hb_rms_norm": _struct("RmsNorm", "*x dtype M K *weight %eps *out"),
     "hb_swiglu": _struct("Swiglu", "*gate *up dtype n *out"),
+    "hb_rotary": _struct("Rotary", "*query *key dtype T H G D *cos *sin"),
 }
 """The argument struct of each entry."""
+GROUPS: Final = ("hb_linear4", "hb_linear8")
+"""Entries that have a twin for several products of one x, `<entry>_group`."""
+MAX_GROUP: Final = 8
 ENTRIES_WITH_WORKSPACE: Final = ("hb_linear4", "hb_linear8", "hb_paged_attention")
-CPU_ONLY: Final = frozenset({"hb_paged_attention", "hb_rms_norm", "hb_swiglu"})
-"""Entries that libhalfbyte_cuda.so does not have."""
+CPU_ONLY: Final = frozenset({"hb_paged_attention", "hb_rms_norm", "hb_rotary", "hb_swiglu"})
+"""Entries that libhalfbyte_cuda.so does not have; nor has it groups."""
 
 
 def library_path(device_type: str) -> Path:
@@ -139,6 +143,10 @@ def load_library(path: Path) -> ctypes.CDLL:
         getattr(library, name).argtypes = (ctypes.POINTER(struct),)
         if name in ENTRIES_WITH_WORKSPACE:
             getattr(library, f"{name}_workspace").argtypes = (ctypes.POINTER(struct), ctypes.POINTER(_I64))
+        if name in GROUPS and hasattr(library, f"{name}_group"):
+            getattr(library, f"{name}_group").argtypes = (ctypes.POINTER(struct), _I64)
+            workspace = getattr(library, f"{name}_group_workspace")
+            workspace.argtypes = (ctypes.POINTER(struct), _I64, ctypes.POINTER(_I64))
     return library
 
 
@@ -152,7 +160,27 @@ def levels(library: ctypes.CDLL) -> list[str]:
 @functools.lru_cache(maxsize=2)  # a failure is not kept: the library may be built while the process runs
 def kernels(device_type: str) -> Kernels:
     """The kernels for tensors on "cpu" or "cuda", loaded once; raises NativeError."""
-    return Kernels(load_library(library_path(device_type)), device_type)
+    library = load_library(library_path(device_type))
+    if device_type == "cpu":
+        share_threads(library)
+    return Kernels(library, device_type)
+
+
+def share_threads(library: ctypes.CDLL) -> bool:
+    """Lets a CPU library run on the threads of torch's OpenMP runtime; False where torch has none that can be found.
+
+    The operators between ours then find the same threads awake. With threads of our own beside torch's, which spin
+    after each operator, every change from one to the other costs a wake-up or a core.
+    """
+    try:
+        torch_library = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"))
+        start = torch_library.GOMP_parallel  # looked up in what torch links, which is loaded already
+    except (OSError, AttributeError):
+        return False
+    library.hb_use_parallel.argtypes = (_PTR,)
+    library.hb_use_parallel.restype = None
+    library.hb_use_parallel(ctypes.cast(start, _PTR))
+    return True
 
 
 def unavailable_because(device_type: str) -> str | None:
@@ -218,10 +246,11 @@ class Kernels:
             status = getattr(self.library, entry)(ctypes.byref(args))
         self.check_status(entry, status)
 
-    def workspace_bytes(self, entry: str, args: Any) -> int:
-        """The scratch memory that an entry needs for a struct whose shapes and threads are filled in."""
+    def workspace_bytes(self, entry: str, args: Any, *count: int) -> int:
+        """The scratch memory that an entry needs for a struct, or a group of `count`, with shapes and threads."""
         needed = _I64()
-        status = getattr(self.library, f"{entry}_workspace")(ctypes.byref(args), ctypes.byref(needed))
+        first = args if count else ctypes.byref(args)
+        status = getattr(self.library, f"{entry}_workspace")(first, *count, ctypes.byref(needed))
         self.check_status(entry, status)
         return needed.value
 
@@ -233,7 +262,7 @@ class Kernels:
     def quantize_4bit(self, x: torch.Tensor, quant_type: str, blocksize: int) -> tuple[torch.Tensor, torch.Tensor]:
         x = ready(x)
         count = x.numel()
-        packed = torch.empty(formats.packed_bytes(count), dtype=torch.uint8, device=x.device)
+        packed = pages.empty((formats.packed_bytes(count),), torch.uint8, x.device)
         absmax = torch.empty(formats.block_count(count, blocksize), dtype=torch.float32, device=x.device)
         self.call(
             "hb_quantize4",
@@ -250,7 +279,7 @@ class Kernels:
 
     def encode_4bit(self, x: torch.Tensor, scales: torch.Tensor, quant_type: str, blocksize: int) -> torch.Tensor:
         x, scales = ready(x), ready(scales)
-        packed = torch.empty(formats.packed_bytes(x.numel()), dtype=torch.uint8, device=x.device)
+        packed = pages.empty((formats.packed_bytes(x.numel()),), torch.uint8, x.device)
         self.call(
             "hb_encode4",
             x.device,
@@ -309,7 +338,7 @@ class Kernels:
         absmax = ready(absmax)
         blocks = absmax.numel()
         offset = reference.mean_absmax(absmax)
-        codes = torch.empty(blocks, dtype=torch.uint8, device=absmax.device)
+        codes = pages.empty((blocks,), torch.uint8, absmax.device)
         nested_blocks = formats.block_count(blocks, nested_blocksize)
         nested_absmax = torch.empty(nested_blocks, dtype=torch.float32, device=absmax.device)
         self.call(
@@ -382,7 +411,7 @@ class Kernels:
     def quantize_8bit(self, w: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         w = ready(w)
         N, K = w.shape
-        CB = torch.empty((N, K), dtype=torch.int8, device=w.device)
+        CB = pages.empty((N, K), torch.int8, w.device)
         SCB = torch.empty(N, dtype=torch.float32, device=w.device)
         self.call("hb_quantize8", w.device, w=w, w_dtype=DTYPE_CODES[w.dtype], N=N, K=K, codes=CB, absmax=SCB)
         return CB, SCB
@@ -495,6 +524,15 @@ class Kernels:
         out = torch.empty_like(gate)
         self.call("hb_swiglu", gate.device, gate=gate, up=up, dtype=DTYPE_CODES[gate.dtype], n=gate.numel(), out=out)
         return out
+
+    def rotary(
+        self, query: torch.Tensor, key: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        turned = [tensor.clone(memory_format=torch.contiguous_format) for tensor in (query, key)]
+        T, H, D = query.shape
+        sizes = {"dtype": DTYPE_CODES[query.dtype], "T": T, "H": H, "G": key.shape[1], "D": D}
+        self.call("hb_rotary", query.device, query=turned[0], key=turned[1], cos=ready(cos), sin=ready(sin), **sizes)
+        return turned[0], turned[1]
 
 
 def _rows(x: torch.Tensor) -> int:

@@ -21,7 +21,7 @@ from quant.errors import ShapeError
 
 REFERENCE_ONLY: Final[dict[str, frozenset[str]]] = {
     "cpu": frozenset(),
-    "cuda": frozenset({"paged_attention", "rms_norm", "swiglu"}),
+    "cuda": frozenset({"paged_attention", "rms_norm", "rotary", "swiglu"}),
 }
 """The device types with compiled kernels, and the operators that have none there and run the reference."""
 
@@ -46,6 +46,7 @@ _SCHEMAS: Final = (
     " float scale, int window, float softcap, Tensor? sinks) -> Tensor",
     "rms_norm(Tensor x, Tensor weight, float eps) -> Tensor",
     "swiglu(Tensor gate, Tensor up) -> Tensor",
+    "rotary(Tensor query, Tensor key, Tensor cos, Tensor sin) -> (Tensor, Tensor)",
 )
 NAMES: Final = tuple(schema.partition("(")[0] for schema in _SCHEMAS)
 """The operators, for tests that go over all of them."""
@@ -244,6 +245,18 @@ def swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
     gate, up: one shape and dtype, float32 / float16 / bfloat16; so is the result. No gradients. Raises ShapeError.
     """
     return cast(torch.Tensor, torch.ops.halfbyte.swiglu(gate, up))
+
+
+def rotary(
+    query: torch.Tensor, key: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rotary position embeddings of queries and keys, with transformers' own rounding, bit for bit.
+
+    query: [T, H, D], key: [T, G, D], cos, sin: [T, D], all float32 / float16 / bfloat16; D is even. x * cos + y * sin,
+    where y is x with its halves exchanged and the first then negated; products and sum are rounded to the dtype.
+    Returns two new tensors. No gradients. Raises ShapeError. (RoFormer, Su et al. 2021, as GPT-NeoX and Llama have it.)
+    """
+    return cast(tuple[torch.Tensor, torch.Tensor], torch.ops.halfbyte.rotary(query, key, cos, sin))
 
 
 # --- kernels: check, then run -----------------------------------------------------------------------------------------
@@ -480,6 +493,20 @@ def _swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
 def _fake_swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
     arguments.check_swiglu(gate, up)
     return gate.new_empty(gate.shape)
+
+
+def _rotary(
+    query: torch.Tensor, key: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    arguments.check_rotary(query, key, cos, sin)
+    return cast(tuple[torch.Tensor, torch.Tensor], _run("rotary", query.device, query, key, cos, sin))
+
+
+def _fake_rotary(
+    query: torch.Tensor, key: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    arguments.check_rotary(query, key, cos, sin)
+    return query.new_empty(query.shape), key.new_empty(key.shape)
 
 
 # --- gradients: to activations and bias, none to packed weights -------------------------------------------------------

@@ -114,6 +114,10 @@ class PackedModule(Offloadable):
         return direct
 
     @abstractmethod
+    def direct_for(self, x: torch.Tensor) -> Direct | None:
+        """The call that gives this module's product with x, which is_direct(); None where there is none."""
+
+    @abstractmethod
     def _make_direct(self, bias: torch.Tensor | None) -> Direct | None:
         """The call, all tensors being on a CPU; None where there is none."""
 

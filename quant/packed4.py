@@ -114,6 +114,11 @@ class Weight4bit(PackedModule):
             return codes, self.absmax if second_level is None else second_level.decode(self.absmax), None, None
         return codes, self.absmax, self.nested_absmax, self.nested_offset
 
+    def direct_for(self, x: torch.Tensor) -> Direct | None:
+        if x.dtype is not self.compute_dtype:
+            return None
+        return self._direct_call("absmax", self._parameters.get("bias"))
+
     def multiply(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         given, compute_dtype = x.dtype, self.compute_dtype
         direct = self._direct_call("absmax", bias) if is_direct(x) else None

@@ -81,6 +81,14 @@ class Weight8bit(PackedModule):
         device = weight.device if assign or self.weight.is_meta else self.weight.device
         self.quantize(weight.to(device, copy=not assign))
 
+    def direct_for(self, x: torch.Tensor) -> Direct | None:
+        return None if self.has_fp16_weight else self._direct_now(self._parameters.get("bias"))
+
+    def _direct_now(self, bias: torch.Tensor | None) -> Direct | None:
+        if self._direct_options != (self.threshold, self.outliers):
+            self._direct = None
+        return self._direct_call("SCB", bias)
+
     def multiply(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         if self.has_fp16_weight:
             result: torch.Tensor = _QuantizedOnTheFly.apply(  # type: ignore[no-untyped-call]
@@ -88,9 +96,7 @@ class Weight8bit(PackedModule):
             )
             return result
         if is_direct(x):
-            if self._direct_options != (self.threshold, self.outliers):
-                self._direct = None
-            direct = self._direct_call("SCB", bias)
+            direct = self._direct_now(bias)
             if direct is not None:
                 return direct(x)
         return ops.linear_8bit(x, self.weight, self.SCB, self.threshold, self.outliers, bias)

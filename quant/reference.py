@@ -258,6 +258,19 @@ def swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
     return ((values / (1.0 + torch.exp(-values))).to(gate.dtype) * up).contiguous()
 
 
+def rotary(
+    query: torch.Tensor, key: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """transformers' apply_rotary_pos_emb for tokens first: two products and their sum, each rounded to the dtype."""
+
+    def turned(x: torch.Tensor) -> torch.Tensor:
+        first, second = x.chunk(2, dim=-1)
+        across = torch.cat((-second, first), dim=-1)
+        return (x * cos[:, None] + across * sin[:, None]).contiguous()
+
+    return turned(query), turned(key)
+
+
 _ONE_THREADS_PIECE = 1 << 15
 """Values up to which torch's element-wise operations and sums stay on one thread."""
 INT8_PRODUCT_SCALE = 1.0 / (formats.INT8_MAX * formats.INT8_MAX)

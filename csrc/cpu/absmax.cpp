@@ -27,6 +27,16 @@ HB_CLONES void decode_absmax(const uint8_t* codes, int64_t count, float nested_a
     }
 }
 
+using Decode = void (*)(const uint8_t* codes, int64_t count, float nested_absmax, float offset, float* out);
+
+Decode best_decode() {
+#ifdef HB_X86
+    if (level() >= kAvx512Bf16 && __builtin_cpu_supports("avx512vbmi")) return decode_absmax_vbmi;
+    if (has_avx512()) return decode_absmax_avx512;
+#endif
+    return decode_absmax;
+}
+
 }  // namespace
 
 void load_absmax(const AbsmaxSource& source, int64_t first, int64_t count, float* out) {
@@ -34,11 +44,7 @@ void load_absmax(const AbsmaxSource& source, int64_t first, int64_t count, float
         std::copy_n(static_cast<const float*>(source.absmax) + first, count, out);
         return;
     }
-#ifdef HB_X86
-    const auto decode = has_avx512() ? decode_absmax_avx512 : decode_absmax;
-#else
-    const auto decode = decode_absmax;
-#endif
+    static const auto decode = best_decode();
     const uint8_t* const codes = static_cast<const uint8_t*>(source.absmax);
     const int64_t end = first + count;
     int64_t block = first / source.nested_blocksize;

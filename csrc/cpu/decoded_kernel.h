@@ -52,15 +52,22 @@ struct Decoded {
         return Isa::table(format == HB_NF4 ? kNf4Values.at : kFp4Values.at);
     }
 
+    // A whole group in decoded order.
+    static HB_INLINE void regroup(const float* values, Value* out) {
+        for (int64_t i = 0; i < kHalf; ++i) {
+            out[i] = Isa::value(values[Isa::kIsInt8 ? i : 2 * i]);
+            out[kHalf + i] = Isa::value(values[Isa::kIsInt8 ? kHalf + i : 2 * i + 1]);
+        }
+    }
+
     // `count` values -> whole groups in decoded order, the rest zero.
     static void regroup(const float* values, int64_t count, int64_t padded, Value* out) {
-        for (int64_t k = 0; k < padded; k += kGroup) {
-            for (int64_t i = 0; i < kHalf; ++i) {
-                const int64_t first = Isa::kIsInt8 ? k + i : k + 2 * i,
-                              second = Isa::kIsInt8 ? first + kHalf : first + 1;
-                out[k + i] = Isa::value(first < count ? values[first] : 0.0f);
-                out[k + kHalf + i] = Isa::value(second < count ? values[second] : 0.0f);
-            }
+        int64_t k = 0;
+        for (; k + kGroup <= count; k += kGroup) regroup(values + k, out + k);
+        for (; k < padded; k += kGroup) {
+            float some[kGroup] = {};
+            if (k < count) memcpy(some, values + k, static_cast<size_t>(count - k) * sizeof(float));
+            regroup(some, out + k);
         }
     }
 
@@ -200,12 +207,13 @@ struct Decoded {
         load_absmax(a.weight.absmax, first, last - first + 1, out);
     }
 
-    // The absmax of rows n .. n + 3, which begin with a block, one row behind the other: where they lie, or in `room`.
-    static const float* absmax_of_four(const DecodedCall& a, int64_t n, float* room) {
+    // The absmax of rows [n, n + rows), which begin with a block, one row behind the other: where they lie, or in
+    // `room`.
+    static const float* absmax_of(const DecodedCall& a, int64_t n, int64_t rows, float* room) {
         const int64_t blocks = a.K / a.weight.blocksize;
         const AbsmaxSource& source = a.weight.absmax;
         if (source.nested_absmax == nullptr) return static_cast<const float*>(source.absmax) + n * blocks;
-        load_absmax(source, n * blocks, kWeightRows * blocks, room);
+        load_absmax(source, n * blocks, rows * blocks, room);
         return room;
     }
 
@@ -221,9 +229,15 @@ struct Decoded {
         const int64_t last = end * kWeightRows < a.N ? end * kWeightRows : a.N;
         int64_t n = begin * kWeightRows;
         if (job.rows <= kRows && is_aligned(a)) {
-            for (; n + kWeightRows <= last; n += kWeightRows) {
-                few_rows(job, n, absmax_of_four(a, n, absmax), sums);
-                finish(job, 0, job.rows, n, kWeightRows, sums);
+            while (n + kWeightRows <= last) {
+                const int64_t left = (last - n) / kWeightRows * kWeightRows;
+                const int64_t columns = left < kMostTileRows ? left : kMostTileRows;
+                const float* scales = absmax_of(a, n, columns, absmax);
+                for (int64_t i = 0; i < columns; i += kWeightRows) {
+                    few_rows(job, n + i, scales + i * (a.K / a.weight.blocksize), sums + i);
+                }
+                finish(job, 0, job.rows, n, columns, sums);
+                n += columns;
             }
         }
         while (n < last) {

@@ -1,4 +1,4 @@
-// out = x * W^T + bias with W in 4 bits: the entry. What it runs is in decoded.cpp.
+// out = x * W^T + bias with W in 4 bits: the entries; one product is a group of one. What they run is in decoded.cpp.
 #include "checks.h"
 #include "decoded.h"
 #include "halfbyte.h"
@@ -13,24 +13,40 @@ DecodedCall decoded_call(const hb_linear4_args& a) {
     return {a.x, a.x_dtype, a.M, a.N, a.K, weight, a.bias, a.bias_dtype, a.out};
 }
 
+void decoded_calls(const hb_linear4_args* items, int64_t count, DecodedCall* calls) {
+    for (int64_t i = 0; i < count; ++i) calls[i] = decoded_call(items[i]);
+}
+
 }  // namespace
 
 }  // namespace hb
 
-extern "C" hb_status hb_linear4_workspace(const hb_linear4_args* args, int64_t* bytes) {
+extern "C" hb_status hb_linear4_group_workspace(const hb_linear4_args* items, int64_t count, int64_t* bytes) {
     using namespace hb;
-    HB_REQUIRE(check_linear4_shape(args));
+    HB_REQUIRE(check_group(items, count, check_linear4_shape));
     HB_REQUIRE(check_tensor(bytes, 1, sizeof *bytes));
-    *bytes = decoded_workspace(decoded_call(*args), false, args->call.threads);
+    DecodedCall calls[HB_MAX_GROUP];
+    decoded_calls(items, count, calls);
+    *bytes = decoded_workspace(calls, count, false, items->call.threads);
     return HB_OK;
 }
 
-extern "C" hb_status hb_linear4(const hb_linear4_args* args) {
+extern "C" hb_status hb_linear4_group(const hb_linear4_args* items, int64_t count) {
     using namespace hb;
-    HB_REQUIRE(check(args));
-    if (args->M == 0 || args->N == 0) return HB_OK;
-    const DecodedCall call = decoded_call(*args);
-    HB_REQUIRE(check_workspace(args->call, decoded_workspace(call, false, args->call.threads)));
-    run_decoded(call, false, args->call.threads, args->call.workspace);
+    HB_REQUIRE(check_group<hb_linear4_args>(items, count, check));
+    DecodedCall calls[HB_MAX_GROUP];
+    decoded_calls(items, count, calls);
+    if (!has_output(items, count)) return HB_OK;
+    const hb_call& call = items->call;
+    HB_REQUIRE(check_workspace(call, decoded_workspace(calls, count, false, call.threads)));
+    run_decoded(calls, count, false, call.threads, call.workspace);
     return HB_OK;
+}
+
+extern "C" hb_status hb_linear4_workspace(const hb_linear4_args* args, int64_t* bytes) {
+    return hb_linear4_group_workspace(args, 1, bytes);
+}
+
+extern "C" hb_status hb_linear4(const hb_linear4_args* args) {
+    return hb_linear4_group(args, 1);
 }

@@ -7,6 +7,8 @@
 
 #include <math.h>
 
+#include <algorithm>
+
 #include "checks.h"
 #include "decoded.h"
 #include "level.h"
@@ -36,12 +38,12 @@ struct Layout {
     TileBlocks blocks;
     int64_t absmax_at, counts_at, outliers_at, any_at, batch_at, values_at, tiles_at, run_at, run_bytes, end;
 
-    explicit Layout(const hb_linear8_args& a)
+    Layout(const hb_linear8_args& a, int64_t columns)
         : rows(a.M < kRowsPerPass ? a.M : kRowsPerPass),
           // Rows an odd number of cache lines apart: a power of two would put all of them into the same few lines.
           stride((ceil_div(a.K, 64) | 1) * 64),
           words(ceil_div(a.K, kWord)),
-          threads(threads_for_matmul(a.call.threads, a.M, a.N, a.K)),
+          threads(threads_for_matmul(a.call.threads, a.M, columns, a.K)),
           blocks(kernels().interleave == nullptr ? 0 : rows, a.K),
           absmax_at(rows * stride),
           counts_at(absmax_at + round_up(rows * 4, 64)),
@@ -79,39 +81,18 @@ void interleave_rows(Job8& job, int64_t threads) {
     });
 }
 
-DecodedCall decoded_call(const hb_linear8_args& a) {
-    const AbsmaxSource absmax = {a.absmax, nullptr, nullptr, 1};
-    const DecodedWeight weight = {reinterpret_cast<const uint8_t*>(a.codes), 0, a.K, absmax};
-    return {a.x, a.x_dtype, a.M, a.N, a.K, weight, a.bias, a.bias_dtype, a.out};
-}
-
-}  // namespace
-
-}  // namespace hb
-
-extern "C" hb_status hb_linear8_workspace(const hb_linear8_args* args, int64_t* bytes) {
-    using namespace hb;
-    HB_REQUIRE(check_linear8_shape(args));
-    HB_REQUIRE(check_tensor(bytes, 1, sizeof *bytes));
-    *bytes = args->outlier_rule == HB_OUTLIERS_ALL ? decoded_workspace(decoded_call(*args), true, args->call.threads)
-                                                   : Layout(*args).end;
-    return HB_OK;
-}
-
-extern "C" hb_status hb_linear8(const hb_linear8_args* args) {
-    using namespace hb;
-    HB_REQUIRE(check(args));
-    const hb_linear8_args& a = *args;
-    if (a.M == 0 || a.N == 0) return HB_OK;
-    if (a.outlier_rule == HB_OUTLIERS_ALL) {
-        const DecodedCall call = decoded_call(a);
-        HB_REQUIRE(check_workspace(a.call, decoded_workspace(call, true, a.call.threads)));
-        run_decoded(call, true, a.call.threads, a.call.workspace);
-        return HB_OK;
+// Tiles [begin, end) of all the items' columns, one item behind the other.
+void run_tiles(const Job8* jobs, int64_t count, int64_t begin, int64_t end, float* scratch) {
+    for (int64_t i = 0, first = 0; i < count && first < end; ++i) {
+        const int64_t tiles = ceil_div(jobs[i].args->N, kTileColumns);
+        const int64_t from = std::max(begin - first, int64_t{0}), to = std::min(end - first, tiles);
+        if (from < to) kernels().run(jobs[i], from, to, scratch);
+        first += tiles;
     }
-    const Layout layout(a);
-    HB_REQUIRE(check_workspace(a.call, layout.end));
+}
 
+// The parts of the workspace that all products share, and the options.
+Job8 shared_job(const hb_linear8_args& a, const Layout& layout) {
     Job8 job{};
     job.args = &a;
     job.codes = at<uint8_t>(a, 0);
@@ -129,14 +110,86 @@ extern "C" hb_status hb_linear8(const hb_linear8_args* args) {
                      [&](int64_t, int64_t begin, int64_t end) { kernels().mark_columns(job, begin, end, batch); });
         job.batch_outliers = batch;
     }
-    for (job.first_row = 0; job.first_row < a.M; job.first_row += kRowsPerPass) {
-        job.rows = a.M - job.first_row < kRowsPerPass ? a.M - job.first_row : kRowsPerPass;
-        const int64_t row_threads = threads_for(layout.threads, job.rows * a.K);
+    return job;
+}
+
+void run_int8(const hb_linear8_args* items, int64_t count, const Layout& layout) {
+    const hb_linear8_args& first = *items;
+    Job8 job = shared_job(first, layout);
+    int64_t tiles = 0;
+    for (int64_t i = 0; i < count; ++i) tiles += ceil_div(items[i].N, kTileColumns);
+    for (job.first_row = 0; job.first_row < first.M; job.first_row += kRowsPerPass) {
+        job.rows = std::min(first.M - job.first_row, kRowsPerPass);
+        const int64_t row_threads = threads_for(layout.threads, job.rows * first.K);
         split_rows(job, layout, row_threads);
         if (kernels().interleave != nullptr) interleave_rows(job, row_threads);
-        parallel_for(layout.threads, ceil_div(a.N, kTileColumns), [&](int64_t part, int64_t begin, int64_t end) {
-            kernels().run(job, begin, end, at<float>(a, layout.run_at + part * layout.run_bytes));
+        Job8 jobs[HB_MAX_GROUP];
+        for (int64_t i = 0; i < count; ++i) {
+            jobs[i] = job;
+            jobs[i].args = items + i;
+        }
+        parallel_for(layout.threads, tiles, [&](int64_t part, int64_t begin, int64_t end) {
+            run_tiles(jobs, count, begin, end, at<float>(first, layout.run_at + part * layout.run_bytes));
         });
     }
+}
+
+DecodedCall decoded_call(const hb_linear8_args& a) {
+    const AbsmaxSource absmax = {a.absmax, nullptr, nullptr, 1};
+    const DecodedWeight weight = {reinterpret_cast<const uint8_t*>(a.codes), 0, a.K, absmax};
+    return {a.x, a.x_dtype, a.M, a.N, a.K, weight, a.bias, a.bias_dtype, a.out};
+}
+
+void decoded_calls(const hb_linear8_args* items, int64_t count, DecodedCall* calls) {
+    for (int64_t i = 0; i < count; ++i) calls[i] = decoded_call(items[i]);
+}
+
+int64_t columns_of(const hb_linear8_args* items, int64_t count) {
+    int64_t columns = 0;
+    for (int64_t i = 0; i < count; ++i) columns += items[i].N;
+    return columns;
+}
+
+}  // namespace
+
+}  // namespace hb
+
+extern "C" hb_status hb_linear8_group_workspace(const hb_linear8_args* items, int64_t count, int64_t* bytes) {
+    using namespace hb;
+    HB_REQUIRE(check_linear8_group(items, count, check_linear8_shape));
+    HB_REQUIRE(check_tensor(bytes, 1, sizeof *bytes));
+    if (items->outlier_rule == HB_OUTLIERS_ALL) {
+        DecodedCall calls[HB_MAX_GROUP];
+        decoded_calls(items, count, calls);
+        *bytes = decoded_workspace(calls, count, true, items->call.threads);
+    } else {
+        *bytes = Layout(*items, columns_of(items, count)).end;
+    }
     return HB_OK;
+}
+
+extern "C" hb_status hb_linear8_group(const hb_linear8_args* items, int64_t count) {
+    using namespace hb;
+    HB_REQUIRE(check_linear8_group(items, count, check));
+    if (!has_output(items, count)) return HB_OK;
+    const hb_call& call = items->call;
+    int64_t needed = 0;
+    HB_REQUIRE(hb_linear8_group_workspace(items, count, &needed));
+    HB_REQUIRE(check_workspace(call, needed));
+    if (items->outlier_rule == HB_OUTLIERS_ALL) {
+        DecodedCall calls[HB_MAX_GROUP];
+        decoded_calls(items, count, calls);
+        run_decoded(calls, count, true, call.threads, call.workspace);
+    } else {
+        run_int8(items, count, Layout(*items, columns_of(items, count)));
+    }
+    return HB_OK;
+}
+
+extern "C" hb_status hb_linear8_workspace(const hb_linear8_args* args, int64_t* bytes) {
+    return hb_linear8_group_workspace(args, 1, bytes);
+}
+
+extern "C" hb_status hb_linear8(const hb_linear8_args* args) {
+    return hb_linear8_group(args, 1);
 }

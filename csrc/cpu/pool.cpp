@@ -1,7 +1,11 @@
 // The pool behind parallel_for: see pool.h for the promises.
 //
 // A job is cut into a few pieces more than threads; whoever is free takes the next one, so that a thread that the
-// system holds up costs a piece and not a share. A worker is handed a job by a pointer of its own, which it clears when
+// system holds up costs a piece and not a share. Which threads those are: an OpenMP runtime's where hb_use_parallel
+// has handed one over, because the operators between ours keep its threads awake and two pools would take the cores
+// from each other; else workers of our own.
+//
+// A worker is handed a job by a pointer of its own, which it clears when
 // it is done; before it sleeps it looks for the next job for a while (kPatience), because the layers of a model follow
 // each other by some ten microseconds and waking a thread takes as long. Started on first use, never stopped: the pool
 // is leaked on purpose, so that no thread is joined while the process is ending.
@@ -17,6 +21,8 @@
 #include <mutex>
 #include <system_error>
 #include <thread>
+
+#include "halfbyte.h"
 
 namespace hb {
 
@@ -51,8 +57,9 @@ class Job {
     Job(int64_t threads, int64_t count, RangeBody body, const void* context)
         : body_(body), context_(context), count_(count), piece_(count / (threads * kPiecesPerThread) + 1) {}
 
-    // Takes pieces until there are none; `part` is the thread's own.
-    void work(int64_t part) {
+    // One thread's share: takes pieces until there are none.
+    void work() {
+        const int64_t part = next_part_.fetch_add(1, std::memory_order_relaxed);
         for (;;) {
             const int64_t begin = next_.fetch_add(piece_, std::memory_order_relaxed);
             if (begin >= count_) return;
@@ -64,7 +71,7 @@ class Job {
     const RangeBody body_;
     const void* const context_;
     const int64_t count_, piece_;
-    std::atomic<int64_t> next_{0};
+    std::atomic<int64_t> next_{0}, next_part_{0};
 };
 
 class Worker {
@@ -85,13 +92,13 @@ class Worker {
     }
 
     // The thread's side.
-    void work(int64_t part) {
+    void work() {
         for (;;) {
             if (!watch([this] { return !is_idle(); })) {
                 std::unique_lock<std::mutex> lock(mutex_);
                 changed_.wait(lock, [this] { return !is_idle(); });
             }
-            job_.load(std::memory_order_acquire)->work(part);
+            job_.load(std::memory_order_acquire)->work();
             {
                 std::lock_guard<std::mutex> lock(mutex_);
                 job_.store(nullptr, std::memory_order_release);
@@ -114,14 +121,23 @@ class Pool {
             body(context, 0, 0, count);
             return;
         }
-        const size_t helpers = grow_to(static_cast<size_t>(threads - 1));
-        Job job(static_cast<int64_t>(helpers) + 1, count, body, context);
+        Job job(threads, count, body, context);
+        if (const hb_parallel parallel = parallel_.load(std::memory_order_relaxed)) {
+            parallel([](void* same) { static_cast<Job*>(same)->work(); }, &job, static_cast<unsigned>(threads), 0);
+        } else {
+            run_on_workers(job, grow_to(static_cast<size_t>(threads - 1)));
+        }
+    }
+
+    void use(hb_parallel parallel) { parallel_.store(parallel, std::memory_order_relaxed); }
+
+  private:
+    void run_on_workers(Job& job, size_t helpers) {
         for (size_t i = 0; i < helpers; ++i) workers_[i].hand(&job);
-        job.work(0);
+        job.work();
         for (size_t i = 0; i < helpers; ++i) workers_[i].wait_until_idle();
     }
 
-  private:
     // Starts workers until there are `wanted`; returns how many can be used (fewer when the system gives no more).
     size_t grow_to(size_t wanted) {
         if (workers_.size() >= wanted) return wanted;
@@ -133,8 +149,7 @@ class Pool {
             while (workers_.size() < wanted) {
                 workers_.emplace_back();
                 Worker* const worker = &workers_.back();
-                const int64_t part = static_cast<int64_t>(workers_.size());
-                std::thread([worker, part] { worker->work(part); }).detach();
+                std::thread([worker] { worker->work(); }).detach();
             }
         } catch (const std::system_error&) {
             workers_.pop_back();
@@ -146,6 +161,7 @@ class Pool {
 
     std::mutex turn_;             // held by the caller whose job is running; guards workers_
     std::deque<Worker> workers_;  // a deque never moves what it holds
+    std::atomic<hb_parallel> parallel_{nullptr};
 };
 
 Pool* pool = nullptr;
@@ -176,3 +192,7 @@ void parallel_ranges(int64_t threads, int64_t count, RangeBody body, const void*
 }
 
 }  // namespace hb
+
+extern "C" void hb_use_parallel(hb_parallel parallel) {
+    hb::the_pool().use(parallel);
+}

@@ -1,4 +1,5 @@
-// One small pool of persistent threads for the whole process. Not a scheduler: one job at a time.
+// One small pool of persistent threads for the whole process, our own or an OpenMP runtime's (hb_use_parallel). Not a
+// scheduler: one job at a time.
 #pragma once
 
 #include <stdint.h>

@@ -18,6 +18,25 @@ TileBlocks blocks_of(const DecodedCall& call, int64_t rows) {
     return {rows, round_up(call.K, 64) * int64_t{sizeof(uint16_t)}};
 }
 
+// Of one thread, enough for each of the calls.
+int64_t scratch_bytes_of(const DecodedCall* calls, int64_t count, const TileBlocks& blocks) {
+    int64_t most = 0;
+    for (int64_t i = 0; i < count; ++i) most = std::max(most, TiledScratch(blocks, calls[i]).bytes());
+    return most;
+}
+
+// Units [begin, end) of all the calls' weight rows, one call behind the other.
+void run_units(const TiledKernels& kernels, TiledJob job, const DecodedCall* calls, int64_t count, int64_t begin,
+               int64_t end, char* scratch) {
+    for (int64_t i = 0, first = 0; i < count && first < end; ++i) {
+        const int64_t units = ceil_div(calls[i].N, kTileRows);
+        const int64_t from = std::max(begin - first, int64_t{0}), to = std::min(end - first, units);
+        job.call = calls + i;
+        if (from < to) kernels.run(job, from, to, scratch);
+        first += units;
+    }
+}
+
 }  // namespace
 
 TiledScratch::TiledScratch(const TileBlocks& blocks, const DecodedCall& call)
@@ -36,30 +55,34 @@ const TiledKernels* tiled_kernels(int64_t x_dtype, bool is_int8) {
     return nullptr;
 }
 
-int64_t tiled_workspace(const DecodedCall& call, int64_t threads) {
-    const TileBlocks blocks = blocks_of(call, std::min(call.M, kRowsPerPass));
-    const int64_t parts = threads_for_matmul(threads, call.M, call.N, call.K);
-    return round_up(blocks.x_bytes(), 64) + parts * TiledScratch(blocks, call).bytes();
+int64_t tiled_workspace(const DecodedCall* calls, int64_t count, int64_t threads) {
+    const TileBlocks blocks = blocks_of(calls[0], std::min(calls[0].M, kRowsPerPass));
+    return round_up(blocks.x_bytes(), 64) +
+           decoded_threads(calls, count, threads) * scratch_bytes_of(calls, count, blocks);
 }
 
-void run_tiled(const TiledKernels& kernels, const DecodedCall& call, int64_t most_threads, void* workspace) {
-    const int64_t threads = threads_for_matmul(most_threads, call.M, call.N, call.K);
-    const TileBlocks most = blocks_of(call, std::min(call.M, kRowsPerPass));
+void run_tiled(const TiledKernels& kernels, const DecodedCall* calls, int64_t count, int64_t most_threads,
+               void* workspace) {
+    const DecodedCall& first = calls[0];
+    const int64_t threads = decoded_threads(calls, count, most_threads);
+    const TileBlocks most = blocks_of(first, std::min(first.M, kRowsPerPass));
     TiledJob job{};
-    job.call = &call;
+    job.call = &first;
     job.x = static_cast<char*>(workspace);
     char* const scratch = job.x + round_up(most.x_bytes(), 64);
-    const int64_t scratch_bytes = TiledScratch(most, call).bytes();
-    for (job.first_row = 0; job.first_row < call.M; job.first_row += kRowsPerPass) {
-        job.rows = std::min(call.M - job.first_row, kRowsPerPass);
-        job.blocks = blocks_of(call, job.rows);
+    const int64_t scratch_bytes = scratch_bytes_of(calls, count, most);
+    int64_t units = 0;
+    for (int64_t i = 0; i < count; ++i) units += ceil_div(calls[i].N, kTileRows);
+    for (job.first_row = 0; job.first_row < first.M; job.first_row += kRowsPerPass) {
+        job.rows = std::min(first.M - job.first_row, kRowsPerPass);
+        job.blocks = blocks_of(first, job.rows);
         const int64_t pieces = job.blocks.pieces();
-        parallel_for(threads_for(threads, job.rows * call.K), job.blocks.blocks * pieces,
+        parallel_for(threads_for(threads, job.rows * first.K), job.blocks.blocks * pieces,
                      [&](int64_t, int64_t begin, int64_t end) {
                          for (int64_t i = begin; i < end; ++i) kernels.load_x(job, i / pieces, i % pieces);
                      });
-        parallel_for(threads, ceil_div(call.N, kTileRows), [&](int64_t part, int64_t begin, int64_t end) {
-            kernels.run(job, begin, end, scratch + part * scratch_bytes);
+        parallel_for(threads, units, [&](int64_t part, int64_t begin, int64_t end) {
+            run_units(kernels, job, calls, count, begin, end, scratch + part * scratch_bytes);
         });
     }
 }

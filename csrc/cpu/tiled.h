@@ -46,7 +46,8 @@ struct TiledScratch {
 
 // Null where this level has no tiles for activations of this type.
 const TiledKernels* tiled_kernels(int64_t x_dtype, bool is_int8);
-int64_t tiled_workspace(const DecodedCall& call, int64_t threads);
-void run_tiled(const TiledKernels& kernels, const DecodedCall& call, int64_t threads, void* workspace);
+// Of calls that have x, M and K in common.
+int64_t tiled_workspace(const DecodedCall* calls, int64_t count, int64_t threads);
+void run_tiled(const TiledKernels& kernels, const DecodedCall* calls, int64_t count, int64_t threads, void* workspace);
 
 }  // namespace hb

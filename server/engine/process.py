@@ -61,9 +61,12 @@ _QUIET: Final = {
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
     "TOKENIZERS_PARALLELISM": "false",
 }
-_OPENMP_WAITING: Final = ("OMP_WAIT_POLICY", "PASSIVE")
-"""torch's threads otherwise spin at the end of every small operation and take the cores from our kernels' threads and
-from other processes. Demo model, 2 threads on 2 cores that others also use: 20 tokens/s spinning, 38 to 54 waiting."""
+OPENMP_WAITING: Final = ("GOMP_SPINCOUNT", "20000")
+"""How often a thread that torch and our kernels share looks for work before it sleeps: some 0.3 milliseconds, longer
+than Python takes from one operator of a step to the next. By default it is fifteen times as long, which takes the cores
+from the HTTP process and from other engines; without any, each operator wakes its threads."""
+OPENMP_WAITING_BY_USER: Final = "OMP_WAIT_POLICY"
+"""Where this is set, it decides."""
 
 
 class Connection:
@@ -127,7 +130,8 @@ def main(descriptor: int) -> NoReturn:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     os.environ.update(_QUIET)
-    os.environ.setdefault(*_OPENMP_WAITING)
+    if OPENMP_WAITING_BY_USER not in os.environ:
+        os.environ.setdefault(*OPENMP_WAITING)
     end = socket.socket(fileno=descriptor)
     end.setblocking(True)
     connection = Connection(end)

@@ -7,8 +7,7 @@ short way where it may (`quant.direct.is_direct`); every other call is transform
 Nothing is believed by name. A norm is fused where its own output on random rows is what the kernel gives, an MLP where
 its forward, run on stand-ins for its four parts, proves to be down(silu(gate(x)) * up(x)) bit for bit. Whatever else
 there is stays as it is, among it Gemma's (1 + weight) norms, modules with accelerate's hooks, and other devices' ones.
-Not here: rotary embeddings, which are functions of transformers' modules: to change them is to change them for
-everyone in the process.
+Not here: attention (fuse_attention.py).
 """
 
 from __future__ import annotations
@@ -24,6 +23,8 @@ from transformers.activations import SiLUActivation
 
 from quant import direct_rows, formats
 from quant.direct import is_direct
+from quant.siblings import multiplied_together
+from server.model.fuse_attention import FusedAttention, is_attention
 
 log = logging.getLogger(__name__)
 
@@ -49,26 +50,33 @@ class FusedMLP(nn.Module):
         if not is_direct(x):
             return super().forward(x)  # type: ignore[no-any-return]
         parts: Any = self._modules
-        return parts["down_proj"](direct_rows.swiglu(parts["gate_proj"](x), parts["up_proj"](x)))  # type: ignore[no-any-return]
+        gate, up = multiplied_together(self, (parts["gate_proj"], parts["up_proj"]), x)
+        return parts["down_proj"](direct_rows.swiglu(gate, up))  # type: ignore[no-any-return]
 
 
 @torch.inference_mode()
 def fuse(model: nn.Module) -> int:
     """Fuses what it knows in a model on a CPU, in place; how many modules that are."""
     count = 0
+    dtype = next((parameter.dtype for parameter in model.parameters() if parameter.is_floating_point()), None)
     for module in model.modules():
-        if isinstance(module, (FusedNorm, FusedMLP)) or not _is_plain(module):
+        if isinstance(module, (FusedNorm, FusedMLP, FusedAttention)) or not _is_plain(module):
             continue
+        mixin: Any = _mixin_for(module, dtype)
         kind: Any = type(module)
-        if _is_norm(module):
-            module.__class__ = _fused(FusedNorm, kind)
-        elif _is_mlp(module):
-            module.__class__ = _fused(FusedMLP, kind)
-        else:
-            continue
-        count += 1
+        if mixin is not None:
+            module.__class__ = _fused(mixin, kind)
+            count += 1
     log.info("%d modules of %s run on kernels of their own", count, type(model).__name__)
     return count
+
+
+def _mixin_for(module: nn.Module, dtype: torch.dtype | None) -> type[nn.Module] | None:
+    if _is_norm(module):
+        return FusedNorm
+    if _is_mlp(module):
+        return FusedMLP
+    return FusedAttention if is_attention(module, dtype) else None
 
 
 @functools.cache

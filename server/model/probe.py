@@ -61,6 +61,7 @@ def choose_runner(
     fuse(model)
     try:
         layers = _probe_layers(model, prompts[-1])
+        fuse(model)  # once more: attention can be fused now that it is ours
         runner = PagedRunner(
             model,
             PagedCache(layers, blocks, block_tokens),

@@ -374,6 +374,19 @@ void fuzz_swiglu(Input& input) {
     judge(hb_swiglu(&args), tensors);
 }
 
+void fuzz_rotary(Input& input) {
+    Tensors tensors(input);
+    auto args = start<hb_rotary_args>(input);
+    args.dtype = input.option(3), args.T = input.size(), args.H = input.size(), args.G = input.size();
+    args.D = input.size();
+    const __int128 rows = args.T < 0 || args.D < 0 ? -1 : static_cast<__int128>(args.T) * args.D;
+    args.query = tensors.out<void>(args.H < 0 ? -1 : rows * args.H, element_bytes(args.dtype));
+    args.key = tensors.out<void>(args.G < 0 ? -1 : rows * args.G, element_bytes(args.dtype));
+    args.cos = tensors.in<void>(rows, element_bytes(args.dtype));
+    args.sin = tensors.in<void>(rows, element_bytes(args.dtype));
+    judge(hb_rotary(&args), tensors);
+}
+
 void fuzz_table(Input& input) {
     const int32_t which = input.any<int32_t>() % 16;
     const int64_t room = input.any<uint16_t>() % 300 - 10;
@@ -390,7 +403,7 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
         fuzz_dequantize4, fuzz_quantize_absmax, fuzz_dequantize_absmax,
         fuzz_linear4,     fuzz_quantize8,       fuzz_dequantize8,
         fuzz_linear8,     fuzz_table,           fuzz_paged_attention,
-        fuzz_rms_norm,    fuzz_swiglu,
+        fuzz_rms_norm,    fuzz_swiglu,          fuzz_rotary,
     };
     Input input(data, size);
     kEntries[input.any<uint8_t>() % (sizeof kEntries / sizeof kEntries[0])](input);

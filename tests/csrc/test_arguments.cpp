@@ -90,6 +90,11 @@ struct Valid {
         a.gate = x, a.up = absmax, a.n = 63, a.out = out;
         return a;
     }
+    hb_rotary_args rotary() {
+        auto a = args_with<hb_rotary_args>();
+        a.query = out, a.key = absmax, a.T = 3, a.H = 2, a.G = 1, a.D = 4, a.cos = x, a.sin = x;
+        return a;
+    }
     // Two sequences: rows at positions 2 and 3 of one, at 0 of the other; blocks of two tokens.
     hb_paged_attention_args paged_attention() {
         auto a = args_with<hb_paged_attention_args>();
@@ -152,6 +157,7 @@ TEST(every_entry_refuses_a_bad_call) {
     REFUSED_CALLS(paged_attention);
     REFUSED_CALLS(rms_norm);
     REFUSED_CALLS(swiglu);
+    REFUSED_CALLS(rotary);
 }
 
 TEST(null_pointers_are_refused) {
@@ -197,6 +203,10 @@ TEST(null_pointers_are_refused) {
     REFUSED(swiglu, a.gate = nullptr, HB_NULL_POINTER);
     REFUSED(swiglu, a.up = nullptr, HB_NULL_POINTER);
     REFUSED(swiglu, a.out = nullptr, HB_NULL_POINTER);
+    REFUSED(rotary, a.query = nullptr, HB_NULL_POINTER);
+    REFUSED(rotary, a.key = nullptr, HB_NULL_POINTER);
+    REFUSED(rotary, a.cos = nullptr, HB_NULL_POINTER);
+    REFUSED(rotary, a.sin = nullptr, HB_NULL_POINTER);
     REFUSED(paged_attention, a.query = nullptr, HB_NULL_POINTER);
     REFUSED(paged_attention, a.keys = nullptr, HB_NULL_POINTER);
     REFUSED(paged_attention, a.values = nullptr, HB_NULL_POINTER);
@@ -236,6 +246,10 @@ TEST(misaligned_pointers_are_refused) {
     REFUSED(swiglu, a.gate = shifted(a.gate, 2), HB_MISALIGNED);
     REFUSED(swiglu, (a.dtype = HB_BFLOAT16, a.up = shifted(a.up)), HB_MISALIGNED);
     REFUSED(swiglu, a.out = shifted(a.out, 3), HB_MISALIGNED);
+    REFUSED(rotary, a.query = shifted(a.query, 2), HB_MISALIGNED);
+    REFUSED(rotary, (a.dtype = HB_BFLOAT16, a.key = shifted(a.key)), HB_MISALIGNED);
+    REFUSED(rotary, a.cos = shifted(a.cos), HB_MISALIGNED);
+    REFUSED(rotary, a.sin = shifted(a.sin), HB_MISALIGNED);
     REFUSED(paged_attention, a.query = shifted(a.query, 2), HB_MISALIGNED);
     REFUSED(paged_attention, (a.dtype = HB_BFLOAT16, a.keys = shifted(a.keys)), HB_MISALIGNED);
     REFUSED(paged_attention, a.tables = shifted(a.tables, 4), HB_MISALIGNED);
@@ -283,6 +297,9 @@ TEST(options_of_attention_are_refused) {
     REFUSED(rms_norm, a.eps = -1e-6, HB_BAD_OPTION);
     REFUSED(rms_norm, a.eps = std::numeric_limits<double>::quiet_NaN(), HB_BAD_OPTION);
     REFUSED(swiglu, a.dtype = -1, HB_BAD_DTYPE);
+    REFUSED(rotary, a.dtype = 3, HB_BAD_DTYPE);
+    REFUSED(rotary, a.D = 5, HB_BAD_SHAPE);
+    REFUSED(rotary, a.D = HB_MAX_HEAD_DIM + 2, HB_BAD_SHAPE);
     REFUSED(paged_attention, a.dtype = 3, HB_BAD_DTYPE);
     REFUSED(paged_attention, (a.sinks = a.query, a.sinks_dtype = -1), HB_BAD_DTYPE);
     REFUSED(paged_attention, a.scale = std::numeric_limits<double>::infinity(), HB_BAD_OPTION);
@@ -372,6 +389,11 @@ TEST(negative_and_huge_sizes_are_refused) {
             int64_t bytes = 0;
             EXPECT(hb_linear8(&linear) == HB_BAD_SHAPE, "%lld", static_cast<long long>(size));
             EXPECT(hb_linear8_workspace(&linear, &bytes) == HB_BAD_SHAPE, "%lld", static_cast<long long>(size));
+        }
+        for (int64_t hb_rotary_args::* field : {&hb_rotary_args::T, &hb_rotary_args::H, &hb_rotary_args::G}) {
+            auto rotary = valid.rotary();
+            rotary.*field = size;
+            EXPECT(hb_rotary(&rotary) == HB_BAD_SHAPE, "%lld", static_cast<long long>(size));
         }
         using Attention = hb_paged_attention_args;
         for (int64_t Attention::* field :
@@ -479,4 +501,54 @@ TEST(every_status_has_a_sentence_and_every_table_a_length) {
     }
     EXPECT(hb_table(8, room.data(), 256) == -1, "an unknown table");
     EXPECT(hb_table(0, nullptr, 256) == -1, "nowhere to write");
+}
+
+namespace {
+
+// A group of two; `spoil` changes the second.
+template <typename Args>
+void expect_group_refused(hb_status (*entry)(const Args*, int64_t), const Args& valid, void (*spoil)(Args&),
+                          hb_status expected, const char* what) {
+    Args items[2] = {valid, valid};
+    const hb_status before = entry(items, 2);
+    EXPECT(before == HB_OK, "%s: the valid group gave %d", what, before);
+    spoil(items[1]);
+    const hb_status status = entry(items, 2);
+    EXPECT(status == expected, "%s gave %d, not %d", what, status, expected);
+}
+
+#define GROUP_REFUSED(entry, field_change, expected)                                                                 \
+    do {                                                                                                             \
+        const std::unique_ptr<Valid> valid(new Valid);                                                               \
+        using Args = hb_##entry##_args;                                                                              \
+        expect_group_refused<Args>(                                                                                  \
+            hb_##entry##_group, valid->entry(), [](Args& a) { field_change; }, expected, #entry ": " #field_change); \
+    } while (0)
+
+}  // namespace
+
+TEST(groups_are_refused_where_their_items_do_not_belong_together) {
+    GROUP_REFUSED(linear4, a.call.struct_bytes -= 8, HB_BAD_STRUCT);
+    GROUP_REFUSED(linear4, a.packed = nullptr, HB_NULL_POINTER);
+    GROUP_REFUSED(linear4, a.x_dtype = HB_FLOAT16, HB_BAD_DTYPE);
+    GROUP_REFUSED(linear4, a.M = 1, HB_BAD_SHAPE);
+    GROUP_REFUSED(linear4, a.K = 20, HB_BAD_SHAPE);
+    GROUP_REFUSED(linear4, a.x = a.out, HB_BAD_OPTION);
+    GROUP_REFUSED(linear8, a.codes = nullptr, HB_NULL_POINTER);
+    GROUP_REFUSED(linear8, a.x = a.out, HB_BAD_OPTION);
+    GROUP_REFUSED(linear8, a.threshold = 3, HB_BAD_OPTION);
+    GROUP_REFUSED(linear8, a.outlier_rule = HB_OUTLIERS_ALL, HB_BAD_OPTION);
+    const std::unique_ptr<Valid> valid(new Valid);
+    const auto linear4 = valid->linear4();
+    const auto linear8 = valid->linear8();
+    int64_t bytes = 0;
+    for (const int64_t count : {int64_t{0}, int64_t{-1}, int64_t{HB_MAX_GROUP + 1}, kHuge}) {
+        EXPECT(hb_linear4_group(&linear4, count) == HB_BAD_SHAPE, "%lld", static_cast<long long>(count));
+        EXPECT(hb_linear8_group(&linear8, count) == HB_BAD_SHAPE, "%lld", static_cast<long long>(count));
+        EXPECT(hb_linear4_group_workspace(&linear4, count, &bytes) == HB_BAD_SHAPE, "workspace");
+        EXPECT(hb_linear8_group_workspace(&linear8, count, &bytes) == HB_BAD_SHAPE, "workspace");
+    }
+    EXPECT(hb_linear4_group(nullptr, 2) == HB_NULL_POINTER, "no items");
+    EXPECT(hb_linear8_group(nullptr, 2) == HB_NULL_POINTER, "no items");
+    EXPECT(hb_linear4_group_workspace(&linear4, 1, nullptr) == HB_NULL_POINTER, "nowhere to write");
 }

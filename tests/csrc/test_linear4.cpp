@@ -47,9 +47,8 @@ struct Weight {
 
 // T: float, or uint16_t for bfloat16.
 template <typename T>
-std::vector<T> run(const Weight& w, const std::vector<T>& x, int64_t M, const std::vector<float>* bias,
-                   int64_t threads) {
-    std::vector<T> out = poisoned<T>(M * w.N);
+hb_linear4_args arguments(const Weight& w, const std::vector<T>& x, int64_t M, const std::vector<float>* bias,
+                          std::vector<T>& out, int64_t threads) {
     auto args = args_with<hb_linear4_args>(threads);
     args.x_dtype = sizeof(T) == sizeof(float) ? HB_FLOAT32 : HB_BFLOAT16;
     args.x = x.data(), args.M = M, args.N = w.N, args.K = w.K, args.packed = w.packed.data(), args.format = w.format;
@@ -60,6 +59,14 @@ std::vector<T> run(const Weight& w, const std::vector<T>& x, int64_t M, const st
         args.nested_blocksize = w.nested_blocksize;
     }
     if (bias != nullptr) args.bias = bias->data(), args.bias_dtype = HB_FLOAT32;
+    return args;
+}
+
+template <typename T>
+std::vector<T> run(const Weight& w, const std::vector<T>& x, int64_t M, const std::vector<float>* bias,
+                   int64_t threads) {
+    std::vector<T> out = poisoned<T>(M * w.N);
+    auto args = arguments(w, x, M, bias, out, threads);
     int64_t bytes = -1;
     EXPECT(hb_linear4_workspace(&args, &bytes) == HB_OK, "workspace");
     const Workspace workspace(bytes);
@@ -138,6 +145,39 @@ TEST(a_row_of_bfloat16_is_the_same_in_every_batch) {
         const std::vector<uint16_t> out = run(w, fewer, M, nullptr, any_of({1, 2, 3}));
         EXPECT(memcmp(out.data(), together.data(), out.size() * sizeof(uint16_t)) == 0, "M = %d", (int)M);
     }
+}
+
+template <typename T>
+static void compare_group(const std::vector<T>& x, int64_t M, int64_t K) {
+    const std::vector<float> bias = normal_values(130);
+    const Weight weights[] = {{70, K, true}, {1, K, false}, {130, K, true}, {0, K, false}};
+    for (const int64_t threads : {1, 3}) {
+        std::vector<std::vector<T>> outs;
+        std::vector<hb_linear4_args> items;
+        for (const Weight& w : weights) {
+            outs.push_back(poisoned<T>(M * w.N));
+            items.push_back(arguments(w, x, M, w.N == 130 ? &bias : nullptr, outs.back(), threads));
+        }
+        int64_t bytes = -1;
+        const int64_t count = static_cast<int64_t>(items.size());
+        EXPECT(hb_linear4_group_workspace(items.data(), count, &bytes) == HB_OK, "workspace");
+        const Workspace workspace(bytes);
+        workspace.give_to(items[0].call);
+        EXPECT(hb_linear4_group(items.data(), count) == HB_OK, "group");
+        for (size_t i = 0; i < items.size(); ++i) {
+            const std::vector<T> alone = run(weights[i], x, M, weights[i].N == 130 ? &bias : nullptr, 2);
+            EXPECT(outs[i] == alone, "item %d", (int)i);
+        }
+        --items[0].call.workspace_bytes;
+        EXPECT(hb_linear4_group(items.data(), count) == HB_WORKSPACE_TOO_SMALL, "a byte less");
+    }
+}
+
+TEST(a_group_gives_what_its_products_give_alone) {
+    const std::vector<float> x = normal_values(40 * 256);
+    compare_group(x, 40, 256);
+    compare_group(std::vector<float>(x.begin(), x.begin() + 7 * 256), 7, 256);
+    compare_group(bfloats(x), 40, 256);
 }
 
 TEST(a_row_is_the_same_in_every_batch) {

@@ -1,4 +1,4 @@
-// Normalisation and the gated product against their definitions in float64.
+// Normalisation, the gated product and rotary embeddings against their definitions in float64.
 #include "testing.h"
 
 using namespace testing;
@@ -52,4 +52,32 @@ TEST(swiglu_at_the_ends) {
     EXPECT(out[2] == 0 && std::signbit(out[2]), "very negative: %g", out[2]);
     EXPECT(std::isnan(out[3]) && std::isnan(out[4]), "no numbers: %g %g", out[3], out[4]);
     EXPECT(out[5] == 0, "zero: %g", out[5]);
+}
+
+TEST(rotary_follows_its_definition) {
+    const int64_t shapes[][4] = {{1, 1, 1, 2},   {3, 4, 2, 6},    {2, 8, 8, 34},
+                                 {7, 5, 1, 128}, {40, 32, 4, 64}, {0, 2, 2, 4}};
+    for (const auto& [T, H, G, D] : shapes) {
+        const std::vector<float> cos = normal_values(T * D), sin = normal_values(T * D);
+        const std::vector<float> query = normal_values(T * H * D), key = normal_values(T * G * D);
+        std::vector<float> query_out = query, key_out = key;
+        auto args = args_with<hb_rotary_args>(any_of({1, 3}));
+        args.query = query_out.data(), args.key = key_out.data(), args.cos = cos.data(), args.sin = sin.data();
+        args.T = T, args.H = H, args.G = G, args.D = D;
+        EXPECT(hb_rotary(&args) == HB_OK, "%d x %d", (int)T, (int)D);
+        const std::pair<const std::vector<float>*, const std::vector<float>*> both[] = {{&query, &query_out},
+                                                                                        {&key, &key_out}};
+        for (const auto& [before, after] : both) {
+            const int64_t heads = before == &query ? H : G;
+            for (int64_t i = 0; i < T * heads * D; ++i) {
+                const int64_t t = i / D / heads, d = i % D, other = d < D / 2 ? i + D / 2 : i - D / 2;
+                const size_t angle = static_cast<size_t>(t * D + d);
+                const double straight = double{(*before)[static_cast<size_t>(i)]} * cos[angle];
+                const double across = double{(*before)[static_cast<size_t>(other)]} * sin[angle] * (d < D / 2 ? -1 : 1);
+                const double found = (*after)[static_cast<size_t>(i)], want = straight + across;
+                const double allowed = 2e-7 * (std::fabs(straight) + std::fabs(across));
+                EXPECT(std::fabs(found - want) <= allowed, "%d: %g, not %g", (int)i, found, want);
+            }
+        }
+    }
 }

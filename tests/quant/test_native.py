@@ -6,6 +6,7 @@ import concurrent.futures
 import itertools
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -402,3 +403,26 @@ def test_the_headers_numbers_are_these() -> None:
         assert f"HB_{name.upper()} = {code}" in header
     for dtype, code in native.DTYPE_CODES.items():
         assert f"HB_{str(dtype).removeprefix('torch.').upper()} = {code}" in header
+
+
+SHARED_AND_FORKED = """
+import os, torch
+from quant import native, ops
+torch.set_num_threads(2)
+x = torch.randn(1 << 20)
+def quantized():
+    return ops.quantize_4bit(x, "nf4", 64)[0].numpy().tobytes()
+expected = quantized()
+teams = len(os.listdir("/proc/self/task"))
+assert native.share_threads(native.kernels("cpu").library)
+assert torch.exp(x).isfinite().all() and quantized() == expected
+assert len(os.listdir("/proc/self/task")) == teams, "torch's threads came beside ours"
+child = os.fork()
+if child == 0:  # in which torch's threads do not live, so that its own operators would wait for ever
+    os._exit(0 if quantized() == expected else 1)
+assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+"""
+
+
+def test_kernels_run_on_torchs_threads_and_a_forked_child_on_its_own() -> None:
+    subprocess.run([sys.executable, "-W", "ignore", "-c", SHARED_AND_FORKED], check=True, timeout=120)

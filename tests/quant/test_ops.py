@@ -44,6 +44,9 @@ def sample_arguments(name: str, generator: torch.Generator, dtype: torch.dtype =
         "paged_attention": [*paged.arguments(), 0.5, 3, 20.0, sinks],
         "rms_norm": [x, torch.randn(33, generator=generator).to(dtype), 1e-6],
         "swiglu": [x, x * 2],
+        "rotary": [
+            torch.randn(shape, generator=generator).to(dtype) for shape in [(3, 4, 6), (3, 2, 6), (3, 6), (3, 6)]
+        ],
     }[name]
 
 
@@ -228,6 +231,12 @@ REFUSALS: list[tuple[str, int, Callable[[Any], Any], str]] = [
     ("swiglu", 0, lambda g: g.int(), "gate has dtype torch.int32"),
     ("swiglu", 1, lambda u: u[1:], r"they must be alike"),
     ("swiglu", 1, lambda u: u.half(), r"up is torch.float16 \[2, 3, 33\]; they must be alike"),
+    ("rotary", 0, lambda q: q.int(), "query has dtype torch.int32"),
+    ("rotary", 0, lambda q: q[..., :5], r"query has shape \[3, 4, 5\]; \[tokens, heads, an even head size\]"),
+    ("rotary", 1, lambda k: k[1:], r"key has shape \[2, 2, 6\]; \[3, heads, 6\] is needed"),
+    ("rotary", 1, lambda k: k.half(), "key has dtype torch.float16"),
+    ("rotary", 2, lambda c: c[:, :4], r"cos has shape \[3, 4\]"),
+    ("rotary", 3, lambda s: s.double(), "sin has dtype torch.float64"),
     ("paged_attention", 0, lambda q: q.double(), "query has dtype torch.float64"),
     ("paged_attention", 0, lambda q: q[0], r"query has shape \[4, 8\]; it must be \[T, H, D\]"),
     ("paged_attention", 0, lambda q: q[:, :3], "query has 3 heads; it must be a multiple of the keys' 2"),

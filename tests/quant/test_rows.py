@@ -1,11 +1,11 @@
-"""Norms and gated products: kernels, references, float64, torch's own modules, and calls past the dispatcher."""
+"""Norms, gated products, rotary embeddings: kernels, references, float64, torch's own, calls past the dispatcher."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 from torch.nn import functional as F
-from transformers.models.llama.modeling_llama import LlamaRMSNorm
+from transformers.models.llama.modeling_llama import LlamaRMSNorm, apply_rotary_pos_emb
 
 from quant import direct_rows, ops, reference
 from quant.errors import ShapeError
@@ -61,6 +61,44 @@ def test_swiglu_is_torchs(shape: tuple[int, ...], dtype: torch.dtype, generator:
         assert operands.same_bits(direct_rows.swiglu(gate, up), found)
         spread = torch.stack([up, up], dim=-1)[..., 0]
         assert operands.same_bits(direct_rows.swiglu(gate, spread), found)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    "shape", [(1, 1, 1, 2), (3, 4, 2, 6), (5, 6, 6, 34), (2, 32, 4, 64), (40, 3, 1, 130), (0, 2, 2, 8)]
+)
+def test_rotary_is_llamas_bit_for_bit(
+    shape: tuple[int, int, int, int], dtype: torch.dtype, generator: torch.Generator
+) -> None:
+    T, H, G, D = shape
+    query, key = (torch.randn(T, heads, D, generator=generator).to(dtype) for heads in (H, G))
+    cos, sin = (torch.randn(T, D, generator=generator).to(dtype) for _ in range(2))
+    heads_first = [tensor.transpose(0, 1)[None] for tensor in (query, key)]
+    expected = [turned[0].transpose(0, 1) for turned in apply_rotary_pos_emb(*heads_first, cos[None], sin[None])]
+    found, by_reference = ops.rotary(query, key, cos, sin), reference.rotary(query, key, cos, sin)
+    for which, before in enumerate((query, key)):
+        assert operands.same_bits(found[which], expected[which].contiguous())
+        assert operands.same_bits(by_reference[which], found[which])
+        assert found[which].data_ptr() != before.data_ptr() or not before.numel()
+    spread = torch.stack([query, query], dim=-1)[..., 0]
+    assert operands.same_bits(ops.rotary(spread, key, cos, sin)[0], found[0])
+    direct_rows.rotate(query, key, cos, sin)
+    assert operands.same_bits(query, found[0])
+    assert operands.same_bits(key, found[1])
+
+
+def test_rotation_in_place_refuses_what_it_cannot_turn() -> None:
+    query, key, angles = torch.ones(3, 4, 6), torch.ones(3, 2, 6), torch.ones(3, 6)
+    with pytest.raises(ShapeError, match="query and key must be contiguous"):
+        direct_rows.rotate(query.transpose(0, 1).contiguous().transpose(0, 1), key, angles, angles)
+    with pytest.raises(ShapeError, match=r"key has shape \[3, 2, 4\]; \[3, heads, 6\]"):
+        direct_rows.rotate(query, key[..., :4].contiguous(), angles, angles)
+    with pytest.raises(ShapeError, match=r"sin has shape \[2, 6\]; \[3, 6\]"):
+        direct_rows.rotate(query, key, angles, angles[1:])
+    with pytest.raises(ShapeError, match="cos has dtype torch.float16"):
+        direct_rows.rotate(query, key, angles.half(), angles)
+    with pytest.raises(ShapeError, match="sin is on meta"):
+        direct_rows.rotate(query, key, angles, angles.to("meta"))
 
 
 def test_threads_change_nothing(generator: torch.Generator) -> None:

@@ -13,8 +13,9 @@ from quant.search import Quantized, quantize_4bit_plainly, quantize_4bit_searchi
 from quant.state import Packed4bit
 from tests.quant.operands import fresh_generator
 
-GAINS = {"nf4": 0.815, "fp4": 0.86}
-"""The squared error of normal weights against the plain quantization's, measured 0.806 and 0.852; 2^17 values."""
+GAINS = {"nf4": 0.825, "fp4": 0.87}
+"""The squared error of normal weights against the plain quantization's, 0.806 and 0.852 on average and up to 0.816 and
+0.860 in 300 draws of 2^17 values."""
 
 
 def squared_error(weight: torch.Tensor, packed: PackedWeight) -> float:
