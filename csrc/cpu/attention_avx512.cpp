@@ -218,7 +218,7 @@ HB_AVX512 void attend(const Shape& shape, const float* keys, const float* values
 const Variant& fastest(int64_t dtype, int64_t D) {
     static constexpr Variant kFloats = {false, pack_floats_avx512, attend<Floats>};
     static constexpr Variant kPairs = {true, pack_pairs_avx512, attend<Pairs>};
-    if (dtype == HB_BFLOAT16 && D % 2 == 0 && level() >= kAvx512Bf16) return kPairs;
+    if (dtype == HB_BFLOAT16 && D % 2 == 0 && level() == kAvx512Bf16) return kPairs;
     return has_avx512() ? kFloats : baseline();
 }
 

@@ -8,6 +8,7 @@
 #include "checks.h"
 #include "level.h"
 #include "pool.h"
+#include "tiled.h"
 
 namespace hb {
 
@@ -19,7 +20,7 @@ constexpr int64_t kTileBytes = 128 << 10;  // of decoded weight: half of a small
 const DecodedVariants& variants_for(int64_t dtype) {
 #ifdef HB_X86
     if (level() >= kAvx512Bf16 && dtype == HB_BFLOAT16) return kDecodedAvx512Bf16;
-    if (level() >= kAvx512) return kDecodedAvx512;
+    if (has_avx512()) return kDecodedAvx512;
     if (level() >= kAvx2) return kDecodedAvx2;
 #endif
     (void)dtype;
@@ -49,12 +50,6 @@ int64_t x_bytes(const DecodedJob& job, const DecodedKernels& kernels) {
     return round_up(job.rows * job.stride * kernels.value_bytes, 64);
 }
 
-int64_t threads_of(const DecodedCall* calls, int64_t count, int64_t threads) {
-    int64_t columns = 0;
-    for (int64_t i = 0; i < count; ++i) columns += calls[i].N;
-    return threads_for_matmul(threads, calls[0].M, columns, calls[0].K);
-}
-
 // Of one thread, enough for each of the calls.
 int64_t scratch_bytes_of(const DecodedCall* calls, int64_t count, const DecodedKernels& kernels) {
     int64_t most = 0;
@@ -77,6 +72,12 @@ void run_units(const DecodedJob* jobs, int64_t count, const DecodedKernels& kern
 
 }  // namespace
 
+int64_t decoded_threads(const DecodedCall* calls, int64_t count, int64_t threads) {
+    int64_t columns = 0;
+    for (int64_t i = 0; i < count; ++i) columns += calls[i].N;
+    return threads_for_matmul(threads, calls[0].M, columns, calls[0].K);
+}
+
 DecodedScratch scratch_of(const DecodedJob& job, int64_t value_bytes) {
     const int64_t floats = sizeof(float);
     return {round_up(job.tile_rows * job.stride * value_bytes, 64), kMostTileRows * job.absmax_floats * floats,
@@ -84,15 +85,19 @@ DecodedScratch scratch_of(const DecodedJob& job, int64_t value_bytes) {
 }
 
 int64_t decoded_workspace(const DecodedCall* calls, int64_t count, bool is_int8, int64_t threads) {
+    if (tiled_kernels(calls[0].x_dtype, is_int8) != nullptr) return tiled_workspace(calls, count, threads);
     const DecodedKernels& kernels = kernels_for(calls[0], is_int8);
     return x_bytes(job_for(calls[0], kernels), kernels) +
-           threads_of(calls, count, threads) * scratch_bytes_of(calls, count, kernels);
+           decoded_threads(calls, count, threads) * scratch_bytes_of(calls, count, kernels);
 }
 
 void run_decoded(const DecodedCall* calls, int64_t count, bool is_int8, int64_t most_threads, void* workspace) {
+    if (const TiledKernels* const tiles = tiled_kernels(calls[0].x_dtype, is_int8)) {
+        return run_tiled(*tiles, calls, count, most_threads, workspace);
+    }
     const DecodedCall& first = calls[0];
     const DecodedKernels& kernels = kernels_for(first, is_int8);
-    const int64_t threads = threads_of(calls, count, most_threads);
+    const int64_t threads = decoded_threads(calls, count, most_threads);
     const int64_t scratch_bytes = scratch_bytes_of(calls, count, kernels);
     DecodedJob jobs[HB_MAX_GROUP];
     int64_t units = 0;

@@ -77,6 +77,9 @@ struct DecodedScratch {
 };
 DecodedScratch scratch_of(const DecodedJob& job, int64_t value_bytes);
 
+// Worth using for calls that have M and K in common.
+int64_t decoded_threads(const DecodedCall* calls, int64_t count, int64_t threads);
+
 // Runs checked calls that have x, M and K in common; `workspace` has decoded_workspace bytes.
 int64_t decoded_workspace(const DecodedCall* calls, int64_t count, bool is_int8, int64_t threads);
 void run_decoded(const DecodedCall* calls, int64_t count, bool is_int8, int64_t threads, void* workspace);

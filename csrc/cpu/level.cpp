@@ -1,18 +1,20 @@
-// Finds the level: what the processor has and the system saves, by the compiler's runtime; then the environment.
+// Finds the level: what the processor has and the system saves, by the compiler's runtime and, for AMX, by a trial;
+// then the environment.
 #include "level.h"
 
 #include <stdlib.h>
 #include <string.h>
 
+#include "amx.h"
 #include "halfbyte.h"
 
 namespace hb {
 
 namespace {
 
-constexpr const char* kLevelNames[kLevelCount] = {"baseline", "avx2", "avx512", "avx512_bf16"};
+constexpr const char* kLevelNames[kLevelCount] = {"baseline", "avx2", "avx512", "avx512_bf16", "amx"};
 
-Level available() {
+Level vectors_available() {
 #ifdef HB_X86
     // __builtin_cpu_supports also asks XCR0 whether the system saves the wide registers.
     if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma")) {
@@ -27,6 +29,16 @@ Level available() {
 #else
     return kBaseline;
 #endif
+}
+
+Level available() {
+    static const Level once = vectors_available() == kAvx512Bf16 && try_amx() ? kAmx : vectors_available();
+    return once;
+}
+
+// A level without tiles does not ask the system for them.
+bool is_available(Level wanted) {
+    return wanted <= vectors_available() || (wanted == kAmx && available() == kAmx);
 }
 
 // Intel's processors have taken four times as long for an instruction of bfloat16 products as for one of float32, which
@@ -52,7 +64,7 @@ Level chosen() {
         const char* const name = getenv("HALFBYTE_CPU_LEVEL");
         if (name == nullptr) return best();
         const Level wanted = level_of(name);
-        return wanted <= available() ? wanted : kLevelCount;
+        return is_available(wanted) ? wanted : kLevelCount;
     }();
     return once;
 }
@@ -61,6 +73,10 @@ Level chosen() {
 
 Level level() {
     return chosen() == kLevelCount ? kBaseline : chosen();
+}
+
+bool has_avx512() {
+    return level() >= kAvx512;
 }
 
 }  // namespace hb

@@ -19,14 +19,14 @@ enum Level {
     kAvx2,        // AVX2, FMA
     kAvx512,      // AVX-512 F, BW, DQ, VL and VNNI
     kAvx512Bf16,  // and its BF16 products
+    kAmx,         // and AMX tiles of bfloat16 and int8, which the system saves and a trial has found right
     kLevelCount
 };
 
 // Decided once: a process does not change its mind between two layers.
 Level level();
 
-inline bool has_avx512() {
-    return level() >= kAvx512;
-}
+// Whether what kAvx512 needs may run.
+bool has_avx512();
 
 }  // namespace hb

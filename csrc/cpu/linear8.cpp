@@ -22,7 +22,8 @@ constexpr int64_t kRowsPerPass = 256;
 
 const Kernels8& kernels() {
 #ifdef HB_X86
-    if (level() >= kAvx512) return kLinear8Avx512;
+    if (level() >= kAmx) return kLinear8Amx;
+    if (has_avx512()) return kLinear8Avx512;
     if (level() >= kAvx2) return kLinear8Avx2;
 #endif
     return kLinear8Baseline;
@@ -34,7 +35,8 @@ struct Layout {
     int64_t stride;   // of a row of codes
     int64_t words;    // of a mask of columns
     int64_t threads;  // parts
-    int64_t absmax_at, counts_at, outliers_at, any_at, batch_at, values_at, run_at, end;
+    TileBlocks blocks;
+    int64_t absmax_at, counts_at, outliers_at, any_at, batch_at, values_at, tiles_at, run_at, run_bytes, end;
 
     Layout(const hb_linear8_args& a, int64_t columns)
         : rows(a.M < kRowsPerPass ? a.M : kRowsPerPass),
@@ -42,14 +44,17 @@ struct Layout {
           stride((ceil_div(a.K, 64) | 1) * 64),
           words(ceil_div(a.K, kWord)),
           threads(threads_for_matmul(a.call.threads, a.M, columns, a.K)),
+          blocks(kernels().interleave == nullptr ? 0 : rows, a.K),
           absmax_at(rows * stride),
           counts_at(absmax_at + round_up(rows * 4, 64)),
           outliers_at(counts_at + round_up(rows * 4, 64)),
           any_at(outliers_at + round_up(rows * words * 8, 64)),
           batch_at(any_at + round_up(words * 8, 64)),
           values_at(batch_at + round_up(words * 8, 64)),
-          run_at(values_at + threads * round_up(a.K * 4, 64)),
-          end(run_at + threads * run_floats(rows) * 4) {}
+          tiles_at(values_at + threads * round_up(a.K * 4, 64)),
+          run_at(tiles_at + round_up(blocks.x_bytes(), 64)),
+          run_bytes(run_floats(rows) * 4 + (blocks.blocks == 0 ? 0 : round_up(tile_bytes(blocks, a.K), 64))),
+          end(run_at + threads * run_bytes) {}
 };
 
 template <typename T>
@@ -66,6 +71,14 @@ void split_rows(const Job8& job, const Layout& layout, int64_t threads) {
         job.any_outlier[word] = 0;
         for (int64_t row = 0; row < job.rows; ++row) job.any_outlier[word] |= job.outliers[row * job.words + word];
     }
+}
+
+void interleave_rows(Job8& job, int64_t threads) {
+    job.blocks = TileBlocks(job.rows, job.args->K);
+    const int64_t pieces = job.blocks.pieces();
+    parallel_for(threads, job.blocks.blocks * pieces, [&](int64_t, int64_t begin, int64_t end) {
+        for (int64_t i = begin; i < end; ++i) kernels().interleave(job, i / pieces, i % pieces);
+    });
 }
 
 // Tiles [begin, end) of all the items' columns, one item behind the other.
@@ -88,6 +101,7 @@ Job8 shared_job(const hb_linear8_args& a, const Layout& layout) {
     job.outliers = at<uint64_t>(a, layout.outliers_at);
     job.any_outlier = at<uint64_t>(a, layout.any_at);
     job.threshold = a.threshold > 0 ? static_cast<float>(a.threshold) : NAN;
+    job.tiles = at<char>(a, layout.tiles_at);
     job.stride = layout.stride;
     job.words = layout.words;
     if (a.outlier_rule == HB_OUTLIERS_BATCH) {
@@ -106,14 +120,16 @@ void run_int8(const hb_linear8_args* items, int64_t count, const Layout& layout)
     for (int64_t i = 0; i < count; ++i) tiles += ceil_div(items[i].N, kTileColumns);
     for (job.first_row = 0; job.first_row < first.M; job.first_row += kRowsPerPass) {
         job.rows = std::min(first.M - job.first_row, kRowsPerPass);
-        split_rows(job, layout, threads_for(layout.threads, job.rows * first.K));
+        const int64_t row_threads = threads_for(layout.threads, job.rows * first.K);
+        split_rows(job, layout, row_threads);
+        if (kernels().interleave != nullptr) interleave_rows(job, row_threads);
         Job8 jobs[HB_MAX_GROUP];
         for (int64_t i = 0; i < count; ++i) {
             jobs[i] = job;
             jobs[i].args = items + i;
         }
         parallel_for(layout.threads, tiles, [&](int64_t part, int64_t begin, int64_t end) {
-            run_tiles(jobs, count, begin, end, at<float>(first, layout.run_at) + part * run_floats(layout.rows));
+            run_tiles(jobs, count, begin, end, at<float>(first, layout.run_at + part * layout.run_bytes));
         });
     }
 }

@@ -3,14 +3,17 @@
 
 #include <stdint.h>
 
+#include "clones.h"
 #include "halfbyte.h"
+#include "tile_blocks.h"
 
 namespace hb {
 
-constexpr int64_t kQuad = 4;          // weight rows that meet the rows of x together
-constexpr int64_t kTileColumns = 32;  // weight rows, columns of the output, that are finished together
-constexpr int64_t kWord = 64;         // columns of x in one word of a mask of outliers
-constexpr int64_t kWords = 4;         // words whose columns of a tile are unpacked together
+constexpr int64_t kQuad = 4;             // weight rows that meet the rows of x together
+constexpr int64_t kTileColumns = 32;     // weight rows, columns of the output, that are finished together
+constexpr int64_t kWord = 64;            // columns of x in one word of a mask of outliers
+constexpr int64_t kWords = 4;            // words whose columns of a tile are unpacked together
+constexpr int64_t kExactTerms8 = 65536;  // products, of at most 255 * 128 each, whose sum an int32 holds
 
 // Rows of x, split into int8 codes and outliers, against the weight.
 struct Job8 {
@@ -26,6 +29,8 @@ struct Job8 {
     int64_t first_row;               // the first one's place in args->x and args->out
     int64_t stride;                  // bytes from one row of codes to the next
     int64_t words;                   // of a mask
+    char* tiles;                     // the codes once more, as tiles take them; only for variants that interleave
+    TileBlocks blocks;               // and how they lie there
 };
 
 struct Kernels8 {
@@ -34,7 +39,10 @@ struct Kernels8 {
     // Sets in `mask` the columns [begin, end) words x kWord that hold an outlier in any row of args->x.
     void (*mark_columns)(const Job8& job, int64_t begin, int64_t end, uint64_t* mask);
     // All rows of the job against weight rows [begin, end) in units of kTileColumns.
-    void (*run)(const Job8& job, int64_t begin, int64_t end, float* totals);
+    void (*run)(const Job8& job, int64_t begin, int64_t end, float* scratch);
+    // Stretch `piece` of the codes of one block of rows -> job.tiles. Null for a variant that reads them where they
+    // lie.
+    void (*interleave)(const Job8& job, int64_t block, int64_t piece);
 };
 
 // Floats that `run` needs for one thread: the outlier terms of a tile, and its columns of kWords words.
@@ -42,10 +50,17 @@ constexpr int64_t run_floats(int64_t rows) {
     return (rows + kWords * kWord) * kTileColumns;
 }
 
+// Bytes behind those, for a panel of weights and its sums on tiles; a second set of sums where int32 does not hold
+// them.
+HB_INLINE int64_t tile_bytes(const TileBlocks& blocks, int64_t K) {
+    return blocks.panel_rows() * kPanelStride + blocks.sums() * (K > kExactTerms8 ? 12 : 4);
+}
+
 extern const Kernels8 kLinear8Baseline;
 #ifdef __x86_64__
 extern const Kernels8 kLinear8Avx2;
 extern const Kernels8 kLinear8Avx512;
+extern const Kernels8 kLinear8Amx;
 #endif
 
 }  // namespace hb

@@ -1,7 +1,6 @@
 // LLM.int8() for AVX-512 with VNNI: 64 products of an unsigned and a signed byte an instruction, added in fours in 32
 // bits without saturation.
-#include <immintrin.h>
-
+#include "avx512.h"
 #include "linear8_kernel.h"
 
 namespace hb {
@@ -34,14 +33,7 @@ struct Avx512Int8 {
         _mm_storeu_si128(reinterpret_cast<__m128i*>(out), all);
     }
     static HB_INLINE uint64_t outliers(const float* values, int64_t count, float threshold) {
-        const __m512 least = _mm512_set1_ps(threshold);
-        uint64_t found = 0;
-        for (int64_t i = 0; i < count; i += 16) {
-            const __mmask16 there = static_cast<__mmask16>(count - i >= 16 ? 0xffff : (1 << (count - i)) - 1);
-            const __m512 magnitude = _mm512_abs_ps(_mm512_maskz_loadu_ps(there, values + i));
-            found |= uint64_t{_mm512_mask_cmp_ps_mask(there, magnitude, least, _CMP_GE_OQ)} << i;
-        }
-        return found;
+        return outliers_of_floats(values, count, threshold);
     }
 };
 

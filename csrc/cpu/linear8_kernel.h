@@ -9,7 +9,7 @@
 // reference has it. A column of the tile is unpacked once for all rows of x that have an outlier in it: in a language
 // model these are the same few columns again and again.
 //
-// Everything is in an unnamed namespace, as in linear4_kernel.h and for the same reason.
+// Everything is in an unnamed namespace, as in decoded_kernel.h and for the same reason.
 #pragma once
 
 #include <math.h>
@@ -38,7 +38,6 @@ struct Linear8 {
 
     static constexpr int64_t kGroup = Isa::kGroup;  // codes multiplied by one instruction
     static constexpr int kRows = Isa::kRows;
-    static constexpr int64_t kExactTerms = 65536;  // of at most 255 * 128 each, so that an int32 holds the sum
     static constexpr int64_t kPrefetchBytes = 6144;
 
     // --- rows of x ------------------------------------------------------------------------------------------------
@@ -150,8 +149,8 @@ struct Linear8 {
         for (int64_t at = 0; at < columns; at += kQuad) {
             int64_t exact[Rows][kQuad] = {};
             const int64_t some = columns - at < kQuad ? columns - at : kQuad;
-            for (int64_t k = 0; k < a.K; k += kExactTerms) {
-                const int64_t end = a.K - k < kExactTerms ? a.K : k + kExactTerms;
+            for (int64_t k = 0; k < a.K; k += kExactTerms8) {
+                const int64_t end = a.K - k < kExactTerms8 ? a.K : k + kExactTerms8;
                 const int8_t* const w = a.codes + (n + at) * a.K;
                 quad<Rows, IsFirst>(x, job.stride, w, a.K, some, k, end, exact, weight_sums + at);
             }
@@ -242,7 +241,7 @@ struct Linear8 {
         }
     }
 
-  private:
+  protected:
     static void clear(float* values, uint64_t which) {
         for (; which != 0; which &= which - 1) values[__builtin_ctzll(which)] = 0;
     }
@@ -259,7 +258,7 @@ struct Linear8 {
 
 template <typename Isa>
 constexpr Kernels8 linear8_kernels() {
-    return {Linear8<Isa>::split_row, Linear8<Isa>::mark_columns, Linear8<Isa>::run};
+    return {Linear8<Isa>::split_row, Linear8<Isa>::mark_columns, Linear8<Isa>::run, nullptr};
 }
 
 }  // namespace

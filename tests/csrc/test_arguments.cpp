@@ -14,7 +14,7 @@ struct Valid {
     alignas(64) float out[64] = {};
     alignas(64) uint8_t bytes[256] = {};
     alignas(64) int8_t codes[256] = {};
-    alignas(64) char scratch[1 << 16] = {};
+    alignas(64) char scratch[1 << 17] = {};
     alignas(64) char large[1 << 17] = {};
     float offset = 0;
     alignas(64) int64_t tables[6] = {1, 0, -7, 2, 99, 99};  // [2, 3]: what the sequences do not reach names no block
@@ -137,6 +137,7 @@ Pointer shifted(Pointer pointer, int bytes = 1) {
         REFUSED(entry, a.call.threads = 0, HB_BAD_THREADS);                        \
         REFUSED(entry, a.call.threads = -1, HB_BAD_THREADS);                       \
         REFUSED(entry, a.call.threads = HB_MAX_THREADS + 1, HB_BAD_THREADS);       \
+        REFUSED(entry, a.call.batch_invariant = 2, HB_BAD_OPTION);                 \
     } while (0)
 
 constexpr int64_t kHuge = std::numeric_limits<int64_t>::max();

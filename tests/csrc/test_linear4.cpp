@@ -1,4 +1,6 @@
 // The 4-bit matmul against float64, on odd shapes, with exact-size buffers and a workspace full of NaNs.
+#include <algorithm>
+
 #include "testing.h"
 
 using namespace testing;
@@ -11,11 +13,11 @@ struct Weight {
     std::vector<float> absmax, nested_absmax;
     float offset;
 
-    Weight(int64_t n, int64_t k, bool nested)
+    Weight(int64_t n, int64_t k, bool nested, int64_t block = any_of({32, 64, 256}))
         : N(n),
           K(k),
           format(any_of({HB_NF4, HB_FP4})),
-          blocksize(any_of({32, 64, 256})),
+          blocksize(block),
           nested_blocksize(nested ? any_of({3, 256}) : 0),
           offset(0.75f) {
         packed.resize(static_cast<size_t>((N * K + 1) / 2));
@@ -45,9 +47,13 @@ struct Weight {
     }
 };
 
-hb_linear4_args arguments(const Weight& w, const std::vector<float>& x, int64_t M, const std::vector<float>* bias,
-                          std::vector<float>& out, int64_t threads) {
+// T: float, or uint16_t for bfloat16.
+template <typename T>
+hb_linear4_args arguments(const Weight& w, const std::vector<T>& x, int64_t M, const std::vector<float>* bias,
+                          std::vector<T>& out, int64_t threads, int64_t batch_invariant = 1) {
     auto args = args_with<hb_linear4_args>(threads);
+    args.call.batch_invariant = batch_invariant;
+    args.x_dtype = sizeof(T) == sizeof(float) ? HB_FLOAT32 : HB_BFLOAT16;
     args.x = x.data(), args.M = M, args.N = w.N, args.K = w.K, args.packed = w.packed.data(), args.format = w.format;
     args.blocksize = w.blocksize, args.out = out.data();
     args.absmax = w.absmax.data();
@@ -59,10 +65,11 @@ hb_linear4_args arguments(const Weight& w, const std::vector<float>& x, int64_t 
     return args;
 }
 
-std::vector<float> run(const Weight& w, const std::vector<float>& x, int64_t M, const std::vector<float>* bias,
-                       int64_t threads) {
-    std::vector<float> out = poisoned<float>(M * w.N);
-    auto args = arguments(w, x, M, bias, out, threads);
+template <typename T>
+std::vector<T> run(const Weight& w, const std::vector<T>& x, int64_t M, const std::vector<float>* bias, int64_t threads,
+                   int64_t batch_invariant = 1) {
+    std::vector<T> out = poisoned<T>(M * w.N);
+    auto args = arguments(w, x, M, bias, out, threads, batch_invariant);
     int64_t bytes = -1;
     EXPECT(hb_linear4_workspace(&args, &bytes) == HB_OK, "workspace");
     const Workspace workspace(bytes);
@@ -100,15 +107,84 @@ TEST(products_are_right_at_every_shape) {
     }
 }
 
-TEST(a_group_gives_what_its_products_give_alone) {
-    const int64_t M = 7, K = 256;
-    const std::vector<float> x = normal_values(M * K), bias = normal_values(130);
+TEST(products_of_bfloat16_are_right_at_every_shape) {
+    const int64_t shapes[][3] = {{1, 1, 1},     {1, 16, 64},   {2, 3, 5},      {3, 17, 33},
+                                 {16, 15, 512}, {17, 33, 577}, {31, 32, 2048}, {33, 130, 70},
+                                 {9, 40, 256},  {300, 20, 70}, {33, 130, 1088}};
+    for (const auto& [M, N, K] : shapes) {
+        for (const int64_t blocksize : {32, 64, 1024}) {
+            const Weight w(N, K, any_of({0, 1}) == 1, blocksize);
+            const std::vector<uint16_t> x = bfloats(normal_values(M * K));
+            const std::vector<float> bias = normal_values(N);
+            const std::vector<uint16_t> out = run(w, x, M, &bias, 1);
+            EXPECT(run(w, x, M, &bias, 3) == out, "%d x %d x %d on three threads", (int)M, (int)N, (int)K);
+            for (int64_t n = 0; n < N; ++n) {
+                std::vector<double> weights;
+                for (int64_t k = 0; k < K; ++k) {
+                    const double value = w.at(n, k);
+                    weights.push_back(multiplies_bfloat16() ? value_of(bfloat(static_cast<float>(value)), 7) : value);
+                }
+                for (int64_t m = 0; m < M; ++m) {
+                    double sum = bias[static_cast<size_t>(n)], size = std::fabs(sum);
+                    for (int64_t k = 0; k < K; ++k) {
+                        const double product = value_at(x, m * K + k, HB_BFLOAT16) * weights[static_cast<size_t>(k)];
+                        sum += product, size += std::fabs(product);
+                    }
+                    const double error = std::fabs(value_at(out, m * N + n, HB_BFLOAT16) - sum);
+                    EXPECT(error <= std::fabs(sum) / 256 + 1e-6 * size, "out[%d, %d] of %d x %d x %d off by %g of %g",
+                           (int)m, (int)n, (int)M, (int)N, (int)K, error, size);
+                }
+            }
+        }
+    }
+}
+
+// Where not every batch must give a row the same bits, up to three rows may have their own.
+TEST(few_rows_of_bfloat16_are_right_too) {
+    for (const int64_t K : {64, 512, 2048}) {
+        for (const int64_t blocksize : {64, 256}) {
+            const Weight w(37, K, any_of({0, 1}) == 1, blocksize);
+            const std::vector<uint16_t> x = bfloats(normal_values(5 * K));
+            const std::vector<uint16_t> three(x.begin(), x.begin() + 3 * K), one(x.begin(), x.begin() + K);
+            const std::vector<uint16_t> out = run(w, three, 3, nullptr, 2, 0), alone = run(w, one, 1, nullptr, 1, 0);
+            EXPECT(std::equal(alone.begin(), alone.end(), out.begin()), "a row among few, K %d", (int)K);
+            EXPECT(run(w, x, 5, nullptr, 1, 0) == run(w, x, 5, nullptr, 2, 1), "more rows are added up one way");
+            for (int64_t m = 0; m < 3; ++m) {
+                for (int64_t n = 0; n < w.N; ++n) {
+                    double sum = 0, size = 0;
+                    for (int64_t k = 0; k < K; ++k) {
+                        const double product = value_at(x, m * K + k, HB_BFLOAT16) * w.at(n, k);
+                        sum += product, size += std::fabs(product);
+                    }
+                    const double error = std::fabs(value_at(out, m * w.N + n, HB_BFLOAT16) - sum);
+                    EXPECT(error <= std::fabs(sum) / 256 + size / 256, "out[%d, %d], K %d, off by %g of %g", (int)m,
+                           (int)n, (int)K, error, size);
+                }
+            }
+        }
+    }
+}
+
+TEST(a_row_of_bfloat16_is_the_same_in_every_batch) {
+    const Weight w(37, any_of({333, 1024}), true);
+    const std::vector<uint16_t> x = bfloats(normal_values(40 * w.K));
+    const std::vector<uint16_t> together = run(w, x, 40, nullptr, 2);
+    for (const int64_t M : {1, 2, 7, 15, 16, 17, 32, 33, 39}) {
+        const std::vector<uint16_t> fewer(x.begin(), x.begin() + M * w.K);
+        const std::vector<uint16_t> out = run(w, fewer, M, nullptr, any_of({1, 2, 3}));
+        EXPECT(memcmp(out.data(), together.data(), out.size() * sizeof(uint16_t)) == 0, "M = %d", (int)M);
+    }
+}
+
+template <typename T>
+static void compare_group(const std::vector<T>& x, int64_t M, int64_t K) {
+    const std::vector<float> bias = normal_values(130);
     const Weight weights[] = {{70, K, true}, {1, K, false}, {130, K, true}, {0, K, false}};
     for (const int64_t threads : {1, 3}) {
-        std::vector<std::vector<float>> outs;
+        std::vector<std::vector<T>> outs;
         std::vector<hb_linear4_args> items;
         for (const Weight& w : weights) {
-            outs.push_back(poisoned<float>(M * w.N));
+            outs.push_back(poisoned<T>(M * w.N));
             items.push_back(arguments(w, x, M, w.N == 130 ? &bias : nullptr, outs.back(), threads));
         }
         int64_t bytes = -1;
@@ -118,12 +194,19 @@ TEST(a_group_gives_what_its_products_give_alone) {
         workspace.give_to(items[0].call);
         EXPECT(hb_linear4_group(items.data(), count) == HB_OK, "group");
         for (size_t i = 0; i < items.size(); ++i) {
-            const std::vector<float> alone = run(weights[i], x, M, weights[i].N == 130 ? &bias : nullptr, 2);
+            const std::vector<T> alone = run(weights[i], x, M, weights[i].N == 130 ? &bias : nullptr, 2);
             EXPECT(outs[i] == alone, "item %d", (int)i);
         }
         --items[0].call.workspace_bytes;
         EXPECT(hb_linear4_group(items.data(), count) == HB_WORKSPACE_TOO_SMALL, "a byte less");
     }
+}
+
+TEST(a_group_gives_what_its_products_give_alone) {
+    const std::vector<float> x = normal_values(40 * 256);
+    compare_group(x, 40, 256);
+    compare_group(std::vector<float>(x.begin(), x.begin() + 7 * 256), 7, 256);
+    compare_group(bfloats(x), 40, 256);
 }
 
 TEST(a_row_is_the_same_in_every_batch) {
@@ -140,6 +223,8 @@ TEST(a_row_is_the_same_in_every_batch) {
 TEST(no_input_features_give_the_bias) {
     Weight w(5, 0, false);
     const std::vector<float> bias = normal_values(5);
-    const std::vector<float> out = run(w, {}, 2, &bias, 1);
+    const std::vector<float> out = run(w, std::vector<float>(), 2, &bias, 1);
     for (size_t i = 0; i < out.size(); ++i) EXPECT(out[i] == bias[i % 5], "out %d", (int)i);
+    const std::vector<uint16_t> rounded = run(w, std::vector<uint16_t>(), 2, &bias, 1);
+    for (size_t i = 0; i < rounded.size(); ++i) EXPECT(rounded[i] == bfloat(bias[i % 5]), "out %d", (int)i);
 }

@@ -123,6 +123,25 @@ inline double value_of(uint16_t bits, int fraction_bits) {
     return sign * std::ldexp((1 << fraction_bits) + fraction, exponent - bias - fraction_bits);
 }
 
+// The nearest bfloat16 of a finite value.
+inline uint16_t bfloat(float value) {
+    uint32_t bits;
+    memcpy(&bits, &value, sizeof bits);
+    return static_cast<uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+}
+
+inline std::vector<uint16_t> bfloats(const std::vector<float>& values) {
+    std::vector<uint16_t> rounded;
+    for (const float value : values) rounded.push_back(bfloat(value));
+    return rounded;
+}
+
+// Whether the level that runs rounds decoded weights to bfloat16 where activations are.
+inline bool multiplies_bfloat16() {
+    const char* const level = hb_level();
+    return level != nullptr && (strcmp(level, "amx") == 0 || strcmp(level, "avx512_bf16") == 0);
+}
+
 inline double value_at(const std::vector<uint16_t>& values, int64_t index, int64_t dtype) {
     return value_of(values[static_cast<size_t>(index)], dtype == HB_FLOAT16 ? 10 : 7);
 }

@@ -1,9 +1,12 @@
 """Every instruction set level that this machine has: honest sums, equal bits from everything but the 4-bit matmul, and
-rows that do not depend on their company. Each level runs in a process of its own, since a process decides once."""
+rows that do not depend on their company. Each level runs in a process of its own, since a process decides once.
+
+AMX, which few machines have, runs on emulated tiles too (tests/csrc/CMakeLists.txt says what is emulated)."""
 
 from __future__ import annotations
 
 import os
+import platform
 import re
 import subprocess
 import sys
@@ -13,14 +16,17 @@ import pytest
 
 from quant import native
 from quant.errors import NativeError
+from tests.csrc.test_ctest import _build
 
 LEVELS = native.levels(native.kernels("cpu").library)
 
 START = """
-import hashlib, itertools, sys, torch
+import hashlib, itertools, pathlib, sys, torch
 from quant import formats, native, ops, reference
 from tests.quant.operands import Paged, Weight4
 level, seed = sys.argv[1], int(sys.argv[2])
+if len(sys.argv) > 3:
+    native.library_path = lambda device_type: pathlib.Path(sys.argv[3])
 assert native.kernels("cpu").level == level
 generator = torch.Generator().manual_seed(seed)
 digest = hashlib.sha256()
@@ -123,10 +129,10 @@ update(ops.dequantize_8bit(CB, SCB, torch.float32))
 """
 
 
-def run_at(level: str, script: str, seed: str) -> subprocess.CompletedProcess[str]:
+def run_at(level: str, script: str, seed: str, *library: str) -> subprocess.CompletedProcess[str]:
     environment = os.environ | {native.LEVEL_VARIABLE: level}
     program = START + script + 'print("digest", digest.hexdigest())'
-    command = [sys.executable, "-c", program, level, seed]
+    command = [sys.executable, "-c", program, level, seed, *library]
     root = Path(__file__).parents[2]
     return subprocess.run(command, capture_output=True, text=True, check=False, env=environment, cwd=root)
 
@@ -142,6 +148,22 @@ def test_every_level_is_right_and_exact_results_agree(script: str) -> None:
         result = run_at(level, script, seed)
         assert result.returncode == 0, f"level {level}, seed {seed}: {result.stderr}"
         digests[level] = result.stdout
+    assert len(set(digests.values())) == 1, f"seed {seed}: {digests}"
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.skipif((sys.platform, platform.machine()) != ("linux", "x86_64"), reason="AMX is of x86-64")
+def test_amx_on_emulated_tiles_is_right_and_its_exact_results_agree(tmp_path: Path) -> None:
+    options = ("-DHALFBYTE_CUDA=OFF", "-DBUILD_TESTING=ON", "-DHALFBYTE_EMULATED_LIBRARIES=ON")
+    directory = _build(tmp_path, *options) / "tests"
+    seed = str(int.from_bytes(os.urandom(4), "little"))
+    digests = {"baseline": run_at("baseline", MATMULS, seed).stdout}
+    # Trapping runs the shipped code, whose vectors are AVX-512's.
+    for emulation in ("emulated", "trapped") if "avx512_bf16" in LEVELS else ("emulated",):
+        result = run_at("amx", MATMULS, seed, str(directory / f"libhalfbyte_cpu_{emulation}.so"))
+        assert result.returncode == 0, f"{emulation}, seed {seed}: {result.stderr}"
+        digests[emulation] = result.stdout
     assert len(set(digests.values())) == 1, f"seed {seed}: {digests}"
 
 

@@ -1,0 +1,25 @@
+// Decoded weights against bfloat16 activations on AMX tiles; AVX-512 decodes.
+#include "avx512_bf16.h"
+#include "tiled_kernel.h"
+
+namespace hb {
+
+namespace {
+
+template <typename Vectors>
+struct Amx : Vectors {
+    using Tiles = AmxTiles;
+    template <int Sums, int Weights, int X>
+    static HB_INLINE void dot() {
+        Tiles::dot_bfloat16<Sums, Weights, X>();
+    }
+    static HB_INLINE void transpose16(const char* from, int64_t from_stride, char* to, int64_t to_stride) {
+        transpose_units(from, from_stride, to, to_stride);
+    }
+};
+
+}  // namespace
+
+const TiledVariants kTiledAmx = {tiled_kernels<Amx<Avx512Bf16>>(), tiled_kernels<Amx<Avx512Bf16Int8>>()};
+
+}  // namespace hb

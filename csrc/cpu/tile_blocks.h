@@ -1,0 +1,44 @@
+// The sizes of matmuls on tiles: how rows of x are cut into blocks, and how much room a panel and its sums take. What
+// is computed with them is in tile_product.h.
+#pragma once
+
+#include <stdint.h>
+
+#include "clones.h"
+
+namespace hb {
+
+constexpr int64_t kTileRows = 16;
+constexpr int64_t kTileRowBytes = 64;
+constexpr int64_t kStretchBytes = 1024;
+constexpr int64_t kPanelStride = kStretchBytes + 64;  // an odd number of cache lines
+constexpr int64_t kFewPanelRows = 32;                 // weight rows that stay in the first cache with one block of x
+constexpr int64_t kMostPanelRows = 128;               // and in the second, where all of x passes by
+constexpr int64_t kUnitBytes = 4;
+
+// How some rows of x are kept for tiles.
+struct TileBlocks {
+    int64_t blocks;   // of rows
+    int64_t columns;  // rows in a block: the columns of a tile
+    int64_t bytes;    // of a padded row, a multiple of 64
+
+    TileBlocks() = default;
+    HB_INLINE TileBlocks(int64_t rows, int64_t row_bytes)
+        : blocks((rows + kTileRows - 1) / kTileRows),
+          columns(blocks == 0 ? 0 : (rows + blocks - 1) / blocks),
+          bytes((row_bytes + kTileRowBytes - 1) / kTileRowBytes * kTileRowBytes) {}
+    HB_INLINE int64_t x_bytes() const { return blocks * columns * bytes; }
+    HB_INLINE int64_t pieces() const { return (bytes + kStretchBytes - 1) / kStretchBytes; }
+    // Where stretch `piece` of a block begins.
+    HB_INLINE int64_t at(int64_t block, int64_t piece) const {
+        return columns * (block * bytes + piece * kStretchBytes);
+    }
+    HB_INLINE int64_t piece_bytes(int64_t piece) const {
+        const int64_t left = bytes - piece * kStretchBytes;
+        return left < kStretchBytes ? left : kStretchBytes;
+    }
+    HB_INLINE int64_t panel_rows() const { return blocks > 2 ? kMostPanelRows : kFewPanelRows; }
+    HB_INLINE int64_t sums() const { return panel_rows() * blocks * columns; }  // of four bytes each
+};
+
+}  // namespace hb

@@ -1,0 +1,53 @@
+// Products of bfloat16 activations with weights that are decoded on the way, on tiles: what decoded.cpp calls instead
+// of its own where the level has them, and what the variants fill.
+//
+// One way for every number of rows of x: decoding costs more than multiplying up to sixteen rows does, so few rows have
+// nothing to gain from another way, and all rows are added up in one order.
+#pragma once
+
+#include <stdint.h>
+
+#include "clones.h"
+#include "decoded.h"
+#include "tile_blocks.h"
+
+namespace hb {
+
+// Some rows of a call.
+struct TiledJob {
+    const DecodedCall* call;
+    TileBlocks blocks;
+    char* x;            // blocks.x_bytes(), in the order in which codes are decoded, zero beyond K
+    int64_t first_row;  // the first one's place in the call's x and out
+    int64_t rows;
+};
+
+struct TiledKernels {
+    // Stretch `piece` of the rows of one block -> job.x.
+    void (*load_x)(const TiledJob& job, int64_t block, int64_t piece);
+    // All of x against weight rows [begin, end) in units of kTileRows. Scratch: tiled_scratch bytes, of one thread.
+    void (*run)(const TiledJob& job, int64_t begin, int64_t end, char* scratch);
+};
+
+// Of 4-bit weights, and of int8 weights.
+struct TiledVariants {
+    TiledKernels codes4, codes8;
+};
+#ifdef __x86_64__
+extern const TiledVariants kTiledAmx;
+#endif
+
+// The parts of one thread's scratch, in bytes; each is a multiple of 64.
+struct TiledScratch {
+    int64_t panel, absmax, sums;
+    TiledScratch(const TileBlocks& blocks, const DecodedCall& call);
+    HB_INLINE int64_t bytes() const { return panel + absmax + sums; }
+};
+
+// Null where this level has no tiles for activations of this type.
+const TiledKernels* tiled_kernels(int64_t x_dtype, bool is_int8);
+// Of calls that have x, M and K in common.
+int64_t tiled_workspace(const DecodedCall* calls, int64_t count, int64_t threads);
+void run_tiled(const TiledKernels& kernels, const DecodedCall* calls, int64_t count, int64_t threads, void* workspace);
+
+}  // namespace hb
