@@ -36,8 +36,11 @@ constexpr int kCodeRowBytes = kStageValues / 2;
 constexpr int kXRowBytes = kStageValues * 2;
 constexpr int kPiece = 16;  // bytes of one copy
 constexpr int kTableBytes = 16 * kWarp * 4;
-constexpr int kMapBytes = 256 * 4;
-constexpr int kLaneValues = 16;  // of a chunk
+constexpr int kMapBytes = 256 * 4;  // used where absmax is double-quantized
+constexpr int kLaneValues = 16;     // of a chunk
+
+// In global memory: the lanes of a warp read it side by side, for which constant memory would take turns.
+__device__ const Table<float, 256> kMap = make_dynamic_values();
 
 struct Problem {
     const void* x;
@@ -91,8 +94,10 @@ struct Linear4 {
         for (int i = static_cast<int>(threadIdx.x); i < 16 * kWarp; i += kThreads) {
             table[i] = code_value(p.format, i / kWarp);
         }
-        float* const map = reinterpret_cast<float*>(shared + kTableBytes);
-        for (int i = static_cast<int>(threadIdx.x); i < 256; i += kThreads) map[i] = kDeviceDynamic.at[i];
+        if (p.absmax.nested_absmax != nullptr) {
+            float* const map = reinterpret_cast<float*>(shared + kTableBytes);
+            for (int i = static_cast<int>(threadIdx.x); i < kMap.length; i += kThreads) map[i] = kMap.at[i];
+        }
         block_barrier();
     }
 

@@ -5,12 +5,14 @@ more on fewer values."""
 
 from __future__ import annotations
 
+import ctypes
 import itertools
 
 import pytest
 import torch
 
-from quant import formats, ops, reference
+from quant import formats, native, ops, reference
+from quant.errors import NativeError
 from tests.quant.operands import same_bits
 
 # Collected here, they run with this directory's `device`.
@@ -50,3 +52,24 @@ def test_linear_8bit_is_the_reference(
             torch.testing.assert_close(out, expected, rtol=2 * torch.finfo(dtype).eps, atol=1e-6 * float(size.max()))
         else:
             assert same_bits(out, expected), (shape, threshold)
+
+
+def test_a_workspace_that_is_missing_or_small_is_refused(library: ctypes.CDLL) -> None:
+    """K is shared out among blocks at this shape, and their sums have to go somewhere."""
+    kernels = native.Kernels(library, "emulation")
+    memory = torch.zeros(1 << 16, dtype=torch.uint8)
+    pointers = dict.fromkeys(("x", "packed", "absmax", "out"), memory)
+    sizes = {"x_dtype": native.DTYPE_CODES[torch.bfloat16], "M": 1, "N": 8, "K": 1088, "blocksize": 64}
+    args = native.filled("hb_linear4", **pointers, **sizes)
+    args.call.threads = 1
+    needed = kernels.workspace_bytes("hb_linear4", args)
+    assert needed > 0
+    with pytest.raises(NativeError, match="A pointer is null"):
+        kernels.check_status("hb_linear4", library.hb_linear4(ctypes.byref(args)))
+    workspace = torch.zeros(needed + 64, dtype=torch.uint8)
+    args.call.workspace = -(-workspace.data_ptr() // 64) * 64
+    args.call.workspace_bytes = needed - 1
+    with pytest.raises(NativeError, match="The workspace is smaller"):
+        kernels.check_status("hb_linear4", library.hb_linear4(ctypes.byref(args)))
+    args.call.workspace_bytes = needed
+    kernels.check_status("hb_linear4", library.hb_linear4(ctypes.byref(args)))
