@@ -12,8 +12,11 @@ from tests.emulation import conftest
 
 pytestmark = pytest.mark.timeout(600)
 
-FEW = "tensor_cores and nested-by-3 or (codes_and_values or scales or linear_8bit_is or every_batch) and dtype1"
-"""What a quick run takes: every kernel, bfloat16 or float16."""
+FEW = (
+    "tensor_cores and nested-by-3 or absmax_codes or scales and nf4"
+    " or (codes_and_values or linear_8bit_is or every_batch) and dtype1 and not fp4"
+)
+"""What a quick run takes: every kernel, one dtype of most."""
 
 
 @pytest.fixture(scope="module")
