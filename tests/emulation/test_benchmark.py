@@ -14,6 +14,8 @@ from quant import native
 from quant.ops import NAMES
 from tests.emulation import conftest
 
+pytestmark = pytest.mark.timeout(600)  # the first of a session builds the library
+
 PRODUCTS = {"linear_4bit", "linear_8bit"}
 WITHOUT_KERNEL = {"paged_attention", "rms_norm", "swiglu"}
 

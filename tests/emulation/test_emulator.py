@@ -7,6 +7,8 @@ import ctypes
 import pytest
 import torch
 
+pytestmark = pytest.mark.timeout(600)  # the first of a session builds the library
+
 OK = 0
 LAUNCH_FAILED = 14
 THREADS = 128

@@ -34,6 +34,8 @@ from tests.quant.test_native import (  # noqa: F401
     test_scales_that_are_found_are_the_references,
 )
 
+pytestmark = pytest.mark.timeout(600)  # the first of a session builds the library
+
 
 @pytest.mark.parametrize("outliers", ["value", "batch", "all"])
 @pytest.mark.parametrize("dtype", formats.VALUE_DTYPES)
