@@ -62,8 +62,8 @@ extern "C" hb_status hb_quantize_absmax(const hb_quantize_absmax_args* args) {
     const hb_quantize_absmax_args& a = *args;
     if (a.blocks == 0) return HB_OK;
     const unsigned blocks = blocks_for_warps(ceil_div(a.blocks, a.nested_blocksize));
-    quantize_absmax<<<blocks, kWarpsPerBlock * kWarp, 0, stream_of(a.call)>>>(
-        a.absmax, a.blocks, a.offset, a.nested_blocksize, a.codes, a.nested_absmax);
+    launch(quantize_absmax, blocks, kWarpsPerBlock * kWarp, 0, stream_of(a.call), a.absmax, a.blocks, a.offset,
+           a.nested_blocksize, a.codes, a.nested_absmax);
     return launched();
 }
 
@@ -74,7 +74,7 @@ extern "C" hb_status hb_dequantize_absmax(const hb_dequantize_absmax_args* args)
     if (a.blocks == 0) return HB_OK;
     const int64_t wanted = ceil_div(a.blocks, kThreads);
     const unsigned blocks = static_cast<unsigned>(wanted < kMostBlocks ? wanted : kMostBlocks);
-    dequantize_absmax<<<blocks, kThreads, 0, stream_of(a.call)>>>(a.codes, a.blocks, a.nested_absmax, a.offset,
-                                                                  a.nested_blocksize, a.absmax);
+    launch(dequantize_absmax, blocks, kThreads, 0, stream_of(a.call), a.codes, a.blocks, a.nested_absmax, a.offset,
+           a.nested_blocksize, a.absmax);
     return launched();
 }

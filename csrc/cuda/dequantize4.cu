@@ -29,8 +29,8 @@ extern "C" hb_status hb_dequantize4(const hb_dequantize4_args* args) {
     const unsigned blocks = static_cast<unsigned>(wanted < kMostBlocks ? wanted : kMostBlocks);
     with_dtype(a.out_dtype, [&](auto type) {
         using T = decltype(type);
-        dequantize4<T><<<blocks, kThreads, 0, stream_of(a.call)>>>(a.packed, a.absmax, a.n, a.format, a.blocksize,
-                                                                   static_cast<T*>(a.out));
+        launch(dequantize4<T>, blocks, kThreads, 0, stream_of(a.call), a.packed, a.absmax, a.n, a.format, a.blocksize,
+               static_cast<T*>(a.out));
     });
     return launched();
 }

@@ -50,8 +50,8 @@ extern "C" hb_status hb_quantize8(const hb_quantize8_args* args) {
     if (a.N == 0) return HB_OK;
     with_dtype(a.w_dtype, [&](auto type) {
         using T = decltype(type);
-        quantize8<T><<<blocks_for_warps(a.N), kWarpsPerBlock * kWarp, 0, stream_of(a.call)>>>(
-            static_cast<const T*>(a.w), a.N, a.K, a.codes, a.absmax);
+        launch(quantize8<T>, blocks_for_warps(a.N), kWarpsPerBlock * kWarp, 0, stream_of(a.call),
+               static_cast<const T*>(a.w), a.N, a.K, a.codes, a.absmax);
     });
     return launched();
 }
@@ -65,8 +65,8 @@ extern "C" hb_status hb_dequantize8(const hb_dequantize8_args* args) {
     const unsigned blocks = static_cast<unsigned>(wanted < kMostBlocks ? wanted : kMostBlocks);
     with_dtype(a.out_dtype, [&](auto type) {
         using T = decltype(type);
-        dequantize8<T>
-            <<<blocks, kThreads, 0, stream_of(a.call)>>>(a.codes, a.absmax, a.N * a.K, a.K, static_cast<T*>(a.out));
+        launch(dequantize8<T>, blocks, kThreads, 0, stream_of(a.call), a.codes, a.absmax, a.N * a.K, a.K,
+               static_cast<T*>(a.out));
     });
     return launched();
 }

@@ -1,12 +1,14 @@
-// out = x * W^T + bias with W in 4 bits. The simplest kernel that never builds the weight.
+// out = x * W^T + bias with W in 4 bits: the entry, and the kernel for what linear4_mma.cu does not take: float32,
+// whose sums stay float32, and any K. It never builds the weight.
 //
 // One warp makes the outputs of one weight row n for up to eight rows of x:
 //
 //     lane l:  k = l, l+32, l+64, ...     weight = table[code(n*K + k)] * absmax     sums[r] += x[r, k] * weight
 //     warp:    sums added over the lanes in one fixed order, bias added, rounded once
 //
-// A sum does not depend on M or on the row's place in the eight, so a row's result is the same in every batch. Needs no
-// workspace. Weights are read once per eight rows; speed is the business of later kernels.
+// A sum does not depend on M or on the row's place in the eight, so a row's result is the same in every batch. Weights
+// are read once per eight rows. Nothing that decides between the two kernels is a matter of x's rows.
+#include "linear4_mma.h"
 #include "vocabulary.cuh"
 
 namespace hb {
@@ -14,19 +16,6 @@ namespace hb {
 namespace {
 
 constexpr int kRows = 8;
-
-struct Absmax {
-    const void* absmax;
-    const float* nested_absmax;
-    const float* offset;
-    int64_t nested_blocksize;
-
-    __device__ float of(int64_t block) const {
-        if (nested_absmax == nullptr) return static_cast<const float*>(absmax)[block];
-        const int code = static_cast<const uint8_t*>(absmax)[block];
-        return dequantized_absmax(code, nested_absmax[block / nested_blocksize], *offset);
-    }
-};
 
 template <typename T>
 __global__ void linear4(const T* x, int64_t M, int64_t N, int64_t K, const uint8_t* packed, int64_t format,
@@ -63,7 +52,7 @@ extern "C" hb_status hb_linear4_workspace(const hb_linear4_args* args, int64_t* 
     using namespace hb;
     HB_REQUIRE(check_linear4_shape(args));
     HB_REQUIRE(check_tensor(bytes, 1, sizeof *bytes));
-    *bytes = 0;
+    *bytes = mma_takes(*args) ? plan_linear4(args->M, args->N, args->K).workspace_bytes(args->M, args->N) : 0;
     return HB_OK;
 }
 
@@ -72,13 +61,20 @@ extern "C" hb_status hb_linear4(const hb_linear4_args* args) {
     HB_REQUIRE(check(args));
     const hb_linear4_args& a = *args;
     if (a.M == 0 || a.N == 0) return HB_OK;
+    if (mma_takes(a)) {
+        const Linear4Plan plan = plan_linear4(a.M, a.N, a.K);
+        HB_REQUIRE(check_workspace(a.call, plan.workspace_bytes(a.M, a.N)));
+        if (reinterpret_cast<uintptr_t>(a.packed) % 16 == 0) {
+            launch_linear4_mma(a, plan);
+            return launched();
+        }
+    }
     const Absmax absmax = {a.absmax, a.nested_absmax, a.offset, a.nested_blocksize};
     const unsigned blocks = blocks_for_warps(a.N * ceil_div(a.M, kRows));
     with_dtype(a.x_dtype, [&](auto type) {
         using T = decltype(type);
-        linear4<T><<<blocks, kWarpsPerBlock * kWarp, 0, stream_of(a.call)>>>(
-            static_cast<const T*>(a.x), a.M, a.N, a.K, a.packed, a.format, a.blocksize, absmax, a.bias, a.bias_dtype,
-            static_cast<T*>(a.out));
+        launch(linear4<T>, blocks, kWarpsPerBlock * kWarp, 0, stream_of(a.call), static_cast<const T*>(a.x), a.M, a.N,
+               a.K, a.packed, a.format, a.blocksize, absmax, a.bias, a.bias_dtype, static_cast<T*>(a.out));
     });
     return launched();
 }

@@ -133,11 +133,11 @@ extern "C" hb_status hb_linear8(const hb_linear8_args* args) {
         const cudaStream_t stream = stream_of(a.call);
         if (by_column && a.K > 0) {
             const unsigned blocks = blocks_for_warps(ceil_div(a.K, kWarp));
-            mark_columns<T><<<blocks, threads, 0, stream>>>(x, a.M, a.K, threshold, mask);
+            launch(mark_columns<T>, blocks, threads, 0, stream, x, a.M, a.K, threshold, mask);
         }
-        split_rows<T><<<blocks_for_warps(a.M), threads, 0, stream>>>(x, a.M, a.K, rule, codes, absmax);
-        linear8<T><<<blocks_for_warps(a.M * a.N), threads, 0, stream>>>(
-            x, codes, absmax, a.M, a.N, a.K, a.codes, a.absmax, rule, a.bias, a.bias_dtype, static_cast<T*>(a.out));
+        launch(split_rows<T>, blocks_for_warps(a.M), threads, 0, stream, x, a.M, a.K, rule, codes, absmax);
+        launch(linear8<T>, blocks_for_warps(a.M * a.N), threads, 0, stream, x, codes, absmax, a.M, a.N, a.K, a.codes,
+               a.absmax, rule, a.bias, a.bias_dtype, static_cast<T*>(a.out));
     });
     return launched();
 }

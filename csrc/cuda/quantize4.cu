@@ -56,8 +56,8 @@ hb_status encode(const Args& a, const float* scales, float* absmax) {
     const unsigned blocks = blocks_for_warps(ceil_div(a.n, a.blocksize));
     with_dtype(a.x_dtype, [&](auto type) {
         using T = decltype(type);
-        encode4<T><<<blocks, kWarpsPerBlock * kWarp, 0, stream_of(a.call)>>>(static_cast<const T*>(a.x), a.n, a.format,
-                                                                             a.blocksize, scales, a.packed, absmax);
+        launch(encode4<T>, blocks, kWarpsPerBlock * kWarp, 0, stream_of(a.call), static_cast<const T*>(a.x), a.n,
+               a.format, a.blocksize, scales, a.packed, absmax);
     });
     return launched();
 }

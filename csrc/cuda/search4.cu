@@ -128,8 +128,8 @@ extern "C" hb_status hb_search4(const hb_search4_args* args) {
     const unsigned blocks = blocks_for_warps(ceil_div(a.n, a.blocksize));
     with_dtype(a.x_dtype, [&](auto type) {
         using T = decltype(type);
-        search4<T><<<blocks, kWarpsPerBlock * kWarp, 0, stream_of(a.call)>>>(static_cast<const T*>(a.x), a.n, a.format,
-                                                                             a.blocksize, a.scales);
+        launch(search4<T>, blocks, kWarpsPerBlock * kWarp, 0, stream_of(a.call), static_cast<const T*>(a.x), a.n,
+               a.format, a.blocksize, a.scales);
     });
     return launched();
 }

@@ -1,5 +1,8 @@
 // The words that the kernels are written in: one small thing per function. No kernels.
 //
+// All PTX and all of nvcc's own syntax are here, at the end, so that kernels are plain C++: without nvcc the same words
+// come from emulation.h, which tests/emulation brings, and the kernels run on a processor.
+//
 // Arithmetic that must equal the CPU library and the reference bit for bit uses __fmul_rn and __fadd_rn, which the
 // compiler never fuses; the library is compiled without fast-math, so divisions and subnormals are exact too.
 #pragma once
@@ -8,6 +11,7 @@
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
 #include <stdint.h>
+#include <string.h>
 
 #include "checks.h"
 #include "formats.h"
@@ -76,6 +80,24 @@ __device__ inline __nv_bfloat16 from_float<__nv_bfloat16>(float value) {
     return __float2bfloat16_rn(value);
 }
 
+// Two values rounded to T side by side, the first in the low half: what a tensor core takes.
+template <typename T>
+__device__ unsigned pair_of(float low, float high);
+template <>
+__device__ inline unsigned pair_of<__half>(float low, float high) {
+    const __half2 pair = __floats2half2_rn(low, high);
+    unsigned bits;
+    memcpy(&bits, &pair, sizeof bits);
+    return bits;
+}
+template <>
+__device__ inline unsigned pair_of<__nv_bfloat16>(float low, float high) {
+    const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
+    unsigned bits;
+    memcpy(&bits, &pair, sizeof bits);
+    return bits;
+}
+
 // An element whose dtype is known only when the kernel runs (a bias).
 __device__ inline float load_float(const void* tensor, int64_t dtype, int64_t index) {
     if (dtype == HB_FLOAT32) return static_cast<const float*>(tensor)[index];
@@ -130,6 +152,20 @@ __device__ inline float dequantized_absmax(int code, float nested_absmax, float 
     return __fadd_rn(__fmul_rn(kDeviceDynamic.at[code], nested_absmax), offset);
 }
 
+// Where absmax comes from: float32, or codes of a second level as checkpoints hold them.
+struct Absmax {
+    const void* absmax;
+    const float* nested_absmax;  // null: absmax is float32
+    const float* offset;
+    int64_t nested_blocksize;
+
+    __device__ float of(int64_t block) const {
+        if (nested_absmax == nullptr) return static_cast<const float*>(absmax)[block];
+        const int code = static_cast<const uint8_t*>(absmax)[block];
+        return dequantized_absmax(code, nested_absmax[block / nested_blocksize], *offset);
+    }
+};
+
 // --- launching -------------------------------------------------------------------------------------------------------
 
 inline cudaStream_t stream_of(const hb_call& call) {
@@ -153,16 +189,93 @@ inline hb_status launched() {
     }
 }
 
-// Calls launch(T()) with the C++ type of a checked dtype.
-template <typename Launch>
-void with_dtype(int64_t dtype, const Launch& launch) {
+// Calls run(T()) with the C++ type of a checked dtype.
+template <typename Run>
+void with_dtype(int64_t dtype, const Run& run) {
     if (dtype == HB_FLOAT32) {
-        launch(float());
+        run(float());
     } else if (dtype == HB_FLOAT16) {
-        launch(__half());
+        run(__half());
     } else {
-        launch(__nv_bfloat16());
+        run(__nv_bfloat16());
     }
 }
 
 }  // namespace hb
+
+// --- what only nvcc understands --------------------------------------------------------------------------------------
+
+#ifdef __CUDACC__
+
+namespace hb {
+
+// Launches kernel(arguments...) on a stream; `launched` tells what came of it.
+template <typename... Parameters, typename... Arguments>
+void launch(void (*kernel)(Parameters...), unsigned blocks, int threads, int64_t shared_bytes, cudaStream_t stream,
+            Arguments... arguments) {
+    constexpr int64_t without_asking = 48 << 10;
+    if (shared_bytes > without_asking) {
+        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes));
+    }
+    kernel<<<blocks, static_cast<unsigned>(threads), static_cast<size_t>(shared_bytes), stream>>>(
+        static_cast<Parameters>(arguments)...);
+}
+
+// The memory that the threads of a block share: as much as the launch says, from an address divisible by 128 on.
+__device__ inline unsigned char* shared_memory() {
+    extern __shared__ __align__(128) unsigned char hb_shared_memory[];
+    return hb_shared_memory;
+}
+
+// No thread of the block goes on before all have come here; what they wrote to shared memory is seen by all then.
+__device__ inline void block_barrier() {
+    __syncthreads();
+}
+
+// Starts copying 16 bytes into shared memory, both addresses divisible by 16; zeros, and no read, where `there` is
+// false. The bytes arrive by the time of a copies_wait; other threads see them after a barrier behind that.
+__device__ inline void copy_16_bytes(void* to_shared, const void* from, bool there) {
+    const unsigned to = static_cast<unsigned>(__cvta_generic_to_shared(to_shared));
+    const int bytes = there ? 16 : 0;
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(bytes) : "memory");
+}
+
+// Ends a group of copies, an empty one too.
+__device__ inline void copies_commit() {
+    asm volatile("cp.async.commit_group;" ::: "memory");
+}
+
+// Waits until at most `Pending` of this thread's groups are still under way.
+template <int Pending>
+__device__ void copies_wait() {
+    asm volatile("cp.async.wait_group %0;" ::"n"(Pending) : "memory");
+}
+
+// sums += a * b on the warp's tensor core: a is 16 rows of 16, b 16 rows of 8, sums 16 rows of 8 in float32. With
+// g = lane / 4 and t = lane % 4, a lane holds of a: rows g, g+8, g, g+8 in this order, in columns 2t and 2t+1 (the
+// first two) or 2t+8 and 2t+9; of b: column g in rows 2t and 2t+1, then 2t+8 and 2t+9; of sums: row g in columns 2t and
+// 2t+1, then row g+8 in the same.
+template <typename T>
+__device__ void multiply_tiles(float (&sums)[4], const unsigned (&a)[4], const unsigned (&b)[2]);
+template <>
+__device__ inline void multiply_tiles<__half>(float (&sums)[4], const unsigned (&a)[4], const unsigned (&b)[2]) {
+    asm volatile(
+        "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+        "{%0, %1, %2, %3};"
+        : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+template <>
+__device__ inline void multiply_tiles<__nv_bfloat16>(float (&sums)[4], const unsigned (&a)[4], const unsigned (&b)[2]) {
+    asm volatile(
+        "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+        "{%0, %1, %2, %3};"
+        : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+
+}  // namespace hb
+
+#else
+#include "emulation.h"
+#endif

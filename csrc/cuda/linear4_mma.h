@@ -1,0 +1,69 @@
+// Choosing how the tensor-core kernel of the 4-bit matmul cuts its work. Plain host code; linear4_mma.cu computes.
+//
+// A sum over K is made of slices: each slice's products are added up from zero, then the slices in order. Where they
+// begin depends on N and K alone, never on M, so that a row has the same bits in every batch. One thread block computes
+// either all slices of its tile of the output, or, where that would leave the device idle, just one of them; then
+// another kernel adds them up from the workspace, in the same order.
+#pragma once
+
+#include <stdint.h>
+
+#include "checks.h"
+#include "halfbyte.h"
+
+namespace hb {
+
+constexpr int kStageValues = 128;             // of K, in one stage of the pipeline
+constexpr int64_t kChunkValues = 64;          // of K, decoded at once; K must be a multiple of it
+constexpr int64_t kEnoughBlocks = 264;        // two for each multiprocessor of an H200
+constexpr int64_t kFewestStagesInASlice = 4;  // below that, filling the pipeline is most of the work
+constexpr int64_t kSmallestWeightRows = 64;   // of a tile: what slices are chosen for
+
+// The tile of the output that one thread block of 128 threads makes, and the stages that it keeps on the way.
+struct Linear4Tile {
+    int64_t weight_rows;
+    int64_t tokens;
+    int64_t stages;
+};
+
+struct Linear4Plan {
+    Linear4Tile tile;
+    int64_t tiles;         // of the output
+    int64_t slice_stages;  // stages of K in a slice, but for the last one
+    int64_t slices;
+    bool apart;  // a thread block for each slice
+
+    int64_t workspace_bytes(int64_t M, int64_t N) const {
+        return apart ? slices * M * N * static_cast<int64_t>(sizeof(float)) : 0;
+    }
+};
+
+// Whether the kernel takes these shapes at all: where there is an output, not a question of M either.
+inline bool mma_takes(const hb_linear4_args& a) {
+    return a.x_dtype != HB_FLOAT32 && a.M > 0 && a.N > 0 && a.K > 0 && a.K % kChunkValues == 0;
+}
+
+inline Linear4Tile tile_for(int64_t M) {
+    if (M <= 8) return {64, 8, 4};
+    if (M <= 16) return {64, 16, 4};
+    if (M <= 32) return {64, 32, 4};
+    return {128, 64, 3};
+}
+
+inline Linear4Plan plan_linear4(int64_t M, int64_t N, int64_t K) {
+    Linear4Plan plan = {};
+    plan.tile = tile_for(M);
+    plan.tiles = ceil_div(N, plan.tile.weight_rows) * ceil_div(M, plan.tile.tokens);
+    const int64_t stages = ceil_div(K, kStageValues);
+    const int64_t wanted = ceil_div(kEnoughBlocks, ceil_div(N, kSmallestWeightRows));
+    const int64_t possible = ceil_div(stages, kFewestStagesInASlice);
+    plan.slice_stages = ceil_div(stages, wanted < possible ? wanted : possible);
+    plan.slices = ceil_div(stages, plan.slice_stages);
+    plan.apart = plan.slices > 1 && plan.tiles < kEnoughBlocks;
+    return plan;
+}
+
+// Launches for a checked call that mma_takes, with packed aligned to 16 bytes and the plan's workspace.
+void launch_linear4_mma(const hb_linear4_args& a, const Linear4Plan& plan);
+
+}  // namespace hb

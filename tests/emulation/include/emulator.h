@@ -1,0 +1,73 @@
+// A small model of how a GPU runs a kernel, for the headers beside this one. It models order, not time.
+//
+//     grid        its blocks run one after the other, in a random order
+//     block       its threads are fibres. One runs until it waits; who runs next is random, and now and then one warp
+//     is
+//                 preferred for a while, so that warps drift apart as far as barriers allow
+//     warp        lanes wait for each other where they exchange values (shuffles, votes, tensor cores), and nowhere
+//     else shared      exactly the bytes asked for, each 0xff when a block begins copies      land at the wait of the
+//     thread that started them, at the latest possible time; a few of them land at
+//                 once, the earliest, so that what may still be read must not be copied over
+//
+// What a kernel must not do ends the launch with a sentence on stderr: threads that wait for ever, lanes that meet in
+// different functions, misaligned copies, more shared memory than the smallest supported device has. Not modelled:
+// memory that is seen late by other threads without a barrier, banks, several streams, more than one grid dimension.
+#pragma once
+
+#include <stdint.h>
+#include <string.h>
+
+#include <functional>
+
+namespace hb {
+namespace emulation {
+
+constexpr int kWarpSize = 32;
+constexpr unsigned kAllLanes = 0xffffffffu;
+constexpr int kMostThreads = 1024;
+constexpr int64_t kMostSharedBytes = 99 << 10;  // of sm_86, 89 and 120
+
+struct Dimension {
+    unsigned x;
+};
+extern Dimension threadIdx, blockIdx, blockDim, gridDim;
+
+inline int lane() {
+    return static_cast<int>(threadIdx.x) % kWarpSize;
+}
+
+// Runs `thread` once for each thread of the grid. One launch at a time; others wait.
+void run_grid(unsigned blocks, int threads, int64_t shared_bytes, const std::function<void()>& thread);
+
+// Whether a launch has failed since this was last asked.
+bool take_failure();
+
+// --- called by threads -----------------------------------------------------------------------------------------------
+
+unsigned char* shared_memory();
+void wait_for_block();
+void start_copy(void* to_shared, const void* from, bool there);
+void end_copy_group();
+void wait_for_copies(int pending);
+
+// Leaves `bytes` of this lane's for the others and returns what all 32 left, slot by slot, until the next exchange but
+// one. The lanes must agree in `what` they are doing.
+constexpr int kSlotBytes = 64;
+void* exchange_bytes(const char* what, unsigned lanes, const void* own, int bytes);
+
+template <typename T>
+const T* exchange(const char* what, unsigned lanes, const T& own) {
+    static_assert(sizeof(T) <= kSlotBytes, "a slot is too small");
+    return static_cast<const T*>(exchange_bytes(what, lanes, &own, sizeof(T)));
+}
+
+// --- float16 and bfloat16, as csrc/cpu/floats.h has them
+// ----------------------------------------------------------------
+
+float from_half(uint16_t bits);
+uint16_t to_half(float value);
+float from_bfloat(uint16_t bits);
+uint16_t to_bfloat(float value);
+
+}  // namespace emulation
+}  // namespace hb

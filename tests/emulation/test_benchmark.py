@@ -1,0 +1,96 @@
+"""The script that measures the CUDA kernels, as far as it goes without a GPU: arguments, checks, and the table."""
+
+from __future__ import annotations
+
+import ctypes
+import dataclasses
+import sys
+
+import pytest
+import torch
+
+from benchmarks import cuda_operators
+from quant import native
+from quant.ops import NAMES
+from tests.emulation import conftest
+
+pytestmark = pytest.mark.timeout(600)  # the first of a session builds the library
+
+PRODUCTS = {"linear_4bit", "linear_8bit"}
+WITHOUT_KERNEL = {"paged_attention", "rms_norm", "swiglu"}
+
+
+def once(calls: list[cuda_operators.Call]) -> float:
+    """A timer that makes each call."""
+    for call in calls:
+        assert isinstance(call(), torch.Tensor)
+    return 10.0
+
+
+def measure(library: ctypes.CDLL, timer: cuda_operators.Timer = once) -> list[cuda_operators.Result]:
+    kernels = native.Kernels(library, "emulation")
+    return list(cuda_operators.measure(kernels, torch.device("cpu"), (48, 128), (1, 9), 20_000, None, timer))
+
+
+def test_every_operator_is_measured(library: ctypes.CDLL) -> None:
+    results = measure(library)
+    assert {result.contender for result in results if not result.rows} == {*NAMES} - PRODUCTS - WITHOUT_KERNEL
+    products = [result for result in results if result.contender == "nf4"]
+    assert [result.rows for result in products] == [1, 9]
+    assert products[0].bytes == 48 * 64 + 48 * 128 // 64 * 4 + (128 + 48) * 2
+
+
+def test_the_table_has_times_shares_and_ratios(library: ctypes.CDLL) -> None:
+    text = cuda_operators.table(measure(library), 1e9)
+    rows = [line.split("|")[1].strip() for line in text.splitlines() if line.startswith("| ")]
+    assert rows[:3] == ["rows", "1", "9"]
+    assert "| dequantize_absmax | 10.0 | 5% |" in text
+    assert "| 1.00x |  |" in text  # torch / nf4; no bitsandbytes here
+    assert "Copying moved 0.00 TB/s" in text
+
+
+def test_what_could_not_be_timed_stays_empty(library: ctypes.CDLL) -> None:
+    text = cuda_operators.table(measure(library, lambda calls: None), 1e9)
+    assert "| dequantize_absmax |  |  |" in text
+
+
+def test_a_wrong_product_ends_the_run(library: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch) -> None:
+    right = cuda_operators.four_bit
+
+    def wrong(*arguments: object) -> cuda_operators.Weight:
+        weight = right(*arguments)  # type: ignore[arg-type]
+        return dataclasses.replace(weight, multiply=lambda x: weight.multiply(x) * 1.02)
+
+    monkeypatch.setattr(cuda_operators, "four_bit", wrong)
+    with pytest.raises(SystemExit, match=r"nf4 at 1 rows of 48x128 is wrong: \d.\d\d% from the product in float64"):
+        measure(library)
+
+
+def test_arguments() -> None:
+    options = cuda_operators.parse(["--shapes", "8x64", "16x32", "--rows", "1", "7", "--no-build"])
+    assert options.shapes == [(8, 64), (16, 32)]
+    assert options.rows == [1, 7]
+    assert options.no_build
+    assert cuda_operators.parse([]).shapes[0] == (4096, 4096)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["--shapes", "4096"], "'4096' is no shape; accepted is NxK with positive numbers"),
+        (["--shapes", "0x5"], "'0x5' is no shape"),
+        (["--rows", "-1"], "'-1' is no number of rows"),
+        (["--rows", "0"], "'0' is no number of rows; accepted is a positive one"),
+    ],
+)
+def test_bad_arguments_are_refused(capsys: pytest.CaptureFixture[str], arguments: list[str], sentence: str) -> None:
+    with pytest.raises(SystemExit):
+        cuda_operators.parse(arguments)
+    assert sentence in capsys.readouterr().err
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a CUDA device")
+def test_without_a_device_it_refuses_with_a_sentence() -> None:
+    done = conftest.run(sys.executable, "-m", "benchmarks.cuda_operators", "--rows", "1")
+    assert done.returncode != 0
+    assert done.stderr.strip().endswith("torch sees none here; without one, tests/emulation checks the kernels.")

@@ -1,0 +1,74 @@
+"""The emulated kernels under AddressSanitizer, which sees the first byte behind shared memory and behind a tensor."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.emulation import conftest
+
+pytestmark = pytest.mark.timeout(600)
+
+FEW = (
+    "tensor_cores and nested-by-3 or absmax_codes or scales and nf4"
+    " or (codes_and_values or linear_8bit_is or every_batch) and dtype1 and not fp4"
+)
+"""What a quick run takes: every kernel, one dtype of most."""
+
+
+@pytest.fixture(scope="module")
+def sanitizer() -> str:
+    """AddressSanitizer's library, which has to be in a process from its start."""
+    compiler = shutil.which("gcc")
+    if compiler is None:
+        pytest.skip("needs gcc, whose AddressSanitizer can be loaded into Python")
+    path = conftest.run(compiler, "-print-file-name=libasan.so").stdout.strip()
+    if not Path(path).is_absolute():
+        pytest.skip("gcc has no libasan.so here")
+    return path
+
+
+@pytest.fixture(scope="module")
+def sanitized(tmp_path_factory: pytest.TempPathFactory, sanitizer: str) -> Path:
+    options = ("-DHALFBYTE_SANITIZE=address", "-DCMAKE_CXX_COMPILER=g++")
+    return conftest.build(conftest.ROOT, tmp_path_factory.mktemp("sanitized"), *options)
+
+
+def run_tests(library: Path, sanitizer: str, *selection: str) -> str:
+    environment = {
+        conftest.LIBRARY_VARIABLE: str(library),
+        "LD_PRELOAD": sanitizer,
+        "ASAN_OPTIONS": "detect_leaks=0",  # Python's and torch's
+    }
+    done = conftest.run(sys.executable, "-m", "pytest", "-q", "-x", *selection, **environment)
+    return f"{done.stdout}\n{done.stderr}\nexit status {done.returncode}\n"
+
+
+def test_kernels_stay_inside_their_tensors(sanitized: Path, sanitizer: str) -> None:
+    output = run_tests(sanitized, sanitizer, "tests/emulation/test_kernels.py", "-k", FEW)
+    assert output.endswith("exit status 0\n"), output
+
+
+@pytest.mark.slow
+def test_all_kernels_stay_inside_their_tensors(sanitized: Path, sanitizer: str) -> None:
+    output = run_tests(sanitized, sanitizer, "tests/emulation/test_kernels.py", "tests/emulation/test_emulator.py")
+    assert output.endswith("exit status 0\n"), output
+
+
+def test_a_byte_behind_a_tensor_is_seen(sanitized: Path, sanitizer: str) -> None:
+    """The same library, one value more than the tensor has."""
+    program = (
+        "import ctypes, sys\n"
+        "library = ctypes.CDLL(sys.argv[1])\n"
+        "memory = ctypes.CDLL(None).malloc\n"
+        "memory.restype = ctypes.c_void_p\n"
+        "out = memory(ctypes.c_size_t(4 * 64 - 1))\n"
+        "library.hb_emulated_pass_on(64, True, ctypes.c_void_p(out))\n"
+    )
+    environment = {"LD_PRELOAD": sanitizer, "ASAN_OPTIONS": "detect_leaks=0"}
+    done = conftest.run(sys.executable, "-c", program, str(sanitized), **environment)
+    assert done.returncode != 0
+    assert "heap-buffer-overflow" in done.stderr
