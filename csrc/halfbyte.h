@@ -65,14 +65,17 @@ enum { HB_NF4 = 0, HB_FP4 = 1 };
 enum { HB_OUTLIERS_VALUE = 0, HB_OUTLIERS_BATCH = 1, HB_OUTLIERS_ALL = 2 };
 /* Tables that hb_table copies out. */
 enum {
-    HB_TABLE_NF4 = 0,              /* [16] */
-    HB_TABLE_FP4 = 1,              /* [16] */
-    HB_TABLE_NF4_THRESHOLDS = 2,   /* [15] */
-    HB_TABLE_FP4_THRESHOLDS = 3,   /* [7] */
-    HB_TABLE_NF4_RANKS = 4,        /* [16] code of each rank */
-    HB_TABLE_FP4_RANKS = 5,        /* [8] */
-    HB_TABLE_DYNAMIC = 6,          /* [256] */
-    HB_TABLE_DYNAMIC_MIDPOINTS = 7 /* [255] */
+    HB_TABLE_NF4 = 0,               /* [16] */
+    HB_TABLE_FP4 = 1,               /* [16] */
+    HB_TABLE_NF4_THRESHOLDS = 2,    /* [15] */
+    HB_TABLE_FP4_THRESHOLDS = 3,    /* [7] */
+    HB_TABLE_NF4_RANKS = 4,         /* [16] code of each rank */
+    HB_TABLE_FP4_RANKS = 5,         /* [8] */
+    HB_TABLE_DYNAMIC = 6,           /* [256] */
+    HB_TABLE_DYNAMIC_MIDPOINTS = 7, /* [255] */
+    HB_TABLE_NF4_INT8 = 8,          /* [16] the table as int8 codes, for hb_linear4_int8 */
+    HB_TABLE_FP4_INT8 = 9,          /* [16] */
+    HB_TABLE_INT8_STEPS = 10        /* [2] by format: what the product of two codes stands for, times both maxima */
 };
 
 /* What every call carries. */
@@ -183,6 +186,13 @@ typedef struct hb_linear4_args {
 HB_API hb_status hb_linear4(const hb_linear4_args* args);
 /* Writes the bytes of workspace that hb_linear4 needs for these shapes and threads; reads no other pointer. */
 HB_API hb_status hb_linear4_workspace(const hb_linear4_args* args, int64_t* bytes);
+
+/* The same with both sides in int8, CPU only: x rounded to int8 in groups of 64 columns of each row against the group's
+ * largest magnitude, the weight's table rounded to int8. Where a group and a block meet, the sum of products is an
+ * exact integer; times (absmax * (largest magnitude * step)) in float32 these are added up in the order of K, each
+ * operation rounded, at every level alike. A group with a NaN or an infinity makes its row NaN. */
+HB_API hb_status hb_linear4_int8(const hb_linear4_args* args);
+HB_API hb_status hb_linear4_int8_workspace(const hb_linear4_args* args, int64_t* bytes);
 
 /* Rows -> int8 codes and row maxima, values rounded to float16 first unless that makes them infinite. */
 typedef struct hb_quantize8_args {
