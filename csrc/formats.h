@@ -88,7 +88,7 @@ constexpr Table<float, 255> kDynamicMidpoints = make_dynamic_midpoints();
 
 // The tables in int8, for products with int8 activations: round(unit * value), the unit being the one up to 127 with
 // the smallest squared error in normally distributed weights.
-constexpr float kNf4Int8Unit = 124.0f, kFp4Int8Unit = 120.0f;
+constexpr float kNf4Int8Unit = 112.0f, kFp4Int8Unit = 120.0f;
 constexpr Table<int8_t, 16> make_int8_table(const Table<float, 16>& values, float unit) {
     Table<int8_t, 16> codes{};
     for (int i = 0; i < 16; ++i) {

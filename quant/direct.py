@@ -121,6 +121,7 @@ class Direct:
 
 
 def direct_4bit(
+    activations: str,
     weight: torch.Tensor,
     packed: torch.Tensor,
     absmax: torch.Tensor,
@@ -132,13 +133,13 @@ def direct_4bit(
     nested_blocksize: int,
     bias: torch.Tensor | None,
 ) -> Direct:
-    """ops.linear_4bit on this weight, `weight` as the layer holds it. Raises ShapeError as it does."""
+    """ops.linear_4bit, or linear_4bit_int8, on this weight, `weight` as the layer holds it. Raises ShapeError."""
     arguments.check_format(quant_type, blocksize)
     count = arguments.element_count(shape)
     arguments.check_statistics(packed, absmax, blocksize, count, nested_absmax, offset, nested_blocksize)
     _check_bias(bias, shape, packed)
     return Direct(
-        "hb_linear4",
+        "hb_linear4" if activations == "float" else "hb_linear4_int8",
         shape,
         weight,
         absmax,

@@ -82,7 +82,9 @@ struct WeightRows {
     }
 };
 
+// Of 64 bytes those that a row still has; none for a pair of groups beyond it.
 HB_INLINE __mmask64 bytes_mask(int64_t bytes) {
+    if (bytes <= 0) return 0;
     return bytes >= 64 ? ~__mmask64{0} : (__mmask64{1} << bytes) - 1;
 }
 

@@ -1,4 +1,4 @@
-"""Every instruction set level that this machine has: honest sums, equal bits from everything but the 4-bit matmul, and
+"""Every instruction set level that this machine has: honest sums, equal bits from everything but float sums, and
 rows that do not depend on their company. Each level runs in a process of its own, since a process decides once."""
 
 from __future__ import annotations
@@ -42,6 +42,9 @@ for quant_type, blocksize, nested in itertools.product(formats.FOUR_BIT, (32, 64
             together = ops.linear_4bit(x, *weight.arguments())
             for rows in (1, 2, 3, 5, 6, 7, 8, 13):
                 assert torch.equal(ops.linear_4bit(x[:rows], *weight.arguments()), together[:rows]), (shape, rows)
+            rounded = ops.linear_4bit_int8(x, *weight.arguments())
+            update(rounded)
+            assert torch.equal(ops.linear_4bit_int8(x[:4], *weight.arguments()), rounded[:4]), shape
             exact = x.double() @ dense.t()
             size = x.double().abs() @ dense.abs().t()
             error = (together.double() - exact).abs()
