@@ -45,6 +45,7 @@ FOUR_BIT: Final[dict[str, Any]] = {
 CONFIGS: Final = {
     "nf4": BitsAndBytesConfig(**FOUR_BIT),
     "nf4-dq": BitsAndBytesConfig(**FOUR_BIT, bnb_4bit_use_double_quant=True),
+    "nf4, int8 activations": BitsAndBytesConfig(**FOUR_BIT, bnb_4bit_activations="int8"),
     "int8": BitsAndBytesConfig(load_in_8bit=True),
     "int8 weights only": BitsAndBytesConfig(load_in_8bit=True, llm_int8_outliers="all"),
 }

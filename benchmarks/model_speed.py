@@ -45,6 +45,16 @@ OURS: Final = {
         "quantization": "nf4-dq",
         "head": {"load_in_8bit": True, "llm_int8_outliers": "all"},
     },
+    "halfbyte nf4-dq, int8 activations and head": {
+        "quantization": {
+            "load_in_4bit": True,
+            "bnb_4bit_quant_type": "nf4",
+            "bnb_4bit_use_double_quant": True,
+            "bnb_4bit_compute_dtype": "bfloat16",
+            "bnb_4bit_activations": "int8",
+        },
+        "head": {"load_in_8bit": True, "llm_int8_outliers": "all"},
+    },
     "halfbyte int8": {"quantization": "int8", "head": None},
     "halfbyte int8, int8 head": {"quantization": "int8", "head": {"load_in_8bit": True, "llm_int8_outliers": "all"}},
 }

@@ -7,7 +7,8 @@ documents, which server/demo/corpus makes from a seed and keeps apart from all t
 perplexity per token; how many nats per token are lost against bfloat16, with a standard error taken over documents
 (the same documents in both, so the difference is far better known than either side); how often the most probable
 token is bfloat16's; bits per weight of what is quantized with all its statistics, and bytes of the whole model. Then
-the same with the embedding packed too, which in this model is the output layer as well.
+the same with the embedding packed too, which in this model is the output layer as well, and 4 bits with int8
+activations.
 Results: benchmarks/results/quality.json and .md.
 """
 
@@ -37,10 +38,13 @@ from server.demo.evaluate import HELDOUT_SEED, Prediction, heldout_ids, perplexi
 RESULTS: Final = Path(__file__).parent / "results"
 FORMATS: Final = ("none", *(name for name in PRESETS if name != "none"))
 BASELINE: Final = FORMATS[0]
+INT8_ACTIVATIONS: Final = ", int8 activations"
+"""After a preset's name: its 4-bit layers compute with activations rounded to int8."""
 EMBEDDINGS: Final[tuple[tuple[str, str | None], ...]] = (
     *((name, None) for name in FORMATS),
     *((name, name) for name in FORMATS if name != BASELINE),
     ("nf4-dq", "int8"),
+    *((name + INT8_ACTIVATIONS, None) for name in ("nf4", "fp4", "nf4-dq")),
 )
 """What is measured: the linear layers' format and the embedding's, which is tied to the output; None: not packed."""
 SHOWN: Final = {BASELINE: "bf16"}
@@ -83,7 +87,9 @@ def bits_per_weight(model: torch.nn.Module) -> float:
 
 def config_of(name: str, embedding: str | None) -> BitsAndBytesConfig | None:
     """The config that packs linear layers in one preset's format and the embedding in another's, or not at all."""
-    config = from_spec(name, compute_dtype=torch.bfloat16)
+    config = from_spec(name.removesuffix(INT8_ACTIVATIONS), compute_dtype=torch.bfloat16)
+    if config is not None and name.endswith(INT8_ACTIVATIONS):
+        config.bnb_4bit_activations = "int8"
     own = None if embedding is None else from_spec(embedding, compute_dtype=torch.bfloat16)
     if config is None or own is None:
         return config

@@ -86,11 +86,27 @@ constexpr Table<float, 255> make_dynamic_midpoints() {
 }
 constexpr Table<float, 255> kDynamicMidpoints = make_dynamic_midpoints();
 
+// The tables in int8, for products with int8 activations: round(unit * value), the unit being the one up to 127 with
+// the smallest squared error in normally distributed weights.
+constexpr float kNf4Int8Unit = 112.0f, kFp4Int8Unit = 120.0f;
+constexpr Table<int8_t, 16> make_int8_table(const Table<float, 16>& values, float unit) {
+    Table<int8_t, 16> codes{};
+    for (int i = 0; i < 16; ++i) {
+        const float scaled = values.at[i] * unit;
+        codes.at[i] = static_cast<int8_t>(scaled < 0 ? scaled - 0.5f : scaled + 0.5f);
+    }
+    return codes;
+}
+constexpr Table<int8_t, 16> kNf4Int8 = make_int8_table(kNf4Values, kNf4Int8Unit);
+constexpr Table<int8_t, 16> kFp4Int8 = make_int8_table(kFp4Values, kFp4Int8Unit);
+
 constexpr int64_t kSmallestBlocksize = 32;
 constexpr int64_t kLargestBlocksize = 4096;
 constexpr float kInt8Max = 127.0f;
 // Two int8 codes multiplied stand for this times both maxima.
 constexpr float kInt8ProductScale = static_cast<float>(1.0 / (127.0 * 127.0));
+// What a code of such a table times an int8 code of x stands for, times both maxima: of NF4, of FP4.
+constexpr Table<float, 2> kInt8Steps = {{1.0f / (kInt8Max * kNf4Int8Unit), 1.0f / (kInt8Max * kFp4Int8Unit)}};
 // Maxima below kSmallestDivisor are scaled up, exactly, before they are divided by.
 constexpr float kSmallestDivisor = 0x1p-100f;
 constexpr float kSubnormalScale = 0x1p100f;

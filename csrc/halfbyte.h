@@ -67,14 +67,17 @@ enum { HB_NF4 = 0, HB_FP4 = 1 };
 enum { HB_OUTLIERS_VALUE = 0, HB_OUTLIERS_BATCH = 1, HB_OUTLIERS_ALL = 2 };
 /* Tables that hb_table copies out. */
 enum {
-    HB_TABLE_NF4 = 0,              /* [16] */
-    HB_TABLE_FP4 = 1,              /* [16] */
-    HB_TABLE_NF4_THRESHOLDS = 2,   /* [15] */
-    HB_TABLE_FP4_THRESHOLDS = 3,   /* [7] */
-    HB_TABLE_NF4_RANKS = 4,        /* [16] code of each rank */
-    HB_TABLE_FP4_RANKS = 5,        /* [8] */
-    HB_TABLE_DYNAMIC = 6,          /* [256] */
-    HB_TABLE_DYNAMIC_MIDPOINTS = 7 /* [255] */
+    HB_TABLE_NF4 = 0,               /* [16] */
+    HB_TABLE_FP4 = 1,               /* [16] */
+    HB_TABLE_NF4_THRESHOLDS = 2,    /* [15] */
+    HB_TABLE_FP4_THRESHOLDS = 3,    /* [7] */
+    HB_TABLE_NF4_RANKS = 4,         /* [16] code of each rank */
+    HB_TABLE_FP4_RANKS = 5,         /* [8] */
+    HB_TABLE_DYNAMIC = 6,           /* [256] */
+    HB_TABLE_DYNAMIC_MIDPOINTS = 7, /* [255] */
+    HB_TABLE_NF4_INT8 = 8,          /* [16] the table as int8 codes, for hb_linear4_int8 */
+    HB_TABLE_FP4_INT8 = 9,          /* [16] */
+    HB_TABLE_INT8_STEPS = 10        /* [2] by format: what the product of two codes stands for, times both maxima */
 };
 
 /* What every call carries. */
@@ -192,6 +195,13 @@ HB_API hb_status hb_linear4_workspace(const hb_linear4_args* args, int64_t* byte
  * and K; threads, workspace and batch_invariant are the first one's. Not in the CUDA library. */
 HB_API hb_status hb_linear4_group(const hb_linear4_args* items, int64_t count);
 HB_API hb_status hb_linear4_group_workspace(const hb_linear4_args* items, int64_t count, int64_t* bytes);
+
+/* The same with both sides in int8, CPU only: x rounded to int8 in groups of 64 columns of each row against the group's
+ * largest magnitude, the weight's table rounded to int8. Where a group and a block meet, the sum of products is an
+ * exact integer; times (absmax * (largest magnitude * step)) in float32 these are added up in the order of K, each
+ * operation rounded, at every level alike. A group with a NaN or an infinity makes its row NaN. */
+HB_API hb_status hb_linear4_int8(const hb_linear4_args* args);
+HB_API hb_status hb_linear4_int8_workspace(const hb_linear4_args* args, int64_t* bytes);
 
 /* Rows -> int8 codes and row maxima, values rounded to float16 first unless that makes them infinite. */
 typedef struct hb_quantize8_args {

@@ -65,6 +65,12 @@ int64_t hb_table(int32_t table, float* out, int64_t room) {
             return copy(hb::kDynamicValues, out, room);
         case HB_TABLE_DYNAMIC_MIDPOINTS:
             return copy(hb::kDynamicMidpoints, out, room);
+        case HB_TABLE_NF4_INT8:
+            return copy(hb::kNf4Int8, out, room);
+        case HB_TABLE_FP4_INT8:
+            return copy(hb::kFp4Int8, out, room);
+        case HB_TABLE_INT8_STEPS:
+            return copy(hb::kInt8Steps, out, room);
         default:
             return -1;
     }

@@ -18,6 +18,9 @@ OUTLIER_RULES = ("value", "batch", "all")
 """Who decides that an activation is an outlier of LLM.int8(): the value alone, or its column over all rows; or all of
 them are, so that none is rounded and the weight alone is in 8 bits."""
 
+ACTIVATIONS = ("float", "int8")
+"""What activations are when they meet a 4-bit weight: values, or rounded to int8 in groups of a row's columns."""
+
 
 def check_values(name: str, tensor: torch.Tensor) -> None:
     """Values that operators compute with: float32, float16 or bfloat16."""

@@ -21,7 +21,7 @@ import transformers
 from transformers.quantizers.quantizers_utils import should_convert_module
 
 from quant import formats
-from quant.arguments import OUTLIER_RULES
+from quant.arguments import ACTIVATIONS, OUTLIER_RULES
 from quant.errors import QuantConfigError
 
 logger = logging.getLogger(__name__)
@@ -50,6 +50,7 @@ FIELDS: Final = (
 )
 EXTENSIONS: Final = (
     "llm_int8_outliers",
+    "bnb_4bit_activations",
     "bnb_4bit_blocksize",
     "module_overrides",
     "bnb_4bit_search",
@@ -70,7 +71,7 @@ QUANT_METHOD: Final = "bitsandbytes"
 _WRITTEN_BESIDE: Final = ("quant_method", "_load_in_8bit", "_load_in_4bit")
 _BOOKKEEPING: Final = ("_from_model_config", "transformers_version")
 _EXTENSION_DEFAULTS: Final[Mapping[str, Any]] = MappingProxyType(
-    dict(zip(EXTENSIONS, (OUTLIER_RULES[0], formats.DEFAULT_BLOCKSIZE, {}, False, False), strict=True))
+    dict(zip(EXTENSIONS, (OUTLIER_RULES[0], ACTIVATIONS[0], formats.DEFAULT_BLOCKSIZE, {}, False, False), strict=True))
 )
 _BOTH: Final = "load_in_4bit and load_in_8bit are both True; only one of them is accepted at a time"
 
@@ -80,7 +81,8 @@ class BitsAndBytesConfig(transformers.BitsAndBytesConfig):
 
     Ours are: `llm_int8_outliers`, "value" (default: each activation above the threshold is an outlier, so that rows of
     a batch do not change each other), "batch" (whole columns over the batch, as bitsandbytes does) or
-    "all" (no activation is rounded: the weight alone is in 8 bits);
+    "all" (no activation is rounded: the weight alone is in 8 bits); `bnb_4bit_activations`, "float" or "int8": whether
+    activations are rounded to int8 before they are multiplied with a 4-bit weight, whose bytes stay what they are;
     `bnb_4bit_blocksize`, the values per 4-bit block when packing (a packed tensor says its own); `module_overrides`,
     a pattern as in `llm_int8_skip_modules` to the fields that differ for the modules it names, or to None, which
     leaves them unquantized; `bnb_4bit_search`, which looks for each 4-bit block's best scale and sign when packing (the
@@ -104,6 +106,7 @@ class BitsAndBytesConfig(transformers.BitsAndBytesConfig):
         bnb_4bit_quant_storage: torch.dtype | str | None = None,
         *,
         llm_int8_outliers: str = OUTLIER_RULES[0],
+        bnb_4bit_activations: str = ACTIVATIONS[0],
         bnb_4bit_blocksize: int = formats.DEFAULT_BLOCKSIZE,
         module_overrides: Mapping[str, Mapping[str, Any] | None] | None = None,
         bnb_4bit_search: bool = False,
@@ -131,6 +134,7 @@ class BitsAndBytesConfig(transformers.BitsAndBytesConfig):
             ),
         )
         self.llm_int8_outliers = _choice("llm_int8_outliers", llm_int8_outliers, OUTLIER_RULES)
+        self.bnb_4bit_activations = _choice("bnb_4bit_activations", bnb_4bit_activations, ACTIVATIONS)
         self.bnb_4bit_blocksize = _blocksize(bnb_4bit_blocksize)
         self.bnb_4bit_search = _flag("bnb_4bit_search", bnb_4bit_search)
         self.quantize_embeddings = _flag("quantize_embeddings", quantize_embeddings)

@@ -149,7 +149,7 @@ class DirectGroup:
     def may_be_grouped(parts: Sequence[Direct]) -> bool:
         """Whether they are of one entry, size of x and options, and not too many."""
         kinds = {(part._entry, part._columns, *part.options) for part in parts}
-        return len(kinds) == 1 and len(parts) <= native.MAX_GROUP
+        return len(kinds) == 1 and len(parts) <= native.MAX_GROUP and parts[0]._entry in native.GROUPS
 
     def __call__(self, x: torch.Tensor) -> list[torch.Tensor]:
         """x [..., K] -> one [..., N] for each weight. Raises ShapeError."""
@@ -179,6 +179,7 @@ class DirectGroup:
 
 
 def direct_4bit(
+    activations: str,
     weight: torch.Tensor,
     packed: torch.Tensor,
     absmax: torch.Tensor,
@@ -190,13 +191,13 @@ def direct_4bit(
     nested_blocksize: int,
     bias: torch.Tensor | None,
 ) -> Direct:
-    """ops.linear_4bit on this weight, `weight` as the layer holds it. Raises ShapeError as it does."""
+    """ops.linear_4bit, or linear_4bit_int8, on this weight, `weight` as the layer holds it. Raises ShapeError."""
     arguments.check_format(quant_type, blocksize)
     count = arguments.element_count(shape)
     arguments.check_statistics(packed, absmax, blocksize, count, nested_absmax, offset, nested_blocksize)
     _check_bias(bias, shape, packed)
     return Direct(
-        "hb_linear4",
+        "hb_linear4" if activations == "float" else "hb_linear4_int8",
         shape,
         weight,
         absmax,

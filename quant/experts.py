@@ -317,6 +317,7 @@ class PackedExperts(Offloadable):
             None if nested_absmax is None else nested_absmax[:, part],
             None if offset is None else offset[:, part],
             1 if template.nested is None else template.nested.blocksize,
+            self.options.bnb_4bit_activations,
         )
         return out.to(x.dtype)
 

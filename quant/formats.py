@@ -32,6 +32,8 @@ HIGH_NIBBLE_SHIFT: Final = 4
 """The first of two codes in a byte is shifted left by this; the second stays in the low bits."""
 INT8_MAX: Final = 127
 """The code of +absmax in an int8 row; -128 is never written."""
+ACTIVATION_GROUP: Final = 64
+"""Columns of a row of activations that are rounded to int8 together."""
 VALUE_DTYPES: Final = (torch.float32, torch.float16, torch.bfloat16)
 """The dtypes of values that operators take and give."""
 
@@ -49,6 +51,19 @@ class FourBitFormat:
     thresholds: tuple[float, ...]  # ascending
     code_of_rank: tuple[int, ...]  # [len(thresholds) + 1]
     signed_magnitude: bool
+    int8_unit: int
+    """The int8 code of 1, where the table itself is rounded to int8: up to 127, what gives normally distributed weights
+    the smallest squared error."""
+
+    @property
+    def int8_table(self) -> tuple[int, ...]:
+        """The int8 code of each code."""
+        return tuple(round(value * self.int8_unit) for value in self.table)
+
+    @property
+    def int8_step(self) -> float:
+        """What such a code times an int8 code of an activation stands for, times both maxima; used as a float32."""
+        return 1.0 / (INT8_MAX * self.int8_unit)
 
     @property
     def zero_code(self) -> int:
@@ -79,6 +94,7 @@ NF4: Final = FourBitFormat(
     thresholds=_NF4_THRESHOLDS,
     code_of_rank=tuple(range(16)),
     signed_magnitude=False,
+    int8_unit=112,
 )
 FP4: Final = FourBitFormat(
     name="fp4",
@@ -86,6 +102,7 @@ FP4: Final = FourBitFormat(
     thresholds=(0.00260417, 0.0859375, 0.20833333, 0.29166667, 0.4166667, 0.583333, 0.8333333),
     code_of_rank=(0, 1, 6, 7, 4, 5, 2, 3),
     signed_magnitude=True,
+    int8_unit=120,
 )
 
 FOUR_BIT: Final[dict[str, FourBitFormat]] = {NF4.name: NF4, FP4.name: FP4}

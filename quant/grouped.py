@@ -27,18 +27,21 @@ def grouped_linear_4bit(
     nested_absmax: torch.Tensor | None,
     offset: torch.Tensor | None,
     nested_blocksize: int,
+    activations: str,
 ) -> torch.Tensor:
     """x [S, K], sorted by expert -> [S, rows]: the rows of expert e, up to ends[e], times its matrix [rows, K].
 
     ends: int64 [E]; rows of x beyond the last end give zeros. packed: uint8 [E, ceil(rows K / 2)]; absmax: float32
     [E, B], or uint8 [E, B] with nested_absmax float32 [E, ceil(B / nested_blocksize)] and offset float32 [E].
+    activations: "float", or "int8" for ops.linear_4bit_int8.
     """
+    linear = ops.linear_4bit if activations == "float" else ops.linear_4bit_int8
 
     def product(expert: int, part: torch.Tensor) -> torch.Tensor:
         nested = None if nested_absmax is None else nested_absmax[expert]
         own_offset = None if offset is None else offset[expert]
         shape = [rows, x.shape[1]]
-        return ops.linear_4bit(
+        return linear(
             part, packed[expert], absmax[expert], quant_type, blocksize, shape, nested, own_offset, nested_blocksize
         )
 
@@ -86,7 +89,7 @@ def _fake_8bit(x: torch.Tensor, ends: torch.Tensor, CB: torch.Tensor, *rest: Any
 
 
 def _setup_4bit(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
-    x, ends, packed, absmax, quant_type, blocksize, rows, nested_absmax, offset, nested_blocksize = inputs
+    x, ends, packed, absmax, quant_type, blocksize, rows, nested_absmax, offset, nested_blocksize, _ = inputs
     ctx.save_for_backward(ends, packed, absmax, nested_absmax, offset)
     ctx.format = (quant_type, blocksize, [rows, x.shape[1]], nested_blocksize)
 
@@ -102,7 +105,7 @@ def _backward_4bit(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | Non
         return part @ ops.dequantize_4bit(packed[expert], own, quant_type, blocksize, shape, part.dtype)
 
     to_x = _by_expert(gradient, ends, shape[1], product) if ctx.needs_input_grad[0] else None
-    return to_x, *(None,) * 9
+    return to_x, *(None,) * 10
 
 
 def _setup_8bit(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:

@@ -34,6 +34,9 @@ TABLE_CODES: Final = {
     "fp4_ranks": 5,
     "dynamic": 6,
     "dynamic_midpoints": 7,
+    "nf4_int8": 8,
+    "fp4_int8": 9,
+    "int8_steps": 10,
 }
 LEVEL_VARIABLE: Final = "HALFBYTE_CPU_LEVEL"
 """Names the instruction set level that the CPU library runs at, where it is not to choose for itself."""
@@ -67,6 +70,10 @@ def _struct(name: str, pointers_and_sizes: str) -> type[ctypes.Structure]:
     return type(name, (ctypes.Structure,), {"_fields_": fields})
 
 
+_LINEAR4: Final = _struct(
+    "Linear4",
+    "*x x_dtype M N K *packed format blocksize *absmax *nested_absmax *offset nested_blocksize *bias bias_dtype *out",
+)
 STRUCTS: Final = {
     "hb_quantize4": _struct("Quantize4", "*x x_dtype n format blocksize *packed *absmax"),
     "hb_encode4": _struct("Encode4", "*x x_dtype n format blocksize *scales *packed"),
@@ -76,11 +83,8 @@ STRUCTS: Final = {
     "hb_dequantize_absmax": _struct(
         "DequantizeAbsmax", "*codes blocks *nested_absmax *offset nested_blocksize *absmax"
     ),
-    "hb_linear4": _struct(
-        "Linear4",
-        "*x x_dtype M N K *packed format blocksize *absmax *nested_absmax *offset nested_blocksize"
-        " *bias bias_dtype *out",
-    ),
+    "hb_linear4": _LINEAR4,
+    "hb_linear4_int8": _LINEAR4,
     "hb_quantize8": _struct("Quantize8", "*w w_dtype N K *codes *absmax"),
     "hb_dequantize8": _struct("Dequantize8", "*codes *absmax N K *out out_dtype"),
     "hb_linear8": _struct("Linear8", "*x x_dtype M N K *codes *absmax %threshold outlier_rule *bias bias_dtype *out"),
@@ -97,8 +101,8 @@ STRUCTS: Final = {
 GROUPS: Final = ("hb_linear4", "hb_linear8")
 """Entries that have a twin for several products of one x, `<entry>_group`."""
 MAX_GROUP: Final = 8
-ENTRIES_WITH_WORKSPACE: Final = ("hb_linear4", "hb_linear8", "hb_paged_attention")
-CPU_ONLY: Final = frozenset({"hb_paged_attention", "hb_rms_norm", "hb_rotary", "hb_swiglu"})
+ENTRIES_WITH_WORKSPACE: Final = ("hb_linear4", "hb_linear4_int8", "hb_linear8", "hb_paged_attention")
+CPU_ONLY: Final = frozenset({"hb_linear4_int8", "hb_paged_attention", "hb_rms_norm", "hb_rotary", "hb_swiglu"})
 """Entries that libhalfbyte_cuda.so does not have; nor has it groups."""
 
 
@@ -390,8 +394,15 @@ class Kernels:
         )
         return absmax
 
-    def linear_4bit(
+    def linear_4bit(self, *operands: Any) -> torch.Tensor:
+        return self._linear_4bit("hb_linear4", *operands)
+
+    def linear_4bit_int8(self, *operands: Any) -> torch.Tensor:
+        return self._linear_4bit("hb_linear4_int8", *operands)
+
+    def _linear_4bit(
         self,
+        entry: str,
         x: torch.Tensor,
         packed: torch.Tensor,
         absmax: torch.Tensor,
@@ -408,7 +419,7 @@ class Kernels:
         N, K = shape
         out = torch.empty([*x.shape[:-1], N], dtype=x.dtype, device=x.device)
         self.call(
-            "hb_linear4",
+            entry,
             x.device,
             x=x,
             x_dtype=DTYPE_CODES[x.dtype],

@@ -17,7 +17,8 @@ class Weight4bit(PackedModule):
     """A weight in NF4 or FP4.
 
     Tensors: `weight` uint8 (or the storage dtype) [ceil(N K / 2), 1]; buffers `absmax` float32 [B], or uint8 [B] with
-    `nested_absmax` float32 [ceil(B / 256)] and `nested_offset` float32 []. x is computed with in `compute_dtype`.
+    `nested_absmax` float32 [ceil(B / 256)] and `nested_offset` float32 []. x is computed with in `compute_dtype`, or
+    rounded from that to int8.
     """
 
     flag = "load_in_4bit"
@@ -33,9 +34,12 @@ class Weight4bit(PackedModule):
     weight_dtype: torch.dtype
     """The dtype that dequantize() gives: the one the weight had before it was packed."""
     _state: bytes
+    _direct_activations: str | None = None
+    """The `activations` that the direct call was made with."""
 
     def _configure(self, config: BitsAndBytesConfig) -> None:
         self.compute_dtype = config.bnb_4bit_compute_dtype
+        self.activations = config.bnb_4bit_activations
         self.double_quant = config.bnb_4bit_use_double_quant
         self.quant_storage = config.bnb_4bit_quant_storage
         self.quant_type = config.bnb_4bit_quant_type
@@ -121,11 +125,15 @@ class Weight4bit(PackedModule):
 
     def multiply(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         given, compute_dtype = x.dtype, self.compute_dtype
-        direct = self._direct_call("absmax", bias) if is_direct(x) else None
-        if direct is not None:
-            return direct(x) if given is compute_dtype else direct(x.to(compute_dtype)).to(given)
+        if is_direct(x):
+            if self._direct_activations != self.activations:
+                self._direct = None
+            direct = self._direct_call("absmax", bias)
+            if direct is not None:
+                return direct(x) if given is compute_dtype else direct(x.to(compute_dtype)).to(given)
         codes, absmax, nested_absmax, offset = self.operands()
-        out = ops.linear_4bit(
+        linear = ops.linear_4bit if self.activations == "float" else ops.linear_4bit_int8
+        out = linear(
             x.to(compute_dtype),
             codes,
             absmax,
@@ -145,7 +153,9 @@ class Weight4bit(PackedModule):
             return None
         codes, absmax, nested_absmax, offset = self.operands()
         nested_blocksize = self.nested_blocksize or 1
+        self._direct_activations = self.activations
         return direct_4bit(
+            self.activations,
             self.weight,
             codes.detach(),
             absmax,
@@ -160,4 +170,5 @@ class Weight4bit(PackedModule):
 
     def _format_repr(self) -> str:
         nested = ", double_quant" if self.nested_absmax is not None else ""
-        return f"{self.quant_type}, blocksize={self.blocksize}{nested}"
+        rounded = "" if self.activations == "float" else f", {self.activations} activations"
+        return f"{self.quant_type}, blocksize={self.blocksize}{nested}{rounded}"

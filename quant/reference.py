@@ -3,8 +3,8 @@
 Not the way to run a model: `linear_4bit` here builds the whole weight. Functions have the names and arguments of
 quant/ops.py, whose docstrings give shapes, dtypes and errors; arguments are taken as already checked.
 
-Bit-exact everywhere: quantized codes, statistics and dequantized values. The others agree with a kernel up to the
-order in which float32 sums are added, and to the last bits of an exponential.
+Bit-exact everywhere: quantized codes, statistics, dequantized values and products with int8 activations. The others
+agree with a kernel up to the order in which float32 sums are added, and to the last bits of an exponential.
 """
 
 from __future__ import annotations
@@ -132,6 +132,51 @@ def linear_4bit(
     weight = dequantize_4bit(packed, absmax, quant_type, blocksize, shape, torch.float32)
     out = x.float() @ weight.t()
     return (out if bias is None else out + bias.float()).to(x.dtype)
+
+
+def linear_4bit_int8(
+    x: torch.Tensor,
+    packed: torch.Tensor,
+    absmax: torch.Tensor,
+    quant_type: str,
+    blocksize: int,
+    shape: Sequence[int],
+    nested_absmax: torch.Tensor | None = None,
+    offset: torch.Tensor | None = None,
+    nested_blocksize: int = formats.NESTED_BLOCKSIZE,
+    bias: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Exact int8 products of groups of columns, each scaled in float32 and added in the order of the columns.
+
+    A piece is what lies in one group of a row of x and in one block of the weight; blocks may end anywhere.
+    """
+    if nested_absmax is not None and offset is not None:
+        absmax = dequantize_absmax(absmax, nested_absmax, offset, nested_blocksize)
+    number_format = formats.FOUR_BIT[quant_type]
+    N, K = shape
+    groups = -(-K // formats.ACTIVATION_GROUP)
+    rows = x.float().reshape(x.shape[:-1].numel(), K)
+    padded = torch.nn.functional.pad(rows, (0, groups * formats.ACTIVATION_GROUP - K))
+    padded = padded.view(rows.shape[0] * groups, formats.ACTIVATION_GROUP)
+    largest = _row_absmax(padded)
+    codes = _round_to_int8(padded, largest).float().view(rows.shape[0], groups * formats.ACTIVATION_GROUP)
+    scales = (largest * number_format.int8_step).view(rows.shape[0], groups)
+    table = torch.tensor(number_format.int8_table, dtype=torch.float32, device=x.device)
+    weights = table[torch.stack([packed >> formats.HIGH_NIBBLE_SHIFT, packed & 15], dim=1).view(-1)[: N * K].long()]
+    weights = weights.view(N, K)
+    row_begins = torch.arange(N, device=x.device) * K
+    total = rows.new_zeros(rows.shape[0], N)
+    for group in range(groups):
+        begin, end = group * formats.ACTIVATION_GROUP, min((group + 1) * formats.ACTIVATION_GROUP, K)
+        blocks = (row_begins[:, None] + torch.arange(begin, end, device=x.device)) // blocksize
+        for piece in range((formats.ACTIVATION_GROUP - 1) // blocksize + 2):
+            block = blocks[:, 0] + piece
+            own = weights[:, begin:end].masked_fill(blocks != block[:, None], 0.0)
+            exact = codes[:, begin:end] @ own.t()  # integers below 2^24: float32 holds them exactly
+            factor = absmax[torch.minimum(block, blocks[:, -1])] * scales[:, group, None]
+            total = torch.where(block <= blocks[:, -1], total + exact * factor, total)
+    out = total if bias is None else total + bias.float()
+    return out.to(x.dtype).view(*x.shape[:-1], N)
 
 
 def quantize_8bit(w: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

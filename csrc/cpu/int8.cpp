@@ -35,13 +35,7 @@ constexpr int64_t kPiece = 4096;
 }  // namespace
 
 HB_CLONES void round_to_int8(const float* values, int64_t count, float factor, int8_t* codes) {
-    for (int64_t i = 0; i < count; ++i) {
-        const float scaled = values[i] * factor;
-        // Adding 1.5 * 2^23 leaves no fraction bits: the sum is rounded to nearest, ties to even.
-        const float rounded = (scaled + 0x1.8p23f) - 0x1.8p23f;
-        const float bounded = rounded >= -kInt8Max && rounded <= kInt8Max ? rounded : 0.0f;  // NaN and infinity: 0
-        codes[i] = static_cast<int8_t>(static_cast<int32_t>(bounded));
-    }
+    for (int64_t i = 0; i < count; ++i) codes[i] = nearest_int8(values[i] * factor);
 }
 
 }  // namespace hb

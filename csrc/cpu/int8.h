@@ -16,6 +16,14 @@ HB_INLINE float int8_factor(float absmax) {
     return isfinite(factor) ? factor : 0.0f;
 }
 
+// To nearest, ties to even; 0 for what is not finite or beyond the codes.
+HB_INLINE int8_t nearest_int8(float scaled) {
+    // Adding 1.5 * 2^23 leaves no fraction bits: the sum is rounded to nearest, ties to even.
+    const float rounded = (scaled + 0x1.8p23f) - 0x1.8p23f;
+    const float bounded = rounded >= -kInt8Max && rounded <= kInt8Max ? rounded : 0.0f;  // NaN and infinity: 0
+    return static_cast<int8_t>(static_cast<int32_t>(bounded));
+}
+
 // codes[i] = values[i] * factor to nearest, ties to even; 0 for a product that is not finite.
 void round_to_int8(const float* values, int64_t count, float factor, int8_t* codes);
 

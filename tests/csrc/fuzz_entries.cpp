@@ -234,7 +234,8 @@ void fuzz_dequantize_absmax(Input& input) {
     judge(hb_dequantize_absmax(&args), tensors);
 }
 
-void fuzz_linear4(Input& input) {
+void fuzz_linear4_with(Input& input, hb_status (*ask)(const hb_linear4_args*, int64_t*),
+                       hb_status (*entry)(const hb_linear4_args*)) {
     Tensors tensors(input);
     auto args = start<hb_linear4_args>(input);
     args.x_dtype = input.option(3), args.M = input.size(), args.N = input.size(), args.K = input.size();
@@ -258,8 +259,15 @@ void fuzz_linear4(Input& input) {
         args.bias = tensors.in<void>(args.N, element_bytes(args.bias_dtype));
     }
     args.out = tensors.out<void>(args.M < 0 ? -1 : static_cast<__int128>(args.M) * args.N, element_bytes(args.x_dtype));
-    run_with_workspace(input, args, tensors, hb_linear4_workspace, hb_linear4, args.M > 0 && args.N > 0,
-                       products_of(args));
+    run_with_workspace(input, args, tensors, ask, entry, args.M > 0 && args.N > 0, products_of(args));
+}
+
+void fuzz_linear4(Input& input) {
+    fuzz_linear4_with(input, hb_linear4_workspace, hb_linear4);
+}
+
+void fuzz_linear4_int8(Input& input) {
+    fuzz_linear4_with(input, hb_linear4_int8_workspace, hb_linear4_int8);
 }
 
 void fuzz_quantize8(Input& input) {
@@ -399,11 +407,12 @@ void fuzz_table(Input& input) {
 
 extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
     static constexpr void (*kEntries[])(Input&) = {
-        fuzz_quantize4,   fuzz_encode4,         fuzz_search4,
-        fuzz_dequantize4, fuzz_quantize_absmax, fuzz_dequantize_absmax,
-        fuzz_linear4,     fuzz_quantize8,       fuzz_dequantize8,
-        fuzz_linear8,     fuzz_table,           fuzz_paged_attention,
-        fuzz_rms_norm,    fuzz_swiglu,          fuzz_rotary,
+        fuzz_quantize4,    fuzz_encode4,         fuzz_search4,
+        fuzz_dequantize4,  fuzz_quantize_absmax, fuzz_dequantize_absmax,
+        fuzz_linear4,      fuzz_quantize8,       fuzz_dequantize8,
+        fuzz_linear8,      fuzz_table,           fuzz_paged_attention,
+        fuzz_rms_norm,     fuzz_swiglu,          fuzz_rotary,
+        fuzz_linear4_int8,
     };
     Input input(data, size);
     kEntries[input.any<uint8_t>() % (sizeof kEntries / sizeof kEntries[0])](input);

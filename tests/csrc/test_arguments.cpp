@@ -7,6 +7,8 @@ using namespace testing;
 
 namespace {
 
+using hb_linear4_int8_args = hb_linear4_args;
+
 // One valid call of each entry on small real buffers, to be spoiled one field at a time.
 struct Valid {
     alignas(64) float x[64] = {};
@@ -65,6 +67,7 @@ struct Valid {
         a.x = x, a.M = 2, a.N = 3, a.K = 21, a.packed = bytes, a.blocksize = 64, a.absmax = absmax, a.out = out;
         return a;
     }
+    hb_linear4_int8_args linear4_int8() { return linear4(); }
     hb_quantize8_args quantize8() {
         auto a = args_with<hb_quantize8_args>();
         a.w = x, a.N = 3, a.K = 21, a.codes = codes, a.absmax = absmax;
@@ -152,6 +155,7 @@ TEST(every_entry_refuses_a_bad_call) {
     REFUSED_CALLS(quantize_absmax);
     REFUSED_CALLS(dequantize_absmax);
     REFUSED_CALLS(linear4);
+    REFUSED_CALLS(linear4_int8);
     REFUSED_CALLS(quantize8);
     REFUSED_CALLS(dequantize8);
     REFUSED_CALLS(linear8);
@@ -187,6 +191,9 @@ TEST(null_pointers_are_refused) {
     REFUSED(linear4, a.out = nullptr, HB_NULL_POINTER);
     REFUSED(linear4, a.call.workspace = nullptr, HB_NULL_POINTER);
     REFUSED(linear4, (a.nested_absmax = static_cast<const float*>(a.absmax), a.nested_blocksize = 1), HB_NULL_POINTER);
+    REFUSED(linear4_int8, a.x = nullptr, HB_NULL_POINTER);
+    REFUSED(linear4_int8, a.absmax = nullptr, HB_NULL_POINTER);
+    REFUSED(linear4_int8, a.call.workspace = nullptr, HB_NULL_POINTER);
     REFUSED(quantize8, a.w = nullptr, HB_NULL_POINTER);
     REFUSED(quantize8, a.codes = nullptr, HB_NULL_POINTER);
     REFUSED(quantize8, a.absmax = nullptr, HB_NULL_POINTER);
@@ -236,6 +243,8 @@ TEST(misaligned_pointers_are_refused) {
     REFUSED(linear4, a.bias = shifted(a.x), HB_MISALIGNED);
     REFUSED(linear4, a.out = shifted(a.out), HB_MISALIGNED);
     REFUSED(linear4, a.call.workspace = shifted(a.call.workspace, 32), HB_WORKSPACE_MISALIGNED);
+    REFUSED(linear4_int8, a.out = shifted(a.out), HB_MISALIGNED);
+    REFUSED(linear4_int8, a.call.workspace = shifted(a.call.workspace, 32), HB_WORKSPACE_MISALIGNED);
     REFUSED(quantize8, a.w = shifted(a.w), HB_MISALIGNED);
     REFUSED(dequantize8, a.out = shifted(a.out), HB_MISALIGNED);
     REFUSED(linear8, a.x = shifted(a.x), HB_MISALIGNED);
@@ -287,6 +296,8 @@ TEST(unknown_choices_are_refused) {
     REFUSED(quantize_absmax, a.nested_blocksize = 0, HB_BAD_BLOCKSIZE);
     REFUSED(dequantize_absmax, a.nested_blocksize = -256, HB_BAD_BLOCKSIZE);
     REFUSED(linear4, (a.bias = a.x, a.bias_dtype = 7), HB_BAD_DTYPE);
+    REFUSED(linear4_int8, a.format = 2, HB_BAD_FORMAT);
+    REFUSED(linear4_int8, a.x_dtype = 3, HB_BAD_DTYPE);
     REFUSED(linear8, a.outlier_rule = 3, HB_BAD_OPTION);
     REFUSED(linear8, a.outlier_rule = -1, HB_BAD_OPTION);
     REFUSED(linear8, a.threshold = -1.0, HB_BAD_OPTION);
@@ -383,6 +394,8 @@ TEST(negative_and_huge_sizes_are_refused) {
             int64_t bytes = 0;
             EXPECT(hb_linear4(&linear) == HB_BAD_SHAPE, "%lld", static_cast<long long>(size));
             EXPECT(hb_linear4_workspace(&linear, &bytes) == HB_BAD_SHAPE, "%lld", static_cast<long long>(size));
+            EXPECT(hb_linear4_int8(&linear) == HB_BAD_SHAPE, "%lld", static_cast<long long>(size));
+            EXPECT(hb_linear4_int8_workspace(&linear, &bytes) == HB_BAD_SHAPE, "%lld", static_cast<long long>(size));
         }
         for (int64_t hb_linear8_args::* field : {&hb_linear8_args::M, &hb_linear8_args::N, &hb_linear8_args::K}) {
             auto linear = valid.linear8();
@@ -434,6 +447,12 @@ TEST(a_workspace_one_byte_short_is_refused) {
     EXPECT(hb_linear4(&linear4) == HB_OK, "linear4 with what it asked for");
     --linear4.call.workspace_bytes;
     EXPECT(hb_linear4(&linear4) == HB_WORKSPACE_TOO_SMALL, "linear4");
+    auto linear4_int8 = valid.linear4_int8();
+    EXPECT(hb_linear4_int8_workspace(&linear4_int8, &linear4_int8.call.workspace_bytes) == HB_OK, "linear4_int8");
+    EXPECT(hb_linear4_int8(&linear4_int8) == HB_OK, "linear4_int8 with what it asked for");
+    --linear4_int8.call.workspace_bytes;
+    EXPECT(hb_linear4_int8(&linear4_int8) == HB_WORKSPACE_TOO_SMALL, "linear4_int8");
+    EXPECT(hb_linear4_int8_workspace(&linear4_int8, nullptr) == HB_NULL_POINTER, "nowhere to write the size");
     auto linear8 = valid.linear8();
     EXPECT(hb_linear8_workspace(&linear8, &linear8.call.workspace_bytes) == HB_OK, "linear8");
     EXPECT(hb_linear8(&linear8) == HB_OK, "linear8 with what it asked for");
@@ -472,6 +491,7 @@ TEST(empty_tensors_need_no_pointers) {
     linear4.blocksize = 64;
     linear4.K = 100;
     EXPECT(hb_linear4(&linear4) == HB_OK, "M = N = 0");
+    EXPECT(hb_linear4_int8(&linear4) == HB_OK, "M = N = 0");
     auto quantize8 = args_with<hb_quantize8_args>();
     EXPECT(hb_quantize8(&quantize8) == HB_OK, "N = K = 0");
     auto dequantize8 = args_with<hb_dequantize8_args>();
@@ -494,13 +514,13 @@ TEST(every_status_has_a_sentence_and_every_table_a_length) {
         const char* const text = hb_status_text(status);
         EXPECT(text != nullptr && strlen(text) > 10 && text[strlen(text) - 1] == '.', "status %d", status);
     }
-    const int64_t lengths[] = {16, 16, 15, 7, 16, 8, 256, 255};
+    const int64_t lengths[] = {16, 16, 15, 7, 16, 8, 256, 255, 16, 16, 2};
     std::vector<float> room(256);
-    for (int32_t which = 0; which < 8; ++which) {
+    for (int32_t which = 0; which < 11; ++which) {
         EXPECT(hb_table(which, room.data(), lengths[which]) == lengths[which], "table %d", which);
         EXPECT(hb_table(which, room.data(), lengths[which] - 1) == -1, "table %d, too little room", which);
     }
-    EXPECT(hb_table(8, room.data(), 256) == -1, "an unknown table");
+    EXPECT(hb_table(11, room.data(), 256) == -1, "an unknown table");
     EXPECT(hb_table(0, nullptr, 256) == -1, "nowhere to write");
 }
 

@@ -1,81 +1,16 @@
 // The 4-bit matmul against float64, on odd shapes, with exact-size buffers and a workspace full of NaNs.
 #include <algorithm>
 
-#include "testing.h"
+#include "weight4.h"
 
 using namespace testing;
 
 namespace {
 
-struct Weight {
-    int64_t N, K, format, blocksize, nested_blocksize;
-    std::vector<uint8_t> packed, absmax_codes;
-    std::vector<float> absmax, nested_absmax;
-    float offset;
-
-    Weight(int64_t n, int64_t k, bool nested, int64_t block = any_of({32, 64, 256}))
-        : N(n),
-          K(k),
-          format(any_of({HB_NF4, HB_FP4})),
-          blocksize(block),
-          nested_blocksize(nested ? any_of({3, 256}) : 0),
-          offset(0.75f) {
-        packed.resize(static_cast<size_t>((N * K + 1) / 2));
-        for (uint8_t& byte : packed) byte = static_cast<uint8_t>(generator());
-        const int64_t blocks = ceil_div(N * K, blocksize);
-        absmax = normal_values(blocks);
-        if (!nested) return;
-        nested_absmax = normal_values(ceil_div(blocks, nested_blocksize));
-        absmax_codes.resize(static_cast<size_t>(blocks));
-        const auto map = table(HB_TABLE_DYNAMIC);
-        for (int64_t b = 0; b < blocks; ++b) {
-            absmax_codes[static_cast<size_t>(b)] = static_cast<uint8_t>(generator());
-            const float product =
-                map[absmax_codes[static_cast<size_t>(b)]] * nested_absmax[static_cast<size_t>(b / nested_blocksize)];
-            absmax[static_cast<size_t>(b)] = product + offset;
-        }
-    }
-
-    double at(int64_t n, int64_t k) const {
-        static const auto nf4 = table(HB_TABLE_NF4);
-        static const auto fp4 = table(HB_TABLE_FP4);
-        const int64_t i = n * K + k;
-        const int byte = packed[static_cast<size_t>(i / 2)];
-        const auto& values = format == HB_NF4 ? nf4 : fp4;
-        const float value = values[static_cast<size_t>(i % 2 == 0 ? byte / 16 : byte % 16)];
-        return value * absmax[static_cast<size_t>(i / blocksize)];
-    }
-};
-
-// T: float, or uint16_t for bfloat16.
-template <typename T>
-hb_linear4_args arguments(const Weight& w, const std::vector<T>& x, int64_t M, const std::vector<float>* bias,
-                          std::vector<T>& out, int64_t threads, int64_t batch_invariant = 1) {
-    auto args = args_with<hb_linear4_args>(threads);
-    args.call.batch_invariant = batch_invariant;
-    args.x_dtype = sizeof(T) == sizeof(float) ? HB_FLOAT32 : HB_BFLOAT16;
-    args.x = x.data(), args.M = M, args.N = w.N, args.K = w.K, args.packed = w.packed.data(), args.format = w.format;
-    args.blocksize = w.blocksize, args.out = out.data();
-    args.absmax = w.absmax.data();
-    if (!w.absmax_codes.empty()) {
-        args.absmax = w.absmax_codes.data(), args.nested_absmax = w.nested_absmax.data(), args.offset = &w.offset;
-        args.nested_blocksize = w.nested_blocksize;
-    }
-    if (bias != nullptr) args.bias = bias->data(), args.bias_dtype = HB_FLOAT32;
-    return args;
-}
-
 template <typename T>
 std::vector<T> run(const Weight& w, const std::vector<T>& x, int64_t M, const std::vector<float>* bias, int64_t threads,
                    int64_t batch_invariant = 1) {
-    std::vector<T> out = poisoned<T>(M * w.N);
-    auto args = arguments(w, x, M, bias, out, threads, batch_invariant);
-    int64_t bytes = -1;
-    EXPECT(hb_linear4_workspace(&args, &bytes) == HB_OK, "workspace");
-    const Workspace workspace(bytes);
-    workspace.give_to(args.call);
-    EXPECT(hb_linear4(&args) == HB_OK, "M %d N %d K %d", (int)M, (int)w.N, (int)w.K);
-    return out;
+    return run_linear4({hb_linear4_workspace, hb_linear4}, w, x, M, bias, threads, batch_invariant);
 }
 
 }  // namespace
@@ -185,7 +120,7 @@ static void compare_group(const std::vector<T>& x, int64_t M, int64_t K) {
         std::vector<hb_linear4_args> items;
         for (const Weight& w : weights) {
             outs.push_back(poisoned<T>(M * w.N));
-            items.push_back(arguments(w, x, M, w.N == 130 ? &bias : nullptr, outs.back(), threads));
+            items.push_back(linear4_arguments(w, x, M, w.N == 130 ? &bias : nullptr, outs.back(), threads));
         }
         int64_t bytes = -1;
         const int64_t count = static_cast<int64_t>(items.size());

@@ -44,6 +44,7 @@ def test_fields_and_defaults_are_those_of_transformers() -> None:
     assert config.bnb_4bit_use_double_quant is False
     assert config.llm_int8_threshold == 6.0
     assert config.llm_int8_outliers == "value"
+    assert config.bnb_4bit_activations == "float"
 
 
 def test_it_passes_for_transformers_own_class() -> None:
@@ -85,6 +86,8 @@ def test_dtypes_by_name(name: str | torch.dtype) -> None:
         ({"llm_int8_skip_modules": [""]}, ["llm_int8_skip_modules is ['']"]),
         ({"llm_int8_skip_modules": ["h.("]}, ["'h.('", "regular expression"]),
         ({"llm_int8_outliers": "column"}, ["llm_int8_outliers is 'column'", "value", "batch", "all"]),
+        ({"bnb_4bit_activations": "int4"}, ["bnb_4bit_activations is 'int4'", "'float' and 'int8'"]),
+        ({"bnb_4bit_activations": True}, ["bnb_4bit_activations is True"]),
         ({"bnb_4bit_blocksize": 128, "nonsense": 1}, ["bnb_4bit_blocksize", "nonsense", "accepted"]),
         ({"bnb_4bit_blocksize": 65}, ["bnb_4bit_blocksize is 65", "32, 64, 128"]),
         ({"bnb_4bit_blocksize": True}, ["bnb_4bit_blocksize is True"]),
@@ -152,6 +155,7 @@ CONFIGS = [
         "llm_int8_enable_fp32_cpu_offload": True,
     },
     {"load_in_4bit": True, "bnb_4bit_blocksize": 128},
+    {"load_in_4bit": True, "bnb_4bit_activations": "int8"},
     {
         "load_in_4bit": True,
         "bnb_4bit_blocksize": 4096,

@@ -23,6 +23,9 @@ CONFIGS = {
     "nf4-stored-as-bf16": BitsAndBytesConfig(
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_quant_storage=torch.bfloat16
     ),
+    "nf4-int8-activations": BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_activations="int8"
+    ),
     "int8": BitsAndBytesConfig(load_in_8bit=True),
     "int8-all": BitsAndBytesConfig(load_in_8bit=True, llm_int8_outliers="all"),
     "int8-batch": BitsAndBytesConfig(load_in_8bit=True, llm_int8_outliers="batch", llm_int8_threshold=1.0),

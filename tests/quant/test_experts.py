@@ -201,6 +201,21 @@ def test_only_active_experts_are_touched_and_none_is_built(
     assert calls == ["linear_8bit" if form == "int8" else "linear_4bit"] * (2 * 3)
 
 
+@torch.no_grad()
+def test_int8_activations_reach_every_expert(source: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    plain, fast = (
+        experts_of(load(source("mixtral"), **FORMATS["nf4-dq"], bnb_4bit_activations=activations))[0]
+        for activations in ("float", "int8")
+    )
+    hidden, weights = torch.randn(3, 128), torch.rand(3, 2)
+    index = torch.tensor([[1, 3], [3, 1], [1, 3]])
+    expected = plain(hidden, index, weights)
+    difference = (fast(hidden, index, weights) - expected).norm() / expected.norm()
+    assert 0 < float(difference) < 0.05
+    monkeypatch.setattr(ops, "linear_4bit_int8", ops.linear_4bit)
+    assert torch.equal(fast(hidden, index, weights), expected)
+
+
 def test_an_expert_without_rows_is_nothing_special(source: Callable[[str], Path]) -> None:
     layer = experts_of(load(source("gpt_oss"), **FORMATS["nf4"]))[0]
     none = layer(torch.randn(0, 128), torch.zeros(0, 2, dtype=torch.long), torch.rand(0, 2))

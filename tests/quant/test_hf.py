@@ -133,6 +133,24 @@ def test_own_extension_survives_a_file_only_where_used(tmp_path: Path) -> None:
     assert {layer.outliers for layer in packed_layers(model).values() if isinstance(layer, Linear8bit)} == {"batch"}
 
 
+def test_int8_activations_are_asked_for_and_change_no_byte(tmp_path: Path) -> None:
+    source = save_tiny("llama", tmp_path / "s")
+    plain = load(source, BitsAndBytesConfig(**NF4_DQ))
+    fast = load(source, BitsAndBytesConfig(**NF4_DQ, bnb_4bit_activations="int8"))
+    for model, name in ((plain, "plain"), (fast, "fast")):
+        model.save_pretrained(tmp_path / name)
+    again = load(tmp_path / "fast")
+    for model, activations in ((plain, "float"), (fast, "int8"), (again, "int8"), (load(tmp_path / "plain"), "float")):
+        assert {layer.activations for layer in packed_layers(model).values()} == {activations}
+    files = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("plain", "fast")]
+    assert files[0] == files[1]
+    assert "bnb_4bit_activations" not in (tmp_path / "plain" / "config.json").read_text()
+    tokens = torch.arange(1, 25)[None]
+    found = [logits(model, tokens) for model in (plain, fast, again)]
+    assert torch.equal(found[1], found[2])
+    assert 0 < float((found[1] - found[0]).norm() / found[0].norm()) < 0.05
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_dtype_of_what_is_not_quantized(dtype: torch.dtype, tmp_path: Path) -> None:
     source = save_tiny("llama", tmp_path / "s", dtype=torch.bfloat16)

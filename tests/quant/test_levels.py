@@ -1,4 +1,4 @@
-"""Every instruction set level that this machine has: honest sums, equal bits from everything but the 4-bit matmul, and
+"""Every instruction set level that this machine has: honest sums, equal bits from everything but float sums, and
 rows that do not depend on their company. Each level runs in a process of its own, since a process decides once.
 
 AMX, which few machines have, runs on emulated tiles too (tests/csrc/CMakeLists.txt says what is emulated)."""
@@ -50,6 +50,9 @@ for quant_type, blocksize, nested in itertools.product(formats.FOUR_BIT, (32, 64
             for rows in (1, 2, 3, 5, 6, 7, 8, 13):
                 expected = together if invariant or dtype == torch.float32 or rows > 3 else few
                 assert torch.equal(ops.linear_4bit(x[:rows], *weight.arguments()), expected[:rows]), (shape, rows)
+            rounded = ops.linear_4bit_int8(x, *weight.arguments())
+            update(rounded)
+            assert torch.equal(ops.linear_4bit_int8(x[:4], *weight.arguments()), rounded[:4]), shape
             exact = x.double() @ dense.t()
             size = x.double().abs() @ dense.abs().t()
             error = (together.double() - exact).abs()

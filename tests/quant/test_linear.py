@@ -82,6 +82,23 @@ def test_compute_dtype_is_used_and_the_input_dtype_given_back(compute: torch.dty
         assert torch.equal(result, result.to(compute).float())
 
 
+@torch.no_grad()
+def test_int8_activations_change_the_product_alone() -> None:
+    """Off unless asked for; the same packed bytes; and honoured where the attribute is set later."""
+    linear = nn.Linear(128, 96)
+    plain, fast = make("nf4", linear), make("nf4", linear, bnb_4bit_activations="int8")
+    assert bits(fast) == bits(plain)
+    assert "int8 activations" in repr(fast)
+    assert "int8 activations" not in repr(plain)
+    x = torch.randn(5, 128)
+    expected, rounded = plain(x), fast(x)
+    assert rounded.dtype == expected.dtype
+    assert 0 < float((rounded - expected).norm() / expected.norm()) < 0.03
+    plain.activations, fast.activations = fast.activations, plain.activations
+    assert torch.equal(plain(x), rounded)
+    assert torch.equal(fast(x), expected)
+
+
 def test_int8_outliers_by_value_leave_neighbours_alone() -> None:
     layer = make("int8", nn.Linear(128, 64))
     rows = torch.randn(2, 128)

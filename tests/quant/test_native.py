@@ -245,6 +245,62 @@ def test_few_rows_of_bfloat16_are_nearer_to_float64_than_dequantizing(
     assert error <= allowed * 1.02
 
 
+@pytest.mark.parametrize("blocksize", [32, 64, 256])
+@pytest.mark.parametrize("quant_type", formats.FOUR_BIT)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_linear_4bit_int8_is_the_reference_bit_for_bit(
+    dtype: torch.dtype, quant_type: str, blocksize: int, generator: torch.Generator
+) -> None:
+    shapes = [*operands.SHAPES, (0, 64), (5, 0), (19, 64), (70, 512), (66, 1280)]
+    for index, (shape, rows) in enumerate(itertools.product(shapes, (1, 9))):
+        weight = Weight4.random(shape, quant_type, blocksize, None if index % 3 else 3, generator)
+        bias = torch.randn(shape[0], generator=generator) if index % 2 else None
+        x = operands.hostile_values((rows, shape[1]), dtype, generator)
+        if rows > 1 and shape[1] > 0:
+            x[0, shape[1] // 2], x[1, 0] = torch.nan, -torch.inf
+        out = ops.linear_4bit_int8(x, *weight.arguments(bias))  # type: ignore[arg-type]
+        assert same_bits(out, reference.linear_4bit_int8(x, *weight.arguments(bias))), (shape, rows)  # type: ignore[arg-type]
+        assert out[2:].isfinite().all(), "a NaN or an infinity stays in its row"
+        assert rows == 1 or shape[1] == 0 or out[:2].isnan().all()
+
+
+@pytest.mark.parametrize("quant_type", formats.FOUR_BIT)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_linear_4bit_int8_errs_as_far_as_it_says(
+    dtype: torch.dtype, quant_type: str, generator: torch.Generator
+) -> None:
+    """Half a code for each activation and what rounding the table moves each weight by, in the worst case; in the mean
+    square what docs/quantization.md says for normal values."""
+    number_format = formats.FOUR_BIT[quant_type]
+    values = torch.randn(256, 1024, generator=generator)
+    packed, absmax = ops.quantize_4bit(values, quant_type, 64)
+    x = torch.randn(40, 1024, generator=generator).to(dtype)
+    out = ops.linear_4bit_int8(x, packed, absmax, quant_type, 64, [256, 1024]).double()
+    dense = ops.dequantize_4bit(packed, absmax, quant_type, 64, [256, 1024], torch.float32).double()
+    exact = x.double() @ dense.t()
+    assert 0.002 < (out - exact).norm() / exact.norm() < 0.009
+    moved = (torch.tensor(number_format.int8_table) / number_format.int8_unit - torch.tensor(number_format.table)).abs()
+    codes = torch.stack([packed >> 4, packed & 15], dim=1).view(256, 16, 64).long()
+    of_table = (moved.double()[codes] * absmax.double().view(256, 16, 1)).view(256, 1024)
+    half = x.double().view(40, 16, 64).abs().amax(dim=2, keepdim=True).expand(-1, -1, 64).reshape(40, 1024) / 254
+    allowed = x.double().abs() @ of_table.t() + half @ (dense.abs() + of_table).t()
+    rounding = exact.abs() * torch.finfo(dtype).eps + 1e-6 * (x.double().abs() @ dense.abs().t())
+    assert ((out - exact).abs() <= allowed * (1 + 1e-5) + rounding * 1.1).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(37, 333), (77, 512), (5, 4100)])
+def test_linear_4bit_int8_row_is_the_same_in_every_batch(
+    shape: tuple[int, int], dtype: torch.dtype, generator: torch.Generator
+) -> None:
+    weight = Weight4.random(shape, "nf4", 64, 256, generator)
+    x = torch.randn(300, shape[1], generator=generator).to(dtype)
+    together = ops.linear_4bit_int8(x, *weight.arguments())  # type: ignore[arg-type]
+    for rows in [*range(1, 14), 257]:
+        assert same_bits(ops.linear_4bit_int8(x[:rows], *weight.arguments()), together[:rows]), rows  # type: ignore[arg-type]
+    assert same_bits(ops.linear_4bit_int8(x[299], *weight.arguments()), together[299])  # type: ignore[arg-type]
+
+
 @pytest.mark.usefixtures("batch_invariant")
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", [(37, 333), (64, 512), (5, 4100), (70, 1088)])
@@ -350,9 +406,10 @@ def test_threads_change_no_bit(generator: torch.Generator) -> None:
         for threads in (1, 2, 5):
             torch.set_num_threads(threads)
             product = ops.linear_4bit(x, *weight.arguments())  # type: ignore[arg-type]
+            rounded = ops.linear_4bit_int8(x, *weight.arguments())  # type: ignore[arg-type]
             scales = ops.search_scales_4bit(big, "nf4", 64)
             codes = ops.encode_4bit(big, scales, "nf4", 64)
-            results.append((product, *ops.quantize_4bit(big, "fp4", 64), scales, codes))
+            results.append((product, rounded, *ops.quantize_4bit(big, "fp4", 64), scales, codes))
     finally:
         torch.set_num_threads(before)
     for other in results[1:]:

@@ -38,6 +38,7 @@ def sample_arguments(name: str, generator: torch.Generator, dtype: torch.dtype =
         "quantize_absmax": [absmax, 256],
         "dequantize_absmax": [*reference.quantize_absmax(absmax), 256],
         "linear_4bit": [x, *weight.arguments(bias)],
+        "linear_4bit_int8": [x, *weight.arguments(bias)],
         "quantize_8bit": [x[0]],
         "dequantize_8bit": [CB, SCB, dtype],
         "linear_8bit": [x, CB, SCB, 2.0, "value", bias],
@@ -60,7 +61,7 @@ def test_opcheck(name: str, dtype: torch.dtype, generator: torch.Generator) -> N
     torch.library.opcheck(operator(name), sample_arguments(name, generator, dtype))
 
 
-@pytest.mark.parametrize("name", ["linear_4bit", "linear_8bit"])
+@pytest.mark.parametrize("name", ["linear_4bit", "linear_4bit_int8", "linear_8bit"])
 def test_opcheck_with_gradients(name: str, generator: torch.Generator) -> None:
     arguments = sample_arguments(name, generator)
     arguments[0].requires_grad_()
@@ -115,13 +116,17 @@ def test_missing_library_is_an_error_not_a_slow_path(
 # --- gradients --------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("linear", [ops.linear_4bit, ops.linear_4bit_int8])
 @pytest.mark.parametrize("nested", [None, 256])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_linear_4bit_gradients(dtype: torch.dtype, nested: int | None, generator: torch.Generator) -> None:
+def test_linear_4bit_gradients(
+    dtype: torch.dtype, nested: int | None, linear: Callable[..., torch.Tensor], generator: torch.Generator
+) -> None:
+    """With int8 activations too: rounding counts as the identity."""
     weight = Weight4.random((7, 33), "fp4", 32, nested, generator)
     dense = weight.dense(dtype)
     x, bias = _differentiable((2, 3, 33), dtype, generator), _differentiable((7,), dtype, generator)
-    out = ops.linear_4bit(x, *weight.arguments(bias))  # type: ignore[arg-type]
+    out = linear(x, *weight.arguments(bias))
     _compare_gradients(out, x, bias, dense, generator)
 
 
@@ -217,6 +222,8 @@ REFUSALS: list[tuple[str, int, Callable[[Any], Any], str]] = [
     ("linear_4bit", 5, lambda _: [7, 33, 1], "has two dimensions"),
     ("linear_4bit", 6, lambda _: None, "nested_absmax and offset belong together"),
     ("linear_4bit", 9, lambda b: b[1:], r"bias has shape \[6\]; it must be \[7\]"),
+    ("linear_4bit_int8", 0, lambda x: x[..., :-1], r"its last size must be 33"),
+    ("linear_4bit_int8", 3, lambda _: "nf5", "quant_type is 'nf5'"),
     ("quantize_8bit", 0, lambda w: w[0], "it must have two dimensions"),
     ("dequantize_8bit", 0, lambda c: c.view(torch.uint8), "CB is torch.uint8"),
     ("linear_8bit", 2, lambda s: s[1:], "SCB has shape"),

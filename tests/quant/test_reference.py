@@ -119,6 +119,31 @@ def test_int8_weights_keep_what_float16_would_lose() -> None:
     assert (CB[1:] == 0).all()
 
 
+@pytest.mark.parametrize("quant_type", formats.FOUR_BIT)
+@pytest.mark.parametrize(("shape", "blocksize"), [((5, 150), 32), ((3, 97), 64), ((4, 128), 128)])
+def test_linear_4bit_int8_value_by_value(quant_type: str, shape: tuple[int, int], blocksize: int) -> None:
+    """x rounded in groups of 64 columns, the table in steps of 1 / 112 (NF4) or 1 / 120 (FP4)."""
+    unit = {"nf4": 112, "fp4": 120}[quant_type]
+    generator = operands.fresh_generator()
+    weight = operands.Weight4.random(shape, quant_type, blocksize, None, generator)
+    x = torch.randn(3, shape[1], generator=generator)
+    x[1, :64] = 0
+    out = reference.linear_4bit_int8(x, *weight.arguments(torch.ones(shape[0])))  # type: ignore[arg-type]
+    table = formats.FOUR_BIT[quant_type].table
+    for m in range(3):
+        for n in range(shape[0]):
+            expected, size = 1.0, 1.0
+            for k in range(shape[1]):
+                i = n * shape[1] + k
+                byte = int(weight.packed[i // 2])
+                code = byte >> 4 if i % 2 == 0 else byte & 15
+                largest = x[m, k // 64 * 64 : k // 64 * 64 + 64].abs().max()
+                rounded = 0 if largest == 0 else int((x[m, k] * ((1 / largest) * 127)).round()) * float(largest) / 127
+                term = rounded * round(table[code] * unit) / unit * weight.absmax[i // blocksize].item()
+                expected, size = expected + term, size + abs(term)
+            assert out[m, n].item() == pytest.approx(expected, abs=1e-6 * size)
+
+
 @pytest.mark.parametrize("outliers", ["value", "batch"])
 @pytest.mark.parametrize("threshold", [0.0, 2.0])
 def test_linear_8bit_value_by_value(outliers: str, threshold: float) -> None:

@@ -18,6 +18,7 @@ CONFIGS = {
     "nf4": BitsAndBytesConfig(**BF16, bnb_4bit_quant_type="nf4"),
     "fp4-dq": BitsAndBytesConfig(**BF16, bnb_4bit_use_double_quant=True),
     "nf4-128": BitsAndBytesConfig(**BF16, bnb_4bit_quant_type="nf4", bnb_4bit_blocksize=128),
+    "nf4-int8": BitsAndBytesConfig(**BF16, bnb_4bit_quant_type="nf4", bnb_4bit_activations="int8"),
     "int8": BitsAndBytesConfig(load_in_8bit=True),
     "int8-all": BitsAndBytesConfig(load_in_8bit=True, llm_int8_outliers="all"),
     "int8-batch": BitsAndBytesConfig(load_in_8bit=True, llm_int8_outliers="batch", llm_int8_threshold=1.0),
@@ -75,6 +76,7 @@ def test_together_they_give_what_each_gives_alone(names: tuple[str, ...], dtype:
         pytest.param(lambda: [layer("int8", 8), layer("int8-all", 8)], id="two rules"),
         pytest.param(lambda: [layer("nf4", 8), nn.Linear(COLUMNS, 8, dtype=torch.bfloat16)], id="one unquantized"),
         pytest.param(lambda: [layer("nf4", 8) for _ in range(9)], id="too many"),
+        pytest.param(lambda: [layer("nf4-int8", 8) for _ in range(2)], id="an entry without groups"),
     ],
 )
 def test_what_cannot_be_one_call_is_several(layers: object) -> None:

@@ -271,7 +271,10 @@ def test_it_knows_who_works_where(
     assert right >= len(grown_up) - 3
 
 
-@pytest.mark.parametrize(("name", "bits"), [("nf4", 4.5), ("nf4-dq", 4.127), ("int8", 8.106)])
+@pytest.mark.parametrize(
+    ("name", "bits"),
+    [("nf4", 4.5), ("nf4-dq", 4.127), ("nf4-dq" + quality.INT8_ACTIVATIONS, 4.127), ("int8", 8.106)],
+)
 def test_quality_benchmark(model: transformers.PreTrainedModel, name: str, bits: float) -> None:
     """32 / 64 bits of absmax a weight, 8 / 64 and a little when it is quantized again, 32 a row of int8."""
     sequences = heldout_ids(Tokenizer.from_file(str(DEMO_MODEL_PATH / "tokenizer.json")), 8)
