@@ -164,7 +164,8 @@ def test_linear_4bit_is_no_further_from_float64_than_dequantizing(
         # One rounding to the dtype may fall either way: of the sum of rounded weights, which may exceed `exact`.
         rounding = torch.maximum(exact.abs(), baseline.double().abs()) * torch.finfo(dtype).eps
         assert (error <= allowed + rounding + 1e-6 * size).all(), (shape, rows)  # both add up in float32
-        if out.numel() >= 100 and dtype != torch.float32:
+        # Of float16 half the baseline's, of bfloat16 the same; a mean of 500 squares strays from that by a tenth.
+        if out.numel() >= 500 and dtype != torch.float32:
             assert error.square().mean() <= allowed.square().mean() * 1.02, (shape, rows)
 
 
