@@ -49,8 +49,15 @@ def test_forward_is_the_dequantized_layer(name: str, n: int, k: int, bias: bool)
     expected = nn.functional.linear(x, layer.dequantize(torch.float32), layer.bias)
     result = layer(x)
     assert result.shape == (2, 3, n)
-    tolerance = 1e-5 if name in PACKED and "int8" not in name else 0.02 * float(expected.detach().abs().max()) + 1e-3
-    torch.testing.assert_close(result, expected, rtol=0, atol=max(tolerance, 1e-5))
+    # float32 sums of up to 128 products; int8 rounds each activation, and int8-fp16 each weight too, by up to half a
+    # 127th of its row's largest. That is less than the largest of many biases, and a tenth of a row's product.
+    weight = layer.dequantize(torch.float32).detach()
+    allowed = torch.full_like(result, 1e-5)
+    if "int8" in name:
+        allowed += x.abs().amax(-1, keepdim=True) / 254 * weight.abs().sum(1)
+    if name == "int8-fp16":
+        allowed += x.abs().sum(-1, keepdim=True) / 254 * weight.abs().amax(1) * (1 + 1 / 127)
+    assert ((result - expected).abs() <= allowed).all()
     assert (layer.in_features, layer.out_features) == (k, n)
     assert isinstance(layer, nn.Linear)
 
@@ -74,10 +81,13 @@ def test_compute_dtype_is_used_and_the_input_dtype_given_back(compute: torch.dty
     x = torch.randn(4, 128).to(given)
     result = layer(x)
     assert result.dtype == given
-    weight = layer.dequantize(compute if compute is torch.bfloat16 else torch.float32).double()
-    rounded = nn.functional.linear(x.to(compute).double(), weight, layer.bias.double()).to(compute).to(given)
+    # In bfloat16 the CPU levels with an instruction for it round the weight too; the others multiply it as it stands.
     last_bits = 2 * max(torch.finfo(compute).eps, torch.finfo(given).eps)
-    torch.testing.assert_close(result, rounded, rtol=last_bits, atol=1e-3)
+    found = []
+    for weight in (layer.dequantize(torch.float32), layer.dequantize(compute)):
+        exact = nn.functional.linear(x.to(compute).double(), weight.double(), layer.bias.double())
+        found.append(torch.allclose(result, exact.to(compute).to(given), rtol=last_bits, atol=1e-5))
+    assert found[0] or (compute is torch.bfloat16 and found[1])
     if compute is not torch.float32 and given is torch.float32:
         assert torch.equal(result, result.to(compute).float())
 

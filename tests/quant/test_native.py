@@ -151,6 +151,7 @@ def test_absmax_codes_and_values_are_the_references(
         assert same_bits(back.cpu(), reference.dequantize_absmax(*expected, nested_blocksize))
 
 
+@pytest.mark.usefixtures("batch_invariant")
 @pytest.mark.parametrize("nested", [None, 256, 3], ids=["plain", "nested", "nested-by-3"])
 @pytest.mark.parametrize("quant_type", formats.FOUR_BIT)
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -179,13 +180,14 @@ def assert_no_further_than_dequantizing(
     # One rounding to the dtype may fall either way: of the sum of rounded weights, which may exceed `exact`.
     rounding = torch.maximum(exact.abs(), baseline.double().abs()) * torch.finfo(dtype).eps
     assert (error <= allowed + rounding + 1e-6 * size).all(), shape  # both add up in float32
-    if out.numel() >= 100 and dtype != torch.float32:
+    if out.numel() >= 500 and dtype != torch.float32:  # a mean of 500 squares strays by a tenth
         # In float16 the output's rounding weighs as much as the weights', and a sum beside a tie falls either way: with
         # equal weights and another order of addition up to 1.03 was seen in some thousand products, in bfloat16 1.004.
         room = 1.25 if dtype == torch.float16 else 1.02
         assert error.square().mean() <= allowed.square().mean() * room, shape
 
 
+@pytest.mark.usefixtures("batch_invariant")
 @pytest.mark.parametrize("nested", [None, 256, 3], ids=["plain", "nested", "nested-by-3"])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_linear_4bit_on_tensor_cores(

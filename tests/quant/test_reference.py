@@ -159,12 +159,17 @@ def test_linear_8bit_value_by_value(outliers: str, threshold: float) -> None:
         chosen = columns if outliers == "batch" else by_value
         largest = max([abs(v) for v, out_ in zip(x[m].tolist(), by_value, strict=True) if not out_], default=0.0)
         for n in range(6):
-            expected = 1.0
+            expected, tie = 1.0, 0.0
             for k in range(19):
                 weight = CB[n, k].item() * SCB[n].item() / 127
                 value = x[m, k].item()
-                expected += weight * (value if chosen[k] else round(value * 127 / largest) * largest / 127)
-            assert out[m, n].item() == pytest.approx(expected, rel=1e-5, abs=1e-5)
+                steps = value * 127 / largest
+                expected += weight * (value if chosen[k] else round(steps) * largest / 127)
+                # Up to 127 steps have an error of 127 eps in float32, which decides where two codes are as near: once
+                # in 30,000 rows. Any other value on the wrong side costs a step of some 0.02 times its weight.
+                if not chosen[k] and abs(abs(steps) % 1 - 0.5) < 127 * torch.finfo(torch.float32).eps:
+                    tie += abs(weight) * largest / 127
+            assert out[m, n].item() == pytest.approx(expected, rel=1e-5, abs=1e-5 + tie)
 
 
 def test_value_rule_keeps_rows_apart_and_batch_rule_does_not() -> None:

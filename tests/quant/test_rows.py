@@ -18,12 +18,16 @@ LAST_BITS = 4
 
 
 def near(found: torch.Tensor, expected: torch.Tensor) -> bool:
-    """Within LAST_BITS in float32; in 16 bits two, and that in fewer than one value of a hundred: both operators round
-    twice, and where the first falls the other way, the second may too."""
+    """Within LAST_BITS in float32; in 16 bits two, and that in few values: both operators round twice, and where the
+    first falls the other way, the second may too.
+
+    One value of 30,000 turns, but not each by itself: a row shares its norm, and where that is a number of few bits,
+    many of its products lie half way between two results. Rounding once instead of twice turns a fifth of all values.
+    """
     bits = LAST_BITS if found.dtype == torch.float32 else 2
     is_near = (found - expected).abs().double() <= bits * torch.finfo(found.dtype).eps * expected.abs().double()
     turned = (found != expected).sum().item()
-    return bool(is_near.all()) and (found.dtype == torch.float32 or turned <= 1 + found.numel() / 100)
+    return bool(is_near.all()) and (found.dtype == torch.float32 or turned <= 4 + found.numel() / 10)
 
 
 @pytest.fixture

@@ -52,7 +52,8 @@ def test_round_trip(
     plain = Packed4bit.quantize(weight, quant_type, blocksize=blocksize)
     if not double_quant:
         assert torch.equal(values, plain.dequantize())
-    assert float((values.float() - weight.float()).norm() / weight.float().norm()) < 0.25
+    # Half of FP4's widest gap is a sixth of a block's largest value; its maximum's second rounding costs a hundredth.
+    assert float((values.float() - weight.float()).abs().max()) <= 0.2 * float(weight.float().abs().max())
 
 
 @pytest.mark.parametrize("shape", [(1,), (13,), (1, 1), (7, 9), (3, 5, 7), (2, 2, 2, 2), (1, 4097)], ids=str)

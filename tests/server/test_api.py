@@ -340,7 +340,7 @@ def test_when_every_engine_is_dead_a_restart_is_asked_for(serve_scripts: ServeSc
 
 
 def test_probes_while_loading(serve_scripts: ServeScript) -> None:
-    with serve_scripts({"slow": {"load_seconds": 1.0}}, wait=False) as running, running.client() as client:
+    with serve_scripts({"slow": {"load_seconds": 3.0}}, wait=False) as running, running.client() as client:
         assert client.get("/livez").status_code == 200
         wait_for(lambda: running.service.models["slow"].client.progress.bytes_total)
         for path in ("/startupz", "/readyz", "/health"):
@@ -361,7 +361,7 @@ def test_probes_while_loading(serve_scripts: ServeScript) -> None:
 def test_a_full_queue_is_429_with_a_computed_retry_after(serve_scripts: ServeScript) -> None:
     with serve_scripts({"echo": {"step_seconds": 0.01}}, max_sequences=2, max_queued_requests=1) as running:
         threads = [
-            threading.Thread(target=complete, args=(running,), kwargs={"prompt": "ab", "max_tokens": 100})
+            threading.Thread(target=complete, args=(running,), kwargs={"prompt": "ab", "max_tokens": 300})
             for _ in range(3)
         ]
         for thread in threads:

@@ -225,7 +225,7 @@ def test_a_second_signal_stops_at_once(model_path: Path, tmp_path: Path) -> None
             process.send_signal(signal.SIGINT)
             started = time.monotonic()
             assert process.wait(30) == 0
-            assert time.monotonic() - started < 5
+            assert time.monotonic() - started < 15, "the drain would take 30"
             del lines
         assert not Path(f"/proc/{engine}").exists()
     assert "Traceback" not in (tmp_path / "log").read_text()

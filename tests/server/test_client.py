@@ -54,7 +54,7 @@ def test_requests_share_steps_and_each_gets_its_own_tokens() -> None:
     metrics = Metrics()
 
     async def test() -> None:
-        async with engine(metrics, step_seconds=0.01) as client:
+        async with engine(metrics, step_seconds=0.05) as client:
             streams = [client.generate(f"r{i}", [10 * i + 1, 10 * i + 2, 10 * i + 3], PARAMS) for i in range(8)]
             assert client.open_requests == 8
             answers = await asyncio.gather(*map(tokens, streams))
@@ -69,12 +69,12 @@ def test_requests_share_steps_and_each_gets_its_own_tokens() -> None:
     assert sample(metrics, "inter_token_latency_seconds_count", model="m") == 32
     steps = sample(metrics, "engine_forward_passes_total", model="m")
     assert steps is not None
-    assert 5 <= steps <= 13
+    assert 5 <= steps <= 20, "40 if one followed the other; half of that if this process is held up for a second"
 
 
 def test_loading_reports_progress_and_refuses_requests() -> None:
     async def test() -> None:
-        async with engine(wait=False, load_seconds=0.5) as client:
+        async with engine(wait=False, load_seconds=2.0) as client:
             while client.progress.bytes_loaded < 300:
                 await asyncio.sleep(0.01)
             assert client.state == "loading"
@@ -227,7 +227,7 @@ def test_an_engine_that_hangs_and_ignores_sigterm_is_killed(monkeypatch: pytest.
             await anext(stream)
             started = time.monotonic()
             await client.shutdown()
-            assert time.monotonic() - started < 2
+            assert time.monotonic() - started < 5, "the server's own patience is longer"
             with pytest.raises(EngineUnavailableError, match="shutting down"):
                 await tokens(stream)
 

@@ -155,15 +155,15 @@ def test_a_second_request_of_an_open_id_leaves_the_first_alone() -> None:
     assert bench.answer("a") == expected_answer([1], 3)
 
 
-def test_each_request_waits_once() -> None:
+def test_each_request_waits_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a clock that moves with each report alone: steps take less time here than a busy machine may pause."""
     bench = Bench(sequences=2)
+    monkeypatch.setattr("server.engine.loop.time.perf_counter", lambda: float(len(bench.reports)))
     for name in "abc":
         bench.generate(name, [1], 3)
     bench.generate("refused", [-1], 3)
     bench.loop.run()
-    waited = [report.queue_seconds for report in bench.reports]
-    assert [len(seconds) for seconds in waited] == [2, 0, 0, 1, 0, 0]
-    assert waited[3][0] > max(waited[0]) >= 0.0
+    assert [report.queue_seconds for report in bench.reports] == [(0.0, 0.0), (), (), (3.0,), (), ()]
 
 
 def test_shutdown_stops_an_idle_loop_and_a_stray_abort_makes_no_step() -> None:

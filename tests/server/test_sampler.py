@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 
 import pytest
@@ -34,7 +35,7 @@ def test_uniform_is_uniform_and_a_function_of_seed_and_index() -> None:
         assert float(sample_of.max()) < 1.0
         counts = torch.histc(sample_of, bins=20, min=0, max=1)
         chi_square = float(((counts - 1000) ** 2 / 1000).sum())
-        assert chi_square < 60, "19 degrees of freedom: beyond 60 once in 250,000 runs"
+        assert chi_square < 75, "19 degrees of freedom: beyond 75 once in 75 million draws"
     assert abs(float(torch.corrcoef(torch.stack([numbers[:-1], numbers[1:]]))[0, 1])) < 0.04
     assert uniform(seed, 7) == uniform(seed, 7)
     assert 0.0 <= uniform(-1, 0) < 1.0
@@ -62,13 +63,16 @@ def test_frequencies_are_those_of_the_filtered_softmax(settings: dict[str, float
     kept = expected.argsort(descending=True)[:survivors]
     mask = torch.zeros(6).index_fill(0, kept, 1.0)
     expected = expected * mask / (expected * mask).sum()
-    rows, base = 8000, random.getrandbits(60)
+    rows, base = 32_000, random.getrandbits(60)
     logits = (weights.log() + 3.0).expand(rows, 6)
     tokens = sample(logits, [draw(seed=base, index=i, **settings) for i in range(rows)])
     frequencies = torch.bincount(torch.tensor(tokens), minlength=6) / rows
     assert float(frequencies[mask == 0].sum()) == 0.0
-    deviation = (expected * (1 - expected) / rows).sqrt()
-    assert bool(((frequencies - expected).abs() <= 5 * deviation + 1e-9).all()), (frequencies, expected)
+    # Each count is binomial. Chernoff's bound holds for small ones too, whose tail is longer than a normal one: a count
+    # lies so far out once in 10^9 draws. That is six standard deviations, 0.017 of a frequency of 0.4.
+    ours, theirs = (torch.stack([each, 1 - each]).double() for each in (frequencies, expected))
+    divergence = (torch.xlogy(ours, ours) - torch.xlogy(ours, theirs.clamp_min(1e-30))).sum(0)
+    assert bool((rows * divergence < math.log(2e9)).all()), (frequencies, expected)
 
 
 def test_a_row_does_not_see_its_neighbours() -> None:
