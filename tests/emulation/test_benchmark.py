@@ -11,13 +11,13 @@ import torch
 
 from benchmarks import cuda_operators
 from quant import native
-from quant.ops import NAMES
+from quant.ops import NAMES, REFERENCE_ONLY
 from tests.emulation import conftest
 
 pytestmark = pytest.mark.timeout(600)  # the first of a session builds the library
 
 PRODUCTS = {"linear_4bit", "linear_8bit"}
-WITHOUT_KERNEL = {"paged_attention", "rms_norm", "swiglu"}
+WITHOUT_KERNEL = REFERENCE_ONLY["cuda"]
 
 
 def once(calls: list[cuda_operators.Call]) -> float:
