@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 
 import pytest
 
@@ -27,3 +28,13 @@ def _quiet_transformers() -> None:
     import transformers
 
     transformers.logging.disable_progress_bar()
+
+
+@pytest.fixture
+def batch_invariant() -> Iterator[None]:
+    """For tests of rows that must be the same in a batch of any size."""
+    import quant.native
+
+    quant.native.set_batch_invariant(True)
+    yield
+    quant.native.set_batch_invariant(False)

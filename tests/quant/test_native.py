@@ -36,13 +36,6 @@ def device(request: pytest.FixtureRequest) -> str:
     return name
 
 
-@pytest.fixture
-def batch_invariant() -> object:
-    native.set_batch_invariant(True)
-    yield
-    native.set_batch_invariant(False)
-
-
 @pytest.fixture(autouse=True)
 def no_reference_behind_the_back() -> object:
     """No operator with a kernel may run the reference in any test of this file."""
