@@ -56,6 +56,17 @@ WORKSPACE: Final = Workspace()
 """What direct calls of the calling thread work in."""
 
 
+_Sizes = dict[tuple[int, torch.dtype, int], int]
+"""Workspace bytes by number of rows, their dtype, and threads."""
+
+
+def _remember(sizes: _Sizes, key: tuple[int, torch.dtype, int], needed: int) -> int:
+    if len(sizes) >= _ROW_COUNTS_KEPT:
+        sizes.clear()
+    sizes[key] = needed
+    return needed
+
+
 def _row_count(x: torch.Tensor) -> int:
     K = x.shape[-1]
     return x.numel() // K if K else math.prod(x.shape[:-1])
@@ -89,7 +100,7 @@ class Direct:
         self._tensors = tuple(value for value in fields.values() if isinstance(value, torch.Tensor))  # kept alive
         self._weight, self._statistics, self._bias = weight, statistics, bias
         self._addresses = (weight.data_ptr(), 0 if bias is None else bias.data_ptr())
-        self._workspace_bytes: dict[tuple[int, torch.dtype, int], int] = {}
+        self._workspace_bytes: _Sizes = {}
 
     def fits(self, weight: torch.Tensor, statistics: torch.Tensor, bias: torch.Tensor | None) -> bool:
         """Whether these are the tensors that the call was made for, where they were."""
@@ -113,21 +124,15 @@ class Direct:
         call = args.call
         call.threads = threads = native.thread_count()
         call.batch_invariant = native.batch_invariant()
-        size = self._workspace_bytes.get((M, x.dtype, threads))
+        key = (M, x.dtype, threads)
+        size = self._workspace_bytes.get(key)
         if size is None:
-            size = self._needed(args, (M, x.dtype, threads))
+            size = _remember(self._workspace_bytes, key, self._kernels.workspace_bytes(self._entry, args))
         call.workspace, call.workspace_bytes = WORKSPACE.at_least(size), size
         status = self._function(ctypes.byref(args))
         if status:
             self._kernels.check_status(self._entry, status)
         return out
-
-    def _needed(self, args: ctypes.Structure, key: tuple[int, torch.dtype, int]) -> int:
-        needed = self._kernels.workspace_bytes(self._entry, args)
-        if len(self._workspace_bytes) >= _ROW_COUNTS_KEPT:
-            self._workspace_bytes.clear()
-        self._workspace_bytes[key] = needed
-        return needed
 
 
 class DirectGroup:
@@ -143,7 +148,7 @@ class DirectGroup:
         self._rows, self._columns = [part._rows for part in parts], first._columns
         self._struct = first._struct * len(parts)
         self._template = b"".join(bytes(part._template) for part in parts)
-        self._workspace_bytes: dict[tuple[int, torch.dtype, int], int] = {}
+        self._workspace_bytes: _Sizes = {}
 
     @staticmethod
     def may_be_grouped(parts: Sequence[Direct]) -> bool:
@@ -166,9 +171,8 @@ class DirectGroup:
         key = (M, x.dtype, threads)
         size = self._workspace_bytes.get(key)
         if size is None:
-            if len(self._workspace_bytes) >= _ROW_COUNTS_KEPT:
-                self._workspace_bytes.clear()
-            size = self._workspace_bytes[key] = self._kernels.workspace_bytes(self._entry, items, len(outs))
+            needed = self._kernels.workspace_bytes(self._entry, items, len(outs))
+            size = _remember(self._workspace_bytes, key, needed)
         call = items[0].call
         call.batch_invariant = native.batch_invariant()
         call.workspace, call.workspace_bytes = WORKSPACE.at_least(size), size

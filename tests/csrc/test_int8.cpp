@@ -92,66 +92,60 @@ TEST(llm_int8_follows_its_definition) {
     }
 }
 
+namespace {
+
+double value_at(const std::vector<float>& values, int64_t index) {
+    return values[static_cast<size_t>(index)];
+}
+
+double value_at(const std::vector<uint16_t>& values, int64_t index) {
+    return testing::value_at(values, index, HB_BFLOAT16);
+}
+
+// T: float, or uint16_t for bfloat16; its results are rounded by up to `rounding` of their size.
+template <typename T>
+void weights_alone_follow_their_definition(const std::vector<T>& x, int64_t M, int64_t N, int64_t K, int64_t threads,
+                                           double rounding) {
+    const Weight w(N, K);
+    std::vector<T> out = poisoned<T>(M * N);
+    auto args = args_with<hb_linear8_args>(threads);
+    args.x_dtype = sizeof(T) == sizeof(float) ? HB_FLOAT32 : HB_BFLOAT16;
+    args.x = x.data(), args.M = M, args.N = N, args.K = K, args.codes = w.codes.data();
+    args.absmax = w.absmax.data(), args.threshold = any_of({0, 6}), args.outlier_rule = HB_OUTLIERS_ALL;
+    args.out = out.data();
+    int64_t bytes = -1;
+    EXPECT(hb_linear8_workspace(&args, &bytes) == HB_OK, "workspace");
+    const Workspace workspace(bytes);
+    workspace.give_to(args.call);
+    EXPECT(hb_linear8(&args) == HB_OK, "M %d N %d K %d", (int)M, (int)N, (int)K);
+    for (int64_t m = 0; m < M; ++m) {
+        for (int64_t n = 0; n < N; ++n) {
+            double want = 0, size = 0;
+            for (int64_t k = 0; k < K; ++k) {
+                const double product = value_at(x, m * K + k) * w.codes[static_cast<size_t>(n * K + k)] *
+                                       w.absmax[static_cast<size_t>(n)] / 127.0;
+                want += product, size += std::fabs(product);
+            }
+            const double error = std::fabs(value_at(out, m * N + n) - want);
+            EXPECT(error <= std::fabs(want) * rounding + 1e-6 * size, "out[%d, %d] %g off by %g", (int)m, (int)n, want,
+                   error);
+        }
+    }
+}
+
+}  // namespace
+
 TEST(weights_alone_in_int8_follow_their_definition) {
     const int64_t shapes[][3] = {{1, 1, 1}, {1, 3, 64}, {2, 5, 33}, {7, 9, 256}, {300, 4, 100}};
     for (const auto& [M, N, K] : shapes) {
-        const Weight w(N, K);
-        const std::vector<float> x = normal_values(M * K);
-        std::vector<float> out = poisoned<float>(M * N);
-        auto args = args_with<hb_linear8_args>(any_of({1, 3}));
-        args.x = x.data(), args.M = M, args.N = N, args.K = K, args.codes = w.codes.data();
-        args.absmax = w.absmax.data(), args.threshold = 6.0, args.outlier_rule = HB_OUTLIERS_ALL;
-        args.out = out.data();
-        int64_t bytes = -1;
-        EXPECT(hb_linear8_workspace(&args, &bytes) == HB_OK, "workspace");
-        const Workspace workspace(bytes);
-        workspace.give_to(args.call);
-        EXPECT(hb_linear8(&args) == HB_OK, "M %d N %d K %d", (int)M, (int)N, (int)K);
-        for (int64_t m = 0; m < M; ++m) {
-            for (int64_t n = 0; n < N; ++n) {
-                double want = 0, size = 0;
-                for (int64_t k = 0; k < K; ++k) {
-                    const double product = static_cast<double>(x[static_cast<size_t>(m * K + k)]) *
-                                           w.codes[static_cast<size_t>(n * K + k)] * w.absmax[static_cast<size_t>(n)] /
-                                           127.0;
-                    want += product, size += std::fabs(product);
-                }
-                const double error = std::fabs(out[static_cast<size_t>(m * N + n)] - want);
-                EXPECT(error <= 1e-6 * size, "out[%d, %d] %g off by %g", (int)m, (int)n, want, error);
-            }
-        }
+        weights_alone_follow_their_definition(normal_values(M * K), M, N, K, any_of({1, 3}), 0);
     }
 }
 
 TEST(weights_alone_in_int8_with_bfloat16_follow_their_definition) {
     const int64_t shapes[][3] = {{1, 1, 1}, {1, 3, 64}, {17, 33, 577}, {33, 150, 1030}, {270, 4, 100}};
     for (const auto& [M, N, K] : shapes) {
-        const Weight w(N, K);
-        const std::vector<uint16_t> x = bfloats(normal_values(M * K));
-        std::vector<uint16_t> out = poisoned<uint16_t>(M * N);
-        auto args = args_with<hb_linear8_args>(M > 100 ? 3 : 1);
-        args.x = x.data(), args.x_dtype = HB_BFLOAT16, args.M = M, args.N = N, args.K = K;
-        args.codes = w.codes.data(), args.absmax = w.absmax.data(), args.outlier_rule = HB_OUTLIERS_ALL;
-        args.out = out.data();
-        int64_t bytes = -1;
-        EXPECT(hb_linear8_workspace(&args, &bytes) == HB_OK, "workspace");
-        const Workspace workspace(bytes);
-        workspace.give_to(args.call);
-        EXPECT(hb_linear8(&args) == HB_OK, "M %d N %d K %d", (int)M, (int)N, (int)K);
-        for (int64_t m = 0; m < M; ++m) {
-            for (int64_t n = 0; n < N; ++n) {
-                double want = 0, size = 0;
-                for (int64_t k = 0; k < K; ++k) {
-                    const double product = value_at(x, m * K + k, HB_BFLOAT16) *
-                                           w.codes[static_cast<size_t>(n * K + k)] * w.absmax[static_cast<size_t>(n)] /
-                                           127.0;
-                    want += product, size += std::fabs(product);
-                }
-                const double error = std::fabs(value_at(out, m * N + n, HB_BFLOAT16) - want);
-                EXPECT(error <= std::fabs(want) / 256 + 1e-6 * size, "out[%d, %d] %g off by %g", (int)m, (int)n, want,
-                       error);
-            }
-        }
+        weights_alone_follow_their_definition(bfloats(normal_values(M * K)), M, N, K, M > 100 ? 3 : 1, 1.0 / 256);
     }
 }
 
