@@ -252,6 +252,14 @@ inline hb_status check_linear8_group(const hb_linear8_args* items, int64_t count
     return HB_OK;
 }
 
+// How far the strides of a tensor [rows, heads, size] reach, from its first value to its last.
+inline hb_status check_strides(int64_t rows, int64_t row_stride, int64_t heads, int64_t head_stride, int64_t size) {
+    int64_t of_rows = 0, of_heads = 0;
+    HB_REQUIRE(check_shape(rows == 0 ? 0 : rows - 1, row_stride, &of_rows));
+    HB_REQUIRE(check_shape(heads == 0 ? 0 : heads - 1, head_stride, &of_heads));
+    return fail_unless(of_rows <= HB_MAX_ELEMENTS - of_heads - size, HB_BAD_SHAPE);
+}
+
 inline hb_status check_attention_shape(const hb_paged_attention_args* a) {
     HB_REQUIRE(check_call(a == nullptr ? nullptr : &a->call, sizeof *a));
     HB_REQUIRE(check_dtype(a->dtype));
@@ -270,11 +278,7 @@ inline hb_status check_attention_shape(const hb_paged_attention_args* a) {
     HB_REQUIRE(check_shape(a->max_blocks, a->block_tokens, &count));
     HB_REQUIRE(check_shape(a->S, a->max_blocks, &count));
     HB_REQUIRE(fail_unless(a->S <= a->T, HB_BAD_SEQUENCE));  // every sequence has a row
-    // How far the query's strides reach: from its first value to its last.
-    int64_t rows = 0, heads = 0;
-    HB_REQUIRE(check_shape(a->T == 0 ? 0 : a->T - 1, a->query_row_stride, &rows));
-    HB_REQUIRE(check_shape(a->H - 1, a->query_head_stride, &heads));
-    return fail_unless(rows <= HB_MAX_ELEMENTS - heads - a->D, HB_BAD_SHAPE);
+    return check_strides(a->T, a->query_row_stride, a->H, a->query_head_stride, a->D);
 }
 
 inline hb_status check(const hb_paged_attention_args* a) {
@@ -328,6 +332,36 @@ inline hb_status check(const hb_rotary_args* a) {
     HB_REQUIRE(check_tensor(a->key, keys, dtype_bytes(a->dtype)));
     HB_REQUIRE(check_tensor(a->cos, rows, dtype_bytes(a->dtype)));
     return check_tensor(a->sin, rows, dtype_bytes(a->dtype));
+}
+
+inline hb_status check(const hb_add_args* a) {
+    HB_REQUIRE(check_call(a == nullptr ? nullptr : &a->call, sizeof *a));
+    HB_REQUIRE(check_dtype(a->dtype));
+    int64_t count = 0;
+    HB_REQUIRE(check_shape(a->n, 1, &count));
+    const int64_t bytes = dtype_bytes(a->dtype);
+    HB_REQUIRE(check_tensor(a->a, count, bytes));
+    HB_REQUIRE(check_tensor(a->b, count, bytes));
+    return check_tensor(a->out, count, bytes);
+}
+
+inline hb_status check(const hb_cache_write_args* a) {
+    HB_REQUIRE(check_call(a == nullptr ? nullptr : &a->call, sizeof *a));
+    HB_REQUIRE(check_dtype(a->dtype));
+    HB_REQUIRE(fail_unless(a->D >= 0 && a->D <= HB_MAX_HEAD_DIM && a->E >= 0 && a->E <= HB_MAX_HEAD_DIM, HB_BAD_SHAPE));
+    const int64_t larger = a->D > a->E ? a->D : a->E, bytes = dtype_bytes(a->dtype);
+    int64_t heads = 0, count = 0;
+    HB_REQUIRE(check_shape(a->G, larger, &heads));
+    HB_REQUIRE(check_shape(a->T, heads, &count));
+    HB_REQUIRE(check_shape(a->slot_count, heads, &count));
+    HB_REQUIRE(check_strides(a->T, a->key_row_stride, a->G, a->key_head_stride, a->D));
+    HB_REQUIRE(check_strides(a->T, a->value_row_stride, a->G, a->value_head_stride, a->E));
+    if (a->T == 0 || a->G == 0 || a->slot_count == 0) return HB_OK;
+    HB_REQUIRE(check_tensor(a->key, a->D, bytes));
+    HB_REQUIRE(check_tensor(a->value, a->E, bytes));
+    HB_REQUIRE(check_tensor(a->slots, a->T, sizeof(int64_t)));
+    HB_REQUIRE(check_tensor(a->keys, a->D, bytes));
+    return check_tensor(a->values, a->E, bytes);
 }
 
 }  // namespace hb

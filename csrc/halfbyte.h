@@ -25,7 +25,7 @@ extern "C" {
 #define HB_API __attribute__((visibility("default")))
 
 /* Goes up with every change of a struct, a code or a meaning in this file. */
-#define HB_ABI_VERSION 3
+#define HB_ABI_VERSION 4
 /* Required alignment of a workspace. */
 #define HB_WORKSPACE_ALIGNMENT 64
 /* The largest number of elements that any tensor may have. */
@@ -335,6 +335,62 @@ typedef struct hb_rotary_args {
     const void* sin; /* [T, D] */
 } hb_rotary_args;
 HB_API hb_status hb_rotary(const hb_rotary_args* args);
+
+/* out = a + b in float32, rounded to the dtype; out may be a or b. CPU only. */
+typedef struct hb_add_args {
+    hb_call call;
+    const void* a; /* [n] */
+    const void* b; /* [n] */
+    int64_t dtype; /* of all three */
+    int64_t n;     /* values */
+    void* out;     /* out [n] */
+} hb_add_args;
+HB_API hb_status hb_add(const hb_add_args* args);
+
+/* New rows of keys and values to their places in a paged cache: keys[slots[t], g, d] = key[t, g, d], and values alike.
+ * A row whose slot is not in the cache is left out. No two rows may have one slot. CPU only. */
+typedef struct hb_cache_write_args {
+    hb_call call;
+    const void* key;           /* [T, G, D], strides below; each head's D values are contiguous */
+    int64_t key_row_stride;    /* elements between two rows */
+    int64_t key_head_stride;   /* elements between two heads of a row */
+    const void* value;         /* [T, G, E], likewise */
+    int64_t value_row_stride;  /* elements */
+    int64_t value_head_stride; /* elements */
+    int64_t dtype;             /* of all four tensors */
+    int64_t T;                 /* rows */
+    int64_t G;                 /* kv heads */
+    int64_t D;                 /* values of a key, at most HB_MAX_HEAD_DIM */
+    int64_t E;                 /* values of a value, at most HB_MAX_HEAD_DIM */
+    const int64_t* slots;      /* [T] block * block_tokens + place in the block */
+    int64_t slot_count;        /* blocks * block_tokens */
+    void* keys;                /* out [slot_count, G, D] */
+    void* values;              /* out [slot_count, G, E] */
+} hb_cache_write_args;
+HB_API hb_status hb_cache_write(const hb_cache_write_args* args);
+
+/* The entries that hb_run knows. */
+enum {
+    HB_STEP_LINEAR4 = 0, /* hb_linear4_group */
+    HB_STEP_LINEAR8 = 1, /* hb_linear8_group */
+    HB_STEP_LINEAR4_INT8 = 2,
+    HB_STEP_PAGED_ATTENTION = 3,
+    HB_STEP_CACHE_WRITE = 4,
+    HB_STEP_RMS_NORM = 5,
+    HB_STEP_SWIGLU = 6,
+    HB_STEP_ROTARY = 7,
+    HB_STEP_ADD = 8
+};
+typedef struct hb_step {
+    int64_t entry;    /* HB_STEP_* */
+    const void* args; /* its struct, or a group's */
+    int64_t count;    /* of a group; 1 for what has no groups */
+} hb_step;
+/* Calls entries one after the other, as a layer of a model needs them, with the results that they have alone. Up to
+ * `threads` threads stay ready between them; each step uses as many as its own struct says. Steps may share a
+ * workspace. The first status that is not HB_OK ends the run and is returned; what came before it has been done. CPU
+ * only. */
+HB_API hb_status hb_run(const hb_step* steps, int64_t count, int64_t threads);
 
 /* HB_ABI_VERSION of the library. */
 HB_API int32_t hb_abi_version(void);

@@ -228,3 +228,29 @@ def check_rotary(query: torch.Tensor, key: torch.Tensor, cos: torch.Tensor, sin:
         if tensor.dtype != query.dtype:
             raise ShapeError(f"{name} has dtype {tensor.dtype}; the query's, {query.dtype}, is needed")
         check_same_device(name, tensor, "query", query)
+
+
+def check_cache_write(
+    key: torch.Tensor, value: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, slots: torch.Tensor
+) -> None:
+    """Raises ShapeError unless these are [T, G, D], [T, G, E], stores for them in their dtype, and int64 [T]."""
+    check_values("key", key)
+    if key.dim() != 3 or key.stride(2) != 1:
+        raise ShapeError(f"key has shape {list(key.shape)}; [tokens, heads, head size] with adjacent values is needed")
+    T, G, _ = key.shape
+    if value.dim() != 3 or tuple(value.shape[:2]) != (T, G) or value.stride(2) != 1:
+        raise ShapeError(f"value has shape {list(value.shape)}; [{T}, {G}, head size] with adjacent values is needed")
+    for name, store, rows in (("keys", keys, key), ("values", values, value)):
+        if store.dim() != 4 or store.shape[2:] != rows.shape[1:] or not store.is_contiguous():
+            raise ShapeError(
+                f"{name} has shape {list(store.shape)}; a contiguous [blocks, size, {G}, {rows.shape[2]}] is needed"
+            )
+    if values.shape[:2] != keys.shape[:2]:
+        raise ShapeError(f"values has shape {list(values.shape)}; it must have the blocks of keys, {list(keys.shape)}")
+    if slots.dtype != torch.int64 or tuple(slots.shape) != (T,) or not slots.is_contiguous():
+        raise ShapeError(f"slots is {slots.dtype} {list(slots.shape)}; a contiguous int64 [{T}] is needed")
+    for name, tensor in (("value", value), ("keys", keys), ("values", values)):
+        if tensor.dtype != key.dtype:
+            raise ShapeError(f"{name} has dtype {tensor.dtype}; the key's, {key.dtype}, is needed")
+    for name, tensor in (("value", value), ("keys", keys), ("values", values), ("slots", slots)):
+        check_same_device(name, tensor, "key", key)

@@ -72,6 +72,19 @@ def rotate(query: torch.Tensor, key: torch.Tensor, cos: torch.Tensor, sin: torch
     entry(args)
 
 
+def cache_write(
+    key: torch.Tensor, value: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, slots: torch.Tensor
+) -> None:
+    """ops.cache_write. Raises ShapeError."""
+    arguments.check_cache_write(key, value, keys, values, slots)
+    entry, template = _entry("hb_cache_write")
+    args = type(template).from_buffer_copy(template)
+    for name, field in native.cache_write_fields(key, value, keys, values, slots).items():
+        setattr(args, name, field.data_ptr() if isinstance(field, torch.Tensor) else field)
+    args.call.threads = native.thread_count()
+    entry(args)
+
+
 @functools.cache
 def _entry(name: str) -> tuple[Callable[[Any], None], Any]:
     """A function that runs an entry on its filled struct, and the struct to copy."""

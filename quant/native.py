@@ -20,7 +20,7 @@ import torch
 from quant import formats, pages, reference
 from quant.errors import NativeError
 
-ABI_VERSION: Final = 3
+ABI_VERSION: Final = 4
 MAX_THREADS: Final = 1024
 DTYPE_CODES: Final = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 FORMAT_CODES: Final = {"nf4": 0, "fp4": 1}
@@ -96,14 +96,40 @@ STRUCTS: Final = {
     "hb_rms_norm": _struct("RmsNorm", "*x dtype M K *weight %eps *out"),
     "hb_swiglu": _struct("Swiglu", "*gate *up dtype n *out"),
     "hb_rotary": _struct("Rotary", "*query *key dtype T H G D *cos *sin"),
+    "hb_add": _struct("Add", "*a *b dtype n *out"),
+    "hb_cache_write": _struct(
+        "CacheWrite",
+        "*key key_row_stride key_head_stride *value value_row_stride value_head_stride dtype T G D E"
+        " *slots slot_count *keys *values",
+    ),
 }
 """The argument struct of each entry."""
 GROUPS: Final = ("hb_linear4", "hb_linear8")
 """Entries that have a twin for several products of one x, `<entry>_group`."""
 MAX_GROUP: Final = 8
 ENTRIES_WITH_WORKSPACE: Final = ("hb_linear4", "hb_linear4_int8", "hb_linear8", "hb_paged_attention")
-CPU_ONLY: Final = frozenset({"hb_linear4_int8", "hb_paged_attention", "hb_rms_norm", "hb_rotary", "hb_swiglu"})
-"""Entries that libhalfbyte_cuda.so does not have; nor has it groups."""
+CPU_ONLY: Final = frozenset(
+    {"hb_add", "hb_cache_write", "hb_linear4_int8", "hb_paged_attention", "hb_rms_norm", "hb_rotary", "hb_swiglu"}
+)
+"""Entries that libhalfbyte_cuda.so does not have; nor has it groups and hb_run."""
+STEP_CODES: Final = {
+    "hb_linear4": 0,
+    "hb_linear8": 1,
+    "hb_linear4_int8": 2,
+    "hb_paged_attention": 3,
+    "hb_cache_write": 4,
+    "hb_rms_norm": 5,
+    "hb_swiglu": 6,
+    "hb_rotary": 7,
+    "hb_add": 8,
+}
+"""The entries that hb_run calls; those in GROUPS with groups."""
+
+
+class Step(ctypes.Structure):
+    """hb_step: an entry with its arguments."""
+
+    _fields_ = (("entry", _I64), ("args", _PTR), ("count", _I64))
 
 
 def library_path(device_type: str) -> Path:
@@ -140,6 +166,8 @@ def load_library(path: Path) -> ctypes.CDLL:
             f"{LEVEL_VARIABLE} is {os.environ.get(LEVEL_VARIABLE)!r}; accepted on this machine are "
             f"{', '.join(levels(library))}."
         )
+    if hasattr(library, "hb_run"):
+        library.hb_run.argtypes = (ctypes.POINTER(Step), _I64, _I64)
     library.hb_table.argtypes = (ctypes.c_int32, _PTR, _I64)
     library.hb_table.restype = _I64
     for name, struct in STRUCTS.items():
@@ -564,6 +592,35 @@ class Kernels:
         sizes = {"dtype": DTYPE_CODES[query.dtype], "T": T, "H": H, "G": key.shape[1], "D": D}
         self.call("hb_rotary", query.device, query=turned[0], key=turned[1], cos=ready(cos), sin=ready(sin), **sizes)
         return turned[0], turned[1]
+
+    def cache_write(
+        self, key: torch.Tensor, value: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, slots: torch.Tensor
+    ) -> None:
+        self.call("hb_cache_write", key.device, **cache_write_fields(key, value, keys, values, slots))
+
+
+def cache_write_fields(
+    key: torch.Tensor, value: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, slots: torch.Tensor
+) -> dict[str, Any]:
+    """The fields of hb_cache_write's struct for checked tensors; the caller keeps them."""
+    T, G, D = key.shape
+    return {
+        "key": key,
+        "key_row_stride": key.stride(0),
+        "key_head_stride": key.stride(1),
+        "value": value,
+        "value_row_stride": value.stride(0),
+        "value_head_stride": value.stride(1),
+        "dtype": DTYPE_CODES[key.dtype],
+        "T": T,
+        "G": G,
+        "D": D,
+        "E": value.shape[2],
+        "slots": slots,
+        "slot_count": keys.shape[0] * keys.shape[1],
+        "keys": keys,
+        "values": values,
+    }
 
 
 def _rows(x: torch.Tensor) -> int:

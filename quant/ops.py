@@ -21,7 +21,7 @@ from quant.errors import ShapeError
 
 REFERENCE_ONLY: Final[dict[str, frozenset[str]]] = {
     "cpu": frozenset(),
-    "cuda": frozenset({"linear_4bit_int8", "paged_attention", "rms_norm", "rotary", "swiglu"}),
+    "cuda": frozenset({"cache_write", "linear_4bit_int8", "paged_attention", "rms_norm", "rotary", "swiglu"}),
 }
 """The device types with compiled kernels, and the operators that have none there and run the reference."""
 
@@ -49,6 +49,7 @@ _SCHEMAS: Final = (
     "rms_norm(Tensor x, Tensor weight, float eps) -> Tensor",
     "swiglu(Tensor gate, Tensor up) -> Tensor",
     "rotary(Tensor query, Tensor key, Tensor cos, Tensor sin) -> (Tensor, Tensor)",
+    "cache_write(Tensor key, Tensor value, Tensor(a!) keys, Tensor(b!) values, Tensor slots) -> ()",
 )
 NAMES: Final = tuple(schema.partition("(")[0] for schema in _SCHEMAS)
 """The operators, for tests that go over all of them."""
@@ -289,6 +290,18 @@ def rotary(
     Returns two new tensors. No gradients. Raises ShapeError. (RoFormer, Su et al. 2021, as GPT-NeoX and Llama have it.)
     """
     return cast(tuple[torch.Tensor, torch.Tensor], torch.ops.halfbyte.rotary(query, key, cos, sin))
+
+
+def cache_write(
+    key: torch.Tensor, value: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, slots: torch.Tensor
+) -> None:
+    """New rows of keys and values to their places in a paged cache, which is changed.
+
+    key: [T, G, D], value: [T, G, E]; keys: [blocks, block_tokens, G, D] and values: [.., E], contiguous, of the same
+    dtype, float32 / float16 / bfloat16; slots: int64 [T], block * block_tokens + place, all different. A row whose slot
+    is not in the cache is left out. No gradients. Raises ShapeError.
+    """
+    torch.ops.halfbyte.cache_write(key, value, keys, values, slots)
 
 
 # --- kernels: check, then run -----------------------------------------------------------------------------------------
@@ -547,6 +560,19 @@ def _fake_rotary(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     arguments.check_rotary(query, key, cos, sin)
     return query.new_empty(query.shape), key.new_empty(key.shape)
+
+
+def _cache_write(
+    key: torch.Tensor, value: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, slots: torch.Tensor
+) -> None:
+    arguments.check_cache_write(key, value, keys, values, slots)
+    _run("cache_write", key.device, key, value, keys, values, slots)
+
+
+def _fake_cache_write(
+    key: torch.Tensor, value: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, slots: torch.Tensor
+) -> None:
+    arguments.check_cache_write(key, value, keys, values, slots)
 
 
 # --- gradients: to activations and bias, none to packed weights -------------------------------------------------------

@@ -316,6 +316,15 @@ def rotary(
     return turned(query), turned(key)
 
 
+def cache_write(
+    key: torch.Tensor, value: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, slots: torch.Tensor
+) -> None:
+    """Rows to their slots, but for those whose slot is not in the cache."""
+    is_there = (slots >= 0) & (slots < keys.shape[0] * keys.shape[1])
+    for rows, store in ((key, keys), (value, values)):
+        store.view(-1, *store.shape[2:])[slots[is_there]] = rows[is_there]
+
+
 _ONE_THREADS_PIECE = 1 << 15
 """Values up to which torch's element-wise operations and sums stay on one thread."""
 INT8_PRODUCT_SCALE = 1.0 / (formats.INT8_MAX * formats.INT8_MAX)

@@ -5,13 +5,18 @@
 // has handed one over, because the operators between ours keep its threads awake and two pools would take the cores
 // from each other; else workers of our own.
 //
-// A worker is handed a job by a pointer of its own, which it clears when
-// it is done; before it sleeps it looks for the next job for a while (kPatience), because the layers of a model follow
+// A worker is handed a task by a pointer of its own, which it clears when
+// it is done; before it sleeps it looks for the next one for a while (kPatience), because the layers of a model follow
 // each other by some ten microseconds and waking a thread takes as long. Started on first use, never stopped: the pool
 // is leaked on purpose, so that no thread is joined while the process is ending.
+//
+// Even an awake thread is some microseconds away, and a sequence of calls has hundreds of jobs. So a caller may keep a
+// team together for a while: its threads watch one pointer, and a job costs the caller two exchanges of a cache line.
+// A member that the system holds up before it has begun on a job is not waited for.
 #include "pool.h"
 
 #include <pthread.h>
+#include <sched.h>
 #include <signal.h>
 
 #include <atomic>
@@ -54,12 +59,17 @@ bool watch(const Condition& is_so) {
 
 class Job {
   public:
-    Job(int64_t threads, int64_t count, RangeBody body, const void* context)
-        : body_(body), context_(context), count_(count), piece_(count / (threads * kPiecesPerThread) + 1) {}
+    Job(int64_t parts, int64_t count, RangeBody body, const void* context)
+        : body_(body),
+          context_(context),
+          parts_(parts),
+          count_(count),
+          piece_(count / (parts * kPiecesPerThread) + 1) {}
 
     // One thread's share: takes pieces until there are none.
-    void work() {
-        const int64_t part = next_part_.fetch_add(1, std::memory_order_relaxed);
+    void work() { work(next_part_.fetch_add(1, std::memory_order_relaxed)); }
+    void work(int64_t part) {
+        if (part >= parts_) return;
         for (;;) {
             const int64_t begin = next_.fetch_add(piece_, std::memory_order_relaxed);
             if (begin >= count_) return;
@@ -70,21 +80,128 @@ class Job {
   private:
     const RangeBody body_;
     const void* const context_;
-    const int64_t count_, piece_;
+    const int64_t parts_, count_, piece_;
     std::atomic<int64_t> next_{0}, next_part_{0};
 };
 
+// What several threads run at once.
+struct Task {
+    void (*body)(void* context);
+    void* context;
+};
+
+// Which processors a team's threads run on. After a pause a thread may be woken beside another one on the same
+// processor, and the system was seen to take 0.3 seconds to part them, in which both get half of it.
+class Places {
+  public:
+    // Called by each thread as it joins. Who finds its processor taken goes to a free one of those it may use; from
+    // there on the system moves it as it likes.
+    void take() {
+#if defined(__linux__)
+        if (claim(sched_getcpu())) return;
+        cpu_set_t allowed, free;
+        if (sched_getaffinity(0, sizeof allowed, &allowed) != 0) return;
+        CPU_ZERO(&free);
+        for (int cpu = 0; cpu < CPU_SETSIZE; ++cpu) {
+            if (CPU_ISSET(cpu, &allowed) && !is_taken(cpu)) CPU_SET(cpu, &free);
+        }
+        if (CPU_COUNT(&free) == 0 || sched_setaffinity(0, sizeof free, &free) != 0) return;
+        claim(sched_getcpu());
+        sched_setaffinity(0, sizeof allowed, &allowed);
+#endif
+    }
+
+  private:
+#if defined(__linux__)
+    bool is_taken(int cpu) const { return (taken_[cpu / 64].load(std::memory_order_relaxed) >> (cpu % 64) & 1) != 0; }
+    // Whether this thread is the first on it; so it is where nobody can tell.
+    bool claim(int cpu) {
+        if (cpu < 0 || cpu >= CPU_SETSIZE) return true;
+        const uint64_t bit = uint64_t{1} << (cpu % 64);
+        return (taken_[cpu / 64].fetch_or(bit, std::memory_order_relaxed) & bit) == 0;
+    }
+
+    std::atomic<uint64_t> taken_[CPU_SETSIZE / 64] = {};
+#endif
+};
+
+// Threads that stay with one caller from one job to the next. The caller is part 0 of each.
+class Team {
+  public:
+    Team(void (*body)(void* context), void* context) : lead_(body), context_(context) { places_.take(); }
+
+    // What each thread of the team runs, the caller's among them.
+    void take_part() {
+        if (std::this_thread::get_id() == leader_) {
+            own_ = this;
+            lead_(context_);
+            own_ = nullptr;
+            is_open_.store(false, std::memory_order_release);
+        } else {
+            follow(next_part_.fetch_add(1, std::memory_order_relaxed));
+        }
+    }
+
+    // The caller's side.
+    void run(Job& job) {
+        job_.store(&job);
+        posted_.fetch_add(1);
+        job.work(0);
+        job_.store(nullptr);
+        while (at_work_.load() != 0) breathe();
+    }
+
+    // The team that the calling thread keeps together, or null.
+    static Team* own() { return own_; }
+
+  private:
+    // Who goes to work says so before looking for the job, and the caller takes the job away before looking who is at
+    // work: in one order for all, so that nobody works on a job that has ended. Whoever comes too late for one job may
+    // find the next, and that one a second time; both are harmless.
+    void follow(int64_t part) {
+        places_.take();
+        for (int64_t seen = 0; await_job(seen);) {
+            at_work_.fetch_add(1);
+            if (Job* const job = job_.load()) job->work(part);
+            at_work_.fetch_sub(1);
+        }
+    }
+
+    // Whether there is another job after the `seen` ones; false where the team parts. Others may want the core.
+    bool await_job(int64_t& seen) {
+        const auto is_over = [&] { return posted_.load() != seen || !is_open_.load(std::memory_order_acquire); };
+        while (!watch(is_over)) std::this_thread::yield();
+        const int64_t posted = posted_.load();
+        const bool is_new = posted != seen;
+        seen = posted;
+        return is_new;
+    }
+
+    void (*const lead_)(void* context);
+    void* const context_;
+    const std::thread::id leader_ = std::this_thread::get_id();
+    Places places_;
+    alignas(64) std::atomic<Job*> job_{nullptr};
+    std::atomic<int64_t> posted_{0};
+    std::atomic<bool> is_open_{true};
+    alignas(64) std::atomic<int64_t> at_work_{0};
+    std::atomic<int64_t> next_part_{1};
+    static thread_local Team* own_;
+};
+
+thread_local Team* Team::own_ = nullptr;
+
 class Worker {
   public:
-    // The caller's side: `job` stays alive until is_idle().
-    void hand(Job* job) {
+    // The caller's side: `task` stays alive until is_idle().
+    void hand(const Task* task) {
         {
             std::lock_guard<std::mutex> lock(mutex_);
-            job_.store(job, std::memory_order_release);
+            task_.store(task, std::memory_order_release);
         }
         changed_.notify_all();
     }
-    bool is_idle() const { return job_.load(std::memory_order_acquire) == nullptr; }
+    bool is_idle() const { return task_.load(std::memory_order_acquire) == nullptr; }
     void wait_until_idle() {
         if (watch([this] { return is_idle(); })) return;
         std::unique_lock<std::mutex> lock(mutex_);
@@ -98,10 +215,11 @@ class Worker {
                 std::unique_lock<std::mutex> lock(mutex_);
                 changed_.wait(lock, [this] { return !is_idle(); });
             }
-            job_.load(std::memory_order_acquire)->work();
+            const Task* const task = task_.load(std::memory_order_acquire);
+            task->body(task->context);
             {
                 std::lock_guard<std::mutex> lock(mutex_);
-                job_.store(nullptr, std::memory_order_release);
+                task_.store(nullptr, std::memory_order_release);
             }
             changed_.notify_all();
         }
@@ -110,7 +228,7 @@ class Worker {
   private:
     std::mutex mutex_;
     std::condition_variable changed_;
-    std::atomic<Job*> job_{nullptr};
+    std::atomic<const Task*> task_{nullptr};
 };
 
 class Pool {
@@ -122,19 +240,31 @@ class Pool {
             return;
         }
         Job job(threads, count, body, context);
-        if (const hb_parallel parallel = parallel_.load(std::memory_order_relaxed)) {
-            parallel([](void* same) { static_cast<Job*>(same)->work(); }, &job, static_cast<unsigned>(threads), 0);
-        } else {
-            run_on_workers(job, grow_to(static_cast<size_t>(threads - 1)));
+        start(threads, {[](void* same) { static_cast<Job*>(same)->work(); }, &job});
+    }
+
+    void keep_together(int64_t threads, void (*body)(void* context), void* context) {
+        std::unique_lock<std::mutex> turn(turn_, std::try_to_lock);
+        if (!turn.owns_lock()) {
+            body(context);
+            return;
         }
+        Team team(body, context);
+        start(threads, {[](void* same) { static_cast<Team*>(same)->take_part(); }, &team});
     }
 
     void use(hb_parallel parallel) { parallel_.store(parallel, std::memory_order_relaxed); }
 
   private:
-    void run_on_workers(Job& job, size_t helpers) {
-        for (size_t i = 0; i < helpers; ++i) workers_[i].hand(&job);
-        job.work();
+    // The task on up to `threads` threads, the caller's among them; returns when it has ended on each.
+    void start(int64_t threads, Task task) {
+        if (const hb_parallel parallel = parallel_.load(std::memory_order_relaxed)) {
+            parallel(task.body, task.context, static_cast<unsigned>(threads), 0);
+            return;
+        }
+        const size_t helpers = grow_to(static_cast<size_t>(threads - 1));
+        for (size_t i = 0; i < helpers; ++i) workers_[i].hand(&task);
+        task.body(task.context);
         for (size_t i = 0; i < helpers; ++i) workers_[i].wait_until_idle();
     }
 
@@ -188,7 +318,20 @@ void parallel_ranges(int64_t threads, int64_t count, RangeBody body, const void*
         body(context, 0, 0, count);
         return;
     }
-    the_pool().run(parts, count, body, context);
+    if (Team* const team = Team::own()) {
+        Job job(parts, count, body, context);
+        team->run(job);
+    } else {
+        the_pool().run(parts, count, body, context);
+    }
+}
+
+void keep_together(int64_t threads, void (*body)(void* context), void* context) noexcept {
+    if (threads <= 1 || Team::own() != nullptr) {
+        body(context);
+    } else {
+        the_pool().keep_together(threads, body, context);
+    }
 }
 
 }  // namespace hb

@@ -25,6 +25,16 @@ void parallel_for(int64_t threads, int64_t count, const Body& body) noexcept {
         &body);
 }
 
+// Calls body(context) on this thread and keeps up to `threads` threads, itself among them, ready for its
+// parallel_ranges until it returns. For many small jobs with little between them: the others do nothing else meanwhile.
+void keep_together(int64_t threads, void (*body)(void* context), void* context) noexcept;
+
+// The same for a callable body().
+template <typename Body>
+void keep_together(int64_t threads, Body& body) noexcept {
+    keep_together(threads, [](void* context) { (*static_cast<Body*>(context))(); }, &body);
+}
+
 // Threads worth using for `work` elementary steps (a value quantized, a weight multiplied): waking one costs some
 // microseconds.
 inline int64_t threads_for(int64_t threads, int64_t work) {

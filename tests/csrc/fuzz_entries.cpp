@@ -395,6 +395,48 @@ void fuzz_rotary(Input& input) {
     judge(hb_rotary(&args), tensors);
 }
 
+void fuzz_add(Input& input) {
+    Tensors tensors(input);
+    auto args = start<hb_add_args>(input);
+    args.dtype = input.option(3), args.n = input.size();
+    args.a = tensors.in<void>(args.n, element_bytes(args.dtype));
+    args.b = tensors.in<void>(args.n, element_bytes(args.dtype));
+    args.out = tensors.out<void>(args.n, element_bytes(args.dtype));
+    judge(hb_add(&args), tensors);
+}
+
+// Slots of all kinds; strides that leave room between heads and rows.
+void fuzz_cache_write(Input& input) {
+    Tensors tensors(input);
+    auto args = start<hb_cache_write_args>(input);
+    args.dtype = input.option(3), args.T = input.size(), args.G = input.size();
+    args.D = input.size(), args.E = input.size(), args.slot_count = input.size();
+    const bool is_small = args.T >= 0 && args.T <= 4096;
+    std::vector<int64_t> slots(is_small ? static_cast<size_t>(args.T) : 0);
+    int64_t next = 0;
+    for (int64_t& slot : slots) slot = input.any<uint8_t>() < 200 ? next++ : -1 - input.any<uint8_t>();
+    args.slots = is_small ? slots.data() : nullptr;
+    const auto rows = [&](int64_t size, int64_t& row_stride, int64_t& head_stride) {
+        const int64_t gap = input.any<uint8_t>() % 3;
+        head_stride = size < 0 || size > kLargestTensor ? input.size() : size + gap;
+        const __int128 row = static_cast<__int128>(head_stride) * args.G;
+        row_stride = row < 0 || row > kLargestTensor ? input.size() : static_cast<int64_t>(row) + gap;
+        const bool counts = args.T >= 0 && args.G >= 0 && size >= 0 && row >= 0 && row <= kLargestTensor;
+        return counts ? static_cast<__int128>(args.T) * row_stride + 1 : __int128{-1};
+    };
+    const auto cache = [&](int64_t size) {
+        const bool counts = args.slot_count >= 0 && args.G >= 0 && size >= 0;
+        const __int128 heads = static_cast<__int128>(args.G) * size;
+        return !counts || heads > kLargestTensor ? __int128{-1} : heads * args.slot_count;
+    };
+    const int64_t bytes = element_bytes(args.dtype);
+    args.key = tensors.in<void>(rows(args.D, args.key_row_stride, args.key_head_stride), bytes);
+    args.value = tensors.in<void>(rows(args.E, args.value_row_stride, args.value_head_stride), bytes);
+    args.keys = tensors.out<void>(cache(args.D), bytes);
+    args.values = tensors.out<void>(cache(args.E), bytes);
+    judge(hb_cache_write(&args), tensors);
+}
+
 void fuzz_table(Input& input) {
     const int32_t which = input.any<int32_t>() % 16;
     const int64_t room = input.any<uint16_t>() % 300 - 10;
@@ -407,12 +449,24 @@ void fuzz_table(Input& input) {
 
 extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
     static constexpr void (*kEntries[])(Input&) = {
-        fuzz_quantize4,    fuzz_encode4,         fuzz_search4,
-        fuzz_dequantize4,  fuzz_quantize_absmax, fuzz_dequantize_absmax,
-        fuzz_linear4,      fuzz_quantize8,       fuzz_dequantize8,
-        fuzz_linear8,      fuzz_table,           fuzz_paged_attention,
-        fuzz_rms_norm,     fuzz_swiglu,          fuzz_rotary,
+        fuzz_quantize4,
+        fuzz_encode4,
+        fuzz_search4,
+        fuzz_dequantize4,
+        fuzz_quantize_absmax,
+        fuzz_dequantize_absmax,
+        fuzz_linear4,
+        fuzz_quantize8,
+        fuzz_dequantize8,
+        fuzz_linear8,
+        fuzz_table,
+        fuzz_paged_attention,
+        fuzz_rms_norm,
+        fuzz_swiglu,
+        fuzz_rotary,
         fuzz_linear4_int8,
+        fuzz_add,
+        fuzz_cache_write,
     };
     Input input(data, size);
     kEntries[input.any<uint8_t>() % (sizeof kEntries / sizeof kEntries[0])](input);

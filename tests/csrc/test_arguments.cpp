@@ -98,6 +98,18 @@ struct Valid {
         a.query = out, a.key = absmax, a.T = 3, a.H = 2, a.G = 1, a.D = 4, a.cos = x, a.sin = x;
         return a;
     }
+    hb_add_args add() {
+        auto a = args_with<hb_add_args>();
+        a.a = x, a.b = absmax, a.n = 63, a.out = out;
+        return a;
+    }
+    hb_cache_write_args cache_write() {
+        auto a = args_with<hb_cache_write_args>();
+        a.key = x, a.key_row_stride = 4, a.key_head_stride = 2, a.value = x, a.value_row_stride = 6;
+        a.value_head_stride = 3, a.T = 2, a.G = 2, a.D = 2, a.E = 3, a.slots = starts, a.slot_count = 5;
+        a.keys = out, a.values = absmax;
+        return a;
+    }
     // Two sequences: rows at positions 2 and 3 of one, at 0 of the other; blocks of two tokens.
     hb_paged_attention_args paged_attention() {
         auto a = args_with<hb_paged_attention_args>();
@@ -163,6 +175,41 @@ TEST(every_entry_refuses_a_bad_call) {
     REFUSED_CALLS(rms_norm);
     REFUSED_CALLS(swiglu);
     REFUSED_CALLS(rotary);
+    REFUSED_CALLS(add);
+    REFUSED_CALLS(cache_write);
+}
+
+TEST(a_run_refuses_bad_steps) {
+    const std::unique_ptr<Valid> valid(new Valid);
+    const hb_add_args add = valid->add();
+    hb_swiglu_args bad = valid->swiglu();
+    bad.gate = nullptr;
+    const hb_step good = {HB_STEP_ADD, &add, 1};
+    EXPECT(hb_run(&good, 1, 1) == HB_OK && hb_run(nullptr, 0, 2) == HB_OK, "nothing wrong");
+    EXPECT(hb_run(nullptr, 1, 1) == HB_NULL_POINTER, "no steps");
+    EXPECT(hb_run(shifted(&good), 1, 1) == HB_MISALIGNED, "steps anywhere");
+    for (const int64_t count : {int64_t{-1}, kHuge}) EXPECT(hb_run(&good, count, 1) == HB_BAD_SHAPE, "a wrong count");
+    for (const int64_t threads : {0, -1, HB_MAX_THREADS + 1}) {
+        EXPECT(hb_run(&good, 1, threads) == HB_BAD_THREADS, "%d threads", (int)threads);
+    }
+    const std::pair<hb_step, hb_status> steps[] = {
+        {{HB_STEP_ADD + 1, &add, 1}, HB_BAD_OPTION},
+        {{-1, &add, 1}, HB_BAD_OPTION},
+        {{HB_STEP_ADD, &add, 2}, HB_BAD_OPTION},
+        {{HB_STEP_ADD, &add, 0}, HB_BAD_OPTION},
+        {{HB_STEP_ADD, nullptr, 1}, HB_NULL_POINTER},
+        {{HB_STEP_SWIGLU, &bad, 1}, HB_NULL_POINTER},
+        {{HB_STEP_ROTARY, &add, 1}, HB_BAD_STRUCT},
+        {{HB_STEP_LINEAR4, nullptr, 1}, HB_NULL_POINTER},
+        {{HB_STEP_PAGED_ATTENTION, &add, 1}, HB_BAD_STRUCT},
+    };
+    for (const auto& [step, expected] : steps) {
+        memset(valid->out, 0xA5, sizeof valid->out);
+        const hb_step three[] = {good, step, good};
+        const hb_status status = hb_run(three, 3, 2);
+        EXPECT(status == expected, "entry %d gave %d", (int)step.entry, status);
+        EXPECT(valid->out[0] == 0, "what came before has been done");
+    }
 }
 
 TEST(null_pointers_are_refused) {
@@ -215,6 +262,14 @@ TEST(null_pointers_are_refused) {
     REFUSED(rotary, a.key = nullptr, HB_NULL_POINTER);
     REFUSED(rotary, a.cos = nullptr, HB_NULL_POINTER);
     REFUSED(rotary, a.sin = nullptr, HB_NULL_POINTER);
+    REFUSED(add, a.a = nullptr, HB_NULL_POINTER);
+    REFUSED(add, a.b = nullptr, HB_NULL_POINTER);
+    REFUSED(add, a.out = nullptr, HB_NULL_POINTER);
+    REFUSED(cache_write, a.key = nullptr, HB_NULL_POINTER);
+    REFUSED(cache_write, a.value = nullptr, HB_NULL_POINTER);
+    REFUSED(cache_write, a.slots = nullptr, HB_NULL_POINTER);
+    REFUSED(cache_write, a.keys = nullptr, HB_NULL_POINTER);
+    REFUSED(cache_write, a.values = nullptr, HB_NULL_POINTER);
     REFUSED(paged_attention, a.query = nullptr, HB_NULL_POINTER);
     REFUSED(paged_attention, a.keys = nullptr, HB_NULL_POINTER);
     REFUSED(paged_attention, a.values = nullptr, HB_NULL_POINTER);
@@ -260,6 +315,11 @@ TEST(misaligned_pointers_are_refused) {
     REFUSED(rotary, (a.dtype = HB_BFLOAT16, a.key = shifted(a.key)), HB_MISALIGNED);
     REFUSED(rotary, a.cos = shifted(a.cos), HB_MISALIGNED);
     REFUSED(rotary, a.sin = shifted(a.sin), HB_MISALIGNED);
+    REFUSED(add, a.a = shifted(a.a, 2), HB_MISALIGNED);
+    REFUSED(add, (a.dtype = HB_BFLOAT16, a.b = shifted(a.b)), HB_MISALIGNED);
+    REFUSED(cache_write, a.key = shifted(a.key, 2), HB_MISALIGNED);
+    REFUSED(cache_write, (a.dtype = HB_FLOAT16, a.values = shifted(a.values)), HB_MISALIGNED);
+    REFUSED(cache_write, a.slots = shifted(a.slots, 4), HB_MISALIGNED);
     REFUSED(paged_attention, a.query = shifted(a.query, 2), HB_MISALIGNED);
     REFUSED(paged_attention, (a.dtype = HB_BFLOAT16, a.keys = shifted(a.keys)), HB_MISALIGNED);
     REFUSED(paged_attention, a.tables = shifted(a.tables, 4), HB_MISALIGNED);
@@ -310,6 +370,10 @@ TEST(options_of_attention_are_refused) {
     REFUSED(rms_norm, a.eps = std::numeric_limits<double>::quiet_NaN(), HB_BAD_OPTION);
     REFUSED(swiglu, a.dtype = -1, HB_BAD_DTYPE);
     REFUSED(rotary, a.dtype = 3, HB_BAD_DTYPE);
+    REFUSED(add, a.dtype = 3, HB_BAD_DTYPE);
+    REFUSED(cache_write, a.dtype = -1, HB_BAD_DTYPE);
+    REFUSED(cache_write, a.D = HB_MAX_HEAD_DIM + 1, HB_BAD_SHAPE);
+    REFUSED(cache_write, a.value_row_stride = HB_MAX_ELEMENTS, HB_BAD_SHAPE);
     REFUSED(rotary, a.D = 5, HB_BAD_SHAPE);
     REFUSED(rotary, a.D = HB_MAX_HEAD_DIM + 2, HB_BAD_SHAPE);
     REFUSED(paged_attention, a.dtype = 3, HB_BAD_DTYPE);
@@ -409,6 +473,16 @@ TEST(negative_and_huge_sizes_are_refused) {
             rotary.*field = size;
             EXPECT(hb_rotary(&rotary) == HB_BAD_SHAPE, "%lld", static_cast<long long>(size));
         }
+        using Write = hb_cache_write_args;
+        for (int64_t Write::* field : {&Write::T, &Write::G, &Write::D, &Write::E, &Write::slot_count,
+                                       &Write::key_row_stride, &Write::value_head_stride}) {
+            auto write = valid.cache_write();
+            write.*field = size;
+            EXPECT(hb_cache_write(&write) == HB_BAD_SHAPE, "%lld", static_cast<long long>(size));
+        }
+        auto add = valid.add();
+        add.n = size;
+        EXPECT(hb_add(&add) == HB_BAD_SHAPE, "n %lld", static_cast<long long>(size));
         using Attention = hb_paged_attention_args;
         for (int64_t Attention::* field :
              {&Attention::T, &Attention::H, &Attention::G, &Attention::D, &Attention::E, &Attention::blocks,

@@ -1,7 +1,17 @@
-// Normalisation, the gated product and rotary embeddings against their definitions in float64.
+// Normalisation, the gated product, rotary embeddings, sums and the cache's rows against their definitions.
+#include <algorithm>
+
 #include "testing.h"
 
 using namespace testing;
+
+namespace {
+
+bool same_bytes(const std::vector<float>& a, const std::vector<float>& b) {
+    return a.size() == b.size() && (a.empty() || memcmp(a.data(), b.data(), a.size() * sizeof(float)) == 0);
+}
+
+}  // namespace
 
 TEST(rms_norm_follows_its_definition) {
     const int64_t shapes[][2] = {{1, 1}, {3, 16}, {2, 33}, {5, 511}, {1, 513}, {70, 1030}};
@@ -79,5 +89,49 @@ TEST(rotary_follows_its_definition) {
                 EXPECT(std::fabs(found - want) <= allowed, "%d: %g, not %g", (int)i, found, want);
             }
         }
+    }
+}
+
+TEST(add_is_the_sum_rounded_once) {
+    for (const int64_t n : {1, 511, 513, 70000}) {
+        const std::vector<float> a = normal_values(n), b = normal_values(n);
+        std::vector<float> out = poisoned<float>(n);
+        auto args = args_with<hb_add_args>(any_of({1, 3}));
+        args.a = a.data(), args.b = b.data(), args.n = n, args.out = out.data();
+        EXPECT(hb_add(&args) == HB_OK, "n %d", (int)n);
+        for (size_t i = 0; i < a.size(); ++i) EXPECT(out[i] == a[i] + b[i], "%g + %g: %g", a[i], b[i], out[i]);
+        std::vector<float> own = a;
+        args.a = own.data(), args.out = own.data();
+        EXPECT(hb_add(&args) == HB_OK && own == out, "in place, n %d", (int)n);
+    }
+}
+
+TEST(cache_rows_go_to_their_slots_and_nowhere_else) {
+    const int64_t shapes[][4] = {{1, 1, 1, 1}, {5, 2, 3, 4}, {4, 3, 0, 8}, {900, 4, 32, 16}};
+    for (const auto& [T, G, D, E] : shapes) {
+        const int64_t slot_count = 2 * T + 3, gap = any_of({0, 5});
+        const std::vector<float> key = normal_values(T * (G * D + gap)), value = normal_values(T * G * (E + gap));
+        std::vector<float> keys = poisoned<float>(slot_count * G * D), values = poisoned<float>(slot_count * G * E);
+        std::vector<float> want_keys = keys, want_values = values;
+        std::vector<int64_t> slots(static_cast<size_t>(T));
+        for (int64_t t = 0; t < T; ++t) slots[static_cast<size_t>(t)] = 2 * t + 1;
+        std::shuffle(slots.begin(), slots.end(), generator);
+        if (T > 3) slots[0] = -1, slots[1] = slot_count, slots[2] = std::numeric_limits<int64_t>::min();
+        const auto copy = [&](const float* from, int64_t size, int64_t slot, std::vector<float>& to) {
+            for (int64_t i = 0; i < size; ++i) to[static_cast<size_t>(slot * size + i)] = from[i];
+        };
+        for (int64_t t = 0; t < T; ++t) {
+            const int64_t slot = slots[static_cast<size_t>(t)];
+            if (slot < 0 || slot >= slot_count) continue;
+            copy(key.data() + t * (G * D + gap), G * D, slot, want_keys);
+            for (int64_t g = 0; g < G; ++g) copy(value.data() + (t * G + g) * (E + gap), E, slot * G + g, want_values);
+        }
+        auto args = args_with<hb_cache_write_args>(any_of({1, 3}));
+        args.key = key.data(), args.key_row_stride = G * D + gap, args.key_head_stride = D;
+        args.value = value.data(), args.value_row_stride = G * (E + gap), args.value_head_stride = E + gap;
+        args.T = T, args.G = G, args.D = D, args.E = E, args.slots = slots.data(), args.slot_count = slot_count;
+        args.keys = keys.data(), args.values = values.data();
+        EXPECT(hb_cache_write(&args) == HB_OK, "%d rows", (int)T);
+        EXPECT(same_bytes(keys, want_keys) && same_bytes(values, want_values), "%d rows", (int)T);
     }
 }

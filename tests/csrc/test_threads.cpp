@@ -77,6 +77,67 @@ TEST(calls_run_on_the_threads_that_were_handed_over) {
     EXPECT(quantize_and_compare(x, expected, 4) && teams == before, "its own threads again");
 }
 
+// A chain of sums, each of which reads what the one before it has written, and one product with the last.
+struct Chain {
+    static constexpr int64_t kSteps = 200, kRows = 4, kN = 96, kK = 4096;
+    std::vector<float> x = normal_values(kRows * kK), one = normal_values(kRows * kK, 1e-3f);
+    std::vector<float> sums = poisoned<float>(kRows * kK), out = poisoned<float>(kRows * kN);
+    std::vector<int8_t> codes = std::vector<int8_t>(static_cast<size_t>(kN * kK), 3);
+    std::vector<float> absmax = normal_values(kN);
+    std::vector<hb_add_args> adds;
+    hb_linear8_args linear;
+    std::vector<hb_step> steps;
+    Workspace workspace{1 << 22};
+
+    explicit Chain(int64_t threads) {
+        for (int64_t i = 0; i < kSteps; ++i) {
+            auto args = args_with<hb_add_args>(threads);
+            args.a = i == 0 ? x.data() : sums.data(), args.b = one.data(), args.n = kRows * kK, args.out = sums.data();
+            adds.push_back(args);
+        }
+        linear = args_with<hb_linear8_args>(threads);
+        linear.x = sums.data(), linear.M = kRows, linear.N = kN, linear.K = kK, linear.codes = codes.data();
+        linear.absmax = absmax.data(), linear.out = out.data(), linear.outlier_rule = HB_OUTLIERS_ALL;
+        workspace.give_to(linear.call);
+        for (const hb_add_args& args : adds) steps.push_back({HB_STEP_ADD, &args, 1});
+        steps.push_back({HB_STEP_LINEAR8, &linear, 1});
+    }
+    hb_status run(int64_t threads) { return hb_run(steps.data(), static_cast<int64_t>(steps.size()), threads); }
+};
+
+TEST(a_run_gives_what_the_calls_give) {
+    for (const hb_parallel handed : {hb_parallel{nullptr}, hb_parallel{parallel}}) {
+        hb_use_parallel(handed);
+        for (const int64_t members : {1, 2, 5}) {
+            most_threads = static_cast<unsigned>(any_of({1, members, 9}));
+            Chain chain(any_of({1, 2, 7}));  // a step may ask for more than the team has, or fewer
+            const int before = teams;
+            EXPECT(chain.run(members) == HB_OK, "%d members", (int)members);
+            EXPECT(members == 1 || teams - before == (handed != nullptr), "%d teams", teams - before);
+            const std::vector<float> found = chain.out;
+            for (const hb_add_args& args : chain.adds) hb_add(&args);
+            hb_linear8(&chain.linear);
+            EXPECT(found == chain.out, "%d members", (int)members);
+        }
+    }
+    hb_use_parallel(nullptr);
+}
+
+TEST(runs_at_once_do_not_disturb_each_other) {
+    std::vector<std::thread> callers;
+    bool good[4] = {};
+    for (bool& mine : good) {
+        callers.emplace_back([&] {
+            Chain chain(3);
+            mine = chain.run(1) == HB_OK;
+            const std::vector<float> alone = chain.out;
+            for (int round = 0; round < 5; ++round) mine = chain.run(3) == HB_OK && chain.out == alone && mine;
+        });
+    }
+    for (std::thread& caller : callers) caller.join();
+    for (const bool mine : good) EXPECT(mine, "a caller saw another result");
+}
+
 #ifndef __SANITIZE_THREAD__  // which refuses threads in a forked child
 TEST(a_forked_child_can_use_the_kernels) {
     const std::vector<float> x = normal_values(kCount);

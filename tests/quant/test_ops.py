@@ -48,6 +48,11 @@ def sample_arguments(name: str, generator: torch.Generator, dtype: torch.dtype =
         "rotary": [
             torch.randn(shape, generator=generator).to(dtype) for shape in [(3, 4, 6), (3, 2, 6), (3, 6), (3, 6)]
         ],
+        "cache_write": [
+            *(torch.randn(shape, generator=generator).to(dtype) for shape in [(3, 2, 6), (3, 2, 5)]),
+            *(torch.randn(shape, generator=generator).to(dtype) for shape in [(4, 8, 2, 6), (4, 8, 2, 5)]),
+            torch.tensor([31, -1, 4]),
+        ],
     }[name]
 
 
@@ -80,6 +85,8 @@ def test_fake_kernel_tells_shapes_and_dtypes(name: str, generator: torch.Generat
 
 
 def _as_tuple(result: Any) -> tuple[torch.Tensor, ...]:
+    if result is None:
+        return ()
     return (result,) if isinstance(result, torch.Tensor) else tuple(result)
 
 
@@ -244,6 +251,14 @@ REFUSALS: list[tuple[str, int, Callable[[Any], Any], str]] = [
     ("rotary", 1, lambda k: k.half(), "key has dtype torch.float16"),
     ("rotary", 2, lambda c: c[:, :4], r"cos has shape \[3, 4\]"),
     ("rotary", 3, lambda s: s.double(), "sin has dtype torch.float64"),
+    ("cache_write", 0, lambda k: k.double(), "key has dtype torch.float64"),
+    ("cache_write", 0, lambda k: k[0], r"key has shape \[2, 6\]; \[tokens, heads, head size\]"),
+    ("cache_write", 1, lambda v: v[:, :1], r"value has shape \[3, 1, 5\]; \[3, 2, head size\]"),
+    ("cache_write", 1, lambda v: v.half(), "value has dtype torch.float16; the key's"),
+    ("cache_write", 2, lambda k: k[..., :5], r"keys has shape \[4, 8, 2, 5\]; a contiguous \[blocks, size, 2, 6\]"),
+    ("cache_write", 3, lambda v: v[1:], r"values has shape \[3, 8, 2, 5\]; it must have the blocks of keys"),
+    ("cache_write", 4, lambda s: s.int(), r"slots is torch.int32 \[3\]; a contiguous int64 \[3\]"),
+    ("cache_write", 4, lambda s: s[1:], r"slots is torch.int64 \[2\]"),
     ("paged_attention", 0, lambda q: q.double(), "query has dtype torch.float64"),
     ("paged_attention", 0, lambda q: q[0], r"query has shape \[4, 8\]; it must be \[T, H, D\]"),
     ("paged_attention", 0, lambda q: q[:, :3], "query has 3 heads; it must be a multiple of the keys' 2"),

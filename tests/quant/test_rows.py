@@ -1,4 +1,4 @@
-"""Norms, gated products, rotary embeddings: kernels, references, float64, torch's own, calls past the dispatcher."""
+"""Norms, gated products, rotary embeddings, rows for a cache: kernels, references, torch's own, direct calls."""
 
 from __future__ import annotations
 
@@ -103,6 +103,30 @@ def test_rotation_in_place_refuses_what_it_cannot_turn() -> None:
         direct_rows.rotate(query, key, angles.half(), angles)
     with pytest.raises(ShapeError, match="sin is on meta"):
         direct_rows.rotate(query, key, angles, angles.to("meta"))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("sizes", [(1, 1, 1, 1), (3, 2, 6, 5), (130, 4, 64, 64), (0, 2, 4, 4)])
+def test_cache_rows_go_to_their_slots(
+    sizes: tuple[int, int, int, int], dtype: torch.dtype, generator: torch.Generator
+) -> None:
+    T, G, D, E = sizes
+    key, value = (torch.randn(T, G, size, generator=generator).to(dtype) for size in (D, E))
+    stores = [torch.randn(T + 2, 2, G, size, generator=generator).to(dtype) for size in (D, E)]
+    slots = torch.randperm(2 * T + 4, generator=generator)[:T]
+    if T > 2:
+        slots[0], slots[1] = -1, 2 * T + 4  # in no block: left out
+    expected = [store.clone() for store in stores]
+    for t, slot in enumerate(slots.tolist()):
+        if 0 <= slot < 2 * T + 4:
+            for store, rows in zip(expected, (key, value), strict=True):
+                store.view(-1, *store.shape[2:])[slot] = rows[t]
+    spread = [tensor.transpose(0, 1).contiguous().transpose(0, 1) for tensor in (key, value)]
+    for write in (ops.cache_write, reference.cache_write, direct_rows.cache_write):
+        for rows in ((key, value), spread):
+            found = [store.clone() for store in stores]
+            write(*rows, *found, slots)
+            assert all(map(operands.same_bits, found, expected)), write
 
 
 def test_threads_change_nothing(generator: torch.Generator) -> None:
