@@ -42,10 +42,14 @@ class Workspace(threading.local):
 
     def at_least(self, size: int) -> int:
         """The address of at least `size` bytes."""
+        return self.tensor(size).data_ptr()
+
+    def tensor(self, size: int) -> torch.Tensor:
+        """At least `size` bytes. Who keeps it may go on using it when another call has got a larger one."""
         if self._tensor.numel() < size:
             with torch.inference_mode(False):
                 self._tensor = torch.empty(size, dtype=torch.uint8, device="cpu")
-        return self._tensor.data_ptr()
+        return self._tensor
 
     @property
     def nbytes(self) -> int:
@@ -90,11 +94,11 @@ class Direct:
         """
         self._kernels = native.kernels("cpu")
         self._function = getattr(self._kernels.library, entry)
-        self._entry = entry
+        self.entry = entry
         self.options = (fields.get("threshold"), fields.get("outlier_rule"))
         """What calls must have in common, beside x, to be made together."""
         self._struct = native.STRUCTS[entry]
-        self._rows, self._columns = shape
+        self.rows, self.columns = shape
         bias_dtype = 0 if bias is None else native.DTYPE_CODES[bias.dtype]
         self._template = native.filled(entry, N=shape[0], K=shape[1], bias=bias, bias_dtype=bias_dtype, **fields)
         self._tensors = tuple(value for value in fields.values() if isinstance(value, torch.Tensor))  # kept alive
@@ -113,26 +117,32 @@ class Direct:
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """x [..., K] float32, float16 or bfloat16 -> [..., N]. Raises ShapeError."""
-        K = self._columns
+        K = self.columns
         if x.dim() == 0 or x.shape[-1] != K or x.dtype not in native.DTYPE_CODES:
-            arguments.check_linear(x, (self._rows, K), None, x)
+            arguments.check_linear(x, (self.rows, K), None, x)
         x = native.ready(x)
-        out = x.new_empty((*x.shape[:-1], self._rows))
-        M = _row_count(x)
-        args = self._struct.from_buffer_copy(self._template)
-        args.x, args.x_dtype, args.M, args.out = x.data_ptr(), native.DTYPE_CODES[x.dtype], M, out.data_ptr()
+        out = x.new_empty((*x.shape[:-1], self.rows))
+        args = self.arguments_for(x, out)
         call = args.call
-        call.threads = threads = native.thread_count()
-        call.batch_invariant = native.batch_invariant()
-        key = (M, x.dtype, threads)
+        key = (args.M, x.dtype, call.threads)
         size = self._workspace_bytes.get(key)
         if size is None:
-            size = _remember(self._workspace_bytes, key, self._kernels.workspace_bytes(self._entry, args))
+            size = _remember(self._workspace_bytes, key, self._kernels.workspace_bytes(self.entry, args))
         call.workspace, call.workspace_bytes = WORKSPACE.at_least(size), size
         status = self._function(ctypes.byref(args))
         if status:
-            self._kernels.check_status(self._entry, status)
+            self._kernels.check_status(self.entry, status)
         return out
+
+    def arguments_for(self, x: torch.Tensor, out: torch.Tensor) -> Any:
+        """The struct for contiguous x [..., K] of a known dtype and out [..., N], all but the workspace."""
+        args: Any = self._struct.from_buffer_copy(self._template)
+        args.x, args.x_dtype, args.M = x.data_ptr(), native.DTYPE_CODES[x.dtype], _row_count(x)
+        args.out = out.data_ptr()
+        call = args.call
+        call.threads = native.thread_count()
+        call.batch_invariant = native.batch_invariant()
+        return args
 
 
 class DirectGroup:
@@ -142,10 +152,10 @@ class DirectGroup:
         """`parts` as may_be_grouped() accepts them."""
         first = parts[0]
         self._kernels = first._kernels
-        self._entry = f"{first._entry}_group"
+        self._entry = f"{first.entry}_group"
         self._function = getattr(self._kernels.library, self._entry)
         self._parts = tuple(parts)  # their tensors stay alive
-        self._rows, self._columns = [part._rows for part in parts], first._columns
+        self._rows, self._columns = [part.rows for part in parts], first.columns
         self._struct = first._struct * len(parts)
         self._template = b"".join(bytes(part._template) for part in parts)
         self._workspace_bytes: _Sizes = {}
@@ -153,8 +163,8 @@ class DirectGroup:
     @staticmethod
     def may_be_grouped(parts: Sequence[Direct]) -> bool:
         """Whether they are of one entry, size of x and options, and not too many."""
-        kinds = {(part._entry, part._columns, *part.options) for part in parts}
-        return len(kinds) == 1 and len(parts) <= native.MAX_GROUP and parts[0]._entry in native.GROUPS
+        kinds = {(part.entry, part.columns, *part.options) for part in parts}
+        return len(kinds) == 1 and len(parts) <= native.MAX_GROUP and parts[0].entry in native.GROUPS
 
     def __call__(self, x: torch.Tensor) -> list[torch.Tensor]:
         """x [..., K] -> one [..., N] for each weight. Raises ShapeError."""

@@ -8,7 +8,7 @@ sizes and options, which most layers share; a layer's call adds its pointers and
 from __future__ import annotations
 
 import ctypes
-from typing import Final
+from typing import Any, Final
 
 import torch
 
@@ -42,15 +42,34 @@ class DirectAttention:
         keys, values, sinks = native.ready(keys), native.ready(values), native.ready_or_none(sinks)
         if query.stride(2) != 1 or query.data_ptr() % query.element_size():
             query = query.clone(memory_format=torch.contiguous_format)
+        out = query.new_empty((query.shape[0], query.shape[1], values.shape[3]))
+        status = self._function(
+            ctypes.byref(self.arguments_for(query, keys, values, out, scale, window, softcap, sinks))
+        )
+        if status:
+            self._kernels.check_status(_ENTRY, status)
+        return out
+
+    def arguments_for(
+        self,
+        query: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        out: torch.Tensor,
+        scale: float,
+        window: int,
+        softcap: float,
+        sinks: torch.Tensor | None,
+    ) -> Any:
+        """The struct of such a call, good until the next one; all but `query` contiguous. Raises ShapeError."""
         threads = native.thread_count()
         stores = (keys.shape, values.shape, keys.dtype, values.dtype)
         of_sinks = None if sinks is None else (sinks.shape, sinks.dtype)
         key = (query.shape, query.dtype, stores, scale, window, softcap, of_sinks, threads)  # what the checks look at
-        args = self._prepared.get(key)
+        args: Any = self._prepared.get(key)
         if args is None:
             args = self._prepare(query, keys, values, scale, window, softcap, sinks, threads)
             self._prepared[key] = args
-        out = query.new_empty((query.shape[0], query.shape[1], values.shape[3]))
         args.query = query.data_ptr()
         args.query_row_stride, args.query_head_stride, _ = query.stride()
         args.keys, args.values, args.out = keys.data_ptr(), values.data_ptr(), out.data_ptr()
@@ -58,10 +77,7 @@ class DirectAttention:
             args.sinks = sinks.data_ptr()
         call = args.call
         call.workspace = WORKSPACE.at_least(call.workspace_bytes)
-        status = self._function(ctypes.byref(args))
-        if status:
-            self._kernels.check_status(_ENTRY, status)
-        return out
+        return args
 
     def _prepare(
         self,

@@ -121,14 +121,17 @@ class Weight4bit(PackedModule):
     def direct_for(self, x: torch.Tensor) -> Direct | None:
         if x.dtype is not self.compute_dtype:
             return None
-        return self._direct_call("absmax", self._parameters.get("bias"))
+        return self._direct_now(self._parameters.get("bias"))
+
+    def _direct_now(self, bias: torch.Tensor | None) -> Direct | None:
+        if self._direct_activations != self.activations:
+            self._direct = None
+        return self._direct_call("absmax", bias)
 
     def multiply(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         given, compute_dtype = x.dtype, self.compute_dtype
         if is_direct(x):
-            if self._direct_activations != self.activations:
-                self._direct = None
-            direct = self._direct_call("absmax", bias)
+            direct = self._direct_now(bias)
             if direct is not None:
                 return direct(x) if given is compute_dtype else direct(x.to(compute_dtype)).to(given)
         codes, absmax, nested_absmax, offset = self.operands()

@@ -32,7 +32,7 @@ class Siblings:
     def __call__(self, x: torch.Tensor) -> list[torch.Tensor]:
         """What each layer gives for x, bit for bit."""
         if is_direct(x):
-            directs = [_direct_of(layer, x) for layer in self.layers]
+            directs = [direct_of(layer, x) for layer in self.layers]
             if directs != self._directs:  # by identity: a layer makes a new one where its tensors changed
                 self._directs = directs
                 self._group = _group_of(directs)
@@ -49,7 +49,7 @@ def multiplied_together(owner: nn.Module, layers: tuple[nn.Module, ...], x: torc
     return siblings(x)
 
 
-def _direct_of(layer: nn.Module, x: torch.Tensor) -> Direct | None:
+def direct_of(layer: nn.Module, x: torch.Tensor) -> Direct | None:
     """The layer's own call; None where it has none, or would do more than call it."""
     if not isinstance(layer, PackedModule) or layer._forward_hooks or layer._forward_pre_hooks:
         return None
