@@ -27,7 +27,7 @@ import torch
 from torch.nn import functional as F
 from transformers import AttentionInterface
 
-from quant import formats, ops
+from quant import direct_rows, formats, ops
 from quant.direct import is_direct
 from quant.direct_attention import DirectAttention
 from server.records import KV_BLOCK_TOKENS
@@ -120,6 +120,9 @@ class PagedCache:
         self.block_tokens = block_tokens
         self.keys = [_store(layer, layer.key_dim, blocks, block_tokens) for layer in layers]
         self.values = [_store(layer, layer.value_dim, blocks, block_tokens) for layer in layers]
+        kinds = {store.dtype if store.is_cpu else None for store in self.tensors}
+        self.cpu_dtype: torch.dtype | None = kinds.pop() if len(kinds) == 1 else None
+        """The one dtype of a cache that is all on the CPU; else None."""
 
     @property
     def tensors(self) -> list[torch.Tensor]:
@@ -180,14 +183,26 @@ class PagedBatch:
     _masks: dict[tuple[int, int | None, torch.device], torch.Tensor] = field(default_factory=dict)
 
     def attend(self, call: Call) -> torch.Tensor:
-        keys, values = self.cache.keys[self.calls], self.cache.values[self.calls]
-        self.calls += 1
+        keys, values = self.next_stores()
         slots = self.slots if self.slots.device == keys.device else self.slots.to(keys.device)
-        _write(keys, slots, call.key)
-        _write(values, slots, call.value)
+        if is_direct(call.key) and self.is_direct(call.key.dtype):
+            direct_rows.cache_write(call.key.transpose(0, 1), call.value.transpose(0, 1), keys, values, slots)
+        else:
+            _write(keys, slots, call.key)
+            _write(values, slots, call.value)
         if keys.device.type == "cpu" and keys.dtype in formats.VALUE_DTYPES and call.query.dtype == keys.dtype:
             return self.attend_at_once(call, keys, values)
         return self.attend_in_torch(call, keys, values)
+
+    def next_stores(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """The keys and values of the layer whose turn it is."""
+        keys, values = self.cache.keys[self.calls], self.cache.values[self.calls]
+        self.calls += 1
+        return keys, values
+
+    def is_direct(self, dtype: torch.dtype) -> bool:
+        """Whether layers that compute in `dtype` may use `direct_arguments` and the stores' addresses."""
+        return self.cache.cpu_dtype is dtype and dtype in formats.VALUE_DTYPES
 
     def attend_in_torch(self, call: Call, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
         """Sequence by sequence, over one layer's stores as they are now."""
@@ -196,25 +211,48 @@ class PagedBatch:
 
     def attend_at_once(self, call: Call, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
         """All sequences in one call of quant's kernel; the same."""
-        if self._tables is None:
-            self._tables = _Tables.of(self.segments)
         query = call.query.transpose(0, 1)
         if is_direct(query):
-            if self._direct is None:
-                self._direct = DirectAttention(self._tables.blocks, self._tables.offsets, self._tables.starts)
-            return self._direct(query, keys, values, call.scale, call.window or 0, call.softcap or 0.0, call.sinks)
+            return self._direct_call()(
+                query, keys, values, call.scale, call.window or 0, call.softcap or 0.0, call.sinks
+            )
+        tables = self._own_tables()
         return ops.paged_attention(
             query,
             keys,
             values,
-            self._tables.blocks,
-            self._tables.offsets,
-            self._tables.starts,
+            tables.blocks,
+            tables.offsets,
+            tables.starts,
             call.scale,
             call.window or 0,
             call.softcap or 0.0,
             call.sinks,
         )
+
+    def direct_arguments(
+        self,
+        query: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        out: torch.Tensor,
+        scale: float,
+        window: int | None,
+        softcap: float | None,
+    ) -> Any:
+        """The struct of the kernel's call, good until the next: query [T, H, D], a layer's stores, out [T, H, E]."""
+        return self._direct_call().arguments_for(query, keys, values, out, scale, window or 0, softcap or 0.0, None)
+
+    def _direct_call(self) -> DirectAttention:
+        if self._direct is None:
+            tables = self._own_tables()
+            self._direct = DirectAttention(tables.blocks, tables.offsets, tables.starts)
+        return self._direct
+
+    def _own_tables(self) -> _Tables:
+        if self._tables is None:
+            self._tables = _Tables.of(self.segments)
+        return self._tables
 
     def _attend_segment(self, call: Call, index: int, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
         segment = self.segments[index]

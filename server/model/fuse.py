@@ -25,6 +25,7 @@ from quant import direct_rows, formats
 from quant.direct import is_direct
 from quant.siblings import multiplied_together
 from server.model.fuse_attention import FusedAttention, is_attention
+from server.model.fuse_layer import LAYER_PARTS, FusedLayer, is_layer
 
 log = logging.getLogger(__name__)
 
@@ -67,8 +68,19 @@ def fuse(model: nn.Module) -> int:
         if mixin is not None:
             module.__class__ = _fused(mixin, kind)
             count += 1
+    for module in model.modules():
+        if not isinstance(module, FusedLayer) and _has_fused_parts(module) and is_layer(module):
+            kind = type(module)
+            module.__class__ = _fused(FusedLayer, kind)
+            count += 1
     log.info("%d modules of %s run on kernels of their own", count, type(model).__name__)
     return count
+
+
+def _has_fused_parts(module: nn.Module) -> bool:
+    """Whether its parts, if it has those of a layer, are the fused ones."""
+    kinds = dict(zip(LAYER_PARTS, (FusedNorm, FusedAttention, FusedNorm, FusedMLP), strict=True))
+    return _is_plain(module) and all(isinstance(module._modules.get(name), kind) for name, kind in kinds.items())
 
 
 def _mixin_for(module: nn.Module, dtype: torch.dtype | None) -> type[nn.Module] | None:

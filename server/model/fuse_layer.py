@@ -1,0 +1,181 @@
+"""Whole decoder layers of transformers' models in one call, for the few rows of a decode step.
+
+A layer that is attention and a gated MLP, each after a norm and each added to what it was given, has a dozen calls once
+its parts are fused (fuse.py, fuse_attention.py), and Python between them takes as long as small matmuls do. A fused
+layer keeps its object, parts and names; where all of it may go past torch, for at most `quant.chain.MOST_ROWS` rows, it
+goes as one chain of calls. Every other call is transformers' own, over the fused parts; the bits are the same.
+
+Nothing is believed by name: a class is fused where its forward, run on stand-ins for its four parts, is
+x + attention(norm(x)) and then x + mlp(norm(x)), bit for bit. Not here: the chain (quant/chain.py).
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, Final
+
+import torch
+from torch import nn
+
+from quant import native
+from quant.chain import MOST_ROWS, Chain
+from quant.direct import Direct, is_direct
+from quant.errors import ShapeError
+from quant.siblings import direct_of
+from server.model.attention import CONTEXT_ARGUMENT, PagedBatch
+
+LAYER_PARTS: Final = ("input_layernorm", "self_attn", "post_attention_layernorm", "mlp")
+_PROJECTIONS: Final = {
+    "self_attn": ("q_proj", "k_proj", "v_proj", "o_proj"),
+    "mlp": ("gate_proj", "up_proj", "down_proj"),
+}
+_HIDDEN: Final = 64
+_SEED: Final = 22
+_CHAINS_KEPT: Final = 4
+"""For numbers of rows; a batch that grows or shrinks by one meets them again."""
+
+
+class FusedLayer(nn.Module):
+    """Llama's decoder layer under any name, of parts that are fused; comes before the class of transformers."""
+
+    def forward(self, hidden_states: torch.Tensor, *positional: Any, **named: Any) -> Any:
+        context: Any = named.get(CONTEXT_ARGUMENT)
+        angles: Any = named.get("position_embeddings")
+        if (
+            not positional
+            and isinstance(context, PagedBatch)
+            and _may_be_chained(hidden_states, angles, named, context)
+        ):
+            chain = _chain_for(self, hidden_states)
+            if chain is not None:
+                return chain(hidden_states, angles, context)
+        return super().forward(hidden_states, *positional, **named)
+
+
+def _may_be_chained(hidden_states: torch.Tensor, angles: Any, named: dict[str, Any], context: PagedBatch) -> bool:
+    """Whether a call is one packed row of few tokens, with angles for each, and nothing else to heed."""
+    if hidden_states.dim() != 3 or hidden_states.shape[0] != 1 or not 1 <= hidden_states.shape[1] <= MOST_ROWS:
+        return False
+    if not is_direct(hidden_states) or not hidden_states.is_contiguous() or not context.is_direct(hidden_states.dtype):
+        return False
+    if any(named.get(name) is not None for name in ("attention_mask", "cache", "past_key_values")):
+        return False
+    return isinstance(angles, tuple) and all(
+        angle.dtype is hidden_states.dtype and angle.shape[:2] == hidden_states.shape[:2] and angle.is_contiguous()
+        for angle in angles
+    )
+
+
+class _LayerChain:
+    """One layer's calls for a number of rows."""
+
+    def __init__(self, layer: nn.Module, directs: tuple[Direct, ...], rows: int, dtype: torch.dtype) -> None:
+        parts: Any = layer._modules
+        attention, first, second = parts["self_attn"], parts["input_layernorm"], parts["post_attention_layernorm"]
+        q, k, v, o, gate, up, down = directs
+        self._options, self._head_dim = attention.__dict__["_options"], attention.head_dim
+        self._chain = chain = Chain(rows, dtype)
+        self._norm, x = chain.rms_norm(None, first.weight, first.variance_epsilon)
+        query, key, value = chain.linear(x, [q, k, v])
+        if "q_norm" in attention._modules:
+            query, key = self._normed(attention.q_norm, query), self._normed(attention.k_norm, key)
+        self._query, key = (rows_.view(rows, -1, self._head_dim) for rows_ in (query, key))
+        value = value.view(rows, key.shape[1], -1)
+        self._rotary = chain.rotary(self._query, key)
+        self._write = chain.cache_write(key, value)
+        self._attention, self._attended = chain.attention(self._query.shape[1], value.shape[2])
+        self._first_sum, hidden = chain.add(None, *chain.linear(self._attended.flatten(1), [o]))
+        _, x = chain.rms_norm(hidden, second.weight, second.variance_epsilon)
+        (product,) = chain.linear(chain.swiglu(*chain.linear(x, [gate, up])), [down])
+        self._last_sum, _ = chain.add(hidden, product)
+        chain.ready()
+        self._stored = (key.shape[1:], value.shape[1:])
+
+    def _normed(self, norm: Any, heads: torch.Tensor) -> torch.Tensor:
+        _, out = self._chain.rms_norm(heads.view(-1, self._head_dim), norm.weight, norm.variance_epsilon)
+        return out.view(heads.shape)
+
+    def __call__(
+        self, hidden_states: torch.Tensor, angles: tuple[torch.Tensor, torch.Tensor], context: PagedBatch
+    ) -> torch.Tensor:
+        """[1, rows, hidden] -> the same. Raises ShapeError where the cache or the angles do not fit this layer."""
+        keys, values = context.next_stores()
+        found = (keys.shape[2:], values.shape[2:], angles[0].shape[2], angles[1].shape[2], context.slots.shape[0])
+        if found != (*self._stored, self._head_dim, self._head_dim, self._chain.rows):
+            raise ShapeError(
+                f"the cache's keys and values, the angles and the slots have sizes {found}; "
+                f"{(*self._stored, self._head_dim, self._head_dim, self._chain.rows)} are needed"
+            )
+        out = torch.empty_like(hidden_states)
+        self._norm.x = self._first_sum.a = hidden_states.data_ptr()
+        self._last_sum.out = out.data_ptr()
+        self._rotary.cos, self._rotary.sin = angles[0].data_ptr(), angles[1].data_ptr()
+        write = self._write
+        write.slots, write.slot_count = context.slots.data_ptr(), keys.shape[0] * keys.shape[1]
+        write.keys, write.values = keys.data_ptr(), values.data_ptr()
+        options = self._options
+        args = context.direct_arguments(
+            self._query, keys, values, self._attended, options.scale, options.window, options.softcap
+        )
+        self._chain.set_step(self._attention, args)
+        self._chain.run()
+        return out
+
+
+def _chain_for(layer: nn.Module, hidden_states: torch.Tensor) -> _LayerChain | None:
+    """The layer's chain for such rows, as long as its tensors are where they were; None where a part has no call."""
+    parts: Any = layer._modules
+    if any(part._forward_hooks or part._forward_pre_hooks or "forward" in vars(part) for part in parts.values()):
+        return None
+    directs = tuple(
+        direct_of(parts[owner]._modules[name], hidden_states) for owner, names in _PROJECTIONS.items() for name in names
+    )
+    norms = tuple(parts[name]._parameters["weight"] for name in ("input_layernorm", "post_attention_layernorm"))
+    _, rows, hidden = hidden_states.shape
+    settings = (rows, hidden_states.dtype, native.thread_count(), native.batch_invariant())
+    key = (settings, directs, *(norm.data_ptr() for norm in norms))
+    chains: dict[Any, _LayerChain] = layer.__dict__.setdefault("_chains", {})
+    chain = chains.get(key)
+    if chain is None:
+        calls = tuple(direct for direct in directs if direct is not None)
+        if len(calls) < len(directs) or any(norm.dtype is not hidden_states.dtype for norm in norms):
+            return None
+        if norms[0].shape[0] != hidden:
+            return None
+        if len(chains) >= _CHAINS_KEPT:
+            del chains[next(iter(chains))]
+        chain = chains[key] = _LayerChain(layer, calls, rows, hidden_states.dtype)
+    return chain
+
+
+def is_layer(module: nn.Module) -> bool:
+    """Whether a module of fused parts is what FusedLayer computes."""
+    if tuple(sorted(module._modules)) != tuple(sorted(LAYER_PARTS)) or module._parameters or module._buffers:
+        return False
+    kind: Any = type(module)
+    return _adds_its_parts(kind)
+
+
+@functools.cache
+def _adds_its_parts(kind: Any) -> bool:
+    """Whether a class's forward looks at nothing but its four parts, and hands on what it is given."""
+    x, a, b, c = torch.randn(4, 1, 3, _HIDDEN, generator=torch.Generator().manual_seed(_SEED)).unbind()
+    angles, context, seen = (x, x), object(), []
+
+    def attention(hidden_states: torch.Tensor, **named: Any) -> tuple[torch.Tensor, None]:
+        seen.append(named)
+        return hidden_states * b, None
+
+    layer = kind.__new__(kind)  # transformers' layers ask for their own class
+    nn.Module.__init__(layer)
+    stand_ins: list[Any] = [lambda y: y * a, attention, lambda y: y * c, torch.tanh]
+    vars(layer).update(zip(LAYER_PARTS, stand_ins, strict=True))
+    try:
+        found = layer.forward(x, attention_mask=None, position_embeddings=angles, **{CONTEXT_ARGUMENT: context})
+    except (AttributeError, TypeError, RuntimeError, ValueError):
+        return False
+    hands_on = (
+        len(seen) == 1 and seen[0].get("position_embeddings") is angles and seen[0].get(CONTEXT_ARGUMENT) is context
+    )
+    middle = x + x * a * b
+    return hands_on and isinstance(found, torch.Tensor) and torch.equal(found, middle + torch.tanh(middle * c))

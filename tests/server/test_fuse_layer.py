@@ -1,0 +1,211 @@
+"""Decoder layers in one call: the bits of their parts in calls of their own; what is not known is left alone."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from torch import nn
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
+
+import quant
+from quant import BitsAndBytesConfig, Linear4bit, Linear8bit
+from quant.chain import Chain
+from server.model import fuse_layer
+from server.model.attention import ATTENTION_NAME, register
+from server.model.batch import Batch, Chunk
+from server.model.fuse import fuse
+from server.model.fuse_layer import FusedLayer
+from server.model.runner import PagedRunner
+from tests.server.test_fuse_attention import DRAW, all_logits, runner_of
+from tests.tiny_models import VOCABULARY, tiny_model
+
+LAYERS = {"llama": 2, "mistral": 2, "qwen3": 2, "gemma3_text": 0, "mixtral": 0, "phi3": 0, "gpt2": 0}
+BF16 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": torch.bfloat16}
+CONFIGS = {
+    "nf4-dq": BitsAndBytesConfig(**BF16, bnb_4bit_use_double_quant=True),
+    "nf4-int8": BitsAndBytesConfig(**BF16, bnb_4bit_activations="int8"),
+    "int8": BitsAndBytesConfig(load_in_8bit=True),
+}
+
+
+def packed(
+    architecture: str, config: BitsAndBytesConfig, dtype: torch.dtype = torch.bfloat16
+) -> transformers.PreTrainedModel:
+    kind: Any = Linear8bit if config.load_in_8bit else Linear4bit
+    model = tiny_model(architecture).to(dtype)
+    for name, module in list(model.named_modules()):
+        if type(module) is nn.Linear and "lm_head" not in name:
+            model.set_submodule(name, kind.from_float(module, config))
+    return model
+
+
+def fused_layers(model: nn.Module) -> list[FusedLayer]:
+    return [module for module in model.modules() if isinstance(module, FusedLayer)]
+
+
+@pytest.fixture
+def runs(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The rows of each chain that runs."""
+    seen: list[int] = []
+    original = Chain.run
+
+    def run(self: Chain) -> None:
+        seen.append(self.rows)
+        original(self)
+
+    monkeypatch.setattr(Chain, "run", run)
+    return seen
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+@pytest.mark.parametrize("architecture", LAYERS)
+def test_a_chained_model_gives_the_same_bits(
+    architecture: str, config: str, runs: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = packed(architecture, CONFIGS[config])
+    runner = runner_of(model)
+    assert len(fused_layers(model)) == LAYERS[architecture]
+    runs.clear()
+    found = all_logits(runner)
+    assert runs == [rows for rows in (4, 9, 2) for _ in range(LAYERS[architecture])]
+    monkeypatch.setattr(fuse_layer, "MOST_ROWS", 0)
+    assert torch.equal(all_logits(runner), found)
+    assert len(runs) == 3 * LAYERS[architecture]
+
+
+def test_in_float32_too(runs: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=torch.float32)
+    runner = runner_of(packed("llama", config, torch.float32))
+    runs.clear()
+    found = all_logits(runner)
+    assert runs
+    monkeypatch.setattr(fuse_layer, "MOST_ROWS", 0)
+    assert torch.equal(all_logits(runner), found)
+
+
+def test_batches_of_many_sizes_use_few_chains(runs: list[int]) -> None:
+    model = packed("llama", CONFIGS["nf4-dq"])
+    runner = runner_of(model)
+    prompt = [5, 77, 9, 130, 8, 8, 310, 44, VOCABULARY - 1, 12]
+    whole = runner.logits(Batch((Chunk("a", tuple(prompt), 0, (1,), DRAW),)))
+    for rows in (1, 2, 3, 4, 5, 6, 1):
+        runner.logits(Batch((Chunk("b", tuple(prompt[:rows]), 0, (2,), DRAW),)))
+    assert set(runs) >= {1, 2, 3, 4, 5, 6, 10}
+    again = runner.logits(Batch((Chunk("a", tuple(prompt), 0, (3,), DRAW),)))
+    assert torch.equal(again, whole)
+    assert all(len(layer.__dict__["_chains"]) <= 4 for layer in fused_layers(model))
+
+
+def step(runner: PagedRunner) -> torch.Tensor:
+    return runner.logits(Batch((Chunk("a", (5, 77, 9), 0, (1,), DRAW),)))
+
+
+def test_what_a_layer_holds_may_change(runs: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """New weights, norms, settings: the next step is that of the model as it is."""
+    model = packed("llama", CONFIGS["nf4-dq"])
+    runner = runner_of(model)
+    layer: Any = fused_layers(model)[0]
+
+    def changed(before: torch.Tensor) -> torch.Tensor:
+        runs.clear()
+        found = step(runner)
+        assert runs
+        assert not torch.equal(found, before)
+        with monkeypatch.context() as patch:
+            patch.setattr(fuse_layer, "MOST_ROWS", 0)
+            assert torch.equal(step(runner), found)
+        return found
+
+    logits = step(runner)
+    layer.mlp.up_proj.quantize(torch.randn(layer.mlp.up_proj.matrix_shape).bfloat16() * 0.3)
+    logits = changed(logits)
+    layer.input_layernorm.weight = nn.Parameter(layer.input_layernorm.weight * 1.5)
+    logits = changed(logits)
+    with torch.no_grad():
+        layer.post_attention_layernorm.weight.mul_(0.5)
+    logits = changed(logits)
+    layer.self_attn.o_proj.activations = "int8"
+    logits = changed(logits)
+    model.model.layers[0].mlp.down_proj = Linear8bit.from_float(
+        nn.Linear(layer.mlp.down_proj.matrix_shape[1], layer.mlp.down_proj.matrix_shape[0], bias=False).bfloat16(),
+        CONFIGS["int8"],
+    )
+    changed(logits)
+
+
+def test_batch_invariance_is_heeded_from_step_to_step(runs: list[int], batch_invariant: Any) -> None:
+    runner = runner_of(packed("llama", CONFIGS["nf4-dq"]))
+
+    def first_row() -> tuple[torch.Tensor, torch.Tensor]:
+        return tuple(  # type: ignore[return-value]
+            runner.logits(Batch(tuple(Chunk(str(i), (5,), 0, (i,), DRAW) for i in range(rows))))[0] for rows in (1, 4)
+        )
+
+    step(runner)
+    first_row()  # chains that know nothing of it
+    quant.set_batch_invariant(True)
+    one, four = first_row()
+    assert torch.equal(one, four)
+    assert runs
+
+
+@pytest.mark.parametrize("which", ["hook", "linear", "adapter", "forward"])
+def test_a_layer_that_does_more_goes_its_own_way(which: str, runs: list[int]) -> None:
+    model = packed("llama", CONFIGS["nf4-dq"])
+    runner = runner_of(model)
+    layer: Any = fused_layers(model)[0]
+    calls: list[str] = []
+    if which == "hook":
+        layer.mlp.register_forward_hook(lambda *_: calls.append("hook"))
+    elif which == "linear":
+        N, K = layer.mlp.up_proj.matrix_shape
+        layer.mlp.up_proj = nn.Linear(K, N, bias=False, dtype=torch.bfloat16)
+    elif which == "adapter":
+        inner = layer.mlp.gate_proj
+        layer.mlp.gate_proj = nn.Sequential(inner)
+    else:
+        forward = layer.mlp.down_proj.forward
+        layer.mlp.down_proj.forward = lambda x: (calls.append("forward"), forward(x))[1]
+    runs.clear()
+    step(runner)
+    assert len(runs) == 1, "the other layer"
+    assert calls == ([which] if which in ("hook", "forward") else [])
+
+
+class Doubled(LlamaDecoderLayer):
+    def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        return super().forward(hidden_states * 2, *args, **kwargs)
+
+
+class Parallel(LlamaDecoderLayer):
+    """Attention and MLP beside each other."""
+
+    def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        attended, _ = self.self_attn(self.input_layernorm(hidden_states), *args, **kwargs)
+        return hidden_states + attended + self.mlp(self.post_attention_layernorm(hidden_states))
+
+
+class Forgetful(LlamaDecoderLayer):
+    """Which does not hand on the context."""
+
+    def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        return super().forward(hidden_states, position_embeddings=kwargs["position_embeddings"])
+
+
+@pytest.mark.parametrize("kind", [Doubled, Parallel, Forgetful, LlamaDecoderLayer])
+def test_only_what_adds_its_parts_is_fused(kind: Any) -> None:
+    register()
+    config = transformers.LlamaConfig(
+        hidden_size=32, intermediate_size=64, num_attention_heads=4, num_key_value_heads=2, attn_implementation="eager"
+    )
+    config._attn_implementation = ATTENTION_NAME
+    layer = kind(config, 0)
+    fuse(layer)
+    assert isinstance(layer, FusedLayer) == (kind is LlamaDecoderLayer)
+    layer = kind(config, 0)
+    layer.register_parameter("scale", nn.Parameter(torch.ones(1)))
+    fuse(layer)
+    assert not isinstance(layer, FusedLayer)
