@@ -29,6 +29,7 @@
 #include "clones.h"
 #include "decode4.h"
 #include "decoded.h"
+#include "fetch.h"
 #include "floats.h"
 #include "formats.h"
 #include "halfbyte.h"
@@ -50,7 +51,6 @@ struct Decoded {
     static constexpr int kRows = Isa::kRows;  // rows of x that meet kWeightRows weight rows in registers, at most
     // Values of a row that are worked on before the next rows: x and the tile then stay in the first cache.
     static constexpr int64_t kStretch = 2048 / static_cast<int64_t>(sizeof(Value));
-    static constexpr int64_t kPrefetchBytes = 6144;
     static constexpr int kRowsBySums = 3;  // from four on, scaling their sums costs more than scaling the tables
 
     static HB_INLINE Table table_of(int64_t format) {
@@ -126,8 +126,7 @@ struct Decoded {
         const size_t block_bytes = static_cast<size_t>(a.weight.blocksize / kCodes);
         const uint8_t* const packed = a.weight.codes + static_cast<size_t>(n) * row_bytes;
         const Value* const x = static_cast<const Value*>(job.x);
-        // The rows lie one behind the other: what is ahead is fetched in the order of memory, not of use.
-        const uint8_t* fetched = packed + (kPrefetchBytes / (kWeightRows * row_bytes) + 1) * kWeightRows * row_bytes;
+        const uint8_t* fetched = packed + fetch_distance(kWeightRows, static_cast<int64_t>(row_bytes));
         Sums<Rows> sums, block;
         sums.clear();
         const size_t blocks = row_bytes / block_bytes;
@@ -143,8 +142,7 @@ struct Decoded {
             }
             const size_t end = at + block_bytes;
             for (; at < end; at += kGroup / kCodes) {
-                for (int64_t i = 0; i < kGroup / kCodes * kWeightRows; i += 64, fetched += 64)
-                    __builtin_prefetch(fetched);
+                for (int64_t i = 0; i < kGroup / kCodes * kWeightRows; i += 64, fetched += 64) fetch_line(fetched);
                 for (int i = 0; i < kWeightRows; ++i) {
                     Vector high, low;
                     Isa::decode(packed + static_cast<size_t>(i) * row_bytes + at, tables[i], high, low);

@@ -16,6 +16,7 @@
 #include <immintrin.h>
 #include <string.h>
 
+#include "fetch.h"
 #include "linear4_int8.h"
 
 namespace hb {
@@ -31,7 +32,6 @@ constexpr int64_t kGroupTile = kGroupValues * kInt8TileColumns;
 constexpr int64_t kStretch = 16;  // groups of a tile that are decoded at a time: 64 KiB
 constexpr int kManyRows = 4;
 constexpr int kWeightOffset = 128;
-constexpr int64_t kPrefetchBytes = 6144;
 
 HB_INLINE int64_t smaller(int64_t a, int64_t b) {
     return a < b ? a : b;
@@ -180,8 +180,7 @@ void few(const Int8Job& job, const FourRows& rows, float* out) {
     const __m512i table = unsigned_table(a.format);
     const int64_t row_bytes = a.K / 2, blocks = a.K / a.blocksize;
     const int shift = __builtin_ctzll(static_cast<unsigned long long>(a.blocksize / kGroupValues));
-    // The rows lie one behind the other: what is ahead is fetched in the order of memory, not of use.
-    const uint8_t* fetched = rows.packed[0] + (kPrefetchBytes / (4 * row_bytes) + 1) * 4 * row_bytes;
+    const uint8_t* fetched = rows.packed[0] + fetch_distance(4, row_bytes);
     __m128 totals[Rows];
     for (int r = 0; r < Rows; ++r) totals[r] = _mm_setzero_ps();
     for (int64_t group = 0; group < job.groups; group += 4) {
@@ -191,7 +190,7 @@ void few(const Int8Job& job, const FourRows& rows, float* out) {
             const __mmask64 there = bytes_mask(row_bytes - at);
             __m512i high[4], low[4];
             for (int i = 0; i < 4; ++i, fetched += 64) {
-                __builtin_prefetch(fetched);
+                fetch_line(fetched);
                 decode(_mm512_maskz_loadu_epi8(there, rows.packed[i] + at), table, high[i], low[i]);
             }
             for (int r = 0; r < Rows; ++r) {

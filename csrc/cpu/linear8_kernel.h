@@ -17,6 +17,7 @@
 #include <string.h>
 
 #include "clones.h"
+#include "fetch.h"
 #include "floats.h"
 #include "formats.h"
 #include "int8.h"
@@ -38,7 +39,6 @@ struct Linear8 {
 
     static constexpr int64_t kGroup = Isa::kGroup;  // codes multiplied by one instruction
     static constexpr int kRows = Isa::kRows;
-    static constexpr int64_t kPrefetchBytes = 6144;
 
     // --- rows of x ------------------------------------------------------------------------------------------------
 
@@ -97,7 +97,7 @@ struct Linear8 {
             typename Isa::Weights weights[kQuad];
             for (int n = 0; n < kQuad; ++n) weights[n] = Isa::load_weights(w + n * w_stride + k);
             if constexpr (IsFirst) {
-                for (int64_t i = 0; i < kQuad * kGroup; i += 64, ahead += 64) __builtin_prefetch(ahead);
+                for (int64_t i = 0; i < kQuad * kGroup; i += 64, ahead += 64) fetch_line(ahead);
                 if constexpr (Isa::kOffset != 0) {
                     for (int n = 0; n < kQuad; ++n) alone.at[0][n] = Isa::add(alone.at[0][n], weights[n]);
                 }
@@ -119,8 +119,7 @@ struct Linear8 {
         Sums<Rows> sums{};
         Sums<1> weights{};
         const int64_t whole = columns == kQuad ? (end - begin) / kGroup * kGroup : 0;
-        // The rows lie one behind the other: what is ahead is fetched in the order of memory, not of use, and once.
-        const int8_t* const ahead = w + (kPrefetchBytes / (kQuad * K) + 1) * kQuad * K + kQuad * begin;
+        const int8_t* const ahead = w + fetch_distance(kQuad, K) + kQuad * begin;
         multiply<Rows, IsFirst>(x + begin, x_stride, w + begin, K, whole, sums, weights, ahead);
         for (int64_t k = begin + whole; k < end; k += kGroup) {  // what is not a whole group of four rows: padded
             alignas(64) int8_t padded[kQuad][kGroup] = {};
