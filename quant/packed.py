@@ -51,6 +51,8 @@ class PackedModule(Offloadable):
     """The field of a config that asks for it."""
     checkpoint_names: ClassVar[tuple[str, ...]]
     """The names, without the module's prefix, that its weight has in a state_dict."""
+    direct_options: ClassVar[tuple[str, ...]]
+    """The attributes, beside its tensors, that a direct call is made with."""
     is_transposed_source = False
     """The layer stands for a Conv1D (GPT-2), whose unquantized files hold [in, out]."""
     _direct: Direct | None = None

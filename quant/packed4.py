@@ -23,6 +23,7 @@ class Weight4bit(PackedModule):
 
     flag = "load_in_4bit"
     checkpoint_names = NAMES_4BIT
+    direct_options = ("compute_dtype", "activations")
     absmax: torch.Tensor
     nested_absmax: torch.Tensor | None
     nested_offset: torch.Tensor | None

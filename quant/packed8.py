@@ -28,6 +28,7 @@ class Weight8bit(PackedModule):
 
     flag = "load_in_8bit"
     checkpoint_names = NAMES_8BIT
+    direct_options = ("has_fp16_weight", "threshold", "outliers")
     SCB: torch.Tensor
     _direct_options: tuple[float, str] | None = None
     """The threshold and the outlier rule that the direct call was made with."""

@@ -28,7 +28,7 @@ from torch.nn import functional as F
 from transformers import AttentionInterface
 
 from quant import direct_rows, formats, ops
-from quant.direct import is_direct
+from quant.direct import WORKSPACE, is_direct
 from quant.direct_attention import DirectAttention
 from server.records import KV_BLOCK_TOKENS
 
@@ -180,6 +180,9 @@ class PagedBatch:
     calls: int = 0
     _tables: _Tables | None = None
     _direct: DirectAttention | None = None
+    _prepared: dict[tuple[int, float, int | None, float | None], Any] = field(default_factory=dict)
+    checked_angles: object = None
+    """Position embeddings that a fused layer has found to be as it needs them; they serve all layers."""
     _masks: dict[tuple[int, int | None, torch.device], torch.Tensor] = field(default_factory=dict)
 
     def attend(self, call: Call) -> torch.Tensor:
@@ -240,8 +243,20 @@ class PagedBatch:
         window: int | None,
         softcap: float | None,
     ) -> Any:
-        """The struct of the kernel's call, good until the next: query [T, H, D], a layer's stores, out [T, H, E]."""
-        return self._direct_call().arguments_for(query, keys, values, out, scale, window or 0, softcap or 0.0, None)
+        """The struct of the kernel's call, good until the next: query [T, H, D], a layer's stores, out [T, H, E].
+
+        Layers that compute in the same memory share one; whoever has the same query has the same out.
+        """
+        key = (query.data_ptr(), scale, window, softcap)
+        args = self._prepared.get(key)
+        if args is None:
+            direct = self._direct_call()
+            shared = direct.arguments_for(query, keys, values, out, scale, window or 0, softcap or 0.0, None)
+            args = self._prepared[key] = type(shared).from_buffer_copy(shared)
+        args.keys, args.values = keys.data_ptr(), values.data_ptr()
+        call = args.call
+        call.workspace = WORKSPACE.at_least(call.workspace_bytes)
+        return args
 
     def _direct_call(self) -> DirectAttention:
         if self._direct is None:

@@ -22,6 +22,7 @@ from quant.chain import MOST_ROWS, Chain
 from quant.direct import Direct, is_direct
 from quant.errors import ShapeError
 from quant.siblings import direct_of
+from quant.unchanged import Unchanged
 from server.model.attention import CONTEXT_ARGUMENT, PagedBatch
 
 LAYER_PARTS: Final = ("input_layernorm", "self_attn", "post_attention_layernorm", "mlp")
@@ -60,10 +61,18 @@ def _may_be_chained(hidden_states: torch.Tensor, angles: Any, named: dict[str, A
         return False
     if any(named.get(name) is not None for name in ("attention_mask", "cache", "past_key_values")):
         return False
-    return isinstance(angles, tuple) and all(
-        angle.dtype is hidden_states.dtype and angle.shape[:2] == hidden_states.shape[:2] and angle.is_contiguous()
-        for angle in angles
-    )
+    if not isinstance(angles, tuple) or len(angles) != 2:
+        return False
+    if context.checked_angles is not angles:
+        if not all(_is_angle(angle, hidden_states) for angle in angles):
+            return False
+        context.checked_angles = angles
+    return bool(angles[0].shape[1] == hidden_states.shape[1])
+
+
+def _is_angle(angle: torch.Tensor, hidden_states: torch.Tensor) -> bool:
+    has_rows = angle.dim() == 3 and angle.shape[:2] == hidden_states.shape[:2]
+    return has_rows and angle.dtype is hidden_states.dtype and angle.is_cpu and angle.is_contiguous()
 
 
 class _LayerChain:
@@ -89,7 +98,9 @@ class _LayerChain:
         (product,) = chain.linear(chain.swiglu(*chain.linear(x, [gate, up])), [down])
         self._last_sum, _ = chain.add(hidden, product)
         chain.ready()
-        self._stored = (key.shape[1:], value.shape[1:])
+        self._heads = (key.shape[1:], value.shape[1:])
+        self._keys: torch.Tensor | None = None
+        self._values: torch.Tensor | None = None
 
     def _normed(self, norm: Any, heads: torch.Tensor) -> torch.Tensor:
         _, out = self._chain.rms_norm(heads.view(-1, self._head_dim), norm.weight, norm.variance_epsilon)
@@ -100,19 +111,20 @@ class _LayerChain:
     ) -> torch.Tensor:
         """[1, rows, hidden] -> the same. Raises ShapeError where the cache or the angles do not fit this layer."""
         keys, values = context.next_stores()
-        found = (keys.shape[2:], values.shape[2:], angles[0].shape[2], angles[1].shape[2], context.slots.shape[0])
-        if found != (*self._stored, self._head_dim, self._head_dim, self._chain.rows):
+        if keys is not self._keys or values is not self._values:
+            self._hold(keys, values)
+        cos, sin = angles
+        found = (cos.shape[2], sin.shape[2], context.slots.shape[0])
+        if found != (self._head_dim, self._head_dim, self._chain.rows):
             raise ShapeError(
-                f"the cache's keys and values, the angles and the slots have sizes {found}; "
-                f"{(*self._stored, self._head_dim, self._head_dim, self._chain.rows)} are needed"
+                f"the angles have {found[:2]} values and there are {found[2]} slots; "
+                f"{self._head_dim} values and {self._chain.rows} slots are needed"
             )
         out = torch.empty_like(hidden_states)
         self._norm.x = self._first_sum.a = hidden_states.data_ptr()
         self._last_sum.out = out.data_ptr()
-        self._rotary.cos, self._rotary.sin = angles[0].data_ptr(), angles[1].data_ptr()
-        write = self._write
-        write.slots, write.slot_count = context.slots.data_ptr(), keys.shape[0] * keys.shape[1]
-        write.keys, write.values = keys.data_ptr(), values.data_ptr()
+        self._rotary.cos, self._rotary.sin = cos.data_ptr(), sin.data_ptr()
+        self._write.slots = context.slots.data_ptr()
         options = self._options
         args = context.direct_arguments(
             self._query, keys, values, self._attended, options.scale, options.window, options.softcap
@@ -121,30 +133,49 @@ class _LayerChain:
         self._chain.run()
         return out
 
+    def _hold(self, keys: torch.Tensor, values: torch.Tensor) -> None:
+        """The layer's stores from now on."""
+        if (keys.shape[2:], values.shape[2:]) != self._heads:
+            raise ShapeError(
+                f"the cache's keys and values have heads of {list(keys.shape[2:])} and {list(values.shape[2:])}; "
+                f"{' and '.join(str(list(shape)) for shape in self._heads)} are needed"
+            )
+        self._keys, self._values = keys, values
+        write = self._write
+        write.keys, write.values, write.slot_count = keys.data_ptr(), values.data_ptr(), keys.shape[:2].numel()
+
+
+class _State:
+    """What is made of a layer for one dtype, as long as the layer is what it was."""
+
+    def __init__(self, layer: nn.Module, hidden_states: torch.Tensor) -> None:
+        parts: Any = layer._modules
+        self.dtype = hidden_states.dtype
+        self.is_good = Unchanged(layer)
+        self.chains: dict[tuple[int, int, int], _LayerChain] = {}
+        owned = [parts[owner]._modules[name] for owner, names in _PROJECTIONS.items() for name in names]
+        directs = [direct_of(part, hidden_states) for part in owned]
+        self.directs = tuple(direct for direct in directs if direct is not None)
+        norms: list[Any] = [module for name, module in layer.named_modules() if name.endswith("norm")]
+        has_one_dtype = all(norm.weight.dtype is self.dtype for norm in norms)
+        fits = parts["input_layernorm"].weight.shape == hidden_states.shape[2:]
+        self.may_be_chained = has_one_dtype and fits and len(self.directs) == len(directs) and self.is_good()
+
 
 def _chain_for(layer: nn.Module, hidden_states: torch.Tensor) -> _LayerChain | None:
-    """The layer's chain for such rows, as long as its tensors are where they were; None where a part has no call."""
-    parts: Any = layer._modules
-    if any(part._forward_hooks or part._forward_pre_hooks or "forward" in vars(part) for part in parts.values()):
+    """The layer's chain for such rows; None where a part has no call, or does more."""
+    state: _State | None = layer.__dict__.get("_state")
+    if state is None or state.dtype is not hidden_states.dtype or not state.is_good():
+        state = layer.__dict__["_state"] = _State(layer, hidden_states)
+    if not state.may_be_chained:
         return None
-    directs = tuple(
-        direct_of(parts[owner]._modules[name], hidden_states) for owner, names in _PROJECTIONS.items() for name in names
-    )
-    norms = tuple(parts[name]._parameters["weight"] for name in ("input_layernorm", "post_attention_layernorm"))
-    _, rows, hidden = hidden_states.shape
-    settings = (rows, hidden_states.dtype, native.thread_count(), native.batch_invariant())
-    key = (settings, directs, *(norm.data_ptr() for norm in norms))
-    chains: dict[Any, _LayerChain] = layer.__dict__.setdefault("_chains", {})
-    chain = chains.get(key)
+    rows = hidden_states.shape[1]
+    key = (rows, native.thread_count(), native.batch_invariant())
+    chain = state.chains.get(key)
     if chain is None:
-        calls = tuple(direct for direct in directs if direct is not None)
-        if len(calls) < len(directs) or any(norm.dtype is not hidden_states.dtype for norm in norms):
-            return None
-        if norms[0].shape[0] != hidden:
-            return None
-        if len(chains) >= _CHAINS_KEPT:
-            del chains[next(iter(chains))]
-        chain = chains[key] = _LayerChain(layer, calls, rows, hidden_states.dtype)
+        if len(state.chains) >= _CHAINS_KEPT:
+            del state.chains[next(iter(state.chains))]
+        chain = state.chains[key] = _LayerChain(layer, state.directs, rows, state.dtype)
     return chain
 
 

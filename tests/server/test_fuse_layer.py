@@ -96,7 +96,7 @@ def test_batches_of_many_sizes_use_few_chains(runs: list[int]) -> None:
     assert set(runs) >= {1, 2, 3, 4, 5, 6, 10}
     again = runner.logits(Batch((Chunk("a", tuple(prompt), 0, (3,), DRAW),)))
     assert torch.equal(again, whole)
-    assert all(len(layer.__dict__["_chains"]) <= 4 for layer in fused_layers(model))
+    assert all(len(layer.__dict__["_state"].chains) <= 4 for layer in fused_layers(model))
 
 
 def step(runner: PagedRunner) -> torch.Tensor:
@@ -105,7 +105,7 @@ def step(runner: PagedRunner) -> torch.Tensor:
 
 def test_what_a_layer_holds_may_change(runs: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
     """New weights, norms, settings: the next step is that of the model as it is."""
-    model = packed("llama", CONFIGS["nf4-dq"])
+    model = packed("qwen3", CONFIGS["nf4-dq"])
     runner = runner_of(model)
     layer: Any = fused_layers(model)[0]
 
@@ -128,6 +128,8 @@ def test_what_a_layer_holds_may_change(runs: list[int], monkeypatch: pytest.Monk
         layer.post_attention_layernorm.weight.mul_(0.5)
     logits = changed(logits)
     layer.self_attn.o_proj.activations = "int8"
+    logits = changed(logits)
+    layer.self_attn.q_norm.weight = nn.Parameter(layer.self_attn.q_norm.weight * 2)
     logits = changed(logits)
     model.model.layers[0].mlp.down_proj = Linear8bit.from_float(
         nn.Linear(layer.mlp.down_proj.matrix_shape[1], layer.mlp.down_proj.matrix_shape[0], bias=False).bfloat16(),
