@@ -52,9 +52,8 @@ class Chain:
         self.rows, self.dtype = rows, dtype
         self.threads = native.thread_count()
         self._kernels = native.kernels("cpu")
-        self._run = self._kernels.library.hb_run
         self._items: list[tuple[int, Any, int]] = []
-        self._steps: Any = None
+        self.steps: list[native.Step] = []
         self._kept: list[torch.Tensor | Direct] = []
         self._buffers = 0
         self._workspace_bytes = 0
@@ -101,7 +100,7 @@ class Chain:
         return self._add("hb_cache_write", **native.cache_write_fields(key, value, keys, values, slots))
 
     def attention(self, heads: int, size: int) -> tuple[int, torch.Tensor]:
-        """A place for ops.paged_attention, to be filled by `set_step`, and its out [rows, heads, size]."""
+        """A place for ops.paged_attention, to be filled by `Run.set_step`, and its out [rows, heads, size]."""
         self._items.append((native.STEP_CODES["hb_paged_attention"], None, 1))
         return len(self._items) - 1, self._buffer(self.rows, heads, size)
 
@@ -125,20 +124,10 @@ class Chain:
         for _, items, _ in self._items:
             for item in items if isinstance(items, ctypes.Array) else ():
                 item.call.workspace, item.call.workspace_bytes = workspace.data_ptr(), self._workspace_bytes
-        self._steps = (native.Step * len(self._items))()
-        for step, (code, items, count) in zip(self._steps, self._items, strict=True):
-            step.entry, step.count = code, count
-            step.args = None if items is None else ctypes.addressof(items)
-
-    def set_step(self, index: int, args: Any) -> None:
-        """Fills a place with a struct, which must live until the run is over."""
-        self._steps[index].args = ctypes.addressof(args)
-
-    def run(self) -> None:
-        """All calls. Raises NativeError where one refuses."""
-        status = self._run(self._steps, len(self._steps), self.threads)
-        if status:
-            self._kernels.check_status("hb_run", status)
+        self.steps = [
+            native.Step(code, None if items is None else ctypes.addressof(items), count)
+            for code, items, count in self._items
+        ]
 
     @property
     def _code(self) -> int:
@@ -161,3 +150,28 @@ class Chain:
     def _keep(self, tensor: torch.Tensor) -> torch.Tensor:
         self._kept.append(tensor)
         return tensor
+
+
+class Run:
+    """Chains that are ready, one behind the other in one call; they share their threads."""
+
+    def __init__(self, chains: Sequence[Chain]) -> None:
+        self._kept = list(chains)
+        self._threads = chains[0].threads
+        steps = [step for chain in chains for step in chain.steps]
+        self._steps = (native.Step * len(steps))(*steps)
+        self._firsts = [0]
+        for chain in chains:
+            self._firsts.append(self._firsts[-1] + len(chain.steps))
+        self._kernels = native.kernels("cpu")
+        self._function = self._kernels.library.hb_run
+
+    def set_step(self, chain: int, index: int, args: Any) -> None:
+        """Fills a place of the chain with this number with a struct, which must live until the call is over."""
+        self._steps[self._firsts[chain] + index].args = ctypes.addressof(args)
+
+    def __call__(self) -> None:
+        """All of it. Raises NativeError where a call refuses."""
+        status = self._function(self._steps, len(self._steps), self._threads)
+        if status:
+            self._kernels.check_status("hb_run", status)

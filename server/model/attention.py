@@ -180,9 +180,13 @@ class PagedBatch:
     calls: int = 0
     _tables: _Tables | None = None
     _direct: DirectAttention | None = None
-    _prepared: dict[tuple[int, float, int | None, float | None], Any] = field(default_factory=dict)
+    _prepared: dict[tuple[object, ...], Any] = field(default_factory=dict)
     checked_angles: object = None
     """Position embeddings that a fused layer has found to be as it needs them; they serve all layers."""
+    last: tuple[object, torch.Tensor] | None = None
+    """The last fused layer that computed, and what it gave."""
+    computed: Sequence[object] = ()
+    """Fused layers whose turn is yet to come and that were computed with the last one, in their order."""
     _masks: dict[tuple[int, int | None, torch.device], torch.Tensor] = field(default_factory=dict)
 
     def attend(self, call: Call) -> torch.Tensor:
@@ -243,17 +247,16 @@ class PagedBatch:
         window: int | None,
         softcap: float | None,
     ) -> Any:
-        """The struct of the kernel's call, good until the next: query [T, H, D], a layer's stores, out [T, H, E].
+        """The struct of the kernel's call: query [T, H, D], a layer's stores, out [T, H, E].
 
-        Layers that compute in the same memory share one; whoever has the same query has the same out.
+        Layers of one shape that compute in the same memory share it, with the first one's stores.
         """
-        key = (query.data_ptr(), scale, window, softcap)
+        key = (query.data_ptr(), out.data_ptr(), query.shape, keys.shape, values.shape, scale, window, softcap)
         args = self._prepared.get(key)
         if args is None:
             direct = self._direct_call()
             shared = direct.arguments_for(query, keys, values, out, scale, window or 0, softcap or 0.0, None)
             args = self._prepared[key] = type(shared).from_buffer_copy(shared)
-        args.keys, args.values = keys.data_ptr(), values.data_ptr()
         call = args.call
         call.workspace = WORKSPACE.at_least(call.workspace_bytes)
         return args

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from quant import native
-from quant.chain import MOST_ROWS, Chain
+from quant.chain import MOST_ROWS, Chain, Run
 from quant.direct import Direct, is_direct
 from quant.errors import ShapeError
 from quant.siblings import direct_of
@@ -42,15 +42,26 @@ class FusedLayer(nn.Module):
     def forward(self, hidden_states: torch.Tensor, *positional: Any, **named: Any) -> Any:
         context: Any = named.get(CONTEXT_ARGUMENT)
         angles: Any = named.get("position_embeddings")
-        if (
-            not positional
-            and isinstance(context, PagedBatch)
-            and _may_be_chained(hidden_states, angles, named, context)
-        ):
-            chain = _chain_for(self, hidden_states)
-            if chain is not None:
-                return chain(hidden_states, angles, context)
+        if not positional and isinstance(context, PagedBatch):
+            if context.computed:
+                return _handed_on(self, hidden_states, context)
+            if _may_be_chained(hidden_states, angles, named, context):
+                group = _group_from(self, hidden_states, context)
+                if group is not None:
+                    return group(hidden_states, angles, context)
         return super().forward(hidden_states, *positional, **named)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies: pointers and neighbours stay behind."""
+        return {name: value for name, value in self.__dict__.items() if name not in ("_state", "_follower")}
+
+
+def _handed_on(layer: FusedLayer, hidden_states: torch.Tensor, context: PagedBatch) -> torch.Tensor:
+    """What was computed ahead. Raises RuntimeError where the model does what it did not do when that was learnt."""
+    expected, *context.computed = context.computed
+    if expected is not layer or context.last is None or context.last[1] is not hidden_states:
+        raise RuntimeError("the model changed what one of its layers gave before the next one got it")
+    return hidden_states
 
 
 def _may_be_chained(hidden_states: torch.Tensor, angles: Any, named: dict[str, Any], context: PagedBatch) -> bool:
@@ -83,7 +94,7 @@ class _LayerChain:
         attention, first, second = parts["self_attn"], parts["input_layernorm"], parts["post_attention_layernorm"]
         q, k, v, o, gate, up, down = directs
         self._options, self._head_dim = attention.__dict__["_options"], attention.head_dim
-        self._chain = chain = Chain(rows, dtype)
+        self.calls = chain = Chain(rows, dtype)
         self._norm, x = chain.rms_norm(None, first.weight, first.variance_epsilon)
         query, key, value = chain.linear(x, [q, k, v])
         if "q_norm" in attention._modules:
@@ -92,46 +103,47 @@ class _LayerChain:
         value = value.view(rows, key.shape[1], -1)
         self._rotary = chain.rotary(self._query, key)
         self._write = chain.cache_write(key, value)
-        self._attention, self._attended = chain.attention(self._query.shape[1], value.shape[2])
+        self.attention, self._attended = chain.attention(self._query.shape[1], value.shape[2])
         self._first_sum, hidden = chain.add(None, *chain.linear(self._attended.flatten(1), [o]))
         _, x = chain.rms_norm(hidden, second.weight, second.variance_epsilon)
         (product,) = chain.linear(chain.swiglu(*chain.linear(x, [gate, up])), [down])
-        self._last_sum, _ = chain.add(hidden, product)
+        self._last_sum, self.out = chain.add(hidden, product)
         chain.ready()
         self._heads = (key.shape[1:], value.shape[1:])
         self._keys: torch.Tensor | None = None
         self._values: torch.Tensor | None = None
 
     def _normed(self, norm: Any, heads: torch.Tensor) -> torch.Tensor:
-        _, out = self._chain.rms_norm(heads.view(-1, self._head_dim), norm.weight, norm.variance_epsilon)
+        _, out = self.calls.rms_norm(heads.view(-1, self._head_dim), norm.weight, norm.variance_epsilon)
         return out.view(heads.shape)
 
-    def __call__(
-        self, hidden_states: torch.Tensor, angles: tuple[torch.Tensor, torch.Tensor], context: PagedBatch
-    ) -> torch.Tensor:
-        """[1, rows, hidden] -> the same. Raises ShapeError where the cache or the angles do not fit this layer."""
+    def bind(self, source: int, out: int, angles: tuple[torch.Tensor, torch.Tensor], context: PagedBatch) -> Any:
+        """Puts a step's pointers in place, rows at address `source` to `out`; gives the attention's own struct.
+
+        Raises ShapeError where the cache or the angles do not fit this layer.
+        """
         keys, values = context.next_stores()
         if keys is not self._keys or values is not self._values:
             self._hold(keys, values)
         cos, sin = angles
         found = (cos.shape[2], sin.shape[2], context.slots.shape[0])
-        if found != (self._head_dim, self._head_dim, self._chain.rows):
+        if found != (self._head_dim, self._head_dim, self.calls.rows):
             raise ShapeError(
                 f"the angles have {found[:2]} values and there are {found[2]} slots; "
-                f"{self._head_dim} values and {self._chain.rows} slots are needed"
+                f"{self._head_dim} values and {self.calls.rows} slots are needed"
             )
-        out = torch.empty_like(hidden_states)
-        self._norm.x = self._first_sum.a = hidden_states.data_ptr()
-        self._last_sum.out = out.data_ptr()
+        self._norm.x = self._first_sum.a = source
+        self._last_sum.out = out
         self._rotary.cos, self._rotary.sin = cos.data_ptr(), sin.data_ptr()
-        self._write.slots = context.slots.data_ptr()
+        write = self._write
+        write.slots = context.slots.data_ptr()
         options = self._options
-        args = context.direct_arguments(
+        shared = context.direct_arguments(
             self._query, keys, values, self._attended, options.scale, options.window, options.softcap
         )
-        self._chain.set_step(self._attention, args)
-        self._chain.run()
-        return out
+        args = type(shared).from_buffer_copy(shared)
+        args.keys, args.values = write.keys, write.values
+        return args
 
     def _hold(self, keys: torch.Tensor, values: torch.Tensor) -> None:
         """The layer's stores from now on."""
@@ -145,6 +157,32 @@ class _LayerChain:
         write.keys, write.values, write.slot_count = keys.data_ptr(), values.data_ptr(), keys.shape[:2].numel()
 
 
+class _Group:
+    """Layers that follow each other in the model, as one call: between them, rows stay in the chains' buffers."""
+
+    def __init__(self, layers: list[FusedLayer], chains: list[_LayerChain]) -> None:
+        self.layers, self.chains = layers, chains
+        self._run = Run([chain.calls for chain in chains])
+
+    def __call__(
+        self, hidden_states: torch.Tensor, angles: tuple[torch.Tensor, torch.Tensor], context: PagedBatch
+    ) -> torch.Tensor:
+        """[1, rows, hidden] -> what the last layer gives."""
+        out = torch.empty_like(hidden_states)
+        between = self.chains[0].out.data_ptr()
+        last = len(self.chains) - 1
+        kept = []
+        for i, chain in enumerate(self.chains):
+            source = hidden_states.data_ptr() if i == 0 else between
+            args = chain.bind(source, out.data_ptr() if i == last else between, angles, context)
+            self._run.set_step(i, chain.attention, args)
+            kept.append(args)
+        self._run()
+        context.last = (self.layers[-1], out)
+        context.computed = self.layers[1:]
+        return out
+
+
 class _State:
     """What is made of a layer for one dtype, as long as the layer is what it was."""
 
@@ -153,6 +191,7 @@ class _State:
         self.dtype = hidden_states.dtype
         self.is_good = Unchanged(layer)
         self.chains: dict[tuple[int, int, int], _LayerChain] = {}
+        self.groups: dict[int, _Group] = {}
         owned = [parts[owner]._modules[name] for owner, names in _PROJECTIONS.items() for name in names]
         directs = [direct_of(part, hidden_states) for part in owned]
         self.directs = tuple(direct for direct in directs if direct is not None)
@@ -177,6 +216,40 @@ def _chain_for(layer: nn.Module, hidden_states: torch.Tensor) -> _LayerChain | N
             del state.chains[next(iter(state.chains))]
         chain = state.chains[key] = _LayerChain(layer, state.directs, rows, state.dtype)
     return chain
+
+
+def _group_from(layer: FusedLayer, hidden_states: torch.Tensor, context: PagedBatch) -> _Group | None:
+    """The layer with those that are known to follow it; None where it has no chain itself.
+
+    That a layer gets what another one gave, untouched, is learnt when it does.
+    """
+    if context.last is not None and context.last[1] is hidden_states:
+        vars(context.last[0])["_follower"] = layer
+    layers: list[FusedLayer] = []
+    chains: list[_LayerChain] = []
+    each: FusedLayer | None = layer
+    while each is not None and each not in layers and not (layers and _is_watched(each)):
+        chain = _chain_for(each, hidden_states)
+        if chain is None or (chains and chain.out.data_ptr() != chains[0].out.data_ptr()):
+            break  # not one of the same calls, whose buffers a follower leaves alone until its own end
+        layers.append(each)
+        chains.append(chain)
+        each = None if _is_watched(each) else each.__dict__.get("_follower")
+    if not chains:
+        return None
+    groups = layer.__dict__["_state"].groups
+    rows = hidden_states.shape[1]
+    group: _Group | None = groups.get(rows)
+    if group is None or group.chains != chains:
+        if len(groups) >= _CHAINS_KEPT:
+            groups.clear()
+        group = groups[rows] = _Group(layers, chains)
+    return group
+
+
+def _is_watched(layer: FusedLayer) -> bool:
+    """Whether somebody wants to see what it is given, or gives."""
+    return bool(layer._forward_hooks or layer._forward_pre_hooks or "forward" in vars(layer))
 
 
 def is_layer(module: nn.Module) -> bool:

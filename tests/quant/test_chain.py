@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from quant import BitsAndBytesConfig, Linear4bit, Linear8bit, direct_rows
-from quant.chain import BUFFERS, Chain
+from quant.chain import BUFFERS, Chain, Run
 from quant.errors import NativeError, ShapeError
 from quant.siblings import direct_of
 from tests.quant.operands import fresh_generator, same_bits
@@ -75,7 +75,7 @@ class Block:
 def run(chained: tuple[Chain, tuple[object, object, torch.Tensor]], x: torch.Tensor) -> torch.Tensor:
     chain, (norm, last, out) = chained
     norm.x = last.a = x.data_ptr()  # type: ignore[attr-defined]
-    chain.run()
+    Run([chain])()
     return out.clone()
 
 
@@ -89,6 +89,17 @@ def test_a_chain_has_the_bits_of_its_calls(names: tuple[str, str, str], rows: in
     for _ in range(2):
         x = torch.randn(rows, HIDDEN, generator=fresh_generator()).bfloat16()
         assert same_bits(run(chained, x), block.by_calls(x))
+
+
+def test_chains_one_behind_the_other() -> None:
+    blocks = [Block(("nf4-dq",) * 3), Block(("int8",) * 3)]
+    x = torch.randn(3, HIDDEN).bfloat16()
+    chained = [block.chain(3) for block in blocks]
+    (_, (norm, last, out)), (_, (next_norm, next_last, _)) = chained
+    norm.x = last.a = x.data_ptr()  # type: ignore[attr-defined]
+    next_norm.x = next_last.a = out.data_ptr()  # type: ignore[attr-defined]
+    Run([chain for chain, _ in chained])()
+    assert same_bits(out.clone(), blocks[1].by_calls(blocks[0].by_calls(x)))
 
 
 def test_chains_share_their_buffers_and_keep_what_they_use() -> None:
@@ -143,7 +154,7 @@ def test_what_does_not_fit_is_refused() -> None:
 def test_an_error_on_the_way_is_told() -> None:
     chained = Block(("nf4-dq",) * 3).chain(2)
     with pytest.raises(NativeError, match="hb_run in the cpu library refused: A pointer is null"):
-        chained[0].run()  # nobody has said where x is
+        Run([chained[0]])()  # nobody has said where x is
 
 
 def test_layers_are_copied_without_their_pointers() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 import quant
 from quant import BitsAndBytesConfig, Linear4bit, Linear8bit
-from quant.chain import Chain
+from quant.chain import Chain, Run
 from server.model import fuse_layer
 from server.model.attention import ATTENTION_NAME, register
 from server.model.batch import Batch, Chunk
@@ -47,36 +48,43 @@ def fused_layers(model: nn.Module) -> list[FusedLayer]:
 
 
 @pytest.fixture
-def runs(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """The rows of each chain that runs."""
-    seen: list[int] = []
-    original = Chain.run
+def runs(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
+    """Of each call: the layers that run in it, and the rows."""
+    seen: list[tuple[int, int]] = []
+    original = Run.__call__
 
-    def run(self: Chain) -> None:
-        seen.append(self.rows)
+    def run(self: Run) -> None:
+        chains: list[Chain] = self._kept
+        seen.append((len(chains), chains[0].rows))
         original(self)
 
-    monkeypatch.setattr(Chain, "run", run)
+    monkeypatch.setattr(Run, "__call__", run)
     return seen
 
 
 @pytest.mark.parametrize("config", CONFIGS)
 @pytest.mark.parametrize("architecture", LAYERS)
 def test_a_chained_model_gives_the_same_bits(
-    architecture: str, config: str, runs: list[int], monkeypatch: pytest.MonkeyPatch
+    architecture: str, config: str, runs: list[tuple[int, int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = packed(architecture, CONFIGS[config])
     runner = runner_of(model)
     assert len(fused_layers(model)) == LAYERS[architecture]
+    count = LAYERS[architecture]
     runs.clear()
     found = all_logits(runner)
-    assert runs == [rows for rows in (4, 9, 2) for _ in range(LAYERS[architecture])]
+    assert runs == [(count, rows) for rows in (4, 9, 2) if count]
+    for each in fused_layers(model):
+        vars(each).pop("_follower", None)
+    runs.clear()
+    assert torch.equal(all_logits(runner), found)
+    assert runs == [(1, 4)] * count + [(count, rows) for rows in (9, 2) if count], "a step to learn who follows whom"
     monkeypatch.setattr(fuse_layer, "MOST_ROWS", 0)
     assert torch.equal(all_logits(runner), found)
-    assert len(runs) == 3 * LAYERS[architecture]
+    assert len(runs) == 2 + count or not count
 
 
-def test_in_float32_too(runs: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_in_float32_too(runs: list[tuple[int, int]], monkeypatch: pytest.MonkeyPatch) -> None:
     config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=torch.float32)
     runner = runner_of(packed("llama", config, torch.float32))
     runs.clear()
@@ -86,14 +94,14 @@ def test_in_float32_too(runs: list[int], monkeypatch: pytest.MonkeyPatch) -> Non
     assert torch.equal(all_logits(runner), found)
 
 
-def test_batches_of_many_sizes_use_few_chains(runs: list[int]) -> None:
+def test_batches_of_many_sizes_use_few_chains(runs: list[tuple[int, int]]) -> None:
     model = packed("llama", CONFIGS["nf4-dq"])
     runner = runner_of(model)
     prompt = [5, 77, 9, 130, 8, 8, 310, 44, VOCABULARY - 1, 12]
     whole = runner.logits(Batch((Chunk("a", tuple(prompt), 0, (1,), DRAW),)))
     for rows in (1, 2, 3, 4, 5, 6, 1):
         runner.logits(Batch((Chunk("b", tuple(prompt[:rows]), 0, (2,), DRAW),)))
-    assert set(runs) >= {1, 2, 3, 4, 5, 6, 10}
+    assert {rows for _, rows in runs} >= {1, 2, 3, 4, 5, 6, 10}
     again = runner.logits(Batch((Chunk("a", tuple(prompt), 0, (3,), DRAW),)))
     assert torch.equal(again, whole)
     assert all(len(layer.__dict__["_state"].chains) <= 4 for layer in fused_layers(model))
@@ -103,7 +111,7 @@ def step(runner: PagedRunner) -> torch.Tensor:
     return runner.logits(Batch((Chunk("a", (5, 77, 9), 0, (1,), DRAW),)))
 
 
-def test_what_a_layer_holds_may_change(runs: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_a_layer_holds_may_change(runs: list[tuple[int, int]], monkeypatch: pytest.MonkeyPatch) -> None:
     """New weights, norms, settings: the next step is that of the model as it is."""
     model = packed("qwen3", CONFIGS["nf4-dq"])
     runner = runner_of(model)
@@ -138,7 +146,7 @@ def test_what_a_layer_holds_may_change(runs: list[int], monkeypatch: pytest.Monk
     changed(logits)
 
 
-def test_batch_invariance_is_heeded_from_step_to_step(runs: list[int], batch_invariant: Any) -> None:
+def test_batch_invariance_is_heeded_from_step_to_step(runs: list[tuple[int, int]], batch_invariant: Any) -> None:
     runner = runner_of(packed("llama", CONFIGS["nf4-dq"]))
 
     def first_row() -> tuple[torch.Tensor, torch.Tensor]:
@@ -155,7 +163,7 @@ def test_batch_invariance_is_heeded_from_step_to_step(runs: list[int], batch_inv
 
 
 @pytest.mark.parametrize("which", ["hook", "linear", "adapter", "forward"])
-def test_a_layer_that_does_more_goes_its_own_way(which: str, runs: list[int]) -> None:
+def test_a_layer_that_does_more_goes_its_own_way(which: str, runs: list[tuple[int, int]]) -> None:
     model = packed("llama", CONFIGS["nf4-dq"])
     runner = runner_of(model)
     layer: Any = fused_layers(model)[0]
@@ -173,8 +181,53 @@ def test_a_layer_that_does_more_goes_its_own_way(which: str, runs: list[int]) ->
         layer.mlp.down_proj.forward = lambda x: (calls.append("forward"), forward(x))[1]
     runs.clear()
     step(runner)
-    assert len(runs) == 1, "the other layer"
+    assert runs == [(1, 3)], "the other layer"
     assert calls == ([which] if which in ("hook", "forward") else [])
+
+
+def test_who_looks_between_two_layers_sees_what_is_there(runs: list[tuple[int, int]]) -> None:
+    """A hook on a layer parts it from the one before, and sees what it would without chains."""
+    model = packed("llama", CONFIGS["nf4-dq"])
+    runner = runner_of(model)
+    expected = step(runner)
+    seen: list[torch.Tensor] = []
+    second = fused_layers(model)[1]
+    hook = second.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].clone()))
+    runs.clear()
+    assert torch.equal(step(runner), expected)
+    assert runs == [(1, 3), (1, 3)]
+    hook.remove()
+    first = fused_layers(model)[0]
+    hook = first.register_forward_hook(lambda _, inputs, output: seen.append(output.clone()))
+    runs.clear()
+    assert torch.equal(step(runner), expected)
+    assert torch.equal(*seen)
+    hook.remove()
+    step(runner)
+    assert runs[-1] == (2, 3)
+
+
+def test_a_model_that_changes_its_ways_between_layers_is_stopped(runs: list[tuple[int, int]]) -> None:
+    model = packed("llama", CONFIGS["nf4-dq"])
+    runner = runner_of(model)
+    layers: Any = fused_layers(model)
+    step(runner)
+    whole = model.model.layers
+    model.model.layers = nn.ModuleList([layers[0], layers[0]])
+    with pytest.raises(RuntimeError, match="the model changed what one of its layers gave"):
+        step(runner)
+    model.model.layers = whole
+    step(runner)
+
+
+def test_layers_are_copied_without_their_pointers() -> None:
+    model = packed("llama", CONFIGS["nf4-dq"])
+    own = model.config._attn_implementation
+    expected = step(runner_of(model))
+    twin = copy.deepcopy(model)
+    twin.set_attn_implementation(own)
+    assert len(fused_layers(twin)) == 2
+    assert torch.equal(step(runner_of(twin)), expected)
 
 
 class Doubled(LlamaDecoderLayer):
