@@ -10,6 +10,7 @@ Nothing here is ever pickled, and nothing here imports torch: both processes imp
 from __future__ import annotations
 
 import struct
+from itertools import chain
 from typing import Any, Final, Literal
 
 import msgspec
@@ -19,6 +20,8 @@ _LENGTH: Final = struct.Struct("<I")
 LENGTH_PREFIX_BYTES: Final = _LENGTH.size
 KV_BLOCK_TOKENS: Final = 16
 """Tokens in one block of the KV cache: the plan counts whole blocks, the engine hands them out."""
+MAX_TOP_LOGPROBS: Final = 20
+"""Likeliest tokens that come with a token's logprob at most; the number is OpenAI's."""
 
 FinishReason = Literal["stop", "length", "abort", "error"]
 LoadPhase = Literal["start", "plan", "weights", "cache", "warmup", "ready"]
@@ -60,12 +63,28 @@ class LoadModel(Record, frozen=True):
 
 
 class SamplingParams(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """How tokens are chosen; temperature 0 is greedy. `top_k` 0 and `top_p` 1.0 switch those filters off."""
+    """How tokens are chosen; temperature 0 is greedy. Every default but temperature's asks for nothing.
+
+    What each field does to the logits, and in which order, is in server/model/sampler.py.
+    """
 
     max_tokens: int
     temperature: float = 1.0
     top_p: float = 1.0
     top_k: int = 0
+    min_p: float = 0.0
+    typical_p: float = 1.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    """Token ids, each once, and what is added to their logits."""
+    allowed_token_ids: tuple[int, ...] | None = None
+    """The only tokens that may be drawn; None allows all."""
+    bad_words: tuple[tuple[int, ...], ...] = ()
+    """Token sequences whose last token is never drawn after the others."""
+    min_tokens: int = 0
+    """Until so many tokens have been drawn, none of `stop_token_ids` is."""
     seed: int | None = None
     stop_token_ids: tuple[int, ...] = ()
     """Ends the sequence (finish_reason "stop"); the token itself is still reported.
@@ -73,6 +92,18 @@ class SamplingParams(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     The engine adds none of its own: who wants the model's end-of-sequence to end the text puts
     ModelInfo.eos_token_ids here.
     """
+    logprobs: int | None = None
+    """So many of the likeliest tokens come with each token and its logprob; None: no logprobs."""
+    prompt_logprobs: int | None = None
+    """The same for the prompt's tokens after the first. They need the logits of the whole prompt: a request that asks
+    for them must not be given a cached prefix."""
+
+    @property
+    def edited_token_ids(self) -> frozenset[int]:
+        """Every token id that the sampler will look up in a row of logits because these parameters name it."""
+        stops = self.stop_token_ids if self.min_tokens else ()
+        biased = (token for token, _ in self.logit_bias)
+        return frozenset([*biased, *(self.allowed_token_ids or ()), *chain(*self.bad_words), *stops])
 
 
 class Generate(Record, frozen=True):
@@ -133,8 +164,20 @@ class Loaded(Record, frozen=True):
     load_seconds: float
 
 
+class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+    """One token's natural log of its probability, and the likeliest tokens in its place, likeliest first.
+
+    They are those of the model's own distribution: no penalty, temperature or filter has touched it (vLLM calls them
+    raw_logprobs).
+    """
+
+    logprob: float
+    top_ids: tuple[int, ...] = ()
+    top_logprobs: tuple[float, ...] = ()
+
+
 class SequenceOutput(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """What one step gave one request: new tokens, or the end, or both."""
+    """What one step gave one request: new tokens, logprobs of its prompt, the end, or several of them."""
 
     request_id: str
     token_ids: tuple[int, ...] = ()
@@ -143,6 +186,10 @@ class SequenceOutput(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """A sentence, exactly when finish_reason is "error"."""
     refused: bool = False
     """With an error: the request was at fault, not the engine."""
+    logprobs: tuple[TokenLogprobs, ...] = ()
+    """One per token of `token_ids`, where the request asks for them."""
+    prompt_logprobs: tuple[TokenLogprobs, ...] = ()
+    """Of the prompt's tokens that follow those of earlier outputs; the first of all belongs to the second token."""
 
 
 class StepReport(Record, frozen=True):

@@ -82,9 +82,10 @@ class EngineLoop:
 
     def _check_tokens(self, request: Generate) -> None:
         """Only ids the embedding has: one that it has not would end the whole step, or on a GPU the whole process."""
-        bad = next((token for token in request.prompt if not 0 <= token < self._vocab_size), None)
-        if bad is not None:
-            raise RequestError(f"the prompt holds token id {bad}; accepted are 0 to {self._vocab_size - 1}")
+        for where, tokens in (("prompt holds", request.prompt), ("sampling names", request.sampling.edited_token_ids)):
+            bad = next((token for token in tokens if not 0 <= token < self._vocab_size), None)
+            if bad is not None:
+                raise RequestError(f"the {where} token id {bad}; accepted are 0 to {self._vocab_size - 1}")
 
     def _step(self) -> None:
         started = time.perf_counter()

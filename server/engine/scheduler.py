@@ -22,9 +22,12 @@ from collections import deque
 from dataclasses import dataclass, field
 from typing import Final
 
+import msgspec
+
 from server.engine.blocks import BlockPool
 from server.errors import ConfigError, RequestError
-from server.model.batch import Batch, Chunk, Draw, StepResult
+from server.model.batch import Batch, Chunk, Draw, Score, StepResult
+from server.model.history import History
 from server.records import FinishReason, Generate, SequenceOutput
 
 _SEED_BITS: Final = 64
@@ -39,9 +42,12 @@ class Sequence:
     """The prompt, then what was generated."""
     seed: int
     stop_ids: frozenset[int]
+    history: History | None
     blocks: list[int] = field(default_factory=list)
     computed: int = 0
     """Tokens whose keys and values are in the cache."""
+    scored: int = 0
+    """Prompt tokens whose logprobs have been reported; they are not computed again after a preemption."""
 
     @property
     def remaining(self) -> int:
@@ -101,6 +107,7 @@ class Scheduler:
             tokens=list(request.prompt),
             seed=secrets.randbits(_SEED_BITS) if seed is None else seed,
             stop_ids=frozenset(request.sampling.stop_token_ids),
+            history=History.needed(request.sampling, request.prompt),
         )
         self._sequences[request.request_id] = sequence
         self.waiting.append(sequence)
@@ -137,9 +144,14 @@ class Scheduler:
             sequence = self._sequences[chunk.request_id]
             sequence.computed = chunk.end
             if chunk.request_id in result.errors:
-                outputs.append(self._end(sequence, "error", error=result.errors[chunk.request_id]))
-            elif chunk.draw is not None:
-                outputs.append(self._append(sequence, result.tokens[chunk.request_id]))
+                sentence, refused = result.errors[chunk.request_id], chunk.request_id in result.refused
+                outputs.append(self._end(sequence, "error", error=sentence, refused=refused))
+                continue
+            sequence.scored += chunk.scored
+            if chunk.draw is not None:
+                outputs.append(_with_logprobs(self._append(sequence, result.tokens[chunk.request_id]), result))
+            elif chunk.scored:
+                outputs.append(_with_logprobs(SequenceOutput(chunk.request_id), result))
         return outputs
 
     def fail(self, batch: Batch, sentence: str) -> list[SequenceOutput]:
@@ -180,6 +192,8 @@ class Scheduler:
 
     def _append(self, sequence: Sequence, token: int) -> SequenceOutput:
         sequence.tokens.append(token)
+        if sequence.history is not None:
+            sequence.history.append(token)
         if token in sequence.stop_ids:
             return self._end(sequence, "stop", token)
         if sequence.generated >= sequence.request.sampling.max_tokens:
@@ -187,7 +201,13 @@ class Scheduler:
         return SequenceOutput(sequence.request.request_id, token_ids=(token,))
 
     def _end(
-        self, sequence: Sequence, reason: FinishReason, token: int | None = None, error: str | None = None
+        self,
+        sequence: Sequence,
+        reason: FinishReason,
+        token: int | None = None,
+        error: str | None = None,
+        *,
+        refused: bool = False,
     ) -> SequenceOutput:
         """The one way out: leaves its queue, gives its blocks back, and says why."""
         request_id = sequence.request.request_id
@@ -198,17 +218,36 @@ class Scheduler:
         else:
             self.waiting.remove(sequence)
         tokens = () if token is None else (token,)
-        return SequenceOutput(request_id, token_ids=tokens, finish_reason=reason, error=error)
+        return SequenceOutput(request_id, token_ids=tokens, finish_reason=reason, error=error, refused=refused)
+
+
+def _with_logprobs(output: SequenceOutput, result: StepResult) -> SequenceOutput:
+    own, prompt = result.logprobs.get(output.request_id), result.prompt_logprobs.get(output.request_id, ())
+    if own is None and not prompt:
+        return output
+    return msgspec.structs.replace(output, logprobs=() if own is None else (own,), prompt_logprobs=tuple(prompt))
 
 
 def _chunk(sequence: Sequence, count: int) -> Chunk:
     """The next `count` tokens of a sequence; they draw where they reach its last one."""
     end = sequence.computed + count
-    draw = Draw(sequence.request.sampling, sequence.seed, sequence.generated) if end == len(sequence.tokens) else None
+    draw = None
+    if end == len(sequence.tokens):
+        draw = Draw(sequence.request.sampling, sequence.seed, sequence.generated, sequence.history)
     return Chunk(
         request_id=sequence.request.request_id,
         tokens=tuple(sequence.tokens[sequence.computed : end]),
         start=sequence.computed,
         blocks=tuple(sequence.blocks),
         draw=draw,
+        score=_score(sequence, end),
     )
+
+
+def _score(sequence: Sequence, end: int) -> Score | None:
+    """The prompt tokens that the logits of a chunk up to `end` score for the first time: each row scores the next."""
+    top = sequence.request.sampling.prompt_logprobs
+    if top is None:
+        return None
+    tokens = sequence.request.prompt[max(sequence.computed, sequence.scored) + 1 : end + 1]
+    return Score(tokens, top) if tokens else None

@@ -5,16 +5,20 @@ or more chunks of many. Plain Python, no torch: the scheduler builds batches and
 
     sequence tokens   t0 t1 t2 t3 t4 t5 t6 t7
                       |- computed -|- chunk -|        start = 4, tokens = (t4 .. t7)
-                                          `-- the last token of all: its logits choose t8, so `sampling` is set
+                                          `-- the last token of all: its logits choose t8, so `draw` is set
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Protocol
+from dataclasses import dataclass, field, replace
+from typing import Final, Protocol
 
-from server.records import SamplingParams
+from server.model.history import History
+from server.records import SamplingParams, TokenLogprobs
+
+SCORED_ROWS: Final = 256
+"""Prompt rows that one forward call scores at most: the logits of all of them are there at the same time."""
 
 
 class StepError(Exception):
@@ -35,6 +39,20 @@ class Draw:
     """The request's own seed, or a random one that it keeps; 64 bits."""
     index: int
     """0 for the first generated token; the random number is a function of seed and index alone."""
+    history: History | None = None
+    """The sequence's tokens as far as they change its logits; None where the parameters ask for nothing of the kind."""
+
+
+@dataclass(frozen=True, slots=True)
+class Score:
+    """Prompt tokens whose logprobs are wanted: those that follow the chunk's last `len(tokens)` rows.
+
+    Where the chunk also draws, its last row is the draw's, and the tokens follow the rows before it.
+    """
+
+    tokens: Sequence[int]
+    top: int
+    """How many of the likeliest tokens come with each."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +65,18 @@ class Chunk:
     """The sequence's cache blocks in order; they cover at least start + len(tokens) positions."""
     draw: Draw | None
     """None while the chunk does not reach the sequence's last token."""
+    score: Score | None = None
+    """None where no prompt token's logprob hangs on this chunk."""
+
+    @property
+    def scored(self) -> int:
+        """Rows whose logits score a prompt token."""
+        return len(self.score.tokens) if self.score is not None else 0
+
+    @property
+    def wanted(self) -> int:
+        """Rows whose logits are wanted; they are the last of the chunk."""
+        return self.scored + (self.draw is not None)
 
     @property
     def end(self) -> int:
@@ -70,6 +100,34 @@ class Batch:
         """Chunks that do nothing but extend a sequence by one token."""
         return sum(1 for chunk in self.chunks if chunk.is_decode)
 
+    def passes(self, scored_rows: int) -> list[Batch]:
+        """Batches to run one after the other, each of at most `scored_rows` scored rows; mostly just this one.
+
+        A chunk that has more is cut; its pieces follow each other, so each finds those before it in the cache.
+        """
+        passes: list[list[Chunk]] = [[]]
+        room = scored_rows
+        for chunk in self.chunks:
+            rest = chunk
+            while rest.scored > room:
+                if room:
+                    piece, rest = _cut(rest, room)
+                    passes[-1].append(piece)
+                passes.append([])
+                room = scored_rows
+            passes[-1].append(rest)
+            room -= rest.scored
+        return [Batch(tuple(chunks)) for chunks in passes]
+
+
+def _cut(chunk: Chunk, scored: int) -> tuple[Chunk, Chunk]:
+    """A chunk up to the end of its first `scored` scored rows, and the rest, in which there are more."""
+    rows = len(chunk.tokens) - chunk.wanted + scored
+    tokens, top = (chunk.score.tokens, chunk.score.top) if chunk.score is not None else ((), 0)
+    first = replace(chunk, tokens=chunk.tokens[:rows], draw=None, score=Score(tokens[:scored], top))
+    rest = replace(chunk, tokens=chunk.tokens[rows:], start=chunk.start + rows, score=Score(tokens[scored:], top))
+    return first, rest
+
 
 @dataclass(slots=True)
 class StepResult:
@@ -79,6 +137,12 @@ class StepResult:
     """The next token by request id."""
     errors: dict[str, str] = field(default_factory=dict)
     """One sentence by request id; may also name chunks that draw nothing. The others of the batch are unharmed."""
+    refused: set[str] = field(default_factory=set)
+    """Those of `errors` that their own request is to blame for."""
+    logprobs: dict[str, TokenLogprobs] = field(default_factory=dict)
+    """Of the token in `tokens`, where the request asks for it."""
+    prompt_logprobs: dict[str, list[TokenLogprobs]] = field(default_factory=dict)
+    """One per token of the chunk's `score`."""
     forward_passes: int = 1
 
 

@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import DynamicCache
 
-from server.model.batch import Batch, Chunk, StepError, StepResult, failure_sentence
-from server.model.runner import drawn, input_device, keeps_logits, memory_guard, takes
+from server.model.batch import SCORED_ROWS, Batch, Chunk, StepError, StepResult, failure_sentence
+from server.model.readout import read_logits
+from server.model.runner import input_device, keeps_logits, memory_guard, takes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -33,25 +34,25 @@ class CacheRunner:
 
     def step(self, batch: Batch) -> StepResult:
         """One forward call per chunk; what goes wrong in one is that request's error and nobody else's."""
-        errors: dict[str, str] = {}
-        rows: list[torch.Tensor] = []
-        drawing: list[Chunk] = []
-        for chunk in batch.chunks:
-            try:
-                with memory_guard(len(chunk.tokens)):
-                    logits = self._forward(chunk)
-            except StepError as error:
-                errors[chunk.request_id] = str(error)
-            except Exception as error:
-                log.exception("request %s failed", chunk.request_id)
-                errors[chunk.request_id] = failure_sentence(error)
-            else:
-                if chunk.draw is not None:
-                    rows.append(logits)
-                    drawing.append(chunk)
-        result = drawn(drawing, torch.stack(rows)) if rows else StepResult()
-        result.errors |= errors
-        result.forward_passes = len(batch.chunks)
+        result = StepResult(forward_passes=0)
+        for part in batch.passes(SCORED_ROWS):
+            rows: list[torch.Tensor] = []
+            computed: list[Chunk] = []
+            for chunk in part.chunks:
+                if chunk.request_id in result.errors:
+                    continue
+                try:
+                    with memory_guard(len(chunk.tokens)):
+                        rows.append(self._forward(chunk))
+                    computed.append(chunk)
+                except StepError as error:
+                    result.errors[chunk.request_id] = str(error)
+                except Exception as error:
+                    log.exception("request %s failed", chunk.request_id)
+                    result.errors[chunk.request_id] = failure_sentence(error)
+            if computed:
+                read_logits(computed, torch.cat(rows), result)
+            result.forward_passes += len(part.chunks)
         return result
 
     def release(self, request_id: str) -> None:
@@ -67,13 +68,12 @@ class CacheRunner:
         return [tensor for tensor in found if isinstance(tensor, torch.Tensor)]
 
     def logits(self, batch: Batch) -> torch.Tensor:
-        """[drawing chunks, vocabulary], in the order of the batch."""
-        rows = [self._forward(chunk)[None] for chunk in batch.chunks]
-        return torch.cat([row if chunk.draw else row[:0] for row, chunk in zip(rows, batch.chunks, strict=True)])
+        """[wanted rows, vocabulary], in the order of the batch."""
+        return torch.cat([self._forward(chunk) for chunk in batch.chunks])
 
     @torch.inference_mode()
     def _forward(self, chunk: Chunk) -> torch.Tensor:
-        """The logits of a chunk's last token, [vocabulary]."""
+        """The logits of a chunk's wanted rows, [wanted, vocabulary]."""
         if chunk.start == 0:
             self._caches[chunk.request_id] = DynamicCache(config=self.model.config)
         cache = self._caches.get(chunk.request_id)
@@ -82,7 +82,7 @@ class CacheRunner:
         ids = torch.tensor([list(chunk.tokens)], device=self.device)
         arguments: dict[str, Any] = {self._cache_argument: cache}
         if self._keeps_logits:
-            arguments["logits_to_keep"] = 1
+            arguments["logits_to_keep"] = max(1, chunk.wanted)  # 0 would keep all
         output = self.model(input_ids=ids, use_cache=True, **arguments)
-        logits: torch.Tensor = output.logits[0, -1]
-        return logits
+        logits: torch.Tensor = output.logits[0]
+        return logits[len(logits) - chunk.wanted :]

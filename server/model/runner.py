@@ -16,13 +16,11 @@ import numpy as np
 import torch
 
 from server.model.attention import CONTEXT_ARGUMENT, PagedBatch, PagedCache, Segment
-from server.model.batch import Batch, Chunk, StepError, StepResult
-from server.model.sampler import sample
+from server.model.batch import SCORED_ROWS, Batch, StepError, StepResult
+from server.model.readout import read_logits
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-NOT_A_NUMBER = "the model computed logits that are not finite numbers for this request, so that no token can be chosen"
 
 
 class PagedRunner:
@@ -46,9 +44,16 @@ class PagedRunner:
         self._tables = _Buffer(tables, self.device)
 
     def step(self, batch: Batch) -> StepResult:
-        """One forward call for the whole batch. Raises StepError where memory runs out."""
+        """One forward call for the whole batch, or a few where long prompts are scored.
+
+        Raises StepError where memory runs out.
+        """
+        passes = batch.passes(SCORED_ROWS)
+        result = StepResult(forward_passes=len(passes))
         with memory_guard(batch.tokens):
-            return drawn([chunk for chunk in batch.chunks if chunk.draw is not None], self.logits(batch))
+            for part in passes:
+                read_logits(part.chunks, self.logits(part), result)
+        return result
 
     def release(self, request_id: str) -> None:
         """Nothing to forget: what a sequence left in its blocks is never read by another."""
@@ -59,7 +64,7 @@ class PagedRunner:
 
     @torch.inference_mode()
     def logits(self, batch: Batch) -> torch.Tensor:
-        """[drawing chunks, vocabulary] in the model's dtype, in the order of the batch."""
+        """[wanted rows, vocabulary] in the model's dtype, in the order of the batch."""
         context, kept = self._prepare(batch)
         ids, positions, _ = self._rows.device[:, : batch.tokens].unbind()
         arguments: dict[str, Any] = {CONTEXT_ARGUMENT: context}
@@ -90,8 +95,7 @@ class PagedRunner:
             self._tables.host[index, : len(blocks)] = blocks
             segments.append(Segment(row, count, chunk.start, self._tables.device[index, : len(blocks)]))
             row += count
-            if chunk.draw is not None:
-                kept.append(row - 1)
+            kept += range(row - chunk.wanted, row)
         self._rows.send(row)
         self._tables.send()
         return PagedBatch(self.cache, self._rows.device[2, :row], segments), kept
@@ -110,18 +114,6 @@ class _Buffer:
         """Copies the first `columns` columns to the device."""
         if self.device is not self._on_host:
             self.device[:, :columns].copy_(self._on_host[:, :columns], non_blocking=True)
-
-
-def drawn(chunks: list[Chunk], logits: torch.Tensor) -> StepResult:
-    """Chooses a token for each chunk from its row of logits; a row that is not finite becomes that request's error."""
-    result = StepResult()
-    draws = [chunk.draw for chunk in chunks if chunk.draw is not None]
-    for chunk, token in zip(chunks, sample(logits, draws), strict=True):
-        if token is None:
-            result.errors[chunk.request_id] = NOT_A_NUMBER
-        else:
-            result.tokens[chunk.request_id] = token
-    return result
 
 
 @contextmanager

@@ -1,9 +1,12 @@
 """Logits to next tokens, for a whole batch at once, each row with its own settings.
 
+    logits -> edits.py: biases, penalties, tokens ruled out -> temperature -> filters.py: top_k, top_p, min_p, typical_p
+           -> one draw, or for temperature 0 the largest of what edits.py left
+
 A random number here is a function of a request's seed and of which of its tokens is drawn, and of nothing else: no
 generator has a state that a neighbour, a preemption or an aborted step could advance. Each row draws one number u in
-[0, 1) and takes the first token whose cumulative probability exceeds u (inverse transform sampling). Filters follow
-the order of transformers and of the API's documentation: temperature, then top_k, then top_p over what is left.
+[0, 1) and takes the first token whose cumulative probability exceeds u (inverse transform sampling). Greedy rows that
+nothing edits cost one maximum.
 """
 
 from __future__ import annotations
@@ -14,7 +17,16 @@ from typing import Final
 import torch
 
 from server.model.batch import Draw
+from server.model.edits import edit
+from server.model.filters import filters, leave_out
 
+NOT_FINITE: Final = -1
+NONE_LEFT: Final = -2
+FAULTS: Final = {
+    NOT_FINITE: "the model's logits for this request are not finite numbers, so that no token can be chosen",
+    NONE_LEFT: "allowed_token_ids, bad_words and min_tokens together rule out every token that could come next",
+}
+"""Why a row has no next token, by what stands in its place."""
 _MASK64: Final = (1 << 64) - 1
 _SPLITMIX_STEP: Final = 0x9E3779B97F4A7C15
 
@@ -31,60 +43,59 @@ def _mix(z: int) -> int:
     return z ^ (z >> 31)
 
 
-def sample(logits: torch.Tensor, draws: Sequence[Draw]) -> list[int | None]:
-    """The next token of each row, or None for a row whose logits are not numbers.
+def sample(logits: torch.Tensor, draws: Sequence[Draw]) -> list[int]:
+    """The next token of each row, or a negative key of FAULTS for a row that has none.
 
-    logits: [rows, vocabulary], any floating dtype, any device; draws: one per row. Greedy rows (temperature 0) take
-    the largest logit, the first of equals. One transfer from the device, however many rows.
+    logits: [rows, vocabulary], any floating dtype, any device, not changed; draws: one per row. Greedy rows
+    (temperature 0) take the largest logit, the first of equals. One transfer from the device, however many rows.
     """
     if not draws:
         return []
     greatest, tokens = logits.max(dim=-1)
+    special = [row for row, draw in enumerate(draws) if draw.params.temperature > 0 or draw.history is not None]
+    if special:
+        rows = torch.tensor(special, device=logits.device)
+        chosen = _choose(logits.index_select(0, rows).float(), [draws[row] for row in special])
+        tokens = tokens.index_copy(0, rows, chosen)
+    return [int(token) for token in torch.where(torch.isfinite(greatest), tokens, NOT_FINITE).tolist()]
+
+
+def _choose(scores: torch.Tensor, draws: Sequence[Draw]) -> torch.Tensor:
+    """scores: [rows, vocabulary] float32, which this may change -> tokens [rows] int64, or keys of FAULTS."""
+    edited = [row for row, draw in enumerate(draws) if draw.history is not None]
+    if edited:
+        rows = torch.tensor(edited, device=scores.device)
+        some = scores.index_select(0, rows)
+        edit(some, [draw.history for draw in draws if draw.history is not None])
+        scores.index_copy_(0, rows, some)
+    greatest, tokens = scores.max(dim=-1)
     drawing = [row for row, draw in enumerate(draws) if draw.params.temperature > 0]
     if drawing:
-        rows = torch.tensor(drawing, device=logits.device)
-        chosen = _draw(logits.index_select(0, rows).float(), [draws[row] for row in drawing])
-        tokens = tokens.index_copy(0, rows, chosen)
-    tokens = torch.where(torch.isfinite(greatest), tokens, -1)
-    return [token if token >= 0 else None for token in tokens.tolist()]
+        rows = torch.tensor(drawing, device=scores.device)
+        tokens.index_copy_(0, rows, _draw(scores.index_select(0, rows), [draws[row] for row in drawing]))
+    return torch.where(torch.isneginf(greatest), NONE_LEFT, tokens)
 
 
-def _draw(logits: torch.Tensor, draws: Sequence[Draw]) -> torch.Tensor:
-    """logits: [rows, vocabulary] float32 -> tokens [rows] int64."""
-    device = logits.device
+def _draw(scores: torch.Tensor, draws: Sequence[Draw]) -> torch.Tensor:
+    """scores: [rows, vocabulary] float32 -> tokens [rows] int64."""
+    device = scores.device
     temperature = torch.tensor([draw.params.temperature for draw in draws], device=device)
     temperature.clamp_min_(torch.finfo(torch.float32).tiny)  # what is smaller became 0 on its way to float32
     # The largest logit becomes 0 first: a tiny temperature then leads to -inf, never to inf - inf.
-    scaled = (logits - logits.amax(dim=-1, keepdim=True)) / temperature[:, None]
+    scaled = (scores - scores.amax(dim=-1, keepdim=True)) / temperature[:, None]
     probabilities = torch.softmax(scaled, dim=-1)
     u = torch.tensor([uniform(draw.seed, draw.index) for draw in draws], dtype=torch.float64, device=device)
-    filtered = [row for row, draw in enumerate(draws) if draw.params.top_k > 0 or draw.params.top_p < 1.0]
+    filtered = [row for row, draw in enumerate(draws) if filters(draw.params)]
     if not filtered:
         return _invert(probabilities, u)
     rows = torch.tensor(filtered, device=device)
     ordered, order = torch.sort(probabilities.index_select(0, rows), dim=-1, descending=True, stable=True)
-    _filter(ordered, [draws[row] for row in filtered])
+    leave_out(ordered, [draws[row].params for row in filtered])
     place = _invert(ordered, u.index_select(0, rows))
     chosen = order.gather(-1, place[:, None])[:, 0]
     if len(filtered) == len(draws):
         return chosen
     return _invert(probabilities, u).index_copy(0, rows, chosen)
-
-
-def _filter(ordered: torch.Tensor, draws: Sequence[Draw]) -> None:
-    """Zeroes what top_k and top_p leave out, in place; ordered: [rows, vocabulary], each row falling.
-
-    top_p keeps the smallest set of the likeliest tokens whose share of what top_k left reaches top_p, at least one.
-    """
-    vocabulary = ordered.shape[-1]
-    top_k = torch.tensor([draw.params.top_k or vocabulary for draw in draws], device=ordered.device)
-    top_p = torch.tensor([draw.params.top_p for draw in draws], dtype=torch.float64, device=ordered.device)
-    ordered.masked_fill_(torch.arange(vocabulary, device=ordered.device) >= top_k[:, None], 0.0)
-    reached = torch.cumsum(ordered, dim=-1, dtype=torch.float64)
-    before = torch.nn.functional.pad(reached[:, :-1], (1, 0))
-    beyond = before >= top_p[:, None] * reached[:, -1:]
-    beyond[:, 0] = False
-    ordered.masked_fill_(beyond & (top_p[:, None] < 1.0), 0.0)
 
 
 def _invert(weights: torch.Tensor, u: torch.Tensor) -> torch.Tensor:

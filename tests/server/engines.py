@@ -12,10 +12,10 @@ from server.engine.blocks import BlockPool
 from server.engine.loop import EngineLoop
 from server.engine.scheduler import Scheduler
 from server.model.batch import Runner
-from server.records import FinishReason, Generate, SamplingParams, Shutdown, StepReport, ToEngine
+from server.records import FinishReason, Generate, SamplingParams, Shutdown, StepReport, ToEngine, TokenLogprobs
 
 
-def generate(name: str, prompt: Sequence[int], max_tokens: int, **sampling: float | tuple[int, ...]) -> Generate:
+def generate(name: str, prompt: Sequence[int], max_tokens: int, **sampling: object) -> Generate:
     """A request; greedy unless told otherwise."""
     settings = {"temperature": 0.0, **sampling}
     return Generate(name, tuple(prompt), SamplingParams(max_tokens=max_tokens, **settings))  # type: ignore[arg-type]
@@ -43,6 +43,8 @@ class Engine:
         )
         self.reports: list[StepReport] = []
         self.answers: dict[str, list[int]] = {}
+        self.logprobs: dict[str, list[TokenLogprobs]] = {}
+        self.prompt_logprobs: dict[str, list[TokenLogprobs]] = {}
         self.ends: dict[str, tuple[FinishReason, str | None]] = {}
         self._later: dict[int, list[ToEngine]] = {}
         self._inbox: queue.SimpleQueue[ToEngine] = queue.SimpleQueue()
@@ -53,6 +55,7 @@ class Engine:
     ) -> dict[str, list[int]]:
         """Runs until all is answered; `later` arrives in the report of that many steps from now. Tokens by request."""
         self.answers, self.ends = {}, {}
+        self.logprobs, self.prompt_logprobs = {}, {}
         before = len(self.reports)
         self._later = {before + step: list(records) for step, records in (later or {}).items()}
         for request in now:
@@ -65,6 +68,8 @@ class Engine:
         for output in report.outputs:
             assert output.request_id not in self.ends
             self.answers.setdefault(output.request_id, []).extend(output.token_ids)
+            self.logprobs.setdefault(output.request_id, []).extend(output.logprobs)
+            self.prompt_logprobs.setdefault(output.request_id, []).extend(output.prompt_logprobs)
             if output.finish_reason is not None:
                 self.ends[output.request_id] = (output.finish_reason, output.error)
         for record in self._later.pop(len(self.reports), []):

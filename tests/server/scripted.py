@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from server.model.batch import Batch, StepError, StepResult
+from server.records import TokenLogprobs
 
 VOCABULARY = 1000
 
@@ -24,6 +25,11 @@ def expected_answer(prompt: Sequence[int], count: int) -> list[int]:
     for _ in range(count):
         tokens.append(next_token(tokens))
     return tokens[len(prompt) :]
+
+
+def scored(tokens: Sequence[int], start: int) -> list[TokenLogprobs]:
+    """What the scripted model gives for logprobs: numbers that say which token was scored, and at which position."""
+    return [TokenLogprobs(-float(token), (start + place,), (0.0,)) for place, token in enumerate(tokens)]
 
 
 class ScriptedRunner:
@@ -47,8 +53,14 @@ class ScriptedRunner:
             cached.extend(chunk.tokens)
             if chunk.request_id in self.poisoned:
                 result.errors[chunk.request_id] = "a scripted error"
-            elif chunk.draw is not None:
-                result.tokens[chunk.request_id] = next_token(cached)
+                continue
+            if chunk.score is not None:
+                scores = scored(chunk.score.tokens, chunk.end - chunk.scored - (chunk.draw is not None) + 1)
+                result.prompt_logprobs[chunk.request_id] = scores
+            if chunk.draw is not None:
+                token = result.tokens[chunk.request_id] = next_token(cached)
+                if chunk.draw.params.logprobs is not None:
+                    (result.logprobs[chunk.request_id],) = scored([token], len(cached))
         return result
 
     def release(self, request_id: str) -> None:

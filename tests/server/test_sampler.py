@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from server.model.batch import Draw
-from server.model.sampler import sample, uniform
+from server.model.sampler import NOT_FINITE, sample, uniform
 from server.records import SamplingParams
 
 
@@ -94,7 +94,7 @@ def test_rows_that_are_not_numbers_are_named_and_harm_no_other() -> None:
     logits[3] = float("-inf")
     for temperature in (0.0, 1.0):
         tokens = sample(logits, [draw(temperature=temperature, index=row) for row in range(5)])
-        assert [token is None for token in tokens] == [False, True, False, True, False]
+        assert [token == NOT_FINITE for token in tokens] == [False, True, False, True, False]
 
 
 def test_masked_tokens_are_never_drawn_and_no_rows_is_no_work() -> None:

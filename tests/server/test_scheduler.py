@@ -13,14 +13,24 @@ from server.engine.blocks import BlockPool
 from server.engine.scheduler import Scheduler
 from server.errors import ConfigError, RequestError
 from server.model.batch import Batch
-from server.records import Generate, SamplingParams, SequenceOutput
-from tests.server.scripted import ScriptedRunner, expected_answer
+from server.records import Generate, SamplingParams, SequenceOutput, TokenLogprobs
+from tests.server.scripted import ScriptedRunner, expected_answer, scored
 
 BLOCK = 4
 
 
-def request(name: str, prompt: list[int], max_tokens: int, stop: tuple[int, ...] = ()) -> Generate:
-    return Generate(name, tuple(prompt), SamplingParams(max_tokens=max_tokens, stop_token_ids=stop, seed=1))
+def request(
+    name: str,
+    prompt: list[int],
+    max_tokens: int,
+    stop: tuple[int, ...] = (),
+    prompt_logprobs: int | None = None,
+    logprobs: int | None = None,
+) -> Generate:
+    params = SamplingParams(
+        max_tokens=max_tokens, stop_token_ids=stop, seed=1, prompt_logprobs=prompt_logprobs, logprobs=logprobs
+    )
+    return Generate(name, tuple(prompt), params)
 
 
 class SchedulerMachine(RuleBasedStateMachine):
@@ -37,6 +47,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.runner = ScriptedRunner()
         self.requests: dict[str, Generate] = {}
         self.answers: dict[str, list[int]] = {}
+        self.scores: dict[str, list[TokenLogprobs]] = {}
         self.ends: Counter[str] = Counter()
 
     @rule(data=st.data())
@@ -45,8 +56,10 @@ class SchedulerMachine(RuleBasedStateMachine):
         length = data.draw(st.integers(1, self.limit - 1))
         prompt = data.draw(st.lists(st.integers(0, 999), min_size=length, max_size=length))
         max_tokens = data.draw(st.integers(1, self.limit - length))
-        self.requests[name] = request(name, prompt, max_tokens)
+        asked = {name: data.draw(st.sampled_from([None, 1])) for name in ("prompt_logprobs", "logprobs")}
+        self.requests[name] = request(name, prompt, max_tokens, **asked)
         self.answers[name] = []
+        self.scores[name] = []
         self.scheduler.add(self.requests[name])
 
     @rule()
@@ -102,13 +115,20 @@ class SchedulerMachine(RuleBasedStateMachine):
     def take(self, output: SequenceOutput) -> None:
         name = output.request_id
         assert self.ends[name] == 0, "an answer after the end"
+        asked = self.requests[name]
+        self.scores[name] += output.prompt_logprobs
+        position = len(asked.prompt) + len(self.answers[name])
+        wanted = scored(output.token_ids, position) if asked.sampling.logprobs is not None else []
+        assert list(output.logprobs) == wanted
         self.answers[name] += output.token_ids
+        prompt_scores = scored(asked.prompt[1:], 1) if asked.sampling.prompt_logprobs is not None else []
+        complete = bool(output.token_ids)
+        assert self.scores[name] == (prompt_scores if complete else prompt_scores[: len(self.scores[name])])
         if output.finish_reason is None:
-            assert len(output.token_ids) == 1
+            assert output.token_ids or output.prompt_logprobs
             return
         self.ends[name] += 1
         self.runner.release(name)
-        asked = self.requests[name]
         if output.finish_reason == "length":
             assert self.answers[name] == expected_answer(asked.prompt, asked.sampling.max_tokens)
         else:
@@ -183,6 +203,48 @@ def test_the_youngest_is_preempted_and_still_answers_right() -> None:
     assert preempted == ["young"]
     assert answers["old"] == expected_answer([1, 2, 3, 4], 20)
     assert answers["young"] == expected_answer([9, 8, 7, 6], 12)
+
+
+def test_a_long_prompt_is_scored_chunk_by_chunk_and_only_once() -> None:
+    scheduler, runner = make(blocks=9, budget=10, limit=36), ScriptedRunner()
+    scheduler.add(request("old", [1, 2, 3, 4], 32))
+    scheduler.add(request("young", list(range(25)), 8, prompt_logprobs=0))
+    found: list[TokenLogprobs] = []
+    preempted: list[str] = []
+    while scheduler.has_work:
+        _, outputs = run_step(scheduler, runner)
+        preempted += scheduler.preempted
+        for output in outputs:
+            found += output.prompt_logprobs
+            if output.request_id == "young" and not output.token_ids:
+                assert 1 <= len(output.prompt_logprobs) <= 9
+    assert "young" in preempted
+    assert found == scored(range(1, 25), 1)
+
+
+def test_a_history_grows_with_its_sequence_and_outlives_a_preemption() -> None:
+    scheduler, runner = make(blocks=6, limit=24), ScriptedRunner()
+    scheduler.add(request("old", [1, 2, 3, 4], 20))
+    penalised = SamplingParams(max_tokens=12, frequency_penalty=0.5)
+    scheduler.add(Generate("young", (9, 8, 7, 6), penalised))
+    generated: list[int] = []
+    preempted = 0
+    while scheduler.has_work:
+        batch = scheduler.schedule()
+        assert batch is not None
+        preempted += len(scheduler.preempted)
+        for name in scheduler.preempted:
+            runner.release(name)
+        for chunk in batch.chunks:
+            history = chunk.draw.history if chunk.draw is not None else None
+            assert (history is not None) == (chunk.request_id == "young" and chunk.draw is not None)
+            if history is not None and history.counts is not None:
+                assert history.counts.tokens.tolist() == list(dict.fromkeys([9, 8, 7, 6, *generated]))
+                assert int(history.counts.generated.sum()) == len(generated)
+        for output in scheduler.apply(batch, runner.step(batch)):
+            generated += output.token_ids if output.request_id == "young" else ()
+    assert preempted == 1
+    assert len(generated) == 12
 
 
 def test_stop_token_is_reported_and_ends() -> None:

@@ -1,0 +1,118 @@
+"""Logits to results: logprobs against float64, prompts scored in passes, and what is not a number."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from server.model.batch import Batch, Chunk, Draw, Score, StepResult
+from server.model.logprobs import SLICE_ROWS, token_logprobs
+from server.model.readout import read_logits
+from server.records import MAX_TOP_LOGPROBS, SamplingParams
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("vocabulary", [1, 7, MAX_TOP_LOGPROBS, 500])
+def test_logprobs_are_the_logs_of_the_softmax(vocabulary: int, dtype: torch.dtype) -> None:
+    rows = SLICE_ROWS + 7
+    logits = (torch.randn(rows, vocabulary) * 5).to(dtype)
+    tokens = [random.randrange(vocabulary) for _ in range(rows)]
+    tops = [random.randint(0, MAX_TOP_LOGPROBS) for _ in range(rows)]
+    expected = torch.log_softmax(logits.double(), -1)
+    # x - max - log(sum): two subtractions, each rounded in float32 to 2^-24 of numbers below 64, and a log of a sum
+    # whose terms are off by a few 2^-24 each, relatively.
+    bound = 64 * 2.0**-24 * 2 + (4 + vocabulary.bit_length()) * 2.0**-24
+    for row, found in enumerate(token_logprobs(logits, tokens, tops)):
+        assert found is not None
+        assert abs(found.logprob - float(expected[row, tokens[row]])) <= bound
+        assert len(found.top_ids) == len(found.top_logprobs) == min(tops[row], vocabulary)
+        assert len(set(found.top_ids)) == len(found.top_ids)
+        largest = expected[row].sort(descending=True).values[: len(found.top_ids)]
+        assert bool(((torch.tensor(found.top_logprobs).double() - largest).abs() <= bound).all())
+        assert bool(((expected[row, list(found.top_ids)] - largest).abs() <= bound).all())
+
+
+def test_a_row_s_logprobs_do_not_hang_on_its_neighbours() -> None:
+    logits = torch.randint(0, 4, (9, 200)).float()  # many equals: which of them come is decided in one way
+    tops = [random.randint(0, MAX_TOP_LOGPROBS) for _ in range(9)]
+    together = token_logprobs(logits, list(range(9)), tops)
+    assert together == [token_logprobs(logits[row : row + 1], [row], [tops[row]])[0] for row in range(9)]
+
+
+GREEDY = Draw(SamplingParams(max_tokens=1, temperature=0.0, logprobs=1), 0, 0)
+
+
+def chunk(name: str, rows: int, scored: int, *, draw: bool) -> Chunk:
+    score = Score([random.randrange(50) for _ in range(scored)], 1) if scored else None
+    return Chunk(name, list(range(rows)), 10, [0], GREEDY if draw else None, score)
+
+
+def test_results_are_told_apart_by_request() -> None:
+    chunks = [chunk("a", 1, 0, draw=True), chunk("b", 6, 4, draw=False), chunk("c", 3, 0, draw=False)]
+    chunks.append(chunk("d", 4, 3, draw=True))
+    logits = torch.randn(1 + 4 + 0 + 4, 50)
+    result = StepResult()
+    read_logits(chunks, logits, result)
+    best = logits.argmax(-1).tolist()
+    assert result.tokens == {"a": best[0], "d": best[8]}
+    assert {name: found.top_ids for name, found in result.logprobs.items()} == {"a": (best[0],), "d": (best[8],)}
+    assert [found.top_ids[0] for found in result.prompt_logprobs["b"]] == best[1:5]
+    assert [found.top_ids[0] for found in result.prompt_logprobs["d"]] == best[5:8]
+    expected = torch.log_softmax(logits, -1)
+    for name, first in (("b", 1), ("d", 5)):
+        score = next(one.score for one in chunks if one.request_id == name)
+        assert score is not None
+        for place, token in enumerate(score.tokens):
+            assert result.prompt_logprobs[name][place].logprob == pytest.approx(
+                float(expected[first + place, token]), abs=1e-5
+            )
+    assert result.errors == {}
+
+
+@pytest.mark.parametrize("row", [3, 4], ids=["a prompt's row", "the draw's row"])
+def test_one_bad_row_is_its_request_s_error(row: int) -> None:
+    logits = torch.randn(1 + 4, 50)
+    logits[row, 7] = torch.nan
+    result = StepResult()
+    read_logits([chunk("fine", 1, 0, draw=True), chunk("bad", 4, 3, draw=True)], logits, result)
+    assert list(result.tokens) == ["fine"]
+    assert "not finite" in result.errors["bad"]
+    assert result.refused == set()
+
+
+shapes = st.lists(st.tuples(st.integers(1, 20), st.integers(0, 20), st.booleans()), min_size=1, max_size=6)
+
+
+@given(shapes=shapes, limit=st.integers(1, 12))
+@settings(deadline=None)
+def test_passes_hold_every_row_once_in_order_and_few_that_are_scored(
+    shapes: list[tuple[int, int, bool]], limit: int
+) -> None:
+    chunks = [
+        chunk(f"r{which}", rows, min(scored, rows - draw), draw=draw)
+        for which, (rows, scored, draw) in enumerate(shapes)
+    ]
+    passes = Batch(tuple(chunks)).passes(limit)
+    pieces: dict[str, list[Chunk]] = {}
+    for part in passes:
+        assert sum(piece.scored for piece in part.chunks) <= limit
+        assert len({piece.request_id for piece in part.chunks}) == len(part.chunks) >= 1
+        for piece in part.chunks:
+            assert piece.tokens
+            pieces.setdefault(piece.request_id, []).append(piece)
+    for whole in chunks:
+        parts = pieces[whole.request_id]
+        assert [token for piece in parts for token in piece.tokens] == whole.tokens
+        assert [piece.start for piece in parts[1:]] == [piece.end for piece in parts[:-1]]
+        assert [piece.draw for piece in parts] == [None] * (len(parts) - 1) + [whole.draw]
+        assert [t for piece in parts if piece.score for t in piece.score.tokens] == list(
+            whole.score.tokens if whole.score else []
+        )
+        for piece in parts:
+            assert piece.wanted <= len(piece.tokens)
+    if sum(one.scored for one in chunks) <= limit:
+        assert passes == [Batch(tuple(chunks))]
