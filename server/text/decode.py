@@ -13,10 +13,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Final
 
-from server.text.tokenizer import Tokenizer
+from server.text.tokenizer import NO_CHARACTER, Tokenizer
 
-_INCOMPLETE: Final = "\ufffd"
-"""What decoders write for bytes that are no character (yet)."""
 _LONGEST_WAIT: Final = 8
 """Tokens without text after which their bytes can't all belong to one character: keeps the window small."""
 _CHARACTER_BYTES: Final = 4
@@ -47,7 +45,7 @@ class IncrementalDecoder:
 
     def _advance(self) -> str:
         fresh = self._fresh()
-        if fresh and not fresh.endswith(_INCOMPLETE):
+        if fresh and not fresh.endswith(NO_CHARACTER):
             return self._take(len(self._new), fresh)
         return self._give_up(fresh) if len(self._new) > _LONGEST_WAIT else ""
 

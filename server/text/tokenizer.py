@@ -8,13 +8,25 @@ that file exists, transformers doesn't look at add_bos_token either. Decoding pi
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Final, NamedTuple
 
 from tokenizers import Tokenizer as RustTokenizer
 
 from server.errors import LoadError
+
+NO_CHARACTER: Final = "\ufffd"
+"""What decoders write for bytes that are no character (yet)."""
+_BYTE_TOKEN: Final = re.compile(r"<0x([0-9A-Fa-f]{2})>")
+
+
+class Spelling(NamedTuple):
+    """A single token as a text: of one that is only a part of a character, its bytes, as in OpenAI's logprobs."""
+
+    text: str
+    data: bytes
 
 
 class Tokenizer:
@@ -33,6 +45,7 @@ class Tokenizer:
         """Tokens that have no text when special tokens are left out."""
         self.longest_token = max((len(token) for token in tokenizer.get_vocab()), default=1)
         """Characters of the longest token: a text of n characters has at least n / longest_token tokens."""
+        self._spellings: dict[int, Spelling] = {}
 
     @classmethod
     def from_directory(cls, path: Path) -> Tokenizer:
@@ -51,12 +64,34 @@ class Tokenizer:
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """Token ids of a text. Call it in a thread: the batch entry releases Python's lock, the single one doesn't."""
-        (encoding,) = self._tokenizer.encode_batch([text], add_special_tokens=add_special_tokens)
-        return list(encoding.ids)
+        return self.encode_all([text], add_special_tokens=add_special_tokens)[0]
+
+    def encode_all(self, texts: list[str], *, add_special_tokens: bool = True) -> list[list[int]]:
+        """The same for several texts at once."""
+        encodings = self._tokenizer.encode_batch(texts, add_special_tokens=add_special_tokens)
+        return [list(encoding.ids) for encoding in encodings]
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of a token sequence, special tokens left out."""
         return self._tokenizer.decode(list(ids), skip_special_tokens=True)
+
+    def spell(self, token: int) -> Spelling:
+        """One token's text as it is in the middle of a text; special tokens have theirs too."""
+        if token not in self._spellings:
+            self._spellings[token] = self._spell(token)
+        return self._spellings[token]
+
+    def _spell(self, token: int) -> Spelling:
+        # Decoders drop a space at the start of a text, so the token is read behind another one: itself.
+        once, twice = (self._tokenizer.decode([token] * count, skip_special_tokens=False) for count in (1, 2))
+        text = twice[len(once) :] if twice.startswith(once) else once
+        if NO_CHARACTER not in text:
+            return Spelling(text, text.encode())
+        data = token_bytes(self._tokenizer.id_to_token(token) or text)
+        try:
+            return Spelling(data.decode(), data)
+        except UnicodeDecodeError:
+            return Spelling("bytes:" + "".join(f"\\x{byte:02x}" for byte in data), data)
 
     def at_least(self, text: str) -> int:
         """A lower bound of the number of tokens, for refusing an endless text before it is encoded."""
@@ -74,6 +109,25 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise LoadError(f"{str(path)!r} holds a {type(value).__name__}; accepted is a JSON object")
     return value
+
+
+def token_bytes(name: str) -> bytes:
+    """The bytes that a token's name in the vocabulary stands for, in the two ways in which tokenizers write bytes."""
+    if match := _BYTE_TOKEN.fullmatch(name):
+        return bytes([int(match[1], 16)])
+    if all(character in _BYTE_LEVEL for character in name):
+        return bytes(_BYTE_LEVEL[character] for character in name)
+    return name.encode()
+
+
+def _byte_level() -> dict[str, int]:
+    """GPT-2's characters for bytes: printable ones of Latin-1 are themselves, the others follow from U+0100 on."""
+    themselves = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in set(themselves)]
+    return {chr(byte): byte for byte in themselves} | {chr(256 + place): byte for place, byte in enumerate(others)}
+
+
+_BYTE_LEVEL: Final = _byte_level()
 
 
 def _token_text(value: object) -> str | None:

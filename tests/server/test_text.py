@@ -15,10 +15,11 @@ from tokenizers import Tokenizer as RustTokenizer
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 
 from server.errors import LoadError, RequestError
+from server.text.bad_words import bad_word_ids
 from server.text.chat_template import ChatTemplate, load_chat_template
 from server.text.decode import IncrementalDecoder
 from server.text.stop import StopStrings, first_stop
-from server.text.tokenizer import Tokenizer
+from server.text.tokenizer import Tokenizer, token_bytes
 from tests.tiny_models import byte_tokenizer
 
 PIECES = ["▁", "▁the", "▁cat", "s", "at", "▁sat", ".", "é", "▁日", "本", "</s>"]
@@ -122,9 +123,9 @@ def test_stop_strings_cut_the_full_text_whatever_the_pieces(text: str, stop: lis
         given_out += watcher.push(text[start:end])
         assert not any(word in given_out for word in stop)
     given_out += watcher.finish()
-    cut = first_stop(text, stop)
-    assert given_out == (text if cut is None else text[:cut])
-    assert watcher.stopped == (cut is not None)
+    found = first_stop(text, stop)
+    assert given_out == (text if found is None else text[: found[0]])
+    assert watcher.stopped == (found is not None)
 
 
 @given(text=letters, stop=stops)
@@ -139,12 +140,94 @@ def test_no_more_is_held_back_than_could_become_a_stop_string(text: str, stop: l
 
 @pytest.mark.parametrize(
     ("stop", "text", "cut"),
-    [(["abc", "b"], "abc", 1), (["bc", "abc"], "abc", 0), (["x"], "abc", None), (["a", "c"], "abc", 0)],
+    [
+        (["abc", "b"], "abc", (1, 2)),
+        (["bc", "abc"], "abc", (0, 3)),
+        (["x"], "abc", None),
+        (["a", "c"], "abc", (0, 1)),
+    ],
 )
 def test_the_stop_string_that_is_complete_first_wins_then_the_longest(
-    stop: list[str], text: str, cut: int | None
+    stop: list[str], text: str, cut: tuple[int, int] | None
 ) -> None:
     assert first_stop(text, stop) == cut
+
+
+@given(text=letters, stop=stops, cuts=st.lists(st.integers(0, 24)))
+@settings(deadline=None)
+def test_a_stop_string_that_is_kept_is_the_end_of_the_text(text: str, stop: list[str], cuts: list[int]) -> None:
+    watcher = StopStrings(stop, keep=True)
+    bounds = [0, *sorted({cut % (len(text) + 1) for cut in cuts}), len(text)]
+    given_out = "".join(watcher.push(text[start:end]) for start, end in itertools.pairwise(bounds)) + watcher.finish()
+    found = first_stop(text, stop)
+    assert given_out == (text if found is None else text[: found[1]])
+
+
+@given(text=letters, stop=stops, early=st.integers(0, 24), cuts=st.lists(st.integers(0, 24)))
+@example(text="ac", stop=["a", "ab"], early=1, cuts=[])
+@settings(deadline=None)
+def test_a_stop_string_that_came_too_early_is_text(text: str, stop: list[str], early: int, cuts: list[int]) -> None:
+    early %= len(text) + 1
+    bounds = [0, *sorted({early, *(cut % (len(text) + 1) for cut in cuts)}), len(text)]
+    watcher = StopStrings(stop)
+    given_out = "".join(
+        watcher.push(text[start:end], may_stop=end > early) for start, end in itertools.pairwise(bounds)
+    )
+    given_out += watcher.finish()
+    ends = [
+        (end, end - len(word))
+        for word in stop
+        for end in range(max(early + 1, len(word)), len(text) + 1)
+        if text[end - len(word) : end] == word
+    ]
+    assert given_out == (text[: min(ends)[1]] if ends else text)
+    assert watcher.stopped == bool(ends)
+
+
+def test_a_token_s_own_text_is_that_in_the_middle_of_a_text() -> None:
+    for name in ("sentencepiece", "metaspace"):
+        tokenizer = TOKENIZERS[name]
+        ids = {piece: tokenizer._tokenizer.token_to_id(f"▁{piece}") for piece in ("the", "cat", "sat")}
+        spelled = {piece: tokenizer.spell(token) for piece, token in ids.items()}
+        assert {piece: one.text for piece, one in spelled.items()} == {piece: f" {piece}" for piece in spelled}
+        assert all(one.data == one.text.encode() for one in spelled.values())
+    eos = TOKENIZERS["byte-level"].spell(2)
+    assert (eos.text, eos.data) == ("</s>", b"</s>")
+
+
+@pytest.mark.parametrize("name", ["byte-level", "sentencepiece"])
+@pytest.mark.parametrize("text", ["é", "語", "\ufffd", "a b"])
+def test_the_bytes_of_a_text_s_tokens_are_its_bytes(name: str, text: str) -> None:
+    tokenizer = TOKENIZERS[name]
+    spelled = [tokenizer.spell(token) for token in tokenizer.encode(text, add_special_tokens=False)]
+    data = b"".join(one.data for one in spelled)
+    assert data.removeprefix(b" ") == text.encode()
+    for one in spelled:
+        written = "".join(f"\\x{byte:02x}" for byte in one.data)
+        assert one.text.encode() == one.data or one.text == f"bytes:{written}"
+
+
+def test_every_byte_has_its_character() -> None:
+    names = [chr(code) for code in range(0x21, 0x200) if token_bytes(chr(code)) != chr(code).encode() or code < 0x7F]
+    assert set(pre_tokenizers.ByteLevel.alphabet()) == set(names)
+    assert sorted(token_bytes(name)[0] for name in names) == list(range(256))
+    assert token_bytes("<0xE6>") == b"\xe6"
+    assert token_bytes("▁日") == "▁日".encode()
+
+
+def test_bad_words_are_encoded_as_they_are_and_behind_a_space() -> None:
+    tokenizer = TOKENIZERS["byte-level"]
+    word, spaced = (tuple(tokenizer.encode(text)) for text in ("cat", " cat"))
+    assert bad_word_ids(tokenizer, ["cat"]) == (word, spaced)
+    assert bad_word_ids(tokenizer, [" cat", "cat", "\ncat"]) == (spaced, word, tuple(tokenizer.encode("\ncat")))
+    assert bad_word_ids(tokenizer, []) == ()
+
+
+def test_a_bad_word_without_tokens_is_refused() -> None:
+    rust = RustTokenizer(models.WordLevel({"cat": 0}, unk_token="cat"))
+    rust.pre_tokenizer = pre_tokenizers.Whitespace()
+    with pytest.raises(RequestError, match=r"'bad_words\[1\]' is ' ', which has no tokens"):
+        bad_word_ids(Tokenizer(rust, {}), ["cat", " "])
 
 
 def save_tokenizer(path: Path, post_processor: bool, **config: object) -> None:
