@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Final
 
-from server.errors import OverloadedError
+from server.errors import OverloadedError, RequestError
 
 LONGEST_RETRY_SECONDS: Final = 600
 _REMEMBERED: Final = 32
@@ -27,7 +27,13 @@ class Admission:
 
     @contextmanager
     def enter(self, count: int = 1) -> Iterator[None]:
-        """Holds `count` places while the block runs; raises OverloadedError when they are not free."""
+        """Holds `count` places while the block runs; raises OverloadedError when they are not free, and RequestError
+        for more than there are.
+        """
+        if count > self._capacity:
+            raise RequestError(
+                f"the request asks for {count} texts; model {self._model!r} accepts at most {self._capacity} at a time"
+            )
         if self.open + count > self._capacity:
             seconds = self.retry_after(count)
             raise OverloadedError(

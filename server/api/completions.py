@@ -1,18 +1,20 @@
-"""POST /v1/completions: one choice per prompt, as JSON or as a stream of events."""
+"""POST /v1/completions: n choices per prompt, as JSON or as a stream of events."""
 
 from __future__ import annotations
 
 import time
 import uuid
+from collections.abc import Sequence
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Request
 from starlette.responses import Response
 
-from server.api.generation import TextJob, encode_text
-from server.api.respond import Format, options, respond
+from server.api.choice import ScoredToken
+from server.api.generation import Prompt, TextJob, encode_text
+from server.api.respond import Choice, Format, options, respond
 from server.api.service import Service, get_service
-from server.api.wire import DEFAULT_COMPLETION_TOKENS, CompletionRequest, Prompt
+from server.api.wire import DEFAULT_COMPLETION_TOKENS, CompletionRequest
 
 router = APIRouter()
 
@@ -24,37 +26,63 @@ async def create_completion(
     """Continues each prompt. Refused with 400 (a field), 404 (the model), 429 (full), 503 (the engine)."""
     model = service.model(body.model)
 
-    async def encode() -> list[list[int]]:
-        return [await ids(prompt) for prompt in body.prompt]
+    async def encode() -> list[Prompt]:
+        return [await one(prompt) for prompt in body.prompt]
 
-    async def ids(prompt: Prompt) -> list[int]:
-        return await encode_text(model, prompt, add_special_tokens=True) if isinstance(prompt, str) else prompt
+    async def one(prompt: str | list[int]) -> Prompt:
+        if isinstance(prompt, str):
+            return Prompt(await encode_text(model, prompt, add_special_tokens=True), prompt)
+        return Prompt(prompt)
 
     request_id = f"cmpl-{uuid.uuid4().hex}"
-    job = TextJob(model, request_id, len(body.prompt), encode)
     limit = DEFAULT_COMPLETION_TOKENS if body.max_tokens is None else body.max_tokens
-    return await respond(request, job, options(body, limit), body, CompletionFormat(request_id, body.model))
+    job = TextJob(model, request_id, len(body.prompt), encode, options(body, limit, echo=bool(body.echo)))
+    scored = body.wanted_logprobs is not None
+    return await respond(request, job, body, CompletionFormat(request_id, body.model, scored=scored))
 
 
 class CompletionFormat(Format):
     """text_completion objects: the whole and the chunks have the same shape."""
 
-    def __init__(self, request_id: str, model: str) -> None:
+    def __init__(self, request_id: str, model: str, *, scored: bool) -> None:
         self._head = {"id": request_id, "object": "text_completion", "created": int(time.time()), "model": model}
+        self._scored = scored
 
     def opening(self, index: int) -> dict[str, Any] | None:
         return None
 
-    def chunk(self, index: int, text: str, finish: str | None) -> dict[str, Any]:
-        return self._head | {"choices": [_choice(index, text, finish)]}
+    def chunk(self, index: int, text: str, tokens: Sequence[ScoredToken], finish: str | None) -> dict[str, Any]:
+        return self._head | {"choices": [_choice(index, text, _logprobs(tokens) if tokens else None, finish)]}
 
     def usage_chunk(self, usage: dict[str, int]) -> dict[str, Any]:
         return self._head | {"choices": [], "usage": usage}
 
-    def whole(self, texts: list[str], finishes: list[str | None], usage: dict[str, int]) -> dict[str, Any]:
-        choices = [_choice(i, text, finish) for i, (text, finish) in enumerate(zip(texts, finishes, strict=True))]
-        return self._head | {"choices": choices, "usage": usage}
+    def whole(self, choices: Sequence[Choice], usage: dict[str, int]) -> dict[str, Any]:
+        written = [
+            _choice(index, choice.text, _logprobs(choice.tokens) if self._scored else None, choice.finish)
+            for index, choice in enumerate(choices)
+        ]
+        return self._head | {"choices": written, "usage": usage}
 
 
-def _choice(index: int, text: str, finish: str | None) -> dict[str, Any]:
-    return {"index": index, "text": text, "logprobs": None, "finish_reason": finish}
+def _choice(index: int, text: str, logprobs: dict[str, Any] | None, finish: str | None) -> dict[str, Any]:
+    return {"index": index, "text": text, "logprobs": logprobs, "finish_reason": finish}
+
+
+def _logprobs(tokens: Sequence[ScoredToken]) -> dict[str, Any]:
+    return {
+        "tokens": [token.spelling.text for token in tokens],
+        "token_logprobs": [token.logprob for token in tokens],
+        "top_logprobs": [_candidates(token) for token in tokens],
+        "text_offset": [token.offset for token in tokens],
+    }
+
+
+def _candidates(token: ScoredToken) -> dict[str, float] | None:
+    """The likeliest tokens, and the token itself where it is not among them; of two with the same text the likelier."""
+    if token.logprob is None:
+        return None
+    found: dict[str, float] = {}
+    for spelling, logprob in (*token.top, (token.spelling, token.logprob)):
+        found.setdefault(spelling.text, logprob)
+    return found

@@ -1,4 +1,7 @@
-"""From a checked request to pieces of text: admit, encode, generate, decode, stop. Knows no JSON and no HTTP."""
+"""From a checked request to pieces of text: admit, encode, generate, one choice beside the other.
+
+What a choice's tokens become is choice.py's. Knows no JSON and no HTTP.
+"""
 
 from __future__ import annotations
 
@@ -6,65 +9,75 @@ import asyncio
 import contextlib
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import NamedTuple
 
+import msgspec
+
+from server.api.choice import ChoiceText, Piece, ScoredToken, prompt_tokens
 from server.api.service import ServedModel
 from server.errors import EngineUnavailableError, OverloadedError, RequestError
-from server.records import ModelInfo, SamplingParams
-from server.text.decode import IncrementalDecoder
-from server.text.stop import StopStrings
+from server.records import ModelInfo, SamplingParams, TokenLogprobs
+from server.text.bad_words import bad_word_ids
 
-TextFinish = Literal["stop", "length"]
+
+class Prompt(NamedTuple):
+    ids: list[int]
+    text: str | None = None
+    """As the request has it; None where it has token ids."""
 
 
 @dataclass(frozen=True)
 class Options:
-    """How text is generated; `limit` None means as long as the context allows."""
+    """How text is generated."""
 
     limit: int | None
-    temperature: float
-    top_p: float
-    top_k: int
-    seed: int | None
-    stop: tuple[str, ...]
-    ignore_eos: bool
-
-
-@dataclass(frozen=True)
-class Piece:
-    """New text of one choice; `finish` is set on its last piece."""
-
-    index: int
-    text: str
-    finish: TextFinish | None = None
+    """Tokens at most; None means as long as the context allows, and 0 that only the prompt is wanted."""
+    sampling: SamplingParams
+    """For every choice, but for what depends on the model, on the prompt, and on which of a prompt's choices it is."""
+    stop: tuple[str, ...] = ()
+    keep_stop: bool = False
+    """Whether what ended a text, a stop string or a stop token, is part of it."""
+    ignore_eos: bool = False
+    bad_words: tuple[str, ...] = ()
+    choices: int = 1
+    """Texts for each prompt."""
+    echo: bool = False
+    """Whether each text begins with its prompt."""
 
 
 class TextJob:
-    """One HTTP request's generation: one choice per prompt, all counted together.
+    """One HTTP request's generation: `options.choices` choices per prompt, all counted together.
 
-    `encode` gives the prompts' token ids; it is called after admission, because it is work too.
+    `encode` gives the `count` prompts; it is called after admission, because it is work too.
     """
 
     def __init__(
-        self, model: ServedModel, request_id: str, count: int, encode: Callable[[], Awaitable[list[list[int]]]]
+        self,
+        model: ServedModel,
+        request_id: str,
+        count: int,
+        encode: Callable[[], Awaitable[list[Prompt]]],
+        options: Options,
     ) -> None:
         self._model = model
         self._id = request_id
-        self._count = count
+        self._count = count * options.choices
         self._encode = encode
+        self._options = options
         self.prompt_tokens = 0
         self.completion_tokens = 0
 
-    async def pieces(self, options: Options) -> AsyncGenerator[Piece, None]:
+    async def pieces(self) -> AsyncGenerator[Piece, None]:
         """Pieces of all choices as they come. Closing the generator aborts what still runs. Raises RequestError."""
-        model = self._model
         with self._place():
             prompts = await self._encode()
-            params = [sampling(prompt, options, model.info) for prompt in prompts]
-            self.prompt_tokens = sum(map(len, prompts))
+            banned = await asyncio.to_thread(bad_word_ids, self._model.tokenizer, self._options.bad_words)
+            params = [sampling(prompt.ids, self._options, banned, self._model.info) for prompt in prompts]
+            self.prompt_tokens = sum(len(prompt.ids) for prompt in prompts)
             runs = [
-                self._choice(index, prompt, param, options.stop)
-                for index, (prompt, param) in enumerate(zip(prompts, params, strict=True))
+                run
+                for place, (prompt, param) in enumerate(zip(prompts, params, strict=True))
+                for run in self._choices(place, prompt, param)
             ]
             async with contextlib.aclosing(runs[0] if len(runs) == 1 else _merged(runs)) as merged:
                 async for piece in merged:
@@ -86,35 +99,53 @@ class TextJob:
                 raise
             yield
 
+    def _choices(self, place: int, prompt: Prompt, params: SamplingParams) -> list[AsyncGenerator[Piece, None]]:
+        """All choices of one prompt, the `place`-th."""
+        count = self._options.choices
+        echo: asyncio.Future[tuple[ScoredToken, ...]] = asyncio.get_running_loop().create_future()
+        return [self._choice(count * place + which, prompt, nth_choice(params, which), echo) for which in range(count)]
+
     async def _choice(
-        self, index: int, prompt: list[int], params: SamplingParams, stop: Sequence[str]
+        self, index: int, prompt: Prompt, params: SamplingParams, echo: asyncio.Future[tuple[ScoredToken, ...]]
     ) -> AsyncGenerator[Piece, None]:
-        model = self._model
-        decoder, stops = IncrementalDecoder(model.tokenizer), StopStrings(stop)
-        with model.client.generate(f"{self._id}-{index}", prompt, params) as stream:
+        """`echo` are the prompt's tokens: its first choice has them scored, the others wait for that."""
+        options, tokenizer = self._options, self._model.tokenizer
+        echoed = self._echoed(prompt)
+        text = ChoiceText(index, tokenizer, params, stop=options.stop, keep_stop=options.keep_stop, offset=len(echoed))
+        logprobs: list[TokenLogprobs] = []
+        opening = options.echo
+        with self._model.client.generate(f"{self._id}-{index}", prompt.ids, params) as stream:
             async for output in stream:
-                ids, finish = output.token_ids, output.finish_reason
-                self.completion_tokens += len(ids)
-                if finish == "stop" and ids and ids[-1] in params.stop_token_ids:
-                    ids = ids[:-1]
-                text = stops.push(decoder.push(ids))
-                if finish is not None:
-                    text += stops.push(decoder.finish())
-                if stops.stopped:
+                logprobs += output.prompt_logprobs
+                if opening and output.token_ids:  # by the first token all of the prompt has been scored
+                    opening = False
+                    if params.prompt_logprobs is not None:
+                        echo.set_result(await asyncio.to_thread(prompt_tokens, tokenizer, prompt.ids, logprobs))
+                    tokens = () if options.sampling.logprobs is None else await echo
+                    yield Piece(index, echoed, "length" if options.limit == 0 else None, tokens)
+                    if options.limit == 0:
+                        return
+                self.completion_tokens += len(output.token_ids)
+                piece = text.push(output)
+                if piece is not None:
+                    yield piece
+                if text.stopped:
                     stream.close("stop")
-                    yield Piece(index, text, "stop")
                     return
-                if finish is not None:
-                    if finish not in ("stop", "length"):
-                        raise EngineUnavailableError("the engine ended this request before it was complete")
-                    yield Piece(index, text + stops.finish(), "stop" if finish == "stop" else "length")
-                    return
-                if text:
-                    yield Piece(index, text)
+
+    def _echoed(self, prompt: Prompt) -> str:
+        if not self._options.echo:
+            return ""
+        return self._model.tokenizer.decode(prompt.ids) if prompt.text is None else prompt.text
 
 
-def sampling(prompt: Sequence[int], options: Options, info: ModelInfo) -> SamplingParams:
-    """What the engine is told; raises RequestError when prompt and completion are longer than the context."""
+def sampling(
+    prompt: Sequence[int], options: Options, banned: tuple[tuple[int, ...], ...], info: ModelInfo
+) -> SamplingParams:
+    """What the engine is told of a prompt's first choice; `banned` are the bad words as token sequences.
+
+    Raises RequestError when prompt and completion are longer than the context, and for tokens the model has not.
+    """
     room = info.max_model_len - len(prompt)
     if not prompt:
         raise RequestError("the prompt has no tokens; accepted is at least 1", param="prompt")
@@ -130,17 +161,54 @@ def sampling(prompt: Sequence[int], options: Options, info: ModelInfo) -> Sampli
             f"{len(prompt) + options.limit}, and the model's context holds {info.max_model_len}",
             param="max_tokens",
         )
-    bad = next((token for token in prompt if token >= info.vocab_size), None)
-    if bad is not None:
-        raise RequestError(f"the prompt holds token id {bad}; accepted are 0 to {info.vocab_size - 1}", param="prompt")
-    return SamplingParams(
-        max_tokens=room if options.limit is None else options.limit,
-        temperature=options.temperature,
-        top_p=options.top_p,
-        top_k=options.top_k,
-        seed=options.seed,
-        stop_token_ids=() if options.ignore_eos else info.eos_token_ids,
+    limit = room if options.limit is None else options.limit
+    if options.sampling.min_tokens > limit:
+        raise RequestError(
+            f"'min_tokens' is {options.sampling.min_tokens}, and at most {limit} tokens are generated here; "
+            f"accepted are 0 to {limit}",
+            param="min_tokens",
+        )
+    _check_ids("prompt", prompt, info)
+    asked = options.sampling
+    params = msgspec.structs.replace(
+        asked,
+        max_tokens=max(1, limit),  # the engine always draws; what only a prompt was asked for throws away
+        stop_token_ids=asked.stop_token_ids + (() if options.ignore_eos else info.eos_token_ids),
+        bad_words=banned,
+        prompt_logprobs=asked.logprobs if options.echo else None,
     )
+    _check_ids("logit_bias", [token for token, _ in params.logit_bias], info)
+    _check_ids("allowed_token_ids", params.allowed_token_ids or (), info)
+    _check_ids("stop_token_ids", asked.stop_token_ids, info)
+    _check_a_token_is_left(params)
+    return params
+
+
+def _check_ids(field: str, tokens: Sequence[int], info: ModelInfo) -> None:
+    bad = next((token for token in tokens if token >= info.vocab_size), None)
+    if bad is not None:
+        raise RequestError(f"{field!r} holds token id {bad}; accepted are 0 to {info.vocab_size - 1}", param=field)
+
+
+def _check_a_token_is_left(params: SamplingParams) -> None:
+    if params.allowed_token_ids is None:
+        return
+    ruled_out = {word[0] for word in params.bad_words if len(word) == 1}
+    if params.min_tokens:
+        ruled_out |= set(params.stop_token_ids)
+    if ruled_out.issuperset(params.allowed_token_ids):
+        raise RequestError(
+            "'allowed_token_ids' holds only tokens that bad_words or min_tokens rule out; accepted is one more",
+            param="allowed_token_ids",
+        )
+
+
+def nth_choice(params: SamplingParams, which: int) -> SamplingParams:
+    """The first choice is as asked; the others count on from its seed, and have no prompt scored once more."""
+    if which == 0:
+        return params
+    seed = None if params.seed is None else params.seed + which
+    return msgspec.structs.replace(params, seed=seed, prompt_logprobs=None)
 
 
 async def encode_text(model: ServedModel, text: str, *, add_special_tokens: bool) -> list[int]:

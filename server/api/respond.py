@@ -4,19 +4,34 @@ from __future__ import annotations
 
 import contextlib
 from abc import ABC, abstractmethod
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from server.api.generation import Options, Piece, TextJob
+from server.api.choice import Piece, ScoredToken, TextFinish
+from server.api.generation import Options, TextJob
 from server.api.sse import ClientGoneError, EventStream, unless_gone
 from server.api.wire import Sampling
 
-DEFAULT_TEMPERATURE = 1.0
 CLIENT_GONE = 499
 """Nobody reads this status; it is what the metrics count."""
+
+
+@dataclass
+class Choice:
+    """One choice's whole text."""
+
+    text: str = ""
+    finish: TextFinish | None = None
+    tokens: list[ScoredToken] = field(default_factory=list)
+
+    def add(self, piece: Piece) -> None:
+        self.text += piece.text
+        self.finish = piece.finish
+        self.tokens += piece.tokens
 
 
 class Format(ABC):
@@ -27,7 +42,7 @@ class Format(ABC):
         """The chunk that opens a choice's stream, where there is one."""
 
     @abstractmethod
-    def chunk(self, index: int, text: str, finish: str | None) -> dict[str, Any]:
+    def chunk(self, index: int, text: str, tokens: Sequence[ScoredToken], finish: str | None) -> dict[str, Any]:
         """One streamed piece."""
 
     @abstractmethod
@@ -35,26 +50,27 @@ class Format(ABC):
         """The last chunk, for who asked for include_usage."""
 
     @abstractmethod
-    def whole(self, texts: list[str], finishes: list[str | None], usage: dict[str, int]) -> dict[str, Any]:
-        """The answer that is not streamed; one text and finish_reason per choice."""
+    def whole(self, choices: Sequence[Choice], usage: dict[str, int]) -> dict[str, Any]:
+        """The answer that is not streamed."""
 
 
-def options(body: Sampling, limit: int | None) -> Options:
-    """The wire's sampling fields with their defaults filled in; top_k 0 means no limit."""
+def options(body: Sampling, limit: int | None, *, echo: bool = False) -> Options:
+    """The wire's fields with their defaults filled in."""
     return Options(
         limit=limit,
-        temperature=DEFAULT_TEMPERATURE if body.temperature is None else body.temperature,
-        top_p=1.0 if body.top_p is None else body.top_p,
-        top_k=body.top_k or 0,
-        seed=body.seed,
+        sampling=body.params(),
         stop=tuple(body.stop),
+        keep_stop=body.include_stop_str_in_output,
         ignore_eos=body.ignore_eos,
+        bad_words=tuple(body.bad_words),
+        choices=body.choices,
+        echo=echo,
     )
 
 
-async def respond(request: Request, job: TextJob, how: Options, body: Sampling, form: Format) -> Response:
+async def respond(request: Request, job: TextJob, body: Sampling, form: Format) -> Response:
     """Waits for the first piece, so that what fails before it still gets a status of its own, then answers."""
-    pieces = job.pieces(how)
+    pieces = job.pieces()
     try:
         if body.stream:
             first = await unless_gone(request, anext(pieces))
@@ -67,13 +83,10 @@ async def respond(request: Request, job: TextJob, how: Options, body: Sampling, 
 
 
 async def _whole(pieces: AsyncGenerator[Piece, None], job: TextJob, form: Format) -> dict[str, Any]:
-    texts: dict[int, list[str]] = {}
-    finishes: dict[int, str | None] = {}
+    choices: dict[int, Choice] = {}
     async for piece in pieces:
-        texts.setdefault(piece.index, []).append(piece.text)
-        finishes[piece.index] = piece.finish
-    order = sorted(texts)
-    return form.whole(["".join(texts[i]) for i in order], [finishes[i] for i in order], usage(job))
+        choices.setdefault(piece.index, Choice()).add(piece)
+    return form.whole([choices[index] for index in sorted(choices)], usage(job))
 
 
 async def _events(
@@ -87,10 +100,10 @@ async def _events(
                 opening = form.opening(piece.index)
                 if opening is not None:
                     yield opening
-            if piece.text:
-                yield form.chunk(piece.index, piece.text, None)
+            if piece.text or piece.tokens:
+                yield form.chunk(piece.index, piece.text, piece.tokens, None)
             if piece.finish is not None:
-                yield form.chunk(piece.index, "", piece.finish)
+                yield form.chunk(piece.index, "", (), piece.finish)
         if include_usage:
             yield form.usage_chunk(usage(job))
 
@@ -102,7 +115,7 @@ async def _chained(first: Piece, rest: AsyncGenerator[Piece, None]) -> AsyncGene
 
 
 def usage(job: TextJob) -> dict[str, int]:
-    """Tokens as counted by the engine, those of a stop string included."""
+    """Tokens as counted by the engine, those of a stop string included; a prompt counts once, however many choices."""
     return {
         "prompt_tokens": job.prompt_tokens,
         "completion_tokens": job.completion_tokens,

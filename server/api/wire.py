@@ -6,63 +6,31 @@ means "nothing asked for" and refuse every other in a sentence, so that nothing 
 
 from __future__ import annotations
 
-import json
 from typing import Annotated, Any, Final, Literal
 
-from pydantic import (
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    PlainValidator,
-    ValidationInfo,
-    WithJsonSchema,
-    field_validator,
-    model_validator,
-)
+from pydantic import BeforeValidator, Field, PlainValidator, WithJsonSchema, model_validator
 
+from server.api.sampling_fields import (
+    MAX_CHOICES,
+    MAX_NAME_CHARACTERS,
+    MAX_TOKEN_ID,
+    MAX_TOKENS,
+    SamplingFields,
+    TokenCount,
+)
+from server.api.strict import Wire, only
+from server.records import MAX_TOP_LOGPROBS
 from server.sentences import listed, shown
 
 MAX_PROMPTS: Final = 32
-MAX_STOPS: Final = 16
-MAX_STOP_CHARACTERS: Final = 256
 MAX_MESSAGES: Final = 4096
 MAX_PARTS: Final = 1024
-MAX_TOKENS: Final = 2**24
-MAX_TOP_K: Final = 2**20
-MAX_TEMPERATURE: Final = 2.0
-MAX_NAME_CHARACTERS: Final = 256
-MAX_SEED: Final = 2**63 - 1
+MAX_COMPLETION_LOGPROBS: Final = 5
+"""Of /v1/completions; the number is OpenAI's, as MAX_TOP_LOGPROBS is for chats."""
 DEFAULT_COMPLETION_TOKENS: Final = 16
 """What /v1/completions generates where max_tokens is not given; the number is OpenAI's."""
 
 Prompt = str | list[int]
-
-
-class Wire(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
-
-    @field_validator("*")
-    @classmethod
-    def _check_only(cls, value: Any, info: ValidationInfo) -> Any:
-        """What `only` promises; the schema is the rule."""
-        extra = cls.model_fields[str(info.field_name)].json_schema_extra
-        accepted = extra.get("enum") if isinstance(extra, dict) else None
-        if not isinstance(accepted, list):
-            return value
-        if any(value == one and isinstance(value, bool) == isinstance(one, bool) for one in accepted):
-            return value
-        choices = " or ".join(map(json.dumps, accepted))
-        raise ValueError(f"'{info.field_name}' is {shown(value)}, which is not supported; accepted is {choices}")
-
-
-def only(*accepted: Any) -> Any:
-    """A field that is not supported: it takes these values and no others; the first is its default."""
-    return Field(default=accepted[0], json_schema_extra={"enum": list(accepted)})
-
-
-def _as_list(value: object) -> object:
-    return [] if value is None else [value] if isinstance(value, str) else value
 
 
 def _content(value: object) -> object:
@@ -92,32 +60,26 @@ def _prompts(value: object) -> list[Prompt]:
 
 
 def _is_token(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**31
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= MAX_TOKEN_ID
 
 
 _PROMPT_SCHEMA: Final = {
     "anyOf": [
         {"type": "string"},
         {"type": "array", "items": {"type": "string"}, "minItems": 1, "maxItems": MAX_PROMPTS},
-        {"type": "array", "items": {"type": "integer", "minimum": 0, "maximum": 2**31 - 1}, "minItems": 1},
+        {"type": "array", "items": {"type": "integer", "minimum": 0, "maximum": MAX_TOKEN_ID}, "minItems": 1},
         {
             "type": "array",
-            "items": {"type": "array", "items": {"type": "integer", "minimum": 0, "maximum": 2**31 - 1}, "minItems": 1},
+            "items": {
+                "type": "array",
+                "items": {"type": "integer", "minimum": 0, "maximum": MAX_TOKEN_ID},
+                "minItems": 1,
+            },
             "minItems": 1,
             "maxItems": MAX_PROMPTS,
         },
     ]
 }
-_STOP_STRING: Final = {"type": "string", "minLength": 1, "maxLength": MAX_STOP_CHARACTERS}
-_STOP_SCHEMA: Final = {
-    "anyOf": [{"type": "null"}, _STOP_STRING, {"type": "array", "items": _STOP_STRING, "maxItems": MAX_STOPS}]
-}
-
-StopString = Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARACTERS)]
-Stops = Annotated[
-    list[StopString], Field(max_length=MAX_STOPS), BeforeValidator(_as_list), WithJsonSchema(_STOP_SCHEMA)
-]
-TokenCount = Annotated[int, Field(ge=1, le=MAX_TOKENS)]
 
 
 class StreamOptions(Wire):
@@ -125,24 +87,12 @@ class StreamOptions(Wire):
     include_obfuscation: Any = only(False)
 
 
-class Sampling(Wire):
+class Sampling(SamplingFields):
     """What both kinds of completion share."""
 
-    model: Annotated[str, Field(min_length=1, max_length=MAX_NAME_CHARACTERS)]
-    max_tokens: TokenCount | None = None
-    temperature: Annotated[float, Field(ge=0, le=MAX_TEMPERATURE)] | None = None
-    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
-    top_k: Annotated[int, Field(ge=0, le=MAX_TOP_K)] | None = None
-    seed: Annotated[int, Field(ge=0, le=MAX_SEED)] | None = None
-    stop: Stops = []
-    ignore_eos: bool = False
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     user: Annotated[str, Field(max_length=MAX_NAME_CHARACTERS)] | None = None
-    n: Any = only(1, None)
-    presence_penalty: Any = only(0, None)
-    frequency_penalty: Any = only(0, None)
-    logit_bias: Any = only(None, {})
 
     @model_validator(mode="after")
     def _check_stream_options(self) -> Sampling:
@@ -159,10 +109,26 @@ class CompletionRequest(Sampling):
     """POST /v1/completions"""
 
     prompt: Annotated[list[Prompt], PlainValidator(_prompts), WithJsonSchema(_PROMPT_SCHEMA)]
-    best_of: Any = only(1, None)
-    echo: Any = only(False, None)
-    logprobs: Any = only(None)
+    max_tokens: Annotated[int, Field(ge=0, le=MAX_TOKENS)] | None = None
+    best_of: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = None
+    echo: bool | None = None
+    logprobs: Annotated[int, Field(ge=0, le=MAX_COMPLETION_LOGPROBS)] | None = None
     suffix: Any = only(None, "")
+
+    @model_validator(mode="after")
+    def _check_together(self) -> CompletionRequest:
+        if self.best_of is not None and self.best_of != self.choices:
+            raise ValueError(
+                f"'best_of' is {self.best_of} and 'n' is {self.choices}; accepted is a best_of that equals n, because "
+                "nothing is generated that is not returned"
+            )
+        if self.max_tokens == 0 and not self.echo:
+            raise ValueError("'max_tokens' is 0, and accepted only with echo: true")
+        return self
+
+    @property
+    def wanted_logprobs(self) -> int | None:
+        return self.logprobs
 
 
 class TextPart(Wire):
@@ -197,8 +163,8 @@ class ChatRequest(Sampling):
 
     messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES)]
     max_completion_tokens: TokenCount | None = None
-    logprobs: Any = only(False, None)
-    top_logprobs: Any = only(None, 0)
+    logprobs: bool | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
     response_format: Any = only(None, {"type": "text"})
     tools: Any = only(None, [])
     tool_choice: Any = only(None, "none", "auto")
@@ -222,7 +188,13 @@ class ChatRequest(Sampling):
                 f"'max_tokens' is {both[0]} and 'max_completion_tokens' is {both[1]}; accepted is one of "
                 f"{listed(('max_tokens', 'max_completion_tokens'))}"
             )
+        if self.top_logprobs and not self.logprobs:
+            raise ValueError(f"'top_logprobs' is {self.top_logprobs}, and accepted only with logprobs: true")
         return self
+
+    @property
+    def wanted_logprobs(self) -> int | None:
+        return (self.top_logprobs or 0) if self.logprobs else None
 
     @property
     def limit(self) -> int | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import openai
 import pytest
@@ -13,6 +14,10 @@ from tests.end_to_end.server import Server, serve
 
 MODEL = "halfbyte-demo"
 MESSAGES: list[ChatCompletionMessageParam] = [{"role": "user", "content": "Who lives in the village?"}]
+
+LOGPROB_TOLERANCE = 0.25
+"""The demo's logits are bfloat16: between 8 and 16 they lie 1/16 apart, and where few rows and many round apart, a
+logit moves by such a step (by 0.054 at most, in 150 tokens)."""
 
 
 @pytest.fixture
@@ -100,6 +105,89 @@ def test_a_seed_gives_the_same_text_alone_and_in_a_crowd() -> None:
     assert len(set(crowd)) > 2
 
 
+def test_logprobs_of_a_chat_and_of_its_stream(client: openai.OpenAI) -> None:
+    def ask(**more: Any) -> Any:
+        return client.chat.completions.create(
+            model=MODEL, messages=MESSAGES, temperature=0, max_tokens=12, logprobs=True, top_logprobs=3, **more
+        )
+
+    (choice,) = ask().choices
+    content = choice.logprobs.content
+    assert "".join(token.token for token in content) == choice.message.content
+    assert b"".join(bytes(token.bytes) for token in content).decode() == choice.message.content
+    for token in content:
+        assert token.token == token.top_logprobs[0].token, "greedy takes the likeliest"
+        assert token.logprob == token.top_logprobs[0].logprob <= 0
+        assert [each.logprob for each in token.top_logprobs] == sorted(
+            (each.logprob for each in token.top_logprobs), reverse=True
+        )
+    streamed = [each for chunk in ask(stream=True) for each in chunk.choices]
+    tokens = [token for each in streamed if each.logprobs for token in each.logprobs.content]
+    assert [token.token for token in tokens] == [token.token for token in content]
+
+
+def test_an_echo_scores_the_prompt_as_it_scores_an_answer(client: openai.OpenAI) -> None:
+    """What was generated, sent back as a prompt, has the logprobs that it had: within what packing rows moves."""
+    prompt = "The harbour"
+    answer = client.completions.create(model=MODEL, prompt=prompt, temperature=0, max_tokens=10, logprobs=2).choices[0]
+    again = client.completions.create(
+        model=MODEL, prompt=prompt + answer.text, max_tokens=0, echo=True, logprobs=2
+    ).choices[0]
+    assert answer.logprobs is not None
+    assert again.logprobs is not None
+    assert again.text == prompt + answer.text
+    count = len(answer.logprobs.tokens or [])
+    assert (again.logprobs.tokens or [])[-count:] == answer.logprobs.tokens
+    assert (again.logprobs.token_logprobs or [])[-count:] == pytest.approx(
+        answer.logprobs.token_logprobs, abs=LOGPROB_TOLERANCE
+    )
+    assert (again.logprobs.token_logprobs or [])[0] is None
+    offsets = again.logprobs.text_offset or []
+    assert offsets[-count:] == [len(prompt) + offset for offset in answer.logprobs.text_offset or []]
+
+
+def test_several_choices(client: openai.OpenAI) -> None:
+    def ask(n: int, seed: int) -> openai.types.chat.ChatCompletion:
+        return client.chat.completions.create(
+            model=MODEL, messages=MESSAGES, temperature=1.5, max_tokens=16, n=n, seed=seed
+        )
+
+    answer = ask(3, 7)
+    assert [choice.index for choice in answer.choices] == [0, 1, 2]
+    assert len({choice.message.content for choice in answer.choices}) == 3
+    single = ask(1, 7)
+    assert answer.usage is not None
+    assert single.usage is not None
+    assert answer.usage.prompt_tokens == single.usage.prompt_tokens
+    stream = client.chat.completions.create(model=MODEL, messages=MESSAGES, n=2, max_tokens=4, stream=True)
+    ends = [each.index for chunk in stream for each in chunk.choices if each.finish_reason]
+    assert sorted(ends) == [0, 1]
+
+
+def test_penalties_and_banned_words_change_a_greedy_answer(client: openai.OpenAI) -> None:
+    def ask(**fields: Any) -> str:
+        answer = client.completions.create(
+            model=MODEL, prompt="The harbour", temperature=0, max_tokens=24, logprobs=0, **fields
+        )
+        return answer.choices[0].text
+
+    plain = ask()
+    word = plain.split()[0]
+    assert word not in ask(extra_body={"bad_words": [word]}).split()
+    assert ask(extra_body={"repetition_penalty": 1.8}) != plain
+    assert ask(frequency_penalty=2.0, presence_penalty=2.0) != plain
+    long = client.completions.create(
+        model=MODEL,
+        prompt="The harbour",
+        temperature=0,
+        max_tokens=24,
+        stop=[plain[3:5]],
+        extra_body={"min_tokens": 12},
+    )
+    assert long.usage is not None
+    assert long.usage.completion_tokens >= 12
+
+
 def test_top_k_through_extra_body(client: openai.OpenAI) -> None:
     greedy = client.completions.create(model=MODEL, prompt="The", temperature=0, max_tokens=12)
     single = client.completions.create(
@@ -116,7 +204,11 @@ def test_top_k_through_extra_body(client: openai.OpenAI) -> None:
         ({"max_tokens": 0}, "max_tokens"),
         ({"max_tokens": 10**9}, "max_tokens"),
         ({"top_p": 0}, "top_p"),
-        ({"n": 3}, "n"),
+        ({"n": 0}, "n"),
+        ({"top_logprobs": 3}, "top_logprobs"),
+        ({"presence_penalty": 3}, "presence_penalty"),
+        ({"logit_bias": {"a": 1}}, "logit_bias"),
+        ({"extra_body": {"bad_words": [""]}}, "bad_words"),
         ({"extra_body": {"top_k": -1}}, "top_k"),
         ({"extra_body": {"flavour": 1}}, "flavour"),
         ({"stop": ["x"] * 100}, "stop"),

@@ -1,7 +1,8 @@
 """A small engine process without a model, for testing what talks to one. Not a test.
 
 Speaks the records of server/records.py over the descriptor in argv[1]. It answers every request with its own prompt,
-one token per step and request. What else it does comes as ModelSpec.quantization:
+one token per step and request, and draws none: of the sampling parameters it honours the limits and the logprobs. What
+else it does comes as ModelSpec.quantization:
 
     {"fail": [kind, message]}     answers LoadModel with LoadFailed
     {"die_while_loading": CODE}   exits with that code before Loaded
@@ -39,6 +40,7 @@ from server.records import (
     SequenceOutput,
     Shutdown,
     StepReport,
+    TokenLogprobs,
     decode_to_engine,
     encode_frame,
     frame_length,
@@ -53,6 +55,13 @@ def command(descriptor: int) -> list[str]:
 ROOT = Path(__file__).parent.parent.parent
 _START = "import tests.server.scripted_engine as engine; engine.main(int(sys.argv[1]))"
 BLOCKS = 100
+
+
+def logprobs(token: int, top: int) -> TokenLogprobs:
+    """Numbers that say which token was scored: -1/8 of its id; the likeliest are that token and those after it."""
+    return TokenLogprobs(
+        -token / 8, tuple(token + place for place in range(top)), tuple(-(token + place) / 8 for place in range(top))
+    )
 
 
 class Engine:
@@ -145,7 +154,12 @@ class Engine:
             self.running[request_id] = (request, done + 1)
             if finish is not None:
                 del self.running[request_id]
-            outputs.append(SequenceOutput(request_id, (token,), finish))  # type: ignore[arg-type]
+            sampling, rest = request.sampling, request.prompt[1:] if done == 0 else ()
+            scored = (
+                tuple(logprobs(one, top) for one in tokens) if top is not None else ()
+                for tokens, top in (((token,), sampling.logprobs), (rest, sampling.prompt_logprobs))
+            )
+            outputs.append(SequenceOutput(request_id, (token,), finish, None, False, *scored))  # type: ignore[arg-type]
         time.sleep(self.script.get("step_seconds", 0))
         self.steps += 1
         self.send(StepReport(self.steps, tuple(outputs), running, 0, 0, running, 0.01, len(self.running), BLOCKS))

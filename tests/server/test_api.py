@@ -151,7 +151,6 @@ REFUSED: list[tuple[dict[str, Any], str, str]] = [
     ({"top_p": 1.5}, "top_p", "less than or equal to 1"),
     ({"top_k": -1}, "top_k", "greater than or equal to 0"),
     ({"top_k": 1.5}, "top_k", "integer"),
-    ({"max_tokens": 0}, "max_tokens", "greater than or equal to 1"),
     ({"max_tokens": True}, "max_tokens", "integer"),
     ({"max_tokens": 10**30}, "max_tokens", "less than or equal"),
     ({"seed": -1}, "seed", "greater than or equal to 0"),
@@ -162,10 +161,37 @@ REFUSED: list[tuple[dict[str, Any], str, str]] = [
     ({"stream": "yes"}, "stream", "boolean"),
     ({"stream_options": {"include_usage": True}}, "", "'stream_options'"),
     ({"stream": True, "stream_options": {"usage": True}}, "stream_options.usage", "include_usage"),
-    ({"n": 2}, "n", "accepted is 1"),
-    ({"n": True}, "n", "accepted is 1"),
-    ({"presence_penalty": 0.5}, "presence_penalty", "accepted is 0"),
-    ({"logit_bias": {"5": 1}}, "logit_bias", "not supported"),
+    ({"n": 0}, "n", "greater than or equal to 1"),
+    ({"n": 129}, "n", "less than or equal to 128"),
+    ({"n": True}, "n", "integer"),
+    ({"min_p": 1.1}, "min_p", "less than or equal to 1"),
+    ({"min_p": None}, "min_p", "number"),
+    ({"typical_p": 0}, "typical_p", "greater than 0"),
+    ({"repetition_penalty": 0}, "repetition_penalty", "greater than or equal to 0.01"),
+    ({"repetition_penalty": 101}, "repetition_penalty", "less than or equal to 100"),
+    ({"presence_penalty": 2.5}, "presence_penalty", "less than or equal to 2"),
+    ({"frequency_penalty": -2.5}, "frequency_penalty", "greater than or equal to -2"),
+    ({"logit_bias": {"5": 101}}, "logit_bias.5", "less than or equal to 100"),
+    ({"logit_bias": {"5": "1"}}, "logit_bias.5", "number"),
+    ({"logit_bias": {"five": 1}}, "logit_bias", "'five'"),
+    ({"logit_bias": {"05": 1}}, "logit_bias", "'05'"),
+    ({"logit_bias": {"-1": 1}}, "logit_bias", "'-1'"),
+    ({"logit_bias": {"320": 1}}, "logit_bias", "0 to 319"),
+    ({"logit_bias": {str(token): 1 for token in range(1025)}}, "logit_bias", "at most 1024"),
+    ({"logit_bias": [1]}, "logit_bias", "dictionary"),
+    ({"allowed_token_ids": []}, "allowed_token_ids", "at least 1"),
+    ({"allowed_token_ids": [-1]}, "allowed_token_ids[0]", "greater than or equal to 0"),
+    ({"allowed_token_ids": [5, 320]}, "allowed_token_ids", "0 to 319"),
+    ({"allowed_token_ids": [67], "bad_words": ["a"]}, "allowed_token_ids", "rule out"),
+    ({"allowed_token_ids": [2], "min_tokens": 1}, "allowed_token_ids", "rule out"),
+    ({"bad_words": "a"}, "bad_words", "list"),
+    ({"bad_words": [""]}, "bad_words[0]", "at least 1"),
+    ({"bad_words": ["a"] * 257}, "bad_words", "at most 256"),
+    ({"stop_token_ids": [320]}, "stop_token_ids", "0 to 319"),
+    ({"stop_token_ids": [5] * 65}, "stop_token_ids", "at most 64"),
+    ({"min_tokens": -1}, "min_tokens", "greater than or equal to 0"),
+    ({"min_tokens": 5, "max_tokens": 4}, "min_tokens", "at most 4 tokens are generated"),
+    ({"include_stop_str_in_output": 1}, "include_stop_str_in_output", "boolean"),
     ({"flavour": 1}, "flavour", "accepted are model"),
     ({"model": 5}, "model", "string"),
     ({"model": ""}, "model", "at least 1"),
@@ -183,9 +209,13 @@ REFUSED_COMPLETIONS = [
     ({"prompt": "x" * 256}, "prompt", "256 tokens, and the model's context holds 256"),
     ({"prompt": "x" * 100_000}, "prompt", "tokens, and the model's context holds 256"),
     ({"prompt": "x" * 200, "max_tokens": 57}, "max_tokens", "together 257"),
-    ({"logprobs": 3}, "logprobs", "accepted is null"),
-    ({"echo": True}, "echo", "accepted is false"),
-    ({"best_of": 4}, "best_of", "accepted is 1"),
+    ({"logprobs": 6}, "logprobs", "less than or equal to 5"),
+    ({"logprobs": True}, "logprobs", "integer"),
+    ({"echo": 1}, "echo", "boolean"),
+    ({"max_tokens": 0}, "", "only with echo: true"),
+    ({"max_tokens": -1}, "max_tokens", "greater than or equal to 0"),
+    ({"best_of": 4}, "", "'best_of' is 4 and 'n' is 1"),
+    ({"best_of": 1, "n": 2}, "", "accepted is a best_of that equals n"),
     ({"suffix": "x"}, "suffix", "not supported"),
 ]
 REFUSED_CHATS = [
@@ -204,7 +234,10 @@ REFUSED_CHATS = [
     ({"messages": [{"role": "user", "content": "x" * 400}]}, "prompt", "tokens, and the model's context holds 256"),
     ({"tools": [{"type": "function"}]}, "tools", "not supported"),
     ({"response_format": {"type": "json_object"}}, "response_format", "not supported"),
-    ({"logprobs": True}, "logprobs", "not supported"),
+    ({"logprobs": 1}, "logprobs", "boolean"),
+    ({"logprobs": True, "top_logprobs": 21}, "top_logprobs", "less than or equal to 20"),
+    ({"top_logprobs": 2}, "", "only with logprobs: true"),
+    ({"max_tokens": 0}, "max_tokens", "greater than or equal to 1"),
     ({"max_tokens": 5, "max_completion_tokens": 6}, "", "'max_completion_tokens' is 6"),
 ]
 
@@ -373,6 +406,9 @@ def test_a_full_queue_is_429_with_a_computed_retry_after(serve_scripts: ServeScr
         assert "at most 3" in refused.json()["error"]["message"]
         assert int(refused.headers["Retry-After"]) >= 1
         assert complete(running, prompt=["a", "b"], stream=True).status_code == 429
+        never = complete(running, prompt=["a", "b"], n=2)
+        assert never.status_code == 400
+        assert "asks for 4 texts; model 'echo' accepts at most 3" in never.json()["error"]["message"]
         assert running.metric("requests_rejected_total", model="echo", reason="overloaded") == 2
         for thread in threads:
             thread.join()
