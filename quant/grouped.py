@@ -7,12 +7,12 @@ go where and what happens between two products (experts.py).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
-from quant import ops
+from quant import ops, reference
 
 
 @torch.library.custom_op("halfbyte::grouped_linear_4bit", mutates_args=())
@@ -60,20 +60,11 @@ def grouped_linear_8bit(
     return _by_expert(x, ends, CB.shape[1], product)
 
 
-def _segments(ends: torch.Tensor) -> Iterator[tuple[int, slice]]:
-    """Each expert that has rows, with the rows it has."""
-    begin = 0
-    for expert, end in enumerate(ends.tolist()):
-        if end > begin:
-            yield expert, slice(begin, end)
-        begin = end
-
-
 def _by_expert(
     x: torch.Tensor, ends: torch.Tensor, columns: int, product: Callable[[int, torch.Tensor], torch.Tensor]
 ) -> torch.Tensor:
     out = x.new_zeros(x.shape[0], columns)
-    for expert, rows in _segments(ends):
+    for expert, rows in reference.expert_rows(ends):
         out[rows] = product(expert, x[rows])
     return out
 
