@@ -23,7 +23,9 @@ namespace hb {
 namespace {
 
 constexpr int64_t kRowsPerWave = 1024;  // where rows are those of experts
-constexpr int64_t kDecodingSteps = 8;   // what decoding a weight takes, where a row of x that meets it takes one
+// What decoding a weight takes, where a row of x that meets it takes one: so 8 rows and 64 compare where they were
+// measured (benchmarks/results/linear_speed.md).
+constexpr int64_t kDecodingSteps = 8;
 
 const DecodedWay& way_for(const DecodedCall& call) {
 #ifdef HB_X86
