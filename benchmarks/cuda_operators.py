@@ -39,6 +39,8 @@ DTYPE: Final = torch.bfloat16
 BLOCKSIZE: Final = formats.DEFAULT_BLOCKSIZE
 SHAPES: Final = ("4096x4096", "14336x4096", "4096x14336", "8192x28672")
 ROWS: Final = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 2048, 8192)
+EXPERTS: Final = 8
+"""What a weight's rows are shared out to, one row of x each, where linear_4bit_experts is timed."""
 CACHES: Final = 4
 """Weights that a graph goes round, in second-level caches."""
 TORCH: Final = "torch bfloat16"
@@ -134,7 +136,7 @@ def bitsandbytes_weight(w: torch.Tensor, name: str) -> Weight:
 
 
 def conversions(kernels: native.Kernels, w: torch.Tensor) -> Iterator[tuple[str, int, Call]]:
-    """Every operator that is no product: its name, the bytes that it moves, and a call of it on w."""
+    """Every operator that is no product with one weight: its name, the bytes that it moves, and a call of it on w."""
     packed, absmax = kernels.quantize_4bit(w, "nf4", BLOCKSIZE)
     codes, nested, offset = kernels.quantize_absmax(absmax, formats.NESTED_BLOCKSIZE)
     CB, SCB = kernels.quantize_8bit(w)
@@ -148,6 +150,12 @@ def conversions(kernels: native.Kernels, w: torch.Tensor) -> Iterator[tuple[str,
     yield "quantize_absmax", second, lambda: kernels.quantize_absmax(absmax, formats.NESTED_BLOCKSIZE)[0]
     nested_size = formats.NESTED_BLOCKSIZE
     yield "dequantize_absmax", second, lambda: kernels.dequantize_absmax(codes, nested, offset, nested_size)
+    experts = EXPERTS if w.shape[0] % EXPERTS == 0 and w.numel() // EXPERTS % BLOCKSIZE == 0 else 1
+    rows = w.shape[0] // experts
+    stack = (packed.view(experts, 1, -1), absmax.view(experts, 1, -1), "nf4", BLOCKSIZE, [rows, w.shape[1]])
+    x, ends = torch.ones_like(w[:experts]), torch.arange(1, experts + 1, device=w.device)
+    moved = four + x.nbytes + experts * rows * w.element_size()
+    yield "linear_4bit_experts", moved, lambda: kernels.linear_4bit_experts(x, ends, *stack, None, None, 1, None)
     yield "quantize_8bit", w.nbytes + eight, lambda: kernels.quantize_8bit(w)[0]
     yield "dequantize_8bit", w.nbytes + eight, lambda: kernels.dequantize_8bit(CB, SCB, DTYPE)
 

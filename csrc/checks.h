@@ -198,6 +198,44 @@ bool has_output(const Args* items, int64_t count) {
     return any;
 }
 
+inline hb_status check_linear4_experts_shape(const hb_linear4_experts_args* a) {
+    HB_REQUIRE(check_call(a == nullptr ? nullptr : &a->call, sizeof *a));
+    HB_REQUIRE(check_dtype(a->x_dtype));
+    HB_REQUIRE(check_format(a->format));
+    HB_REQUIRE(check_blocksize(a->blocksize));
+    if (a->nested_absmax != nullptr) HB_REQUIRE(check_nested_blocksize(a->nested_blocksize));
+    HB_REQUIRE(fail_unless(a->P >= 1 && a->P <= HB_MAX_GROUP, HB_BAD_SHAPE));
+    int64_t count = 0, matrices = 0;
+    HB_REQUIRE(check_shape(a->M, a->K, &count));
+    HB_REQUIRE(check_shape(a->P, a->N, &count));
+    HB_REQUIRE(check_shape(a->M, count, &count));
+    HB_REQUIRE(check_shape(a->E, a->P, &matrices));
+    HB_REQUIRE(check_shape(a->N, a->K, &count));
+    HB_REQUIRE(fail_unless(a->packed_bytes >= ceil_div(count, 2), HB_BAD_SHAPE));
+    HB_REQUIRE(check_shape(matrices, a->packed_bytes, &count));
+    return check_shape(matrices, a->N * a->K, &count);
+}
+
+inline hb_status check(const hb_linear4_experts_args* a) {
+    HB_REQUIRE(check_linear4_experts_shape(a));
+    const int64_t values = a->E * a->P * a->N * a->K;
+    HB_REQUIRE(check_tensor(a->x, a->M * a->K, dtype_bytes(a->x_dtype)));
+    HB_REQUIRE(check_tensor(a->ends, a->E, sizeof(int64_t)));
+    HB_REQUIRE(check_tensor(a->packed, values, 1));
+    if (a->nested_absmax != nullptr) {
+        HB_REQUIRE(check_tensor(a->absmax, values, 1));
+        HB_REQUIRE(check_tensor(a->nested_absmax, values, sizeof(float)));
+        HB_REQUIRE(check_tensor(a->offset, a->E, sizeof(float)));
+    } else {
+        HB_REQUIRE(check_tensor(a->absmax, values, sizeof(float)));
+    }
+    if (a->bias != nullptr) {
+        HB_REQUIRE(check_dtype(a->bias_dtype));
+        HB_REQUIRE(check_tensor(a->bias, a->E * a->N, dtype_bytes(a->bias_dtype)));
+    }
+    return check_tensor(a->out, a->M * a->N, dtype_bytes(a->x_dtype));
+}
+
 inline hb_status check(const hb_quantize8_args* a) {
     HB_REQUIRE(check_call(a == nullptr ? nullptr : &a->call, sizeof *a));
     HB_REQUIRE(check_dtype(a->w_dtype));

@@ -32,7 +32,7 @@ extern "C" {
 #define HB_MAX_ELEMENTS ((int64_t)1 << 46)
 /* The largest number of threads that a call may ask for. */
 #define HB_MAX_THREADS 1024
-/* The most products that a group may have. */
+/* The most products that a group may have, and the most matrices of an expert. */
 #define HB_MAX_GROUP 8
 /* The largest size of an attention head. */
 #define HB_MAX_HEAD_DIM 4096
@@ -55,7 +55,8 @@ enum {
     HB_NO_DEVICE_CODE = 13,
     HB_LAUNCH_FAILED = 14,
     HB_BAD_SEQUENCE = 15,
-    HB_STATUS_COUNT = 16
+    HB_BAD_EXPERTS = 16,
+    HB_STATUS_COUNT = 17
 };
 
 /* Dtypes of values. */
@@ -195,6 +196,40 @@ HB_API hb_status hb_linear4_workspace(const hb_linear4_args* args, int64_t* byte
  * and K; threads, workspace and batch_invariant are the first one's. Not in the CUDA library. */
 HB_API hb_status hb_linear4_group(const hb_linear4_args* items, int64_t count);
 HB_API hb_status hb_linear4_group_workspace(const hb_linear4_args* items, int64_t count, int64_t* bytes);
+
+/* Products of rows with the 4-bit matrices of the expert that each row belongs to, in one call: expert e has the rows
+ * of x from ends[e - 1] (0 for the first) up to ends[e], and of each
+ *
+ *     out[m, p*N + n] = sum over k of x[m, k] * W[e, p, n, k] + bias[e, p*N + n]
+ *
+ * bit for bit what hb_linear4 gives for the expert's rows and one matrix. Rows behind the last end become zeros.
+ * Nothing of an expert without rows is read. In the CUDA library `ends` is read on the device, and ends that fall or
+ * leave x give some rows of out wrong values; in the CPU library they are refused. */
+typedef struct hb_linear4_experts_args {
+    hb_call call;
+    const void* x;              /* [M, K] */
+    int64_t x_dtype;            /* dtype of x and out */
+    int64_t M;                  /* rows of x */
+    int64_t E;                  /* experts */
+    int64_t P;                  /* matrices of an expert, 1 .. HB_MAX_GROUP */
+    int64_t N;                  /* output features of a matrix */
+    int64_t K;                  /* input features */
+    const int64_t* ends;        /* [E] rising, from 0 to M */
+    const uint8_t* packed;      /* [E, P, packed_bytes] the codes of each flattened matrix first */
+    int64_t packed_bytes;       /* at least ceil(N*K/2) */
+    int64_t format;             /* HB_NF4 or HB_FP4 */
+    int64_t blocksize;          /* values per block: a power of two from 32 to 4096 */
+    const void* absmax;         /* [E, P, B], B = ceil(N*K/blocksize): float32, or uint8 codes with nested_absmax */
+    const float* nested_absmax; /* [E, P, ceil(B/nested_blocksize)], or null: absmax is not double-quantized */
+    const float* offset;        /* [E, P] when nested_absmax is given, else null */
+    int64_t nested_blocksize;   /* any positive number; ignored without nested_absmax */
+    const void* bias;           /* [E, P*N] or null */
+    int64_t bias_dtype;         /* dtype of bias; ignored without bias */
+    void* out;                  /* out [M, P*N] in x_dtype */
+} hb_linear4_experts_args;
+HB_API hb_status hb_linear4_experts(const hb_linear4_experts_args* args);
+/* Writes the bytes of workspace that hb_linear4_experts needs for these shapes and threads; reads no other pointer. */
+HB_API hb_status hb_linear4_experts_workspace(const hb_linear4_experts_args* args, int64_t* bytes);
 
 /* The same with both sides in int8, CPU only: x rounded to int8 in groups of 64 columns of each row against the group's
  * largest magnitude, the weight's table rounded to int8. Where a group and a block meet, the sum of products is an

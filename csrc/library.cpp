@@ -26,6 +26,7 @@ constexpr const char* kStatusTexts[HB_STATUS_COUNT] = {
     "This library holds no code for this GPU's architecture; build with its number in HALFBYTE_CUDA_ARCHITECTURES.",
     "The CUDA runtime refused to launch the kernel.",
     "A sequence has no rows, stands outside its block table, or names a block that the cache does not have.",
+    "The experts' rows end where they cannot: each ends at or behind the one before it, and none behind the last row.",
 };
 
 template <typename T, int Length>

@@ -127,6 +127,55 @@ def check_linear(x: torch.Tensor, shape: Sequence[int], bias: torch.Tensor | Non
         check_same_device("bias", bias, "x", x)
 
 
+def check_experts(
+    x: torch.Tensor,
+    ends: torch.Tensor,
+    packed: torch.Tensor,
+    absmax: torch.Tensor,
+    blocksize: int,
+    shape: Sequence[int],
+    nested_absmax: torch.Tensor | None,
+    offset: torch.Tensor | None,
+    nested_blocksize: int,
+    bias: torch.Tensor | None,
+) -> None:
+    """Rows [M, K] and the packed matrices [E, P] of experts, each of `shape` [N, K]; where rows end is for who reads
+    it."""
+    check_values("x", x)
+    if len(shape) != 2:
+        raise ShapeError(f"the shape of an expert's matrix is {list(shape)}; it has two dimensions, [N, K].")
+    count = element_count(shape)
+    if x.dim() != 2 or x.shape[1] != shape[1]:
+        raise ShapeError(f"x has shape {list(x.shape)}; it must be [rows, {shape[1]}], as in the matrices' [N, K].")
+    if packed.dtype != torch.uint8 or packed.dim() != 3 or packed.shape[2] < formats.packed_bytes(count):
+        raise ShapeError(
+            f"packed is {packed.dtype} {list(packed.shape)}; it must be uint8 [experts, matrices, at least "
+            f"{formats.packed_bytes(count)}] ({count} codes of a matrix, two in a byte)."
+        )
+    E, P = packed.shape[:2]
+    check_vector("ends", ends, torch.int64, E, "where each expert's rows end")
+    if (nested_absmax is None) != (offset is None):
+        raise ShapeError("nested_absmax and offset belong together: give both (double quantization) or none.")
+    blocks = formats.block_count(count, blocksize)
+    wanted: dict[str, tuple[torch.Tensor | None, torch.dtype, tuple[int, ...]]] = {
+        "absmax": (absmax, torch.float32 if nested_absmax is None else torch.uint8, (E, P, blocks)),
+        "offset": (offset, torch.float32, (E, P)),
+    }
+    if nested_absmax is not None:
+        check_nested_blocksize(nested_blocksize)
+        nested_blocks = formats.block_count(blocks, nested_blocksize)
+        wanted["nested_absmax"] = (nested_absmax, torch.float32, (E, P, nested_blocks))
+    if bias is not None:
+        check_values("bias", bias)
+        wanted["bias"] = (bias, bias.dtype, (E, P * shape[0]))
+    for name, (tensor, dtype, sizes) in wanted.items():
+        if tensor is not None and (tensor.dtype != dtype or tuple(tensor.shape) != sizes):
+            raise ShapeError(f"{name} is {tensor.dtype} {list(tensor.shape)}; it must be {dtype} {list(sizes)}.")
+    for name, tensor in (("ends", ends), ("packed", packed), *((name, parts[0]) for name, parts in wanted.items())):
+        if tensor is not None:
+            check_same_device(name, tensor, "x", x)
+
+
 def check_int8(CB: torch.Tensor, SCB: torch.Tensor) -> None:
     """An int8 weight and its row maxima."""
     if CB.dtype != torch.int8 or CB.dim() != 2:

@@ -3,8 +3,9 @@
 A stack holds one matrix per expert and projection: `gate_up_proj` [E, 2I, H] is E gate and E up matrices. Each is
 packed by itself, as bitsandbytes packs a linear layer, and saved under the name it had when experts were linear layers
 (`experts.3.gate_proj.weight` and its statistics): older checkpoints can be read, and older readers read ours. In memory
-they are stacked again, and a forward pass computes with the active experts only (grouped.py). Not here: loading
-through transformers (hf.py), the format of one matrix (state.py).
+they are stacked again, and a forward pass computes with the active experts only: 4-bit stacks in one call of
+ops.linear_4bit_experts, others expert by expert (grouped.py). Not here: loading through transformers (hf.py), the
+format of one matrix (state.py).
 """
 
 from __future__ import annotations
@@ -19,10 +20,10 @@ from torch import nn
 from transformers import core_model_loading as loading
 from transformers.conversion_mapping import get_model_conversion_mapping
 
-from quant import pages
+from quant import formats, ops, pages
 from quant.config import BitsAndBytesConfig
 from quant.errors import CheckpointError
-from quant.grouped import grouped_linear_4bit, grouped_linear_8bit
+from quant.grouped import grouped_linear_4bit_int8, grouped_linear_8bit
 from quant.hooks import Offloadable
 from quant.packed import bits_kept
 from quant.state import NAMES_4BIT, NAMES_8BIT, Packed4bit, Packed8bit, PackedWeight, SecondLevel, layer_tensor
@@ -288,11 +289,34 @@ class PackedExperts(Offloadable):
 
     def _project(self, leaf: str, x: torch.Tensor, ids: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
         """Rows sorted by expert through one stack: [S, K] -> [S, N], the matrices of an expert side by side."""
+        template = self._templates[leaf][0]
+        if isinstance(template, Packed4bit) and self.options.bnb_4bit_activations == "float":
+            return self._project_4bit(leaf, template, x, ends)
         out = torch.cat([self._product(leaf, part, x, ends) for part in range(len(self.projections[leaf].names))], -1)
         bias = getattr(self, f"{leaf}_bias")
         return out if bias is None else out + bias[ids.clamp(max=bias.shape[0] - 1)]
 
+    def _project_4bit(self, leaf: str, template: Packed4bit, x: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
+        """All matrices of the active experts in one call."""
+        projection = self.projections[leaf]
+        absmax, nested_absmax, offset = (getattr(self, f"{leaf}_{name}") for name in _STATISTICS[:3])
+        out = ops.linear_4bit_experts(
+            x.to(self.compute_dtype),
+            ends,
+            self._codes(leaf).view(torch.uint8),
+            absmax,
+            template.quant_type,
+            template.blocksize,
+            [projection.rows, projection.columns],
+            nested_absmax,
+            offset,
+            1 if template.nested is None else template.nested.blocksize,
+            getattr(self, f"{leaf}_bias"),
+        )
+        return out.to(x.dtype)
+
     def _product(self, leaf: str, part: int, x: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
+        """One matrix of each active expert, one after another."""
         codes = self._codes(leaf)[:, part]
         template = self._templates[leaf][part]
         if isinstance(template, Packed8bit):
@@ -305,8 +329,8 @@ class PackedExperts(Offloadable):
         if not isinstance(template, Packed4bit):
             raise TypeError(f"a {type(template).__name__} cannot be computed with")
         absmax, nested_absmax, offset = (getattr(self, f"{leaf}_{name}") for name in _STATISTICS[:3])
-        bytes_used = -(-self.projections[leaf].rows * self.projections[leaf].columns // 2)
-        out: torch.Tensor = grouped_linear_4bit(
+        bytes_used = formats.packed_bytes(self.projections[leaf].rows * self.projections[leaf].columns)
+        out: torch.Tensor = grouped_linear_4bit_int8(
             x.to(self.compute_dtype),
             ends,
             codes.view(torch.uint8)[:, :bytes_used],
@@ -317,7 +341,6 @@ class PackedExperts(Offloadable):
             None if nested_absmax is None else nested_absmax[:, part],
             None if offset is None else offset[:, part],
             1 if template.nested is None else template.nested.blocksize,
-            self.options.bnb_4bit_activations,
         )
         return out.to(x.dtype)
 

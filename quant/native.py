@@ -85,6 +85,11 @@ STRUCTS: Final = {
     ),
     "hb_linear4": _LINEAR4,
     "hb_linear4_int8": _LINEAR4,
+    "hb_linear4_experts": _struct(
+        "Linear4Experts",
+        "*x x_dtype M E P N K *ends *packed packed_bytes format blocksize *absmax *nested_absmax *offset"
+        " nested_blocksize *bias bias_dtype *out",
+    ),
     "hb_quantize8": _struct("Quantize8", "*w w_dtype N K *codes *absmax"),
     "hb_dequantize8": _struct("Dequantize8", "*codes *absmax N K *out out_dtype"),
     "hb_linear8": _struct("Linear8", "*x x_dtype M N K *codes *absmax %threshold outlier_rule *bias bias_dtype *out"),
@@ -107,7 +112,13 @@ STRUCTS: Final = {
 GROUPS: Final = ("hb_linear4", "hb_linear8")
 """Entries that have a twin for several products of one x, `<entry>_group`."""
 MAX_GROUP: Final = 8
-ENTRIES_WITH_WORKSPACE: Final = ("hb_linear4", "hb_linear4_int8", "hb_linear8", "hb_paged_attention")
+ENTRIES_WITH_WORKSPACE: Final = (
+    "hb_linear4",
+    "hb_linear4_int8",
+    "hb_linear4_experts",
+    "hb_linear8",
+    "hb_paged_attention",
+)
 CPU_ONLY: Final = frozenset(
     {"hb_add", "hb_cache_write", "hb_linear4_int8", "hb_paged_attention", "hb_rms_norm", "hb_rotary", "hb_swiglu"}
 )
@@ -455,6 +466,50 @@ class Kernels:
             N=N,
             K=K,
             packed=packed,
+            format=FORMAT_CODES[quant_type],
+            blocksize=blocksize,
+            absmax=absmax,
+            nested_absmax=nested_absmax,
+            offset=offset,
+            nested_blocksize=nested_blocksize,
+            bias=bias,
+            bias_dtype=0 if bias is None else DTYPE_CODES[bias.dtype],
+            out=out,
+        )
+        return out
+
+    def linear_4bit_experts(
+        self,
+        x: torch.Tensor,
+        ends: torch.Tensor,
+        packed: torch.Tensor,
+        absmax: torch.Tensor,
+        quant_type: str,
+        blocksize: int,
+        shape: Sequence[int],
+        nested_absmax: torch.Tensor | None,
+        offset: torch.Tensor | None,
+        nested_blocksize: int,
+        bias: torch.Tensor | None,
+    ) -> torch.Tensor:
+        x, ends, packed, absmax = ready(x), ready(ends), ready(packed), ready(absmax)
+        nested_absmax, offset, bias = ready_or_none(nested_absmax), ready_or_none(offset), ready_or_none(bias)
+        N, K = shape
+        E, P, packed_bytes = packed.shape
+        out = torch.empty((x.shape[0], P * N), dtype=x.dtype, device=x.device)
+        self.call(
+            "hb_linear4_experts",
+            x.device,
+            x=x,
+            x_dtype=DTYPE_CODES[x.dtype],
+            M=x.shape[0],
+            E=E,
+            P=P,
+            N=N,
+            K=K,
+            ends=ends,
+            packed=packed,
+            packed_bytes=packed_bytes,
             format=FORMAT_CODES[quant_type],
             blocksize=blocksize,
             absmax=absmax,

@@ -41,6 +41,8 @@ _SCHEMAS: Final = (
     f" {_STATISTICS}) -> Tensor",
     "linear_4bit_int8(Tensor x, Tensor packed, Tensor absmax, str quant_type, int blocksize, SymInt[] shape,"
     f" {_STATISTICS}) -> Tensor",
+    "linear_4bit_experts(Tensor x, Tensor ends, Tensor packed, Tensor absmax, str quant_type, int blocksize,"
+    f" SymInt[] shape, {_STATISTICS}) -> Tensor",
     "quantize_8bit(Tensor w) -> (Tensor, Tensor)",
     "dequantize_8bit(Tensor CB, Tensor SCB, ScalarType dtype) -> Tensor",
     "linear_8bit(Tensor x, Tensor CB, Tensor SCB, float threshold, str outliers, Tensor? bias) -> Tensor",
@@ -193,6 +195,37 @@ def linear_4bit_int8(
         torch.Tensor,
         torch.ops.halfbyte.linear_4bit_int8(
             x, packed, absmax, quant_type, blocksize, list(shape), nested_absmax, offset, nested_blocksize, bias
+        ),
+    )
+
+
+def linear_4bit_experts(
+    x: torch.Tensor,
+    ends: torch.Tensor,
+    packed: torch.Tensor,
+    absmax: torch.Tensor,
+    quant_type: str,
+    blocksize: int,
+    shape: Sequence[int],
+    nested_absmax: torch.Tensor | None = None,
+    offset: torch.Tensor | None = None,
+    nested_blocksize: int = formats.NESTED_BLOCKSIZE,
+    bias: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Rows sorted by expert times the 4-bit matrices of their experts, side by side: a grouped matmul in one call.
+
+    x: [M, K] float32 / float16 / bfloat16. ends: int64 [E], rising from 0 to M: expert e has the rows up to ends[e]
+    that no expert before it has; rows behind the last end give zeros. packed: uint8 [E, P, at least ceil(N K / 2)], the
+    codes of P matrices of `shape` [N, K] (P at most native.MAX_GROUP). absmax: float32 [E, P, B], or uint8 [E, P, B]
+    with nested_absmax float32 [E, P, ceil(B / nested_blocksize)] and offset float32 [E, P]. bias: [E, P N].
+    Returns [M, P N] in x's dtype, for each expert and matrix what linear_4bit gives, bit for bit on one device. An
+    expert without rows is not touched. Gradients flow to x and bias. Raises ShapeError; NativeError where ends are on
+    a CPU and fall or leave x (on CUDA nothing waits for them: such ends give some rows wrong values).
+    """
+    return cast(
+        torch.Tensor,
+        torch.ops.halfbyte.linear_4bit_experts(
+            x, ends, packed, absmax, quant_type, blocksize, list(shape), nested_absmax, offset, nested_blocksize, bias
         ),
     )
 
@@ -467,6 +500,29 @@ def _linear_4bit_int8(x: torch.Tensor, *rest: Any) -> torch.Tensor:
 _fake_linear_4bit_int8 = _fake_linear_4bit
 
 
+def _check_linear_4bit_experts(
+    x: torch.Tensor, ends: torch.Tensor, packed: torch.Tensor, absmax: torch.Tensor, quant_type: str, *rest: Any
+) -> None:
+    arguments.check_format(quant_type, rest[0])
+    arguments.check_experts(x, ends, packed, absmax, *rest)
+    if not 1 <= packed.shape[1] <= native.MAX_GROUP:
+        raise ShapeError(
+            f"packed has shape {list(packed.shape)}; accepted are 1 to {native.MAX_GROUP} matrices of an expert."
+        )
+
+
+def _linear_4bit_experts(x: torch.Tensor, *rest: Any) -> torch.Tensor:
+    _check_linear_4bit_experts(x, *rest)
+    return cast(torch.Tensor, _run("linear_4bit_experts", x.device, x, *rest))
+
+
+def _fake_linear_4bit_experts(x: torch.Tensor, *rest: Any) -> torch.Tensor:
+    _check_linear_4bit_experts(x, *rest)
+    packed: torch.Tensor = rest[1]
+    shape: Sequence[int] = rest[5]
+    return x.new_empty(x.shape[0], packed.shape[1] * shape[0])
+
+
 def _check_quantize_8bit(w: torch.Tensor) -> None:
     arguments.check_values("w", w)
     if w.dim() != 2:
@@ -601,6 +657,61 @@ _setup_linear_4bit_int8 = _setup_linear_4bit
 _backward_linear_4bit_int8 = _backward_linear_4bit
 
 
+def _setup_linear_4bit_experts(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+    _, ends, packed, absmax, quant_type, blocksize, shape, nested_absmax, offset, nested_blocksize, bias = inputs
+    ctx.save_for_backward(ends, packed, absmax, nested_absmax, offset)
+    ctx.layout = (quant_type, blocksize, shape, nested_blocksize)
+    ctx.bias_dtype = None if bias is None else bias.dtype
+
+
+def _backward_linear_4bit_experts(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    ends, packed, absmax, nested_absmax, offset = ctx.saved_tensors
+    grad_x, grad_bias = None, None
+    if ctx.needs_input_grad[0]:
+        grad_x = _experts_to_x(grad, ends, packed, absmax, *ctx.layout, nested_absmax, offset)
+    if ctx.bias_dtype is not None and ctx.needs_input_grad[10]:
+        experts = ends.shape[0]
+        own = torch.bucketize(torch.arange(grad.shape[0], device=grad.device), ends, right=True)
+        sums = grad.new_zeros(experts + 1, grad.shape[1], dtype=torch.float32).index_add(0, own, grad.float())
+        grad_bias = sums[:experts].to(ctx.bias_dtype)
+    return grad_x, None, None, None, None, None, None, None, None, None, grad_bias
+
+
+@torch.library.custom_op("halfbyte::linear_4bit_experts_to_x", mutates_args=())
+def _experts_to_x(
+    grad: torch.Tensor,
+    ends: torch.Tensor,
+    packed: torch.Tensor,
+    absmax: torch.Tensor,
+    quant_type: str,
+    blocksize: int,
+    shape: Sequence[int],
+    nested_blocksize: int,
+    nested_absmax: torch.Tensor | None,
+    offset: torch.Tensor | None,
+) -> torch.Tensor:
+    """Each row's gradient times its expert's matrices; an operator, because what is done depends on `ends`. One expert
+    after another, so that no more than its matrices are ever built."""
+    bytes_used = formats.packed_bytes(arguments.element_count(shape))
+    grad_x = grad.new_zeros(grad.shape[0], shape[1])
+    for expert, rows in reference.expert_rows(ends):
+        weights = []
+        for matrix in range(packed.shape[1]):
+            own = absmax[expert, matrix]
+            if nested_absmax is not None and offset is not None:
+                own = dequantize_absmax(own, nested_absmax[expert, matrix], offset[expert, matrix], nested_blocksize)
+            codes = packed[expert, matrix, :bytes_used]
+            weights.append(dequantize_4bit(codes, own, quant_type, blocksize, shape, grad.dtype))
+        grad_x[rows] = grad[rows] @ torch.cat(weights)
+    return grad_x
+
+
+@_experts_to_x.register_fake
+def _fake_experts_to_x(grad: torch.Tensor, *rest: Any) -> torch.Tensor:
+    shape: Sequence[int] = rest[5]
+    return grad.new_empty(grad.shape[0], shape[1])
+
+
 def _setup_linear_8bit(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
     _, CB, SCB, _, _, bias = inputs
     ctx.save_for_backward(CB, SCB)
@@ -628,7 +739,7 @@ def _register() -> None:
         kernel: Callable[..., Any] = globals()[f"_{name}"]
         _LIBRARY.impl(name, kernel, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
         torch.library.register_fake(f"halfbyte::{name}", globals()[f"_fake_{name}"], lib=_LIBRARY)
-    for name in ("linear_4bit", "linear_4bit_int8", "linear_8bit"):
+    for name in ("linear_4bit", "linear_4bit_int8", "linear_4bit_experts", "linear_8bit"):
         torch.library.register_autograd(
             f"halfbyte::{name}", globals()[f"_backward_{name}"], setup_context=globals()[f"_setup_{name}"], lib=_LIBRARY
         )

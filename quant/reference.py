@@ -9,7 +9,7 @@ agree with a kernel up to the order in which float32 sums are added, and to the 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 
@@ -177,6 +177,50 @@ def linear_4bit_int8(
             total = torch.where(block <= blocks[:, -1], total + exact * factor, total)
     out = total if bias is None else total + bias.float()
     return out.to(x.dtype).view(*x.shape[:-1], N)
+
+
+def linear_4bit_experts(
+    x: torch.Tensor,
+    ends: torch.Tensor,
+    packed: torch.Tensor,
+    absmax: torch.Tensor,
+    quant_type: str,
+    blocksize: int,
+    shape: Sequence[int],
+    nested_absmax: torch.Tensor | None = None,
+    offset: torch.Tensor | None = None,
+    nested_blocksize: int = formats.NESTED_BLOCKSIZE,
+    bias: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """linear_4bit of each expert's rows with each of its matrices, side by side."""
+    matrices, bytes_used = packed.shape[1], formats.packed_bytes(_count(shape))
+    out = x.new_zeros(x.shape[0], matrices * shape[0])
+    for expert, rows in expert_rows(ends):
+        for matrix in range(matrices):
+            own = (expert, matrix)
+            columns = slice(matrix * shape[0], (matrix + 1) * shape[0])
+            out[rows, columns] = linear_4bit(
+                x[rows],
+                packed[own][:bytes_used],
+                absmax[own],
+                quant_type,
+                blocksize,
+                shape,
+                None if nested_absmax is None else nested_absmax[own],
+                None if offset is None else offset[own],
+                nested_blocksize,
+                None if bias is None else bias[expert, columns],
+            )
+    return out
+
+
+def expert_rows(ends: torch.Tensor) -> Iterator[tuple[int, slice]]:
+    """Each expert that has rows, with the rows it has: from the end of the one before up to its own."""
+    begin = 0
+    for expert, end in enumerate(ends.tolist()):
+        if end > begin:
+            yield expert, slice(begin, end)
+        begin = end
 
 
 def quantize_8bit(w: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -1,6 +1,15 @@
-// Chooses the variant of a product with decoded weights, lays out its workspace and cuts the work. decoded_kernel.h
-// computes. The layout of weights in memory is the checkpoint's own: a second one, interleaved by rows, would save one
-// instruction in six and cost a copy, or the copying back.
+// Products with decoded weights: chooses the way to multiply, lays out its workspace and cuts the work. vectors.cpp and
+// tiled.cpp multiply.
+//
+// Rows of x are taken in waves, and a wave in passes of up to kRowsPerPass rows that meet the same weights: those of
+// one expert, or of all rows where there are none. A wave is loaded, then multiplied, all of its passes and calls in
+// one region of threads:
+//
+//     steps of a wave:   | pass: rows of expert 2         | pass: of expert 5   | pass: of expert 7 ...
+//     units of a pass:   | call 0: weight rows 0 .. N-1   | call 1 ...
+//
+// A unit of weight rows counts as many steps as it takes time, so that threads get equal shares of it where one expert
+// has hundreds of rows and another one row. An expert without rows has no pass, and nothing of it is read.
 #include "decoded.h"
 
 #include <algorithm>
@@ -8,118 +17,179 @@
 #include "checks.h"
 #include "level.h"
 #include "pool.h"
-#include "tiled.h"
 
 namespace hb {
 
 namespace {
 
-constexpr int64_t kRowsPerPass = 256;      // rows of x kept converted at a time
-constexpr int64_t kTileBytes = 128 << 10;  // of decoded weight: half of a small second cache
+constexpr int64_t kRowsPerWave = 1024;  // where rows are those of experts
+// What decoding a weight takes, where a row of x that meets it takes one: so 8 rows and 64 compare where they were
+// measured (benchmarks/results/linear_speed.md).
+constexpr int64_t kDecodingSteps = 8;
 
-const DecodedVariants& variants_for(int64_t dtype) {
+const DecodedWay& way_for(const DecodedCall& call) {
 #ifdef HB_X86
-    if (level() >= kAvx512Bf16 && dtype == HB_BFLOAT16) return kDecodedAvx512Bf16;
-    if (has_avx512()) return kDecodedAvx512;
-    if (level() >= kAvx2) return kDecodedAvx2;
+    if (level() >= kAmx && call.x_dtype == HB_BFLOAT16) return kOnTiles;
 #endif
-    (void)dtype;
-    return kDecodedBaseline;
+    (void)call;
+    return kOnVectors;
 }
 
-const DecodedKernels& kernels_for(const DecodedCall& call, bool is_int8) {
-    const DecodedVariants& variants = variants_for(call.x_dtype);
-    return is_int8 ? variants.codes8 : variants.codes4;
+struct Pass {
+    int64_t expert;
+    DecodedRows rows;
+    int64_t steps;  // of a unit
+};
+
+// Passes over the rows of x, one expert's after the other's.
+class Passes {
+  public:
+    explicit Passes(const DecodedCalls& calls) : calls_(calls) { step_to_rows(); }
+    bool is_done() const { return expert_ == calls_.experts; }
+    int64_t next_count() const { return std::min(end() - first_, kRowsPerPass); }
+    Pass take() {
+        const int64_t count = next_count();
+        const Pass pass = {expert_, {first_, count, nullptr}, count + kDecodingSteps};
+        first_ += count;
+        step_to_rows();
+        return pass;
+    }
+
+  private:
+    int64_t end() const { return calls_.ends == nullptr ? calls_.at[0].M : calls_.ends[expert_]; }
+    void step_to_rows() {
+        while (expert_ < calls_.experts && first_ == end()) ++expert_;
+    }
+
+    const DecodedCalls& calls_;
+    int64_t expert_ = 0, first_ = 0;
+};
+
+int64_t rows_per_wave(const DecodedCalls& calls) {
+    return std::min(calls.at[0].M, calls.ends == nullptr ? kRowsPerPass : kRowsPerWave);
 }
 
-DecodedJob job_for(const DecodedCall& call, const DecodedKernels& kernels) {
-    DecodedJob job{};
-    job.call = &call;
-    job.rows = std::min(call.M, kRowsPerPass);
-    job.padded_k = round_up(call.K, kernels.group);
-    // Rows an odd number of cache lines apart: a power of two would put all of them into the same few lines.
-    const int64_t line = 64 / kernels.value_bytes;
-    job.stride = (round_up(job.padded_k, line) / line | 1) * line;
-    const int64_t fitting = kTileBytes / (job.stride * kernels.value_bytes);
-    job.tile_rows = std::max(kWeightRows, std::min(fitting, kMostTileRows) / kWeightRows * kWeightRows);
-    job.absmax_floats = round_up(call.K / std::max<int64_t>(call.weight.blocksize, 1) + 2, 16);
-    return job;
+template <typename T>
+void advance(const T*& pointer, int64_t elements) {
+    if (pointer != nullptr) pointer += elements;
 }
 
-int64_t x_bytes(const DecodedJob& job, const DecodedKernels& kernels) {
-    return round_up(job.rows * job.stride * kernels.value_bytes, 64);
+void advance(const void*& pointer, int64_t bytes) {
+    if (pointer != nullptr) pointer = static_cast<const char*>(pointer) + bytes;
 }
 
 // Of one thread, enough for each of the calls.
-int64_t scratch_bytes_of(const DecodedCall* calls, int64_t count, const DecodedKernels& kernels) {
+int64_t scratch_bytes_of(const DecodedCalls& calls, const DecodedWay& way) {
+    const int64_t rows = std::min(calls.at[0].M, kRowsPerPass);
     int64_t most = 0;
-    for (int64_t i = 0; i < count; ++i) {
-        most = std::max(most, scratch_of(job_for(calls[i], kernels), kernels.value_bytes).bytes());
-    }
+    for (int64_t i = 0; i < calls.count; ++i) most = std::max(most, way.scratch_bytes(calls.at[i], rows));
     return most;
 }
 
-// Units [begin, end) of all the calls' weight rows, one call behind the other.
-void run_units(const DecodedJob* jobs, int64_t count, const DecodedKernels& kernels, int64_t begin, int64_t end,
-               char* scratch) {
+int64_t threads_of(const DecodedCalls& calls, int64_t threads) {
+    int64_t columns = 0;
+    for (int64_t i = 0; i < calls.count; ++i) columns += calls.at[i].N;
+    return threads_for_matmul(threads, calls.at[0].M, columns, calls.at[0].K);
+}
+
+// Calls body(i, from, to) for what [begin, end) has of each of `count` ranges that lie one behind the other.
+template <typename Size, typename Body>
+void for_ranges(int64_t count, const Size& size, int64_t begin, int64_t end, const Body& body) {
     for (int64_t i = 0, first = 0; i < count && first < end; ++i) {
-        const int64_t units = ceil_div(jobs[i].call->N, kWeightRows);
-        const int64_t from = std::max(begin - first, int64_t{0}), to = std::min(end - first, units);
-        if (from < to) kernels.run(jobs[i], from, to, scratch);
-        first += units;
+        const int64_t own = size(i);
+        const int64_t from = std::max(begin - first, int64_t{0}), to = std::min(end - first, own);
+        if (from < to) body(i, from, to);
+        first += own;
     }
 }
+
+// Passes that are loaded, then run, together.
+struct Wave {
+    const DecodedCalls& calls;
+    const DecodedWay& way;
+    Pass passes[kRowsPerWave];
+    int64_t count, rows;
+    int64_t units;  // of one pass
+
+    Wave(const DecodedCalls& all, const DecodedWay& chosen) : calls(all), way(chosen), count(0), rows(0), units(0) {
+        for (int64_t i = 0; i < calls.count; ++i) units += units_of(i);
+    }
+
+    int64_t units_of(int64_t call) const { return ceil_div(calls.at[call].N, way.weight_rows); }
+
+    void fill(Passes& all, char* x) {
+        const int64_t most = rows_per_wave(calls);
+        count = rows = 0;
+        while (!all.is_done() && rows + all.next_count() <= most) {
+            Pass& pass = passes[count++] = all.take();
+            pass.rows.x = x;
+            rows += pass.rows.count;
+            x += way.x_bytes(calls.at[0], pass.rows.count);
+        }
+    }
+
+    void load(int64_t threads) const {
+        const DecodedCall& first = calls.at[0];
+        const auto pieces = [&](int64_t i) { return way.x_pieces(first, passes[i].rows.count); };
+        int64_t all = 0;
+        for (int64_t i = 0; i < count; ++i) all += pieces(i);
+        parallel_for(threads_for(threads, rows * first.K), all, [&](int64_t, int64_t begin, int64_t end) {
+            for_ranges(count, pieces, begin, end,
+                       [&](int64_t i, int64_t from, int64_t to) { way.load_x(first, passes[i].rows, from, to); });
+        });
+    }
+
+    void run(int64_t threads, char* scratch, int64_t scratch_bytes) const {
+        const auto steps = [&](int64_t i) { return units * passes[i].steps; };
+        int64_t all = 0;
+        for (int64_t i = 0; i < count; ++i) all += steps(i);
+        parallel_for(threads, all, [&](int64_t part, int64_t begin, int64_t end) {
+            for_ranges(count, steps, begin, end, [&](int64_t i, int64_t from, int64_t to) {
+                // A unit is whose range has its first step.
+                const int64_t own = passes[i].steps;
+                run_units(passes[i], ceil_div(from, own), ceil_div(to, own), scratch + part * scratch_bytes);
+            });
+        });
+    }
+
+    void run_units(const Pass& pass, int64_t begin, int64_t end, char* scratch) const {
+        for_ranges(
+            calls.count, [&](int64_t i) { return units_of(i); }, begin, end,
+            [&](int64_t i, int64_t from, int64_t to) {
+                const DecodedCall call = moved(calls.at[i], calls.strides, pass.expert * calls.count);
+                way.run(call, pass.rows, from, to, scratch);
+            });
+    }
+};
 
 }  // namespace
 
-int64_t decoded_threads(const DecodedCall* calls, int64_t count, int64_t threads) {
-    int64_t columns = 0;
-    for (int64_t i = 0; i < count; ++i) columns += calls[i].N;
-    return threads_for_matmul(threads, calls[0].M, columns, calls[0].K);
+DecodedCall moved(DecodedCall call, const MatrixStrides& strides, int64_t matrices) {
+    AbsmaxSource& absmax = call.weight.absmax;
+    const int64_t absmax_bytes = absmax.nested_absmax == nullptr ? int64_t{sizeof(float)} : 1;
+    advance(call.weight.codes, matrices * strides.codes);
+    advance(absmax.absmax, matrices * strides.absmax * absmax_bytes);
+    advance(absmax.nested_absmax, matrices * strides.nested_absmax);
+    advance(absmax.offset, matrices * strides.offset);
+    advance(call.bias, matrices * strides.bias * dtype_bytes(call.bias_dtype));
+    return call;
 }
 
-DecodedScratch scratch_of(const DecodedJob& job, int64_t value_bytes) {
-    const int64_t floats = sizeof(float);
-    return {round_up(job.tile_rows * job.stride * value_bytes, 64), kMostTileRows * job.absmax_floats * floats,
-            round_up(job.padded_k * floats, 64), kMostTileRows * 6 * floats};
+int64_t decoded_workspace(const DecodedCalls& calls, int64_t threads) {
+    const DecodedWay& way = way_for(calls.at[0]);
+    return way.x_bytes(calls.at[0], rows_per_wave(calls)) + threads_of(calls, threads) * scratch_bytes_of(calls, way);
 }
 
-int64_t decoded_workspace(const DecodedCall* calls, int64_t count, bool is_int8, int64_t threads) {
-    if (tiled_kernels(calls[0].x_dtype, is_int8) != nullptr) return tiled_workspace(calls, count, threads);
-    const DecodedKernels& kernels = kernels_for(calls[0], is_int8);
-    return x_bytes(job_for(calls[0], kernels), kernels) +
-           decoded_threads(calls, count, threads) * scratch_bytes_of(calls, count, kernels);
-}
-
-void run_decoded(const DecodedCall* calls, int64_t count, bool is_int8, int64_t most_threads, void* workspace) {
-    if (const TiledKernels* const tiles = tiled_kernels(calls[0].x_dtype, is_int8)) {
-        return run_tiled(*tiles, calls, count, most_threads, workspace);
-    }
-    const DecodedCall& first = calls[0];
-    const DecodedKernels& kernels = kernels_for(first, is_int8);
-    const int64_t threads = decoded_threads(calls, count, most_threads);
-    const int64_t scratch_bytes = scratch_bytes_of(calls, count, kernels);
-    DecodedJob jobs[HB_MAX_GROUP];
-    int64_t units = 0;
-    for (int64_t i = 0; i < count; ++i) {
-        jobs[i] = job_for(calls[i], kernels);
-        jobs[i].x = workspace;
-        units += ceil_div(calls[i].N, kWeightRows);
-    }
+void run_decoded(const DecodedCalls& calls, int64_t most_threads, void* workspace) {
+    const DecodedWay& way = way_for(calls.at[0]);
+    const int64_t threads = threads_of(calls, most_threads), scratch_bytes = scratch_bytes_of(calls, way);
     char* const x = static_cast<char*>(workspace);
-    char* const scratch = x + x_bytes(jobs[0], kernels);
-    const int64_t row_bytes = jobs[0].stride * kernels.value_bytes, padded_k = jobs[0].padded_k;
-    for (int64_t first_row = 0; first_row < first.M; first_row += kRowsPerPass) {
-        const int64_t rows = std::min(first.M - first_row, kRowsPerPass);
-        parallel_for(threads_for(threads, rows * first.K), rows, [&](int64_t, int64_t begin, int64_t end) {
-            for (int64_t row = begin; row < end; ++row) {
-                kernels.load_x(first, first_row + row, padded_k, x + row * row_bytes);
-            }
-        });
-        for (int64_t i = 0; i < count; ++i) jobs[i].first_row = first_row, jobs[i].rows = rows;
-        parallel_for(threads, units, [&](int64_t part, int64_t begin, int64_t end) {
-            run_units(jobs, count, kernels, begin, end, scratch + part * scratch_bytes);
-        });
+    char* const scratch = x + way.x_bytes(calls.at[0], rows_per_wave(calls));
+    Wave wave(calls, way);
+    for (Passes passes(calls); !passes.is_done();) {
+        wave.fill(passes, x);
+        wave.load(threads);
+        wave.run(threads, scratch, scratch_bytes);
     }
 }
 

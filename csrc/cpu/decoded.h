@@ -1,5 +1,6 @@
-// Products of float activations with weights that are decoded on the way: what the entries (linear4.cpp, and
-// linear8.cpp for weights alone in int8) and the variants (decoded_<level>.cpp) share.
+// Products of float activations with weights that are decoded on the way: what the entries (linear4.cpp,
+// linear4_experts.cpp, and linear8.cpp for weights alone in int8), the ways to multiply (vectors.cpp, tiled.cpp) and
+// the variants (decoded_<level>.cpp) share.
 #pragma once
 
 #include <stdint.h>
@@ -11,6 +12,7 @@ namespace hb {
 
 constexpr int64_t kWeightRows = 4;     // of a weight, that meet the rows of x together
 constexpr int64_t kMostTileRows = 32;  // weight rows in a tile, at most
+constexpr int64_t kRowsPerPass = 256;  // rows of x that are multiplied together, at most
 
 // A packed weight [N, K] and where its values come from.
 struct DecodedWeight {
@@ -18,6 +20,7 @@ struct DecodedWeight {
     int64_t format;        // of 4-bit codes; ignored for int8
     int64_t blocksize;     // codes under one absmax; K for int8
     AbsmaxSource absmax;   // [ceil(N * K / blocksize)]
+    bool is_int8;
 };
 
 // One call: x [M, K] * weight^T + bias -> out [M, N] in x's dtype.
@@ -29,10 +32,54 @@ struct DecodedCall {
     const void* bias;  // [N] or null
     int64_t bias_dtype;
     void* out;
+    int64_t out_stride;    // values from one row of out to the next
     bool batch_invariant;  // as hb_call has it
 };
 
-// Some rows of a call, as one variant computes them. Sizes are in values unless a name says bytes.
+// How far it is from one matrix to the next where several lie behind each other: bytes of codes, elements of the rest.
+struct MatrixStrides {
+    int64_t codes, absmax, nested_absmax, offset, bias;
+};
+
+// The same call with the weight and the bias that lie `matrices` further on.
+DecodedCall moved(DecodedCall call, const MatrixStrides& strides, int64_t matrices);
+
+// Calls that are made together, with x, x_dtype, M and K in common. Their rows may be those of experts, one expert's
+// behind the other's; then the calls' weights are the first expert's, and `count` matrices on are the next one's.
+struct DecodedCalls {
+    DecodedCall at[HB_MAX_GROUP];
+    int64_t count;
+    const int64_t* ends;  // [experts] behind each one's last row, checked; null: all rows meet the calls' own weights
+    int64_t experts;
+    MatrixStrides strides;
+};
+
+// Rows of a call that are multiplied together.
+struct DecodedRows {
+    int64_t first;  // the first one's place in the call's x and out
+    int64_t count;  // at most kRowsPerPass
+    char* x;        // x_bytes, the rows as the way to multiply keeps them
+};
+
+// A way to multiply: on vectors (vectors.cpp) or on tiles (tiled.cpp).
+struct DecodedWay {
+    int64_t weight_rows;  // in a unit of work
+    // Room for so many rows of x, however they are cut; a multiple of 64.
+    int64_t (*x_bytes)(const DecodedCall& call, int64_t rows);
+    // The pieces that loading so many rows is cut into, and loading some of them.
+    int64_t (*x_pieces)(const DecodedCall& call, int64_t rows);
+    void (*load_x)(const DecodedCall& call, const DecodedRows& rows, int64_t begin, int64_t end);
+    // Scratch of one thread for passes of up to so many rows.
+    int64_t (*scratch_bytes)(const DecodedCall& call, int64_t rows);
+    // The rows against weight rows [begin, end) in units of weight_rows.
+    void (*run)(const DecodedCall& call, const DecodedRows& rows, int64_t begin, int64_t end, char* scratch);
+};
+extern const DecodedWay kOnVectors;
+#ifdef __x86_64__
+extern const DecodedWay kOnTiles;
+#endif
+
+// Some rows of a call, as one variant computes them on vectors. Sizes are in values unless a name says bytes.
 struct DecodedJob {
     const DecodedCall* call;
     const void* x;          // [rows, stride] as the variant keeps values, zero from K to padded_k
@@ -77,11 +124,8 @@ struct DecodedScratch {
 };
 DecodedScratch scratch_of(const DecodedJob& job, int64_t value_bytes);
 
-// Worth using for calls that have M and K in common.
-int64_t decoded_threads(const DecodedCall* calls, int64_t count, int64_t threads);
-
-// Runs checked calls that have x, M and K in common; `workspace` has decoded_workspace bytes.
-int64_t decoded_workspace(const DecodedCall* calls, int64_t count, bool is_int8, int64_t threads);
-void run_decoded(const DecodedCall* calls, int64_t count, bool is_int8, int64_t threads, void* workspace);
+// Runs checked calls; `workspace` has decoded_workspace bytes.
+int64_t decoded_workspace(const DecodedCalls& calls, int64_t threads);
+void run_decoded(const DecodedCalls& calls, int64_t threads, void* workspace);
 
 }  // namespace hb

@@ -334,7 +334,7 @@ struct Decoded {
             if (a.bias != nullptr) {
                 for (int64_t i = 0; i < columns; ++i) own[i] += load_float(a.bias, a.bias_dtype, n + i);
             }
-            store_floats(own, columns, a.out, a.x_dtype, (job.first_row + row + r) * a.N + n);
+            store_floats(own, columns, a.out, a.x_dtype, (job.first_row + row + r) * a.out_stride + n);
         }
     }
 };

@@ -9,15 +9,19 @@ namespace {
 
 DecodedCall decoded_call(const hb_linear4_args& a) {
     const AbsmaxSource absmax = {a.absmax, a.nested_absmax, a.offset, a.nested_blocksize};
-    const DecodedWeight weight = {a.packed, a.format, a.blocksize, absmax};
-    return {a.x, a.x_dtype, a.M, a.N, a.K, weight, a.bias, a.bias_dtype, a.out, false};
+    const DecodedWeight weight = {a.packed, a.format, a.blocksize, absmax, false};
+    return {a.x, a.x_dtype, a.M, a.N, a.K, weight, a.bias, a.bias_dtype, a.out, a.N, false};
 }
 
-void decoded_calls(const hb_linear4_args* items, int64_t count, DecodedCall* calls) {
+DecodedCalls decoded_calls(const hb_linear4_args* items, int64_t count) {
+    DecodedCalls calls{};
+    calls.count = count;
+    calls.experts = 1;
     for (int64_t i = 0; i < count; ++i) {
-        calls[i] = decoded_call(items[i]);
-        calls[i].batch_invariant = items->call.batch_invariant != 0;
+        calls.at[i] = decoded_call(items[i]);
+        calls.at[i].batch_invariant = items->call.batch_invariant != 0;
     }
+    return calls;
 }
 
 }  // namespace
@@ -28,21 +32,18 @@ extern "C" hb_status hb_linear4_group_workspace(const hb_linear4_args* items, in
     using namespace hb;
     HB_REQUIRE(check_group(items, count, check_linear4_shape));
     HB_REQUIRE(check_tensor(bytes, 1, sizeof *bytes));
-    DecodedCall calls[HB_MAX_GROUP];
-    decoded_calls(items, count, calls);
-    *bytes = decoded_workspace(calls, count, false, items->call.threads);
+    *bytes = decoded_workspace(decoded_calls(items, count), items->call.threads);
     return HB_OK;
 }
 
 extern "C" hb_status hb_linear4_group(const hb_linear4_args* items, int64_t count) {
     using namespace hb;
     HB_REQUIRE(check_group<hb_linear4_args>(items, count, check));
-    DecodedCall calls[HB_MAX_GROUP];
-    decoded_calls(items, count, calls);
     if (!has_output(items, count)) return HB_OK;
+    const DecodedCalls calls = decoded_calls(items, count);
     const hb_call& call = items->call;
-    HB_REQUIRE(check_workspace(call, decoded_workspace(calls, count, false, call.threads)));
-    run_decoded(calls, count, false, call.threads, call.workspace);
+    HB_REQUIRE(check_workspace(call, decoded_workspace(calls, call.threads)));
+    run_decoded(calls, call.threads, call.workspace);
     return HB_OK;
 }
 

@@ -18,8 +18,6 @@ namespace hb {
 
 namespace {
 
-constexpr int64_t kRowsPerPass = 256;
-
 const Kernels8& kernels() {
 #ifdef HB_X86
     if (level() >= kAmx) return kLinear8Amx;
@@ -136,15 +134,19 @@ void run_int8(const hb_linear8_args* items, int64_t count, const Layout& layout)
 
 DecodedCall decoded_call(const hb_linear8_args& a) {
     const AbsmaxSource absmax = {a.absmax, nullptr, nullptr, 1};
-    const DecodedWeight weight = {reinterpret_cast<const uint8_t*>(a.codes), 0, a.K, absmax};
-    return {a.x, a.x_dtype, a.M, a.N, a.K, weight, a.bias, a.bias_dtype, a.out, false};
+    const DecodedWeight weight = {reinterpret_cast<const uint8_t*>(a.codes), 0, a.K, absmax, true};
+    return {a.x, a.x_dtype, a.M, a.N, a.K, weight, a.bias, a.bias_dtype, a.out, a.N, false};
 }
 
-void decoded_calls(const hb_linear8_args* items, int64_t count, DecodedCall* calls) {
+DecodedCalls decoded_calls(const hb_linear8_args* items, int64_t count) {
+    DecodedCalls calls{};
+    calls.count = count;
+    calls.experts = 1;
     for (int64_t i = 0; i < count; ++i) {
-        calls[i] = decoded_call(items[i]);
-        calls[i].batch_invariant = items->call.batch_invariant != 0;
+        calls.at[i] = decoded_call(items[i]);
+        calls.at[i].batch_invariant = items->call.batch_invariant != 0;
     }
+    return calls;
 }
 
 int64_t columns_of(const hb_linear8_args* items, int64_t count) {
@@ -162,9 +164,7 @@ extern "C" hb_status hb_linear8_group_workspace(const hb_linear8_args* items, in
     HB_REQUIRE(check_linear8_group(items, count, check_linear8_shape));
     HB_REQUIRE(check_tensor(bytes, 1, sizeof *bytes));
     if (items->outlier_rule == HB_OUTLIERS_ALL) {
-        DecodedCall calls[HB_MAX_GROUP];
-        decoded_calls(items, count, calls);
-        *bytes = decoded_workspace(calls, count, true, items->call.threads);
+        *bytes = decoded_workspace(decoded_calls(items, count), items->call.threads);
     } else {
         *bytes = Layout(*items, columns_of(items, count)).end;
     }
@@ -180,9 +180,7 @@ extern "C" hb_status hb_linear8_group(const hb_linear8_args* items, int64_t coun
     HB_REQUIRE(hb_linear8_group_workspace(items, count, &needed));
     HB_REQUIRE(check_workspace(call, needed));
     if (items->outlier_rule == HB_OUTLIERS_ALL) {
-        DecodedCall calls[HB_MAX_GROUP];
-        decoded_calls(items, count, calls);
-        run_decoded(calls, count, true, call.threads, call.workspace);
+        run_decoded(decoded_calls(items, count), call.threads, call.workspace);
     } else {
         run_int8(items, count, Layout(*items, columns_of(items, count)));
     }

@@ -1,5 +1,5 @@
-// Products of bfloat16 activations with weights that are decoded on the way, on tiles: what decoded.cpp calls instead
-// of its own where the level has them, and what the variants fill.
+// Products of bfloat16 activations with weights that are decoded on the way, on tiles: what tiled.cpp, the way to
+// multiply where the level has them, and the variants share.
 //
 // One way for every number of rows of x: decoding costs more than multiplying up to sixteen rows does, so few rows have
 // nothing to gain from another way, and all rows are added up in one order.
@@ -43,11 +43,5 @@ struct TiledScratch {
     TiledScratch(const TileBlocks& blocks, const DecodedCall& call);
     HB_INLINE int64_t bytes() const { return panel + absmax + sums; }
 };
-
-// Null where this level has no tiles for activations of this type.
-const TiledKernels* tiled_kernels(int64_t x_dtype, bool is_int8);
-// Of calls that have x, M and K in common.
-int64_t tiled_workspace(const DecodedCall* calls, int64_t count, int64_t threads);
-void run_tiled(const TiledKernels& kernels, const DecodedCall* calls, int64_t count, int64_t threads, void* workspace);
 
 }  // namespace hb

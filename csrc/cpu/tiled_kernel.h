@@ -207,7 +207,7 @@ struct Tiled {
         if (a.bias != nullptr) {
             for (int64_t i = 0; i < columns; ++i) out[i] += load_float(a.bias, a.bias_dtype, n + i);
         }
-        store_floats(out, columns, a.out, a.x_dtype, row * a.N + n);
+        store_floats(out, columns, a.out, a.x_dtype, row * a.out_stride + n);
     }
 };
 

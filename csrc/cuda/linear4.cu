@@ -1,46 +1,26 @@
 // out = x * W^T + bias with W in 4 bits: the entry, and the kernel for what linear4_mma.cu does not take: float32,
 // whose sums stay float32, and any K. It never builds the weight.
 //
-// One warp makes the outputs of one weight row n for up to eight rows of x:
-//
-//     lane l:  k = l, l+32, l+64, ...     weight = table[code(n*K + k)] * absmax     sums[r] += x[r, k] * weight
-//     warp:    sums added over the lanes in one fixed order, bias added, rounded once
-//
-// A sum does not depend on M or on the row's place in the eight, so a row's result is the same in every batch. Weights
-// are read once per eight rows. Nothing that decides between the two kernels is a matter of x's rows.
+// One warp makes the outputs of one weight row for up to eight rows of x (linear4_warp.cuh). Nothing that decides
+// between the two kernels is a matter of x's rows.
 #include "linear4_mma.h"
-#include "vocabulary.cuh"
+#include "linear4_warp.cuh"
 
 namespace hb {
 
 namespace {
 
-constexpr int kRows = 8;
-
 template <typename T>
 __global__ void linear4(const T* x, int64_t M, int64_t N, int64_t K, const uint8_t* packed, int64_t format,
                         int64_t blocksize, Absmax absmax, const void* bias, int64_t bias_dtype, T* out) {
-    const int64_t row_groups = (M + kRows - 1) / kRows;
+    const WarpWeight weight = {packed, format, blocksize, absmax};
+    const int64_t row_groups = (M + kWarpRows - 1) / kWarpRows;
     for (int64_t task = warp_index(); task < N * row_groups; task += warp_count()) {
         const int64_t n = task % N;
-        const int64_t first_row = task / N * kRows;
-        const int64_t rows = M - first_row < kRows ? M - first_row : kRows;
-
-        float sums[kRows] = {};
-        for (int64_t k = lane(); k < K; k += kWarp) {
-            const int64_t index = n * K + k;
-            const float weight = __fmul_rn(code_value(format, code_at(packed, index)), absmax.of(index / blocksize));
-#pragma unroll
-            for (int r = 0; r < kRows; ++r) {
-                if (r < rows) sums[r] = __fmaf_rn(to_float(x[(first_row + r) * K + k]), weight, sums[r]);
-            }
-        }
+        const int64_t first_row = task / N * kWarpRows;
+        const int64_t rows = M - first_row < kWarpRows ? M - first_row : kWarpRows;
         const float add = bias == nullptr ? 0.0f : load_float(bias, bias_dtype, n);
-#pragma unroll
-        for (int r = 0; r < kRows; ++r) {
-            const float sum = sum_in_warp(sums[r]);
-            if (r < rows && lane() == 0) out[(first_row + r) * N + n] = from_float<T>(__fadd_rn(sum, add));
-        }
+        multiply_weight_row(x + first_row * K, rows, K, weight, n, add, out + first_row * N + n, N);
     }
 }
 
@@ -70,7 +50,7 @@ extern "C" hb_status hb_linear4(const hb_linear4_args* args) {
         }
     }
     const Absmax absmax = {a.absmax, a.nested_absmax, a.offset, a.nested_blocksize};
-    const unsigned blocks = blocks_for_warps(a.N * ceil_div(a.M, kRows));
+    const unsigned blocks = blocks_for_warps(a.N * ceil_div(a.M, kWarpRows));
     with_dtype(a.x_dtype, [&](auto type) {
         using T = decltype(type);
         launch(linear4<T>, blocks, kWarpsPerBlock * kWarp, 0, stream_of(a.call), static_cast<const T*>(a.x), a.M, a.N,

@@ -1,4 +1,5 @@
-// out = x * W^T + bias with W in 4 bits, on tensor cores (sm_80 and later): x in 16 bits, K a multiple of 64.
+// out = x * W^T + bias with W in 4 bits, on tensor cores (sm_80 and later): x in 16 bits, K a multiple of 64. For
+// one W, and for those of experts, whose rows of x are found on the device (experts.cuh).
 //
 // A thread block of four warps makes a tile of out; each warp has 16 or 32 rows of W of its own and all of the tile's
 // rows of x, so that a weight is decoded once per tile. W is the left operand: its rows fill the 16 that the tensor
@@ -23,6 +24,7 @@
 // twice.
 //
 // Promises: a row's result does not depend on M (linear4_mma.h), nor on how x is aligned; the same bits every time.
+#include "experts.cuh"
 #include "linear4_mma.h"
 #include "vocabulary.cuh"
 
@@ -54,6 +56,7 @@ struct Problem {
     const void* bias;
     int64_t bias_dtype;
     void* out;
+    int64_t out_stride;
     float* slices;  // [slices, M, N], or null: a thread block adds up its slices itself
     int64_t slice_stages;
     int64_t token_tiles;
@@ -255,7 +258,8 @@ struct Linear4 {
                         p.slices[(slice * p.M + m) * p.N + n] = totals[w][tile][i];
                     } else {
                         const float add = p.bias == nullptr ? 0.0f : load_float(p.bias, p.bias_dtype, n);
-                        static_cast<T*>(p.out)[m * p.N + n] = from_float<T>(__fadd_rn(totals[w][tile][i], add));
+                        static_cast<T*>(p.out)[m * p.out_stride + n] =
+                            from_float<T>(__fadd_rn(totals[w][tile][i], add));
                     }
                 }
             }
@@ -277,6 +281,46 @@ __global__ void __launch_bounds__(kThreads) linear4_mma(Problem p) {
     const int64_t slice_end = begin + p.slice_stages;
     kernel.multiply_stages(begin, p.slices != nullptr && slice_end < stages ? slice_end : stages);
     kernel.write(slice);
+}
+
+// A matrix of the expert whose rows `tile` has, on these rows alone.
+template <typename T>
+__device__ Problem problem_of(const Problem& all, const Experts& experts, const ExpertTile& tile, int64_t matrix) {
+    const int64_t number = tile.expert * experts.matrices + matrix;
+    Problem own = all;
+    own.x = static_cast<const T*>(all.x) + tile.first * all.K;
+    own.M = tile.rows;
+    own.packed = all.packed + number * experts.packed_bytes;
+    own.absmax = experts.absmax_of(all.absmax, number);
+    if (all.bias != nullptr) {
+        const int64_t bytes = number * all.N * (all.bias_dtype == HB_FLOAT32 ? 4 : 2);
+        own.bias = static_cast<const unsigned char*>(all.bias) + bytes;
+    }
+    own.out = static_cast<T*>(all.out) + tile.first * all.out_stride + matrix * all.N;
+    return own;
+}
+
+// Neighbouring blocks have the same rows of W of neighbouring tiles, which often are one expert's.
+template <typename T, int WeightTiles, int TokenTiles, int Stages>
+__global__ void __launch_bounds__(kThreads) linear4_experts_mma(Problem all, Experts experts) {
+    using Kernel = Linear4<T, WeightTiles, TokenTiles, Stages>;
+    const int64_t row_tiles = (all.N + Kernel::kRows - 1) / Kernel::kRows;
+    const int64_t matrix = blockIdx.x / all.token_tiles / row_tiles;
+    const int64_t first_row = blockIdx.x / all.token_tiles % row_tiles * Kernel::kRows;
+    const ExpertTile tile = find_expert_tile(experts, all.M, Kernel::kTokens, blockIdx.x % all.token_tiles);
+    if (tile.rows == 0) return;
+    const Problem p = problem_of<T>(all, experts, tile, matrix);
+    if (tile.expert == experts.count) {
+        const int64_t columns = p.N - first_row < Kernel::kRows ? p.N - first_row : Kernel::kRows;
+        for (int64_t i = threadIdx.x; i < tile.rows * columns; i += kThreads) {
+            static_cast<T*>(p.out)[i / columns * p.out_stride + first_row + i % columns] = from_float<T>(0.0f);
+        }
+        return;
+    }
+    Kernel kernel = {p, first_row, 0, shared_memory(), {}, {}, {}};
+    kernel.fill_tables();
+    kernel.multiply_stages(0, (p.K + kStageValues - 1) / kStageValues);
+    kernel.write(0);
 }
 
 template <typename T>
@@ -328,9 +372,36 @@ void launch_dtype(const hb_linear4_args& a, const Linear4Plan& plan, const Probl
            static_cast<T*>(a.out));
 }
 
-}  // namespace
+template <typename T, int TokenTiles, int Stages>
+void launch_experts_tile(const Problem& problem, const Experts& experts, unsigned blocks, cudaStream_t stream) {
+    constexpr int bytes = Linear4<T, 1, TokenTiles, Stages>::kSharedBytes;
+    launch(linear4_experts_mma<T, 1, TokenTiles, Stages>, blocks, kThreads, bytes, stream, problem, experts);
+}
 
-void launch_linear4_mma(const hb_linear4_args& a, const Linear4Plan& plan) {
+template <typename T>
+void launch_experts_dtype(const hb_linear4_experts_args& a, const ExpertsPlan& plan, const Problem& problem) {
+    const Experts experts(a);
+    const unsigned blocks =
+        static_cast<unsigned>(plan.token_tiles * ceil_div(a.N, kSmallestWeightRows) * experts.matrices);
+    const cudaStream_t stream = stream_of(a.call);
+    switch (plan.tokens) {
+        case 8:
+            launch_experts_tile<T, 1, 4>(problem, experts, blocks, stream);
+            break;
+        case 16:
+            launch_experts_tile<T, 2, 4>(problem, experts, blocks, stream);
+            break;
+        case 32:
+            launch_experts_tile<T, 4, 4>(problem, experts, blocks, stream);
+            break;
+        default:
+            launch_experts_tile<T, 8, 3>(problem, experts, blocks, stream);
+    }
+}
+
+// What calls of one weight and of experts' weights have in common.
+template <typename Args>
+Problem problem_for(const Args& a) {
     Problem problem = {};
     problem.x = a.x;
     problem.x_aligned = reinterpret_cast<uintptr_t>(a.x) % kPiece == 0;
@@ -343,6 +414,27 @@ void launch_linear4_mma(const hb_linear4_args& a, const Linear4Plan& plan) {
     problem.bias = a.bias;
     problem.bias_dtype = a.bias_dtype;
     problem.out = a.out;
+    return problem;
+}
+
+}  // namespace
+
+void launch_linear4_experts_mma(const hb_linear4_experts_args& a) {
+    const ExpertsPlan plan = plan_experts(a);
+    Problem problem = problem_for(a);
+    problem.out_stride = a.P * a.N;
+    problem.slice_stages = plan.slice_stages;
+    problem.token_tiles = plan.token_tiles;
+    if (a.x_dtype == HB_FLOAT16) {
+        launch_experts_dtype<__half>(a, plan, problem);
+    } else {
+        launch_experts_dtype<__nv_bfloat16>(a, plan, problem);
+    }
+}
+
+void launch_linear4_mma(const hb_linear4_args& a, const Linear4Plan& plan) {
+    Problem problem = problem_for(a);
+    problem.out_stride = a.N;
     problem.slices = plan.apart ? static_cast<float*>(a.call.workspace) : nullptr;
     problem.slice_stages = plan.slice_stages;
     problem.token_tiles = ceil_div(a.M, plan.tile.tokens);

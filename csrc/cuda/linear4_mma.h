@@ -19,6 +19,13 @@ constexpr int64_t kEnoughBlocks = 264;        // two for each multiprocessor of 
 constexpr int64_t kFewestStagesInASlice = 4;  // below that, filling the pipeline is most of the work
 constexpr int64_t kSmallestWeightRows = 64;   // of a tile: what slices are chosen for
 
+// The most tiles of up to `tile_rows` rows that M rows of `experts` experts and of nobody can be cut into, each one's
+// by themselves.
+inline int64_t most_expert_tiles(int64_t M, int64_t experts, int64_t tile_rows) {
+    const int64_t owners = experts + 1 < M ? experts + 1 : M;
+    return (M + owners * (tile_rows - 1)) / tile_rows;
+}
+
 // The tile of the output that one thread block of 128 threads makes, and the stages that it keeps on the way.
 struct Linear4Tile {
     int64_t weight_rows;
@@ -39,7 +46,8 @@ struct Linear4Plan {
 };
 
 // Whether the kernel takes these shapes at all: where there is an output, not a question of M either.
-inline bool mma_takes(const hb_linear4_args& a) {
+template <typename Args>
+bool mma_takes(const Args& a) {
     return a.x_dtype != HB_FLOAT32 && a.M > 0 && a.N > 0 && a.K > 0 && a.K % kChunkValues == 0;
 }
 
@@ -49,6 +57,15 @@ inline Linear4Tile tile_for(int64_t M) {
     if (M <= 32) return {64, 32, 4};
     return {128, 64, 3};
 }
+
+// How the rows of experts are cut, which are known only on the device: into tiles for twice the rows that an expert has
+// on average, and of no more than 64 rows of W, since a tile of an expert with few rows is not full. Thread blocks go
+// over all slices.
+struct ExpertsPlan {
+    int64_t tokens;       // of a tile; it has kSmallestWeightRows rows of W
+    int64_t token_tiles;  // at most
+    int64_t slice_stages;
+};
 
 inline Linear4Plan plan_linear4(int64_t M, int64_t N, int64_t K) {
     Linear4Plan plan = {};
@@ -62,6 +79,14 @@ inline Linear4Plan plan_linear4(int64_t M, int64_t N, int64_t K) {
     plan.apart = plan.slices > 1 && plan.tiles < kEnoughBlocks;
     return plan;
 }
+
+inline ExpertsPlan plan_experts(const hb_linear4_experts_args& a) {
+    const int64_t tokens = tile_for(2 * ceil_div(a.M, a.E < 1 ? 1 : a.E)).tokens;
+    return {tokens, most_expert_tiles(a.M, a.E, tokens), plan_linear4(1, a.N, a.K).slice_stages};
+}
+
+// Launches for a checked call with an output that mma_takes, with every matrix's codes aligned to 16 bytes.
+void launch_linear4_experts_mma(const hb_linear4_experts_args& a);
 
 // Launches for a checked call that mma_takes, with packed aligned to 16 bytes and the plan's workspace.
 void launch_linear4_mma(const hb_linear4_args& a, const Linear4Plan& plan);

@@ -270,6 +270,47 @@ void fuzz_linear4_int8(Input& input) {
     fuzz_linear4_with(input, hb_linear4_int8_workspace, hb_linear4_int8);
 }
 
+// Rows that mostly lie where they can; else nothing would get past the checks.
+void fuzz_linear4_experts(Input& input) {
+    Tensors tensors(input);
+    auto args = start<hb_linear4_experts_args>(input);
+    args.x_dtype = input.option(3), args.E = input.option(9), args.P = input.option(3), args.N = input.size();
+    args.K = input.size(), args.format = input.option(2), args.blocksize = input.blocksize();
+    const bool few = args.E >= 0 && args.E <= 64;
+    std::vector<int64_t> ends;
+    int64_t rows = 0;
+    for (int64_t e = 0; few && e < args.E; ++e) {
+        rows += input.any<uint8_t>() % 5;
+        ends.push_back(input.any<uint8_t>() < 250 ? rows : input.any<int64_t>());
+    }
+    args.ends = few ? ends.data() : nullptr;
+    args.M = input.any<uint8_t>() < 240 ? rows + input.any<uint8_t>() % 3 : input.size();
+    const __int128 matrices = args.P < 0 || args.P > 64 || !few ? -1 : args.E * args.P;
+    const __int128 count = args.N < 0 || args.K < 0 ? -1 : static_cast<__int128>(args.N) * args.K;
+    const auto product = [](__int128 a, __int128 b) { return a < 0 || b < 0 || b > kLargestTensor ? -1 : a * b; };
+    const __int128 blocks = blocks_of(count, args.blocksize);
+    const uint8_t padding = input.any<uint8_t>();
+    args.packed_bytes = padding < 250 ? static_cast<int64_t>((count + 1) / 2) + padding % 3 : input.size();
+    args.packed = tensors.in<uint8_t>(product(matrices, args.packed_bytes), 1);
+    if (input.any<uint8_t>() % 2 == 1) {
+        args.nested_blocksize = input.size();
+        args.offset = tensors.in<float>(matrices, 4);
+        const bool fits = blocks >= 0 && blocks <= kLargestTensor;
+        const __int128 outer = fits ? blocks_of(blocks, args.nested_blocksize) : -1;
+        args.nested_absmax = tensors.in<float>(product(matrices, outer), 4);
+    }
+    // Without nested_absmax the entry reads absmax as float32, whatever was meant.
+    args.absmax = tensors.in<void>(product(matrices, blocks), args.nested_absmax != nullptr ? 1 : 4);
+    args.x = tensors.in<void>(product(args.M, args.K), element_bytes(args.x_dtype));
+    if (input.any<uint8_t>() % 2 == 1) {
+        args.bias_dtype = input.option(3);
+        args.bias = tensors.in<void>(product(matrices, args.N), element_bytes(args.bias_dtype));
+    }
+    args.out = tensors.out<void>(product(product(args.M, args.P), args.N), element_bytes(args.x_dtype));
+    run_with_workspace(input, args, tensors, hb_linear4_experts_workspace, hb_linear4_experts, args.M > 0 && args.N > 0,
+                       products_of(args) * static_cast<double>(args.P));
+}
+
 void fuzz_quantize8(Input& input) {
     Tensors tensors(input);
     auto args = start<hb_quantize8_args>(input);
@@ -467,6 +508,7 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
         fuzz_linear4_int8,
         fuzz_add,
         fuzz_cache_write,
+        fuzz_linear4_experts,
     };
     Input input(data, size);
     kEntries[input.any<uint8_t>() % (sizeof kEntries / sizeof kEntries[0])](input);

@@ -22,6 +22,7 @@ struct Valid {
     alignas(64) int64_t tables[6] = {1, 0, -7, 2, 99, 99};  // [2, 3]: what the sequences do not reach names no block
     alignas(64) int64_t offsets[3] = {0, 2, 3};
     alignas(64) int64_t starts[2] = {2, 0};
+    alignas(64) int64_t ends[3] = {1, 1, 3};
 
     template <typename Args>
     Args with_workspace() {
@@ -68,6 +69,14 @@ struct Valid {
         return a;
     }
     hb_linear4_int8_args linear4_int8() { return linear4(); }
+    // Three experts of two matrices each; the second has no rows, the last row belongs to none.
+    hb_linear4_experts_args linear4_experts() {
+        auto a = args_with<hb_linear4_experts_args>();
+        a.call.workspace = large, a.call.workspace_bytes = sizeof large;
+        a.x = x, a.M = 4, a.E = 3, a.P = 2, a.N = 3, a.K = 13, a.ends = ends, a.packed = bytes, a.packed_bytes = 21;
+        a.blocksize = 64, a.absmax = absmax, a.out = out;
+        return a;
+    }
     hb_quantize8_args quantize8() {
         auto a = args_with<hb_quantize8_args>();
         a.w = x, a.N = 3, a.K = 21, a.codes = codes, a.absmax = absmax;
@@ -168,6 +177,7 @@ TEST(every_entry_refuses_a_bad_call) {
     REFUSED_CALLS(dequantize_absmax);
     REFUSED_CALLS(linear4);
     REFUSED_CALLS(linear4_int8);
+    REFUSED_CALLS(linear4_experts);
     REFUSED_CALLS(quantize8);
     REFUSED_CALLS(dequantize8);
     REFUSED_CALLS(linear8);
@@ -241,6 +251,14 @@ TEST(null_pointers_are_refused) {
     REFUSED(linear4_int8, a.x = nullptr, HB_NULL_POINTER);
     REFUSED(linear4_int8, a.absmax = nullptr, HB_NULL_POINTER);
     REFUSED(linear4_int8, a.call.workspace = nullptr, HB_NULL_POINTER);
+    REFUSED(linear4_experts, a.x = nullptr, HB_NULL_POINTER);
+    REFUSED(linear4_experts, a.ends = nullptr, HB_NULL_POINTER);
+    REFUSED(linear4_experts, a.packed = nullptr, HB_NULL_POINTER);
+    REFUSED(linear4_experts, a.absmax = nullptr, HB_NULL_POINTER);
+    REFUSED(linear4_experts, a.out = nullptr, HB_NULL_POINTER);
+    REFUSED(linear4_experts, a.call.workspace = nullptr, HB_NULL_POINTER);
+    REFUSED(linear4_experts, (a.nested_absmax = static_cast<const float*>(a.absmax), a.nested_blocksize = 1),
+            HB_NULL_POINTER);
     REFUSED(quantize8, a.w = nullptr, HB_NULL_POINTER);
     REFUSED(quantize8, a.codes = nullptr, HB_NULL_POINTER);
     REFUSED(quantize8, a.absmax = nullptr, HB_NULL_POINTER);
@@ -299,6 +317,12 @@ TEST(misaligned_pointers_are_refused) {
     REFUSED(linear4, a.out = shifted(a.out), HB_MISALIGNED);
     REFUSED(linear4, a.call.workspace = shifted(a.call.workspace, 32), HB_WORKSPACE_MISALIGNED);
     REFUSED(linear4_int8, a.out = shifted(a.out), HB_MISALIGNED);
+    REFUSED(linear4_experts, a.x = shifted(a.x), HB_MISALIGNED);
+    REFUSED(linear4_experts, a.ends = shifted(a.ends, 4), HB_MISALIGNED);
+    REFUSED(linear4_experts, a.absmax = shifted(a.absmax, 2), HB_MISALIGNED);
+    REFUSED(linear4_experts, a.bias = shifted(a.x), HB_MISALIGNED);
+    REFUSED(linear4_experts, a.out = shifted(a.out), HB_MISALIGNED);
+    REFUSED(linear4_experts, a.call.workspace = shifted(a.call.workspace, 32), HB_WORKSPACE_MISALIGNED);
     REFUSED(linear4_int8, a.call.workspace = shifted(a.call.workspace, 32), HB_WORKSPACE_MISALIGNED);
     REFUSED(quantize8, a.w = shifted(a.w), HB_MISALIGNED);
     REFUSED(dequantize8, a.out = shifted(a.out), HB_MISALIGNED);
@@ -357,6 +381,16 @@ TEST(unknown_choices_are_refused) {
     REFUSED(dequantize_absmax, a.nested_blocksize = -256, HB_BAD_BLOCKSIZE);
     REFUSED(linear4, (a.bias = a.x, a.bias_dtype = 7), HB_BAD_DTYPE);
     REFUSED(linear4_int8, a.format = 2, HB_BAD_FORMAT);
+    REFUSED(linear4_experts, a.x_dtype = 3, HB_BAD_DTYPE);
+    REFUSED(linear4_experts, a.format = -1, HB_BAD_FORMAT);
+    REFUSED(linear4_experts, a.blocksize = 48, HB_BAD_BLOCKSIZE);
+    REFUSED(linear4_experts, (a.nested_absmax = static_cast<const float*>(a.absmax), a.nested_blocksize = 0),
+            HB_BAD_BLOCKSIZE);
+    REFUSED(linear4_experts, (a.bias = a.x, a.bias_dtype = 7), HB_BAD_DTYPE);
+    REFUSED(linear4_experts, a.P = 0, HB_BAD_SHAPE);
+    REFUSED(linear4_experts, a.P = HB_MAX_GROUP + 1, HB_BAD_SHAPE);
+    REFUSED(linear4_experts, a.packed_bytes = 19, HB_BAD_SHAPE);  // of 39 codes
+    REFUSED(linear4_experts, a.M = 2, HB_BAD_EXPERTS);            // and three rows in experts
     REFUSED(linear4_int8, a.x_dtype = 3, HB_BAD_DTYPE);
     REFUSED(linear8, a.outlier_rule = 3, HB_BAD_OPTION);
     REFUSED(linear8, a.outlier_rule = -1, HB_BAD_OPTION);
@@ -461,6 +495,16 @@ TEST(negative_and_huge_sizes_are_refused) {
             EXPECT(hb_linear4_int8(&linear) == HB_BAD_SHAPE, "%lld", static_cast<long long>(size));
             EXPECT(hb_linear4_int8_workspace(&linear, &bytes) == HB_BAD_SHAPE, "%lld", static_cast<long long>(size));
         }
+        using Experts = hb_linear4_experts_args;
+        for (int64_t Experts::* field :
+             {&Experts::M, &Experts::E, &Experts::P, &Experts::N, &Experts::K, &Experts::packed_bytes}) {
+            auto experts = valid.linear4_experts();
+            experts.*field = size;
+            int64_t bytes = 0;
+            EXPECT(hb_linear4_experts(&experts) == HB_BAD_SHAPE, "%lld", static_cast<long long>(size));
+            EXPECT(hb_linear4_experts_workspace(&experts, &bytes) == HB_BAD_SHAPE, "%lld",
+                   static_cast<long long>(size));
+        }
         for (int64_t hb_linear8_args::* field : {&hb_linear8_args::M, &hb_linear8_args::N, &hb_linear8_args::K}) {
             auto linear = valid.linear8();
             linear.*field = size;
@@ -512,6 +556,9 @@ TEST(negative_and_huge_sizes_are_refused) {
     auto linear = valid.linear4();
     linear.N = linear.K = int64_t{1} << 32;
     EXPECT(hb_linear4(&linear) == HB_BAD_SHAPE, "2^32 * 2^32");
+    auto experts = valid.linear4_experts();
+    experts.E = int64_t{1} << 32, experts.N = experts.K = int64_t{1} << 16, experts.packed_bytes = int64_t{1} << 31;
+    EXPECT(hb_linear4_experts(&experts) == HB_BAD_SHAPE, "2^32 experts of 2^32 weights");
 }
 
 TEST(a_workspace_one_byte_short_is_refused) {
@@ -527,6 +574,12 @@ TEST(a_workspace_one_byte_short_is_refused) {
     --linear4_int8.call.workspace_bytes;
     EXPECT(hb_linear4_int8(&linear4_int8) == HB_WORKSPACE_TOO_SMALL, "linear4_int8");
     EXPECT(hb_linear4_int8_workspace(&linear4_int8, nullptr) == HB_NULL_POINTER, "nowhere to write the size");
+    auto experts = valid.linear4_experts();
+    EXPECT(hb_linear4_experts_workspace(&experts, &experts.call.workspace_bytes) == HB_OK, "linear4_experts");
+    EXPECT(hb_linear4_experts(&experts) == HB_OK, "linear4_experts with what it asked for");
+    --experts.call.workspace_bytes;
+    EXPECT(hb_linear4_experts(&experts) == HB_WORKSPACE_TOO_SMALL, "linear4_experts");
+    EXPECT(hb_linear4_experts_workspace(&experts, nullptr) == HB_NULL_POINTER, "nowhere to write the size");
     auto linear8 = valid.linear8();
     EXPECT(hb_linear8_workspace(&linear8, &linear8.call.workspace_bytes) == HB_OK, "linear8");
     EXPECT(hb_linear8(&linear8) == HB_OK, "linear8 with what it asked for");
@@ -566,6 +619,9 @@ TEST(empty_tensors_need_no_pointers) {
     linear4.K = 100;
     EXPECT(hb_linear4(&linear4) == HB_OK, "M = N = 0");
     EXPECT(hb_linear4_int8(&linear4) == HB_OK, "M = N = 0");
+    auto experts = args_with<hb_linear4_experts_args>();
+    experts.blocksize = 64, experts.K = 100, experts.P = 2;
+    EXPECT(hb_linear4_experts(&experts) == HB_OK, "M = E = N = 0");
     auto quantize8 = args_with<hb_quantize8_args>();
     EXPECT(hb_quantize8(&quantize8) == HB_OK, "N = K = 0");
     auto dequantize8 = args_with<hb_dequantize8_args>();

@@ -80,6 +80,7 @@ def test_cuda_library_without_a_device_says_so(cuda_library: Path) -> None:
     kernels = native.Kernels(native.load_library(cuda_library), "cuda")
     memory = torch.zeros(1 << 16, dtype=torch.uint8)
     sizes = {"n": 64, "blocksize": 64, "blocks": 4, "nested_blocksize": 256, "M": 2, "N": 2, "K": 32}
+    sizes |= {"E": 1, "P": 1, "packed_bytes": 32}
     for entry, struct in native.STRUCTS.items():
         if entry in native.CPU_ONLY:
             assert not hasattr(kernels.library, entry)

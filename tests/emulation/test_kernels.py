@@ -13,7 +13,7 @@ import torch
 
 from quant import formats, native, ops, reference
 from quant.errors import NativeError
-from tests.quant.operands import same_bits
+from tests.quant.operands import Experts4, same_bits
 
 # Collected here, they run with this directory's `device`.
 from tests.quant.test_native import (  # noqa: F401
@@ -23,6 +23,10 @@ from tests.quant.test_native import (  # noqa: F401
     test_codes_at_given_scales_are_the_references,
     test_every_16_bit_value_is_read_and_written_right,
     test_int8_codes_and_values_are_the_references,
+    test_linear_4bit_experts_are_no_further_from_float64_than_dequantizing,
+    test_linear_4bit_experts_have_the_bits_of_products_alone,
+    test_linear_4bit_experts_of_nothing,
+    test_linear_4bit_experts_without_rows_are_not_read,
     test_linear_4bit_is_no_further_from_float64_than_dequantizing,
     test_linear_4bit_of_nothing,
     test_linear_4bit_on_tensor_cores,
@@ -54,6 +58,22 @@ def test_linear_8bit_is_the_reference(
             torch.testing.assert_close(out, expected, rtol=2 * torch.finfo(dtype).eps, atol=1e-6 * float(size.max()))
         else:
             assert same_bits(out, expected), (shape, threshold)
+
+
+@pytest.mark.parametrize("shape", [(70, 64), (7, 33)])  # on tensor cores, and not
+def test_experts_rows_that_end_where_they_cannot_stay_inside(
+    device: str, shape: tuple[int, int], generator: torch.Generator
+) -> None:
+    """Nobody waits for a GPU to say what ends are; the worst that they can do is to give some rows wrong values."""
+    x = torch.randn(20, shape[1], generator=generator).to(torch.bfloat16)
+    experts = Experts4.random([9, 1, 10], 2, shape, "nf4", 64, 256, generator)
+    right = experts.one_by_one(x, None, lambda rows, weight, _: ops.linear_4bit(rows, *weight.arguments()))  # type: ignore[arg-type]
+    for ends in ([9, 2, 20], [-7, 2**62, 20], [2**63 - 1, -(2**63), 5], [30, 20, 10], [-1, -1, -1]):
+        out = ops.linear_4bit_experts(x.to(device), torch.tensor(ends), *experts.arguments()[1:])
+        assert out.shape == right.shape
+        if ends[0] == 9:  # where experts agree about a row it is right
+            assert same_bits(out[:2], right[:2])
+            assert same_bits(out[10:], right[10:])
 
 
 def test_a_workspace_that_is_missing_or_small_is_refused(library: ctypes.CDLL) -> None:

@@ -6,6 +6,8 @@ Not a test. A failing test prints its seed, since pytest shows what `fresh_gener
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 
@@ -32,6 +34,10 @@ def hostile_values(shape: tuple[int, ...], dtype: torch.dtype, generator: torch.
         flat[128:160] *= 1e-41
         flat[200] = 1000.0
     return x.to(dtype)
+
+
+Linear4 = Callable[[torch.Tensor, "Weight4", torch.Tensor | None], torch.Tensor]
+"""x, weight, bias -> the product."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,6 +91,58 @@ class Weight4:
             if isinstance(value := getattr(self, field.name), torch.Tensor)
         }
         return dataclasses.replace(self, **moved)
+
+
+@dataclasses.dataclass(frozen=True)
+class Experts4:
+    """The 4-bit matrices [E][P] of experts, alike in everything but their values, and the rows that each expert has."""
+
+    matrices: list[list[Weight4]]
+    ends: torch.Tensor
+    padding: int  # bytes behind a matrix's codes
+
+    @classmethod
+    def random(
+        cls,
+        rows: Sequence[int],
+        matrices: int,
+        shape: tuple[int, int],
+        quant_type: str,
+        blocksize: int,
+        nested: int | None,
+        generator: torch.Generator,
+        padding: int = 0,
+    ) -> Experts4:
+        """rows: of each expert. The rest as for Weight4."""
+        made = [
+            [Weight4.random(shape, quant_type, blocksize, nested, generator) for _ in range(matrices)] for _ in rows
+        ]
+        return cls(made, torch.tensor(rows, dtype=torch.int64).cumsum(0), padding)
+
+    def arguments(self, bias: torch.Tensor | None = None) -> tuple[Any, ...]:
+        """What linear_4bit_experts takes after x."""
+        first = self.matrices[0][0]
+        packed = torch.nn.functional.pad(self._stacked("packed"), (0, self.padding), value=0xEE)
+        nested = [None if first.offset is None else self._stacked(name) for name in ("nested_absmax", "offset")]
+        layout = (packed, self._stacked("absmax"), first.quant_type, first.blocksize, first.shape)
+        return (self.ends, *layout, *nested, first.nested_blocksize, bias)
+
+    def _stacked(self, field: str) -> torch.Tensor:
+        return torch.stack([torch.stack([getattr(w, field) for w in expert]) for expert in self.matrices])
+
+    def one_by_one(self, x: torch.Tensor, bias: torch.Tensor | None, linear: Linear4) -> torch.Tensor:
+        """The same result by products with one matrix after another; rows behind the last end give zeros."""
+        height = self.matrices[0][0].shape[0]
+        out = x.new_zeros(len(x), len(self.matrices[0]) * height)
+        bounds = [0, *self.ends.tolist()]
+        for expert, weights in enumerate(self.matrices):
+            rows = slice(bounds[expert], bounds[expert + 1])
+            for index, weight in enumerate(weights):
+                columns = slice(index * height, (index + 1) * height)
+                if rows.stop > rows.start:
+                    own = None if bias is None else bias[expert, columns]
+                    out[rows, columns] = linear(x[rows], weight, own)
+        return out
 
 
 @dataclasses.dataclass(frozen=True)

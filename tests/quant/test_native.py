@@ -16,7 +16,7 @@ import torch
 from quant import formats, native, ops, reference
 from quant.errors import NativeError
 from tests.quant import operands
-from tests.quant.operands import Weight4, same_bits
+from tests.quant.operands import Experts4, Weight4, same_bits
 
 DTYPES = list(formats.VALUE_DTYPES)
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)]
@@ -203,6 +203,98 @@ def test_linear_4bit_on_tensor_cores(
         moved = dataclasses.replace(moved, packed=packed)
         slow = ops.linear_4bit(x.to(device), *moved.arguments(bias.to(device)))  # type: ignore[arg-type]
         assert_no_further_than_dequantizing(slow.cpu(), x, weight, bias)
+
+
+EXPERTS = [
+    ([1], 1, 0),
+    ([0, 2, 0, 5], 2, 0),
+    ([3, 9, 0, 17, 1], 1, 2),
+    ([11, 0, 20], 2, 0),
+    ([33, 0, 70], 2, 1),
+    ([0, 0], 2, 3),
+]
+"""The rows of each expert, the matrices of one, rows of no expert; every size of tiles on a GPU."""
+
+
+def linear_on(device: str) -> operands.Linear4:
+    """linear_4bit on a device, of operands on the CPU."""
+
+    def linear(x: torch.Tensor, weight: Weight4, bias: torch.Tensor | None) -> torch.Tensor:
+        moved = weight.to(device).arguments(None if bias is None else bias.to(device))
+        return ops.linear_4bit(x.to(device), *moved).cpu()  # type: ignore[arg-type]
+
+    return linear
+
+
+def experts_on(device: str, experts: Experts4, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    arguments = [a.to(device) if isinstance(a, torch.Tensor) else a for a in experts.arguments(bias)]
+    return ops.linear_4bit_experts(x.to(device), *arguments).cpu()
+
+
+@pytest.mark.parametrize("nested", [None, 3], ids=["plain", "nested-by-3"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_linear_4bit_experts_have_the_bits_of_products_alone(
+    device: str, dtype: torch.dtype, nested: int | None, generator: torch.Generator
+) -> None:
+    """At shapes of the tensor cores, whose codes lie so that they can be copied, and at any other, padded or not."""
+    shapes = [((65, 192), 64, 0), ((130, 576), 32, 0), ((33, 64), 512, 16)]
+    others = [((7, 33), 64, 1), ((5, 250), 256, 0)]
+    for turn, (rows, matrices, behind) in enumerate(EXPERTS):
+        for shape, blocksize, padding in (shapes[turn % len(shapes)], others[turn % len(others)]):
+            experts = Experts4.random(rows, matrices, shape, "nf4", blocksize, nested, generator, padding)
+            x = torch.randn(sum(rows) + behind, shape[1], generator=generator).to(dtype)
+            bias = torch.randn(len(rows), matrices * shape[0], generator=generator) if turn % 2 else None
+            out = experts_on(device, experts, x, bias)
+            assert same_bits(out, experts.one_by_one(x, bias, linear_on(device))), (rows, shape)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_linear_4bit_experts_are_no_further_from_float64_than_dequantizing(
+    device: str, dtype: torch.dtype, generator: torch.Generator
+) -> None:
+    """Padded so that no wide copy can be made of most codes; and the reference says the same."""
+    rows = [9, 0, 1, 40]
+    for shape, padding in (((40, 192), 3), ((33, 130), 1), ((3, 4160), 0)):
+        experts = Experts4.random(rows, 2, shape, "fp4", 64, 256, generator, padding)
+        x = torch.randn(sum(rows), shape[1], generator=generator).to(dtype)
+        bias = torch.randn(4, 2 * shape[0], generator=generator)
+        out = experts_on(device, experts, x, bias)
+        for expert, (begin, end) in ((0, (0, 9)), (2, (9, 10)), (3, (10, 50))):
+            for index, weight in enumerate(experts.matrices[expert]):
+                columns = slice(index * shape[0], (index + 1) * shape[0])
+                own = (out[begin:end, columns], x[begin:end], weight, bias[expert, columns])
+                assert_no_further_than_dequantizing(*own)
+        expected = reference.linear_4bit_experts(x, *experts.arguments(bias))
+        room = {torch.float32: 1e-5, torch.float16: 5e-3, torch.bfloat16: 4e-2}[dtype]
+        torch.testing.assert_close(out, expected, rtol=room, atol=room * float(expected.abs().max()))
+
+
+def test_linear_4bit_experts_without_rows_are_not_read(device: str, generator: torch.Generator) -> None:
+    experts = Experts4.random([0, 2, 0, 3], 2, (70, 128), "nf4", 64, None, generator)
+    x = torch.randn(5, 128, generator=generator).to(torch.bfloat16)
+    expected = experts_on(device, experts, x, None)
+    for expert in (0, 2):
+        for weight in experts.matrices[expert]:
+            weight.absmax.fill_(torch.nan)
+    assert same_bits(experts_on(device, experts, x, None), expected)
+    experts.matrices[3][1].absmax[-1] = torch.nan
+    assert experts_on(device, experts, x, None)[2:, -1].isnan().all()
+
+
+@pytest.mark.parametrize(("shape", "rows"), [((0, 64), [2, 1]), ((7, 64), [0, 0]), ((7, 0), [2, 1]), ((7, 64), [])])
+def test_linear_4bit_experts_of_nothing(
+    device: str, shape: tuple[int, int], rows: list[int], generator: torch.Generator
+) -> None:
+    if not rows:  # nor is there an expert
+        packed, absmax = torch.empty(0, 2, 224, dtype=torch.uint8), torch.empty(0, 2, 7)
+        operands_on = [a.to(device) for a in (torch.ones(3, 64), torch.empty(0, dtype=torch.int64), packed, absmax)]
+        assert not ops.linear_4bit_experts(*operands_on, "nf4", 64, shape).any()  # type: ignore[arg-type]
+        return
+    experts = Experts4.random(rows, 2, shape, "nf4", 64, None, generator)
+    x = torch.randn(sum(rows), shape[1], generator=generator).to(torch.bfloat16)
+    bias = torch.randn(2, 2 * shape[0], generator=generator).to(torch.bfloat16)
+    out = experts_on(device, experts, x, bias)
+    assert same_bits(out, experts.one_by_one(x, bias, linear_on(device)))
 
 
 @pytest.mark.parametrize(("shape", "rows"), [((0, 64), 3), ((0, 64), 0), ((7, 64), 0), ((7, 0), 3)])

@@ -11,7 +11,7 @@ import torch
 from quant import formats, native, ops, reference
 from quant.errors import NativeError, ShapeError
 from tests.quant import operands
-from tests.quant.operands import Paged, Weight4
+from tests.quant.operands import Experts4, Paged, Weight4
 
 DTYPES = list(formats.VALUE_DTYPES)
 
@@ -30,6 +30,7 @@ def sample_arguments(name: str, generator: torch.Generator, dtype: torch.dtype =
     absmax = torch.rand(300, generator=generator)
     paged = Paged.random([(3, 2), (0, 4)], (4, 2), (8, 6), 4, dtype, generator)
     sinks = torch.randn(4, generator=generator)
+    experts = Experts4.random([2, 0, 3], 2, (7, 33), "nf4", 64, 256, generator, padding=3)
     return {
         "quantize_4bit": [x, "fp4", 64],
         "encode_4bit": [x, torch.randn(4, generator=generator), "nf4", 64],
@@ -39,6 +40,10 @@ def sample_arguments(name: str, generator: torch.Generator, dtype: torch.dtype =
         "dequantize_absmax": [*reference.quantize_absmax(absmax), 256],
         "linear_4bit": [x, *weight.arguments(bias)],
         "linear_4bit_int8": [x, *weight.arguments(bias)],
+        "linear_4bit_experts": [
+            x.view(6, 33),
+            *experts.arguments(torch.randn(3, 14, generator=generator).to(dtype)),
+        ],
         "quantize_8bit": [x[0]],
         "dequantize_8bit": [CB, SCB, dtype],
         "linear_8bit": [x, CB, SCB, 2.0, "value", bias],
@@ -66,7 +71,7 @@ def test_opcheck(name: str, dtype: torch.dtype, generator: torch.Generator) -> N
     torch.library.opcheck(operator(name), sample_arguments(name, generator, dtype))
 
 
-@pytest.mark.parametrize("name", ["linear_4bit", "linear_4bit_int8", "linear_8bit"])
+@pytest.mark.parametrize("name", ["linear_4bit", "linear_4bit_int8", "linear_4bit_experts", "linear_8bit"])
 def test_opcheck_with_gradients(name: str, generator: torch.Generator) -> None:
     arguments = sample_arguments(name, generator)
     arguments[0].requires_grad_()
@@ -143,6 +148,39 @@ def test_linear_8bit_gradients(dtype: torch.dtype, generator: torch.Generator) -
     x, bias = _differentiable((2, 3, 33), dtype, generator), _differentiable((7,), dtype, generator)
     out = ops.linear_8bit(x, CB, SCB, 2.0, "value", bias)
     _compare_gradients(out, x, bias, ops.dequantize_8bit(CB, SCB, dtype), generator)
+
+
+@pytest.mark.parametrize("nested", [None, 256])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_linear_4bit_experts_gradients(dtype: torch.dtype, nested: int | None, generator: torch.Generator) -> None:
+    """Against torch's own linear layers on the dequantized matrices; an expert without rows has no gradient."""
+    experts = Experts4.random([3, 0, 5], 2, (7, 33), "fp4", 32, nested, generator, padding=1)
+    x, bias = _differentiable((10, 33), dtype, generator), _differentiable((3, 14), dtype, generator)
+    out = ops.linear_4bit_experts(x, *experts.arguments(bias))
+    grad = torch.randn(out.shape, generator=generator).to(dtype)
+    got = torch.autograd.grad(out, [x, bias], grad)
+    values, biases = x.detach().float().requires_grad_(), bias.detach().float().requires_grad_()
+    parts = []
+    for begin, end, expert in ((0, 3, 0), (3, 8, 2)):
+        dense = torch.cat([weight.dense(dtype) for weight in experts.matrices[expert]]).float()
+        parts.append(torch.nn.functional.linear(values[begin:end], dense, biases[expert]))
+    want = torch.autograd.grad(torch.cat(parts), [values, biases], grad[:8].float())
+    tolerance = {torch.float32: 1e-5, torch.float16: 5e-3, torch.bfloat16: 4e-2}[dtype]
+    for g, w in zip(got, want, strict=True):
+        assert g.dtype == dtype
+        torch.testing.assert_close(g.float(), w, rtol=tolerance, atol=tolerance * w.abs().max().item())
+    assert not got[0][8:].any(), "rows of no expert"
+    assert not got[1][1].any()
+
+
+def test_frozen_experts_have_gradients_only_where_they_are_asked_for(generator: torch.Generator) -> None:
+    experts = Experts4.random([3, 0, 5], 2, (7, 33), "nf4", 64, None, generator)
+    x, bias = torch.randn(8, 33, generator=generator), torch.randn(3, 14, generator=generator)
+    assert not ops.linear_4bit_experts(x, *experts.arguments(bias)).requires_grad
+    bias.requires_grad_()
+    ops.linear_4bit_experts(x, *experts.arguments(bias)).sum().backward()
+    assert bias.grad is not None
+    assert torch.equal(bias.grad, torch.tensor([3.0, 0.0, 5.0])[:, None].expand(3, 14))
 
 
 def _differentiable(shape: tuple[int, ...], dtype: torch.dtype, generator: torch.Generator) -> torch.Tensor:
@@ -231,6 +269,27 @@ REFUSALS: list[tuple[str, int, Callable[[Any], Any], str]] = [
     ("linear_4bit", 9, lambda b: b[1:], r"bias has shape \[6\]; it must be \[7\]"),
     ("linear_4bit_int8", 0, lambda x: x[..., :-1], r"its last size must be 33"),
     ("linear_4bit_int8", 3, lambda _: "nf5", "quant_type is 'nf5'"),
+    ("linear_4bit_experts", 0, lambda x: x[..., :-1], r"x has shape \[6, 32\]; it must be \[rows, 33\]"),
+    ("linear_4bit_experts", 0, lambda x: x[0], r"x has shape \[33\]"),
+    ("linear_4bit_experts", 0, lambda x: x.int(), "x has dtype torch.int32"),
+    ("linear_4bit_experts", 1, lambda e: e[1:], r"ends has shape \[2\]; it must be \[3\]"),
+    ("linear_4bit_experts", 1, lambda e: e.int(), "ends has dtype torch.int32"),
+    ("linear_4bit_experts", 1, lambda e: e.to("meta"), "ends is on meta but x is on cpu"),
+    ("linear_4bit_experts", 2, lambda p: p[..., :115], r"packed is torch.uint8 \[3, 2, 115\]; .* at least 116\]"),
+    ("linear_4bit_experts", 2, lambda p: p.view(torch.int8), "packed is torch.int8"),
+    ("linear_4bit_experts", 2, lambda p: p[:, 0], r"packed is torch.uint8 \[3, 119\]"),
+    ("linear_4bit_experts", 3, lambda a: a.float(), r"absmax is torch.float32 .*; it must be torch.uint8 \[3, 2, 4\]"),
+    ("linear_4bit_experts", 3, lambda a: a[:, :1], r"absmax is torch.uint8 \[3, 1, 4\]; it must be"),
+    ("linear_4bit_experts", 4, lambda _: "nf5", "quant_type is 'nf5'"),
+    ("linear_4bit_experts", 5, lambda _: 48, "blocksize is 48"),
+    ("linear_4bit_experts", 6, lambda _: [7, 33, 1], "it has two dimensions"),
+    ("linear_4bit_experts", 6, lambda _: [-7, 33], "sizes must not be negative"),
+    ("linear_4bit_experts", 7, lambda _: None, "nested_absmax and offset belong together"),
+    ("linear_4bit_experts", 7, lambda n: n[:2], r"nested_absmax is torch.float32 \[2, 2, 1\]; it must be"),
+    ("linear_4bit_experts", 8, lambda o: o[:, 0], r"offset is torch.float32 \[3\]; it must be torch.float32 \[3, 2\]"),
+    ("linear_4bit_experts", 9, lambda _: 0, "nested_blocksize is 0"),
+    ("linear_4bit_experts", 10, lambda b: b[:, 1:], r"bias is torch.float32 \[3, 13\]; it must be .* \[3, 14\]"),
+    ("linear_4bit_experts", 10, lambda b: b.double(), "bias has dtype torch.float64"),
     ("quantize_8bit", 0, lambda w: w[0], "it must have two dimensions"),
     ("dequantize_8bit", 0, lambda c: c.view(torch.uint8), "CB is torch.uint8"),
     ("linear_8bit", 2, lambda s: s[1:], "SCB has shape"),
@@ -284,6 +343,18 @@ def test_arguments_that_do_not_belong_together_are_refused(
     arguments[index] = spoil(arguments[index])
     with pytest.raises(ShapeError, match=sentence):
         operator(name)(*arguments)
+
+
+def test_too_many_matrices_of_an_expert_are_refused(generator: torch.Generator) -> None:
+    experts = Experts4.random([1], native.MAX_GROUP + 1, (2, 32), "nf4", 32, None, generator)
+    with pytest.raises(ShapeError, match="accepted are 1 to 8 matrices of an expert"):
+        ops.linear_4bit_experts(torch.zeros(1, 32), *experts.arguments())
+
+
+def test_ends_that_cannot_be_are_refused_on_a_cpu(generator: torch.Generator) -> None:
+    experts = Experts4.random([1, 1], 1, (2, 32), "nf4", 32, None, generator)
+    with pytest.raises(NativeError, match="The experts' rows end where they cannot"):
+        ops.linear_4bit_experts(torch.zeros(1, 32), *experts.arguments())
 
 
 def test_tensors_on_two_devices_are_refused(generator: torch.Generator) -> None:
