@@ -44,6 +44,8 @@ EXPERTS: Final = 8
 CACHES: Final = 4
 """Weights that a graph goes round, in second-level caches."""
 TORCH: Final = "torch bfloat16"
+HEAD_DIM: Final = 128
+ROTARY_HEADS: Final = 8
 
 Call = Callable[[], torch.Tensor]
 Timer = Callable[[list[Call]], float | None]
@@ -158,6 +160,20 @@ def conversions(kernels: native.Kernels, w: torch.Tensor) -> Iterator[tuple[str,
     yield "linear_4bit_experts", moved, lambda: kernels.linear_4bit_experts(x, ends, *stack, None, None, 1, None)
     yield "quantize_8bit", w.nbytes + eight, lambda: kernels.quantize_8bit(w)[0]
     yield "dequantize_8bit", w.nbytes + eight, lambda: kernels.dequantize_8bit(CB, SCB, DTYPE)
+    yield from between_products(kernels, w)
+
+
+def between_products(kernels: native.Kernels, x: torch.Tensor) -> Iterator[tuple[str, int, Call]]:
+    """The small operators, on x as activations."""
+    other, weight = torch.randn_like(x), x[0].clone()
+    yield "rms_norm", 2 * x.nbytes, lambda: kernels.rms_norm(x, weight, 1e-6)
+    yield "swiglu", 3 * x.nbytes, lambda: kernels.swiglu(x, other)
+    tokens = x.numel() // (ROTARY_HEADS * HEAD_DIM)
+    query = x.flatten()[: tokens * ROTARY_HEADS * HEAD_DIM].view(tokens, ROTARY_HEADS, HEAD_DIM)
+    cos, sin = torch.randn(2, tokens, HEAD_DIM, device=x.device).to(x.dtype)
+    moved = 2 * query.nbytes + cos.nbytes + sin.nbytes
+    # The operator copies what its kernel then turns in place: at the most half of the roof.
+    yield "rotary", moved, lambda: kernels.rotary(query, query[:, :0], cos, sin)[0]
 
 
 # --- measuring --------------------------------------------------------------------------------------------------------

@@ -328,7 +328,7 @@ HB_API hb_status hb_paged_attention(const hb_paged_attention_args* args);
 /* Writes the bytes of workspace that hb_paged_attention needs for these shapes and threads; reads no other pointer. */
 HB_API hb_status hb_paged_attention_workspace(const hb_paged_attention_args* args, int64_t* bytes);
 
-/* Root mean square normalisation of rows, CPU only: with r = x / sqrt(mean(x^2) + eps) in float32, r rounded to x's
+/* Root mean square normalisation of rows: with r = x / sqrt(mean(x^2) + eps) in float32, r rounded to x's
  * dtype, out = weight * r rounded once more. The squares are added up in 16 sums, the same at every level. */
 typedef struct hb_rms_norm_args {
     hb_call call;
@@ -342,7 +342,7 @@ typedef struct hb_rms_norm_args {
 } hb_rms_norm_args;
 HB_API hb_status hb_rms_norm(const hb_rms_norm_args* args);
 
-/* The product in a gated linear unit, CPU only: out = silu(gate) * up, with silu(g) = g / (1 + e^-g) computed in
+/* The product in a gated linear unit: out = silu(gate) * up, with silu(g) = g / (1 + e^-g) computed in
  * float32 and rounded to the dtype before the product is. */
 typedef struct hb_swiglu_args {
     hb_call call;
@@ -356,7 +356,7 @@ HB_API hb_status hb_swiglu(const hb_swiglu_args* args);
 
 /* Rotary position embeddings, in place: out[t, h, d] = x[t, h, d] * cos[t, d] + turned(x)[t, h, d] * sin[t, d], where
  * turned(x) is x with its halves exchanged and the first then negated. Products and sum are rounded to the dtype one by
- * one. CPU only. */
+ * one. */
 typedef struct hb_rotary_args {
     hb_call call;
     void* query;     /* in and out [T, H, D] */

@@ -72,8 +72,7 @@ extern "C" hb_status hb_dequantize_absmax(const hb_dequantize_absmax_args* args)
     HB_REQUIRE(check(args));
     const hb_dequantize_absmax_args& a = *args;
     if (a.blocks == 0) return HB_OK;
-    const int64_t wanted = ceil_div(a.blocks, kThreads);
-    const unsigned blocks = static_cast<unsigned>(wanted < kMostBlocks ? wanted : kMostBlocks);
+    const unsigned blocks = blocks_for(a.blocks, kThreads);
     launch(dequantize_absmax, blocks, kThreads, 0, stream_of(a.call), a.codes, a.blocks, a.nested_absmax, a.offset,
            a.nested_blocksize, a.absmax);
     return launched();

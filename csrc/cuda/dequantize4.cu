@@ -25,8 +25,7 @@ extern "C" hb_status hb_dequantize4(const hb_dequantize4_args* args) {
     HB_REQUIRE(check(args));
     const hb_dequantize4_args& a = *args;
     if (a.n == 0) return HB_OK;
-    const int64_t wanted = ceil_div(a.n, kThreads);
-    const unsigned blocks = static_cast<unsigned>(wanted < kMostBlocks ? wanted : kMostBlocks);
+    const unsigned blocks = blocks_for(a.n, kThreads);
     with_dtype(a.out_dtype, [&](auto type) {
         using T = decltype(type);
         launch(dequantize4<T>, blocks, kThreads, 0, stream_of(a.call), a.packed, a.absmax, a.n, a.format, a.blocksize,

@@ -61,8 +61,7 @@ extern "C" hb_status hb_dequantize8(const hb_dequantize8_args* args) {
     HB_REQUIRE(check(args));
     const hb_dequantize8_args& a = *args;
     if (a.N * a.K == 0) return HB_OK;
-    const int64_t wanted = ceil_div(a.N * a.K, kThreads);
-    const unsigned blocks = static_cast<unsigned>(wanted < kMostBlocks ? wanted : kMostBlocks);
+    const unsigned blocks = blocks_for(a.N * a.K, kThreads);
     with_dtype(a.out_dtype, [&](auto type) {
         using T = decltype(type);
         launch(dequantize8<T>, blocks, kThreads, 0, stream_of(a.call), a.codes, a.absmax, a.N * a.K, a.K,

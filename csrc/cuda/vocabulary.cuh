@@ -47,10 +47,14 @@ __device__ inline int64_t warp_count() {
     return static_cast<int64_t>(gridDim.x) * kWarpsPerBlock;
 }
 
-// Thread blocks for `warps` pieces of work, one warp each.
-inline unsigned blocks_for_warps(int64_t warps) {
-    const int64_t blocks = ceil_div(warps, kWarpsPerBlock);
+// Thread blocks for `count` pieces of work, so many in each.
+inline unsigned blocks_for(int64_t count, int64_t in_each) {
+    const int64_t blocks = ceil_div(count, in_each);
     return static_cast<unsigned>(blocks < kMostBlocks ? blocks : kMostBlocks);
+}
+// And for `warps` pieces of work, one warp each.
+inline unsigned blocks_for_warps(int64_t warps) {
+    return blocks_for(warps, kWarpsPerBlock);
 }
 
 // --- values ----------------------------------------------------------------------------------------------------------

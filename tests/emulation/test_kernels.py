@@ -37,6 +37,7 @@ from tests.quant.test_native import (  # noqa: F401
     test_nan_and_infinity_stay_in_their_block,
     test_scales_that_are_found_are_the_references,
 )
+from tests.quant.test_rows import of_the_cpu, test_every_device_has_the_cpus_bits  # noqa: F401
 
 pytestmark = pytest.mark.timeout(600)  # the first of a session builds the library
 

@@ -14,7 +14,7 @@ pytestmark = pytest.mark.timeout(600)
 
 FEW = (
     "tensor_cores and nested-by-3 or absmax_codes or scales and nf4"
-    " or (codes_and_values or linear_8bit_is or every_batch or bits_of_products) and dtype1 and not fp4"
+    " or (codes_and_values or linear_8bit_is or every_batch or bits_of_products or cpus_bits) and dtype1 and not fp4"
     " or stay_inside"
 )
 """What a quick run takes: every kernel, one dtype of most."""

@@ -7,9 +7,10 @@ import torch
 from torch.nn import functional as F
 from transformers.models.llama.modeling_llama import LlamaRMSNorm, apply_rotary_pos_emb
 
-from quant import direct_rows, ops, reference
+from quant import direct_rows, native, ops, reference
 from quant.errors import ShapeError
 from tests.quant import operands
+from tests.quant.test_native import device  # noqa: F401
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 SHAPES = [(1,), (3, 16), (2, 3, 33), (5, 511), (1, 1, 2048), (70, 1030), (0, 8), (4, 0)]
@@ -33,6 +34,42 @@ def near(found: torch.Tensor, expected: torch.Tensor) -> bool:
 @pytest.fixture
 def generator() -> torch.Generator:
     return operands.fresh_generator()
+
+
+@pytest.fixture(scope="module")
+def of_the_cpu() -> native.Kernels:
+    """The CPU library, whatever stands in its place in a test."""
+    return native.Kernels(native.load_library(native.library_path("cpu")), "cpu")
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_every_device_has_the_cpus_bits(
+    device: str,  # noqa: F811
+    of_the_cpu: native.Kernels,
+    dtype: torch.dtype,
+    generator: torch.Generator,
+) -> None:
+    """Sums in its order, and values of every size. 4113 values of a row are more than a block keeps at a time."""
+    for shape in [*SHAPES[:4], (3, 130), (2, 4113), *SHAPES[-2:]]:
+        x = torch.randn(shape, generator=generator).to(dtype)
+        hostile = operands.hostile_values(shape, dtype, generator)
+        weight = torch.randn(shape[-1], generator=generator).to(dtype)
+        for values in (x, hostile):
+            found = ops.rms_norm(values.to(device), weight.to(device), 1e-5)
+            assert operands.same_bits(found.cpu(), of_the_cpu.rms_norm(values, weight, 1e-5)), shape
+            for gate in (values, values * 90):
+                found = ops.swiglu(gate.to(device), x.to(device))
+                assert operands.same_bits(found.cpu(), of_the_cpu.swiglu(gate, x)), shape
+    odd = torch.randn(70, generator=generator).to(dtype)
+    for first in (1, 4, 8):  # whole pieces of 16 bytes, and none
+        found = ops.swiglu(odd.to(device)[first:], odd.to(device)[first:])
+        assert operands.same_bits(found.cpu(), of_the_cpu.swiglu(odd[first:], odd[first:]))
+    for T, H, G, D in [(1, 1, 1, 2), (5, 6, 3, 34), (2, 9, 2, 130), (0, 2, 2, 8)]:
+        shapes = [(T, H, D), (T, G, D), (T, D), (T, D)]
+        turned = [torch.randn(shape, generator=generator).to(dtype) for shape in shapes]
+        found = ops.rotary(*(tensor.to(device) for tensor in turned))
+        for one, expected in zip(found, of_the_cpu.rotary(*turned), strict=True):
+            assert operands.same_bits(one.cpu(), expected), (T, H, G, D)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
