@@ -3,9 +3,9 @@
     python -m benchmarks.cuda_operators [--bitsandbytes DIR] [--shapes 4096x4096 ...] [--rows 1 2 ...] [--seconds 0.2]
                                         [--no-build]
 
-Building is `pip install --editable .` for this GPU's architecture; checking is tests/quant/test_native.py with the
-tests that need a device, and after that every product that is timed against float64. A run that fails either ends with
-a sentence and writes nothing.
+Building is `pip install --editable .` for this GPU's architecture; checking is what CHECKS names with the tests that
+need a device, and after that every product and attention that is timed against float64. A run that fails either ends
+with a sentence and writes nothing.
 
 Timed are CUDA graphs of calls that go round weights larger than the second-level cache together, so that a weight has
 left it when its turn comes again; medians of replays, divided by the calls in a graph. Contenders stand in one process
@@ -41,11 +41,17 @@ SHAPES: Final = ("4096x4096", "14336x4096", "4096x14336", "8192x28672")
 ROWS: Final = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 2048, 8192)
 EXPERTS: Final = 8
 """What a weight's rows are shared out to, one row of x each, where linear_4bit_experts is timed."""
+CHECKS: Final = tuple(f"tests/quant/test_{name}.py" for name in ("native", "rows", "paged_attention"))
 CACHES: Final = 4
 """Weights that a graph goes round, in second-level caches."""
 TORCH: Final = "torch bfloat16"
 HEAD_DIM: Final = 128
 ROTARY_HEADS: Final = 8
+HEADS: Final = (32, 8)
+"""Of queries, and of keys and values: Llama 3's."""
+BLOCK_TOKENS: Final = 16
+CACHED: Final = ((1, 1024), (1, 8192), (1, 65536), (8, 4096), (64, 512), (64, 4096))
+"""Sequences, and tokens of each in the cache, that attention is timed at."""
 
 Call = Callable[[], torch.Tensor]
 Timer = Callable[[list[Call]], float | None]
@@ -176,6 +182,40 @@ def between_products(kernels: native.Kernels, x: torch.Tensor) -> Iterator[tuple
     yield "rotary", moved, lambda: kernels.rotary(query, query[:, :0], cos, sin)[0]
 
 
+@dataclass(frozen=True)
+class Cached:
+    """Keys and values of some sequences of one length: in blocks in random order, and side by side for torch."""
+
+    keys: torch.Tensor  # [blocks, BLOCK_TOKENS, G, D]
+    values: torch.Tensor
+    tables: torch.Tensor
+    offsets: torch.Tensor
+    starts: torch.Tensor
+    dense: tuple[torch.Tensor, torch.Tensor]  # [S, G, tokens, D]
+
+    @classmethod
+    def random(cls, sequences: int, tokens: int, device: torch.device) -> Cached:
+        blocks = -(-tokens // BLOCK_TOKENS)
+        tables = torch.randperm(sequences * blocks, device=device).view(sequences, blocks)
+        shape = (sequences * blocks, BLOCK_TOKENS, HEADS[1], HEAD_DIM)
+        stores = [torch.randn(shape, dtype=DTYPE, device=device) for _ in range(2)]
+        dense = [store[tables].flatten(1, 2)[:, :tokens].transpose(1, 2).contiguous() for store in stores]
+        rows = torch.arange(sequences + 1, device=device)
+        starts = torch.full((sequences,), tokens - 1, device=device)
+        return cls(stores[0], stores[1], tables, rows, starts, (dense[0], dense[1]))
+
+    def attend(self, kernels: native.Kernels, query: torch.Tensor) -> torch.Tensor:
+        """One row a sequence, [S, H, D]."""
+        places = (self.tables, self.offsets, self.starts)
+        return kernels.paged_attention(query, self.keys, self.values, *places, HEAD_DIM**-0.5, 0, 0.0, None)
+
+    def attend_dense(self, query: torch.Tensor) -> torch.Tensor:
+        """What torch makes of the same; in float64 where the query is."""
+        key, value = (tensor.to(query.dtype) for tensor in self.dense)
+        attended = torch.nn.functional.scaled_dot_product_attention(query[:, :, None], key, value, enable_gqa=True)
+        return attended[:, :, 0]
+
+
 # --- measuring --------------------------------------------------------------------------------------------------------
 
 
@@ -248,6 +288,30 @@ def measure(
         yield Result(name, 0, operator, timer([call for _, _, call in tasks]), moved)
 
 
+def measure_attention(
+    kernels: native.Kernels,
+    device: torch.device,
+    cached: tuple[tuple[int, int], ...],
+    cold_bytes: int,
+    timer: Timer,
+) -> Iterator[Result]:
+    """Attention of one new token of each sequence over its cache, and torch's over the same tokens side by side."""
+    for sequences, tokens in cached:
+        name = f"{sequences} x {tokens}"
+        query = torch.randn(sequences, HEADS[0], HEAD_DIM, device=device).to(DTYPE)
+        stored = 2 * sequences * tokens * HEADS[1] * HEAD_DIM * query.element_size()
+        caches = [Cached.random(sequences, tokens, device) for _ in range(1 + cold_bytes // stored)]
+        exact = caches[0].attend_dense(query.double())
+        off = float((caches[0].attend(kernels, query).double() - exact).norm() / exact.norm())
+        if not off < 0.01:  # weights and results are rounded to DTYPE, by at most 0.4 % each
+            raise SystemExit(f"paged_attention at {name} is wrong: {off:.2%} from attention in float64.")
+        moved = stored + 2 * query.nbytes
+        ours = timer([functools.partial(cache.attend, kernels, query) for cache in caches])
+        yield Result(name, sequences, "paged_attention", ours, moved)
+        theirs = timer([functools.partial(cache.attend_dense, query) for cache in caches])
+        yield Result(name, sequences, TORCH, theirs, moved)
+
+
 def copy_bandwidth(timer: Timer) -> float:
     """Bytes read and written a second by copying half a gigabyte."""
     source = torch.ones(1 << 27, device="cuda")
@@ -259,7 +323,7 @@ def copy_bandwidth(timer: Timer) -> float:
 # --- writing ----------------------------------------------------------------------------------------------------------
 
 
-def table(results: list[Result], bandwidth: float) -> str:
+def table(results: list[Result], attention: list[Result], bandwidth: float) -> str:
     lines = [
         "# Every operator on a GPU",
         "",
@@ -282,9 +346,29 @@ def table(results: list[Result], bandwidth: float) -> str:
             if result.shape == shape and not result.rows:
                 lines.append(f"| {result.contender} | {_time(result)} | {_share(result, bandwidth)} |")
         lines.append("")
+    lines += attention_table(attention, bandwidth)
     machine = ", ".join(f"{key} {value}" for key, value in describe().items())
     lines.append(f"Copying moved {bandwidth / 1e12:.2f} TB/s. Machine: {machine}.")
     return "\n".join(lines) + "\n"
+
+
+def attention_table(results: list[Result], bandwidth: float) -> list[str]:
+    lines = [
+        f"## Attention of one token a sequence, {HEADS[0]} heads over {HEADS[1]} of {HEAD_DIM} values",
+        "",
+        "torch: scaled_dot_product_attention over keys and values side by side, in no blocks.",
+        "",
+        "| sequences x tokens | paged_attention | of roof | torch | torch / paged_attention |",
+        "|---|---:|---:|---:|---:|",
+    ]
+    for ours, theirs in zip(results[::2], results[1::2], strict=True):
+        ratio = (
+            ""
+            if not ours.microseconds or not theirs.microseconds
+            else f"{theirs.microseconds / ours.microseconds:.2f}x"
+        )
+        lines.append(f"| {ours.shape} | {_time(ours)} | {_share(ours, bandwidth)} | {_time(theirs)} | {ratio} |")
+    return [*lines, ""]
 
 
 def _time(result: Result) -> str:
@@ -329,7 +413,7 @@ def build() -> None:
 
 
 def check() -> None:
-    command = [sys.executable, "-m", "pytest", "-q", "-m", "cuda", "tests/quant/test_native.py"]
+    command = [sys.executable, "-m", "pytest", "-q", "-m", "cuda", *CHECKS]
     if subprocess.run(command, cwd=ROOT, check=False).returncode != 0:
         raise SystemExit("The kernels are not right on this GPU; what the tests said stands above. Nothing was timed.")
 
@@ -374,17 +458,23 @@ def main() -> None:
     results: list[Result] = []
     with torch.inference_mode():
         bandwidth = copy_bandwidth(timer)
+        kernels, device = native.kernels("cuda"), torch.device("cuda")
         for shape in options.shapes:
-            kernels, device = native.kernels("cuda"), torch.device("cuda")
             found = measure(kernels, device, shape, tuple(options.rows), cold_bytes, options.bitsandbytes, timer)
             for result in found:
                 print(f"{result.shape} {result.rows:5} {result.contender:22} {_time(result):>10} us", flush=True)
                 results.append(result)
+        attention = list(measure_attention(kernels, device, CACHED, cold_bytes, timer))
     RESULTS.mkdir(exist_ok=True)
-    record = {"machine": describe(), "copy_bytes_per_s": bandwidth, "results": [asdict(result) for result in results]}
+    record = {
+        "machine": describe(),
+        "copy_bytes_per_s": bandwidth,
+        "results": [asdict(result) for result in results],
+        "attention": [asdict(result) for result in attention],
+    }
     (RESULTS / "cuda_operators.json").write_text(json.dumps(record) + "\n")
-    (RESULTS / "cuda_operators.md").write_text(table(results, bandwidth))
-    print(table(results, bandwidth))
+    (RESULTS / "cuda_operators.md").write_text(table(results, attention, bandwidth))
+    print(table(results, attention, bandwidth))
 
 
 if __name__ == "__main__":

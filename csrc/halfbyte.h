@@ -287,7 +287,7 @@ HB_API hb_status hb_linear8_workspace(const hb_linear8_args* args, int64_t* byte
 HB_API hb_status hb_linear8_group(const hb_linear8_args* items, int64_t count);
 HB_API hb_status hb_linear8_group_workspace(const hb_linear8_args* items, int64_t count, int64_t* bytes);
 
-/* Attention over a paged cache, CPU only. A batch packs the new rows of S sequences; row r of a sequence stands at
+/* Attention over a paged cache. A batch packs the new rows of S sequences; row r of a sequence stands at
  * position start + r and sees the sequence's positions up to its own, or the last `window` of them.
  *
  *     out[t, h] = sum of weight(p) * value(p) over the positions p that row t sees
@@ -296,7 +296,12 @@ HB_API hb_status hb_linear8_group_workspace(const hb_linear8_args* items, int64_
  * Head h reads kv head h / (H / G). Position p of sequence s lies in block tables[s, p / block_tokens], at place
  * p % block_tokens. Table entries of positions that no row sees are not read and may hold anything, and so may the
  * blocks they name. A row's bits depend on its own query and on what it sees: not on other rows or sequences, on where
- * a chunk begins, on the blocks' order or size, or on threads. */
+ * a chunk begins, on the blocks' order or size, or on threads.
+ *
+ * What offsets, starts and tables say is checked by who reads them. The CPU library answers HB_BAD_SEQUENCE. On a
+ * device nobody can be told in time: there a row that no sequence has, that stands outside its table, or that sees a
+ * block which is not in the cache becomes NaN, and no such block is read. Launches depend on shapes and options alone,
+ * so a CUDA graph of them serves other tables; a table may be wider than any of its sequences needs. */
 typedef struct hb_paged_attention_args {
     hb_call call;
     const void* query;         /* [T, H, D], strides below; each head's D values are contiguous */

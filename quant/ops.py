@@ -21,7 +21,7 @@ from quant.errors import ShapeError
 
 REFERENCE_ONLY: Final[dict[str, frozenset[str]]] = {
     "cpu": frozenset(),
-    "cuda": frozenset({"cache_write", "linear_4bit_int8", "paged_attention"}),
+    "cuda": frozenset({"cache_write", "linear_4bit_int8"}),
 }
 """The device types with compiled kernels, and the operators that have none there and run the reference."""
 
@@ -287,7 +287,8 @@ def paged_attention(
     sees the positions up to its own, or the last `window` of them. softcap c turns a score x into c * tanh(x / c);
     0 for none. sinks: [H], one more score per head that takes its share and gives nothing. Returns [T, H, E] in
     query's dtype. A row's result does not depend on other rows or sequences, nor on how a prompt was cut into chunks.
-    No gradients. Raises ShapeError; NativeError where the tables name a block that is not there.
+    No gradients. Raises ShapeError; NativeError where the tables name a block that is not there. On CUDA, which reads
+    tables on the device alone, the rows that see such a block become NaN instead.
     """
     return cast(
         torch.Tensor,

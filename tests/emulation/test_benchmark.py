@@ -16,7 +16,8 @@ from tests.emulation import conftest
 
 pytestmark = pytest.mark.timeout(600)  # the first of a session builds the library
 
-PRODUCTS = {"linear_4bit", "linear_8bit"}
+APART = {"linear_4bit", "linear_8bit", "paged_attention"}
+"""Operators with columns or tables of their own."""
 WITHOUT_KERNEL = REFERENCE_ONLY["cuda"]
 
 
@@ -34,14 +35,14 @@ def measure(library: ctypes.CDLL, timer: cuda_operators.Timer = once) -> list[cu
 
 def test_every_operator_is_measured(library: ctypes.CDLL) -> None:
     results = measure(library)
-    assert {result.contender for result in results if not result.rows} == {*NAMES} - PRODUCTS - WITHOUT_KERNEL
+    assert {result.contender for result in results if not result.rows} == {*NAMES} - APART - WITHOUT_KERNEL
     products = [result for result in results if result.contender == "nf4"]
     assert [result.rows for result in products] == [1, 9]
     assert products[0].bytes == 48 * 64 + 48 * 128 // 64 * 4 + (128 + 48) * 2
 
 
 def test_the_table_has_times_shares_and_ratios(library: ctypes.CDLL) -> None:
-    text = cuda_operators.table(measure(library), 1e9)
+    text = cuda_operators.table(measure(library), [], 1e9)
     rows = [line.split("|")[1].strip() for line in text.splitlines() if line.startswith("| ")]
     assert rows[:3] == ["rows", "1", "9"]
     assert "| dequantize_absmax | 10.0 | 5% |" in text
@@ -50,7 +51,7 @@ def test_the_table_has_times_shares_and_ratios(library: ctypes.CDLL) -> None:
 
 
 def test_what_could_not_be_timed_stays_empty(library: ctypes.CDLL) -> None:
-    text = cuda_operators.table(measure(library, lambda calls: None), 1e9)
+    text = cuda_operators.table(measure(library, lambda calls: None), [], 1e9)
     assert "| dequantize_absmax |  |  |" in text
 
 
@@ -64,6 +65,32 @@ def test_a_wrong_product_ends_the_run(library: ctypes.CDLL, monkeypatch: pytest.
     monkeypatch.setattr(cuda_operators, "four_bit", wrong)
     with pytest.raises(SystemExit, match=r"nf4 at 1 rows of 48x128 is wrong: \d.\d\d% from the product in float64"):
         measure(library)
+
+
+def measure_attention(library: ctypes.CDLL, timer: cuda_operators.Timer = once) -> list[cuda_operators.Result]:
+    kernels = native.Kernels(library, "emulation")
+    cached = ((1, 20), (3, 33))
+    return list(cuda_operators.measure_attention(kernels, torch.device("cpu"), cached, 200_000, timer))
+
+
+def test_attention_is_measured_beside_torchs(library: ctypes.CDLL) -> None:
+    results = measure_attention(library)
+    assert results[0].bytes == 2 * (20 * 8 * 128 * 2 + 32 * 128 * 2)
+    text = cuda_operators.table([], results, 1e9)
+    assert "| 1 x 20 | 10.0 | 983% | 10.0 | 1.00x |" in text
+    assert "| 3 x 33 | 10.0 |" in text
+    assert "| 3 x 33 |  |  |  |  |" in cuda_operators.table([], measure_attention(library, lambda calls: None), 1e9)
+
+
+def test_wrong_attention_ends_the_run(library: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch) -> None:
+    right = cuda_operators.Cached.attend
+
+    def wrong(*arguments: object) -> torch.Tensor:
+        return right(*arguments) * 1.02  # type: ignore[arg-type]
+
+    monkeypatch.setattr(cuda_operators.Cached, "attend", wrong)
+    with pytest.raises(SystemExit, match=r"paged_attention at 1 x 20 is wrong: \d.\d\d% from attention in float64"):
+        measure_attention(library)
 
 
 def test_arguments() -> None:

@@ -16,7 +16,8 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 KERNELS = sorted((conftest.ROOT / "csrc" / "cuda").glob("*.cu"))
 SYNCHRONISATION = re.compile(r"\b(?:block_barrier\(\)|copies_wait<[^;]*>\(\));")
 PLACES = [(path.name, match.start()) for path in KERNELS for match in SYNCHRONISATION.finditer(path.read_text())]
-COMPARISONS = "tensor_cores or batch or cpus_bits or reference and not scales_that"
+COMPARED = ("tests/emulation/test_kernels.py", "tests/emulation/test_attention.py")
+COMPARISONS = "tensor_cores or batch or cpus_bits or float64 or however or reference and not scales_that"
 TESTS_FAILED = 1
 
 
@@ -30,7 +31,7 @@ def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def compare(library: Path) -> tuple[int, str]:
-    command = (sys.executable, "-m", "pytest", "-q", "-x", "tests/emulation/test_kernels.py", "-k", COMPARISONS)
+    command = (sys.executable, "-m", "pytest", "-q", "-x", *COMPARED, "-k", COMPARISONS)
     done = conftest.run(*command, **{conftest.LIBRARY_VARIABLE: str(library)})
     return done.returncode, f"{done.stdout}\n{done.stderr}"
 

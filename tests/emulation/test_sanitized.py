@@ -16,8 +16,10 @@ FEW = (
     "tensor_cores and nested-by-3 or absmax_codes or scales and nf4"
     " or (codes_and_values or linear_8bit_is or every_batch or bits_of_products or cpus_bits) and dtype1 and not fp4"
     " or stay_inside"
+    " or (agrees_with_float64 or however and 24) and bfloat16"
 )
 """What a quick run takes: every kernel, one dtype of most."""
+KERNELS = ("tests/emulation/test_kernels.py", "tests/emulation/test_attention.py")
 
 
 @pytest.fixture(scope="module")
@@ -49,13 +51,13 @@ def run_tests(library: Path, sanitizer: str, *selection: str) -> str:
 
 
 def test_kernels_stay_inside_their_tensors(sanitized: Path, sanitizer: str) -> None:
-    output = run_tests(sanitized, sanitizer, "tests/emulation/test_kernels.py", "-k", FEW)
+    output = run_tests(sanitized, sanitizer, *KERNELS, "-k", FEW)
     assert output.endswith("exit status 0\n"), output
 
 
 @pytest.mark.slow
 def test_all_kernels_stay_inside_their_tensors(sanitized: Path, sanitizer: str) -> None:
-    output = run_tests(sanitized, sanitizer, "tests/emulation/test_kernels.py", "tests/emulation/test_emulator.py")
+    output = run_tests(sanitized, sanitizer, *KERNELS, "tests/emulation/test_emulator.py")
     assert output.endswith("exit status 0\n"), output
 
 

@@ -187,6 +187,10 @@ class Paged:
         """What paged_attention takes before its options."""
         return (self.query, self.keys, self.values, self.tables, self.offsets, self.starts)
 
+    def on(self, device: str) -> tuple[torch.Tensor, ...]:
+        """The same on another device."""
+        return tuple(tensor.to(device) for tensor in self.arguments())
+
     def exact(self, scale: float, window: int, softcap: float, sinks: torch.Tensor | None) -> torch.Tensor:
         """The result in float64, one sequence at a time."""
         found = []

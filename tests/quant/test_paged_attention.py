@@ -12,6 +12,7 @@ from quant import formats, native, ops, reference
 from quant.errors import NativeError
 from tests.quant import operands
 from tests.quant.operands import Paged, same_bits
+from tests.quant.test_native import device  # noqa: F401
 
 DTYPES = list(formats.VALUE_DTYPES)
 SHAPES = [
@@ -54,25 +55,127 @@ def some_options(heads: int, dim: int, dtype: torch.dtype, generator: torch.Gene
 @pytest.mark.parametrize(("heads", "dims"), SHAPES, ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_kernel_and_reference_agree_with_float64(
-    dtype: torch.dtype, heads: tuple[int, int], dims: tuple[int, int], block_tokens: int, generator: torch.Generator
+    device: str,  # noqa: F811
+    dtype: torch.dtype,
+    heads: tuple[int, int],
+    dims: tuple[int, int],
+    block_tokens: int,
+    generator: torch.Generator,
+) -> None:
+    for which in range(len(OPTIONS)):
+        assert_near_float64(device, dtype, heads, dims, block_tokens, some_sequences(2), which, generator)
+
+
+def assert_near_float64(
+    device: str,  # noqa: F811
+    dtype: torch.dtype,
+    heads: tuple[int, int],
+    dims: tuple[int, int],
+    block_tokens: int,
+    sequences: list[tuple[int, int]],
+    which: int,
+    generator: torch.Generator,
 ) -> None:
     """As near as float32 sums, or as the dtype's rounding of weights and results, allow."""
-    for which in range(len(OPTIONS)):
-        paged = Paged.random(some_sequences(2), heads, dims, block_tokens, dtype, generator)
-        options = some_options(heads[0], dims[0], dtype, generator, which)
-        exact = paged.exact(*options)
-        eps = torch.finfo(dtype).eps
-        tolerance = {"rtol": max(eps, 1e-5), "atol": max(2 * eps, 2e-5)}
-        torch.testing.assert_close(reference.paged_attention(*paged.arguments(), *options).double(), exact, **tolerance)
-        torch.testing.assert_close(ops.paged_attention(*paged.arguments(), *options).double(), exact, **tolerance)
+    paged = Paged.random(sequences, heads, dims, block_tokens, dtype, generator)
+    options = some_options(heads[0], dims[0], dtype, generator, which)
+    exact = paged.exact(*options)
+    eps = torch.finfo(dtype).eps
+    tolerance = {"rtol": max(eps, 1e-5), "atol": max(2 * eps, 2e-5)}
+    torch.testing.assert_close(reference.paged_attention(*paged.arguments(), *options).double(), exact, **tolerance)
+    out = ops.paged_attention(*paged.on(device), *moved(options, device))
+    torch.testing.assert_close(out.double().cpu(), exact, **tolerance)
 
 
-def test_float32_is_as_near_to_float64_as_torch_is(generator: torch.Generator) -> None:
+def moved(options: tuple[Any, ...], device: str) -> tuple[Any, ...]:  # noqa: F811
+    """The sinks too."""
+    return tuple(option.to(device) if isinstance(option, torch.Tensor) else option for option in options)
+
+
+@pytest.mark.parametrize("dims", [(16, 24), (7, 5)], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_row_is_the_same_however_the_work_is_cut(
+    device: str,  # noqa: F811
+    dtype: torch.dtype,
+    dims: tuple[int, int],
+    generator: torch.Generator,
+) -> None:
+    """In company and alone, in other blocks, in the widest table, in a batch of many heads: a device cuts each of them
+    another way. The widest table lets few rows in at once; with many heads, few thread blocks share a row's keys."""
+    H, G = 34, 2
+    paged = Paged.random([(254, 5), (600, 1)], (H, G), dims, 16, dtype, generator)
+    options = moved(some_options(H, dims[0], dtype, generator, 3), device)
+    query, keys, values, tables, offsets, starts = paged.on(device)
+    together = ops.paged_attention(query, keys, values, tables, offsets, starts, *options)
+    assert not together.isnan().any()
+    for row in (0, 4, 5):
+        sequence, position = (0, 254 + row) if row < 5 else (1, 600)
+        one, place = torch.tensor([0, 1]).to(device), torch.tensor([position]).to(device)
+        alone = ops.paged_attention(
+            query[row : row + 1], keys, values, tables[sequence : sequence + 1], one, place, *options
+        )
+        assert same_bits(alone, together[row : row + 1]), row
+    smaller = [store.view(-1, 4, *store.shape[2:]) for store in (keys, values)]
+    table = (tables[:, :, None] * 4 + torch.arange(4).to(device)).flatten(1)
+    assert same_bits(ops.paged_attention(query, *smaller, table, offsets, starts, *options), together)
+    rows = torch.arange(6).to(device)
+    wide = torch.nn.functional.pad(tables[:1], (0, 2**16)).expand(5, -1)
+    apart = ops.paged_attention(query[:5], keys, values, wide, rows, rows[:5] + starts[0], *options)
+    assert same_bits(apart, together[:5])
+    times = 66
+    many = [tensor.repeat(*[1] * axis, times, 1) for tensor, axis in ((query[5:], 1), (keys, 2), (values, 2))]
+    sinks = None if options[3] is None else options[3].repeat(times)
+    in_many = ops.paged_attention(*many, tables[1:], offsets[1:] - 5, starts[1:], *options[:3], sinks)
+    assert all(same_bits(part, together[5:]) for part in in_many.split(H, dim=1))
+
+
+@pytest.mark.parametrize("dims", [(16, 24), (7, 5)], ids=str)
+@pytest.mark.parametrize(
+    ("name", "value", "spoiled"),
+    [
+        ("tables", 99, (0, 3)),
+        ("tables", -1, (0, 3)),
+        ("offsets", 5, (3, 4)),
+        ("offsets", -1, (0, 4)),
+        ("starts", 30, (3, 4)),
+        ("starts", -1, (3, 4)),
+        ("starts", 2**62, (3, 4)),
+    ],
+)
+def test_a_row_outside_of_the_cache_is_nan_where_tables_are_on_a_device(
+    device: str,  # noqa: F811
+    name: str,
+    value: int,
+    spoiled: tuple[int, int],
+    dims: tuple[int, int],
+    generator: torch.Generator,
+) -> None:
+    """And only that: rows 0 to 2 are of the first sequence, row 3 is of the second."""
+    if native.kernels(device).device_type == "cpu":
+        pytest.skip("the CPU library refuses such tables")
+    paged = Paged.random([(2, 3), (0, 1)], (2, 1), dims, 2, torch.bfloat16, generator)
+    right = ops.paged_attention(*paged.on(device), 1.0)
+    getattr(paged, name).view(-1)[1] = value
+    out = ops.paged_attention(*paged.on(device), 1.0)
+    expected = torch.zeros(4, dtype=torch.bool)
+    expected[slice(*spoiled)] = True
+    if (name, value) == ("offsets", 5):
+        expected = torch.tensor([False, False, False, False])
+        expected[3] = True
+    assert torch.equal(out.isnan().all(dim=2).all(dim=1).cpu(), expected)
+    if name != "offsets":
+        assert same_bits(out.cpu()[~expected], right.cpu()[~expected])
+
+
+def test_float32_is_as_near_to_float64_as_torch_is(
+    device: str,  # noqa: F811
+    generator: torch.Generator,
+) -> None:
     """Against the reference's own error, over rows of many keys."""
     paged = Paged.random([(900, 60)], (8, 2), (64, 64), 16, torch.float32, generator)
     for options in ((0.125, 0, 0.0, None), (0.125, 0, 20.0, None)):
         exact = paged.exact(*options)
-        ours = (ops.paged_attention(*paged.arguments(), *options).double() - exact).square().mean().sqrt()
+        ours = (ops.paged_attention(*paged.on(device), *options).double().cpu() - exact).square().mean().sqrt()
         plain = (reference.paged_attention(*paged.arguments(), *options).double() - exact).square().mean().sqrt()
         assert ours <= 2 * plain
 
@@ -119,10 +222,14 @@ def test_threads_and_blocks_change_no_bit(dtype: torch.dtype, generator: torch.G
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_what_is_not_finite_is_seen_by_those_who_see_it(dtype: torch.dtype, generator: torch.Generator) -> None:
+def test_what_is_not_finite_is_seen_by_those_who_see_it(
+    device: str,  # noqa: F811
+    dtype: torch.dtype,
+    generator: torch.Generator,
+) -> None:
     paged = Paged.random([(5, 30), (3, 4)], (4, 2), (16, 16), 4, dtype, generator)
-    clean = ops.paged_attention(*paged.arguments(), 0.25, 8)
-    query, keys, values, tables, offsets, starts = paged.arguments()
+    query, keys, values, tables, offsets, starts = paged.on(device)
+    clean = ops.paged_attention(query, keys, values, tables, offsets, starts, 0.25, 8)
     keys = keys.clone()
     keys[tables[0, 10 // 4], 10 % 4, 0] = torch.nan  # position 10 of the first sequence, kv head 0
     spoiled = ops.paged_attention(query, keys, values, tables, offsets, starts, 0.25, 8)
@@ -132,11 +239,12 @@ def test_what_is_not_finite_is_seen_by_those_who_see_it(dtype: torch.dtype, gene
     assert same_bits(spoiled[~touched], clean[~touched])
 
 
-def test_large_scores_do_not_overflow() -> None:
-    query, keys = torch.full((1, 1, 16), 1e4), torch.full((1, 3, 1, 16), 1e4)
+def test_large_scores_do_not_overflow(device: str) -> None:  # noqa: F811
+    query, keys = torch.full((1, 1, 16), 1e4).to(device), torch.full((1, 3, 1, 16), 1e4).to(device)
     keys[0, 1] *= -1
-    values = torch.tensor([1.0, 5.0, 2.0]).view(1, 3, 1, 1)
-    arguments = (torch.zeros(1, 1, dtype=torch.int64), torch.tensor([0, 1]), torch.tensor([2]))
+    values = torch.tensor([1.0, 5.0, 2.0]).view(1, 3, 1, 1).to(device)
+    tables = torch.zeros(1, 1, dtype=torch.int64)
+    arguments = [tensor.to(device) for tensor in (tables, torch.tensor([0, 1]), torch.tensor([2]))]
     assert ops.paged_attention(query, keys, values, *arguments, 1.0).item() == 1.5
     assert ops.paged_attention(query, keys, values, *arguments, 1.0, 0, 1.0).item() == pytest.approx(
         (3 * torch.e + 5 / torch.e) / (2 * torch.e + 1 / torch.e), rel=1e-6
@@ -155,7 +263,7 @@ def test_tables_that_leave_the_cache_are_refused(name: str, value: int, generato
         ops.paged_attention(*paged.arguments(), 1.0)
 
 
-def test_reference_of_cuda_until_it_has_a_kernel() -> None:
+def test_the_list_of_what_cuda_lacks_is_one() -> None:
     """native.py and ops.py say the same of which entries the CUDA library lacks."""
     entries = {name.removeprefix("hb_").replace("linear4", "linear_4bit") for name in native.CPU_ONLY - {"hb_add"}}
     assert entries == ops.REFERENCE_ONLY["cuda"]
