@@ -41,7 +41,7 @@ SHAPES: Final = ("4096x4096", "14336x4096", "4096x14336", "8192x28672")
 ROWS: Final = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 2048, 8192)
 EXPERTS: Final = 8
 """What a weight's rows are shared out to, one row of x each, where linear_4bit_experts is timed."""
-CHECKS: Final = tuple(f"tests/quant/test_{name}.py" for name in ("native", "rows", "paged_attention"))
+CHECKS: Final = tuple(f"tests/quant/test_{name}.py" for name in ("native", "rows", "paged_attention", "cache_write"))
 CACHES: Final = 4
 """Weights that a graph goes round, in second-level caches."""
 TORCH: Final = "torch bfloat16"
@@ -176,6 +176,14 @@ def between_products(kernels: native.Kernels, x: torch.Tensor) -> Iterator[tuple
     yield "swiglu", 3 * x.nbytes, lambda: kernels.swiglu(x, other)
     tokens = x.numel() // (ROTARY_HEADS * HEAD_DIM)
     query = x.flatten()[: tokens * ROTARY_HEADS * HEAD_DIM].view(tokens, ROTARY_HEADS, HEAD_DIM)
+    keys, values = (torch.empty_like(query)[:, None] for _ in range(2))
+    slots = torch.randperm(tokens, device=x.device)
+
+    def write() -> torch.Tensor:
+        kernels.cache_write(query, query, keys, values, slots)
+        return keys
+
+    yield "cache_write", 4 * query.nbytes, write
     cos, sin = torch.randn(2, tokens, HEAD_DIM, device=x.device).to(x.dtype)
     moved = 2 * query.nbytes + cos.nbytes + sin.nbytes
     # The operator copies what its kernel then turns in place: at the most half of the roof.

@@ -388,7 +388,7 @@ typedef struct hb_add_args {
 HB_API hb_status hb_add(const hb_add_args* args);
 
 /* New rows of keys and values to their places in a paged cache: keys[slots[t], g, d] = key[t, g, d], and values alike.
- * A row whose slot is not in the cache is left out. No two rows may have one slot. CPU only. */
+ * A row whose slot is not in the cache is left out. No two rows may have one slot. */
 typedef struct hb_cache_write_args {
     hb_call call;
     const void* key;           /* [T, G, D], strides below; each head's D values are contiguous */

@@ -21,7 +21,7 @@ from quant.errors import ShapeError
 
 REFERENCE_ONLY: Final[dict[str, frozenset[str]]] = {
     "cpu": frozenset(),
-    "cuda": frozenset({"cache_write", "linear_4bit_int8"}),
+    "cuda": frozenset({"linear_4bit_int8"}),
 }
 """The device types with compiled kernels, and the operators that have none there and run the reference."""
 

@@ -81,6 +81,7 @@ def test_cuda_library_without_a_device_says_so(cuda_library: Path) -> None:
     memory = torch.zeros(1 << 16, dtype=torch.uint8)
     sizes = {"n": 64, "blocksize": 64, "blocks": 4, "nested_blocksize": 256, "M": 2, "N": 2, "K": 32}
     sizes |= {"E": 1, "P": 1, "packed_bytes": 32}
+    sizes |= {"T": 1, "S": 1, "H": 2, "G": 1, "D": 8, "block_tokens": 16, "max_blocks": 1, "slot_count": 16}
     for entry, struct in native.STRUCTS.items():
         if entry in native.CPU_ONLY:
             assert not hasattr(kernels.library, entry)

@@ -8,6 +8,7 @@ import torch
 from tests.quant import test_paged_attention
 
 # Collected here, they run with this directory's `device`.
+from tests.quant.test_cache_write import test_rows_go_to_their_slots_and_nowhere_else  # noqa: F401
 from tests.quant.test_native import no_reference_behind_the_back  # noqa: F401
 from tests.quant.test_paged_attention import (  # noqa: F401
     test_a_row_is_the_same_however_the_work_is_cut,

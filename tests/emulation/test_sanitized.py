@@ -16,7 +16,7 @@ FEW = (
     "tensor_cores and nested-by-3 or absmax_codes or scales and nf4"
     " or (codes_and_values or linear_8bit_is or every_batch or bits_of_products or cpus_bits) and dtype1 and not fp4"
     " or stay_inside"
-    " or (agrees_with_float64 or however and 24) and bfloat16"
+    " or (agrees_with_float64 or however and 24 or to_their_slots) and bfloat16"
 )
 """What a quick run takes: every kernel, one dtype of most."""
 KERNELS = ("tests/emulation/test_kernels.py", "tests/emulation/test_attention.py")

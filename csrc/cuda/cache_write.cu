@@ -1,0 +1,80 @@
+// New keys and values into a paged cache. A warp copies the key and the value of one head of one row, 16 bytes a lane
+// where heads, strides and tensors allow it, else an element. Slots are read on the device; one that the cache does not
+// have is nobody's memory and is not written.
+#include "pieces.cuh"
+#include "vocabulary.cuh"
+
+namespace hb {
+
+namespace {
+
+// One side of the call, in words of whatever size is copied at once.
+template <typename Word>
+struct Side {
+    const Word* from;
+    int64_t row_stride, head_stride, head_words;
+    Word* to;
+
+    Side(const void* rows, int64_t row_elements, int64_t head_elements, int64_t size, void* store,
+         int64_t element_bytes)
+        : from(static_cast<const Word*>(rows)),
+          row_stride(row_elements * element_bytes / static_cast<int64_t>(sizeof(Word))),
+          head_stride(head_elements * element_bytes / static_cast<int64_t>(sizeof(Word))),
+          head_words(size * element_bytes / static_cast<int64_t>(sizeof(Word))),
+          to(static_cast<Word*>(store)) {}
+
+    __device__ void write(int64_t row, int64_t slot, int64_t head, int64_t heads) const {
+        const Word* const source = from + row * row_stride + head * head_stride;
+        Word* const target = to + (slot * heads + head) * head_words;
+        for (int64_t i = lane(); i < head_words; i += kWarp) target[i] = source[i];
+    }
+};
+
+template <typename Word>
+__global__ void cache_write(Side<Word> key, Side<Word> value, int64_t rows, int64_t heads, const int64_t* slots,
+                            int64_t slot_count) {
+    for (int64_t item = warp_index(); item < rows * heads; item += warp_count()) {
+        const int64_t row = item / heads, head = item % heads;
+        const int64_t slot = slots[row];
+        if (slot < 0 || slot >= slot_count) continue;
+        key.write(row, slot, head, heads);
+        value.write(row, slot, head, heads);
+    }
+}
+
+template <typename Word>
+void launch_words(const hb_cache_write_args& a) {
+    const int64_t bytes = dtype_bytes(a.dtype);
+    const Side<Word> key(a.key, a.key_row_stride, a.key_head_stride, a.D, a.keys, bytes);
+    const Side<Word> value(a.value, a.value_row_stride, a.value_head_stride, a.E, a.values, bytes);
+    launch(cache_write<Word>, blocks_for_warps(a.T * a.G), kWarpsPerBlock * kWarp, 0, stream_of(a.call), key, value,
+           a.T, a.G, a.slots, a.slot_count);
+}
+
+bool whole_pieces(const hb_cache_write_args& a) {
+    const int64_t elements = kPieceBytes / dtype_bytes(a.dtype);
+    for (const int64_t size :
+         {a.D, a.E, a.key_row_stride, a.key_head_stride, a.value_row_stride, a.value_head_stride}) {
+        if (size % elements != 0) return false;
+    }
+    return in_pieces(a.key) && in_pieces(a.value) && in_pieces(a.keys) && in_pieces(a.values);
+}
+
+}  // namespace
+
+}  // namespace hb
+
+extern "C" hb_status hb_cache_write(const hb_cache_write_args* args) {
+    using namespace hb;
+    HB_REQUIRE(check(args));
+    const hb_cache_write_args& a = *args;
+    if (a.T == 0) return HB_OK;
+    if (whole_pieces(a)) {
+        launch_words<uint4>(a);
+    } else if (a.dtype == HB_FLOAT32) {
+        launch_words<uint32_t>(a);
+    } else {
+        launch_words<uint16_t>(a);
+    }
+    return launched();
+}
