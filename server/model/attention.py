@@ -1,7 +1,7 @@
 """Attention over a paged KV cache, plugged into transformers' models.
 
-On a CPU the whole batch is one call of quant's paged attention; the plain-torch version below serves other devices and
-a cache whose dtype that kernel does not know.
+On a CPU the whole batch is one call of quant's paged attention, and on CUDA a batch of single rows is; the plain-torch
+version below serves prompts on CUDA, other devices and a cache whose dtype that kernel does not know.
 
 transformers calls `attention` in every layer of a model set to ATTENTION_NAME, and hands it whatever the forward call
 got under CONTEXT_ARGUMENT. No mask function is registered under that name, so transformers builds no mask; causality
@@ -27,7 +27,7 @@ import torch
 from torch.nn import functional as F
 from transformers import AttentionInterface
 
-from quant import direct_rows, formats, ops
+from quant import direct_rows, formats, native, ops
 from quant.direct import WORKSPACE, is_direct
 from quant.direct_attention import DirectAttention
 from server.records import KV_BLOCK_TOKENS
@@ -152,20 +152,21 @@ class Segment:
 
 @dataclass(frozen=True, slots=True)
 class _Tables:
-    """A batch's segments as the kernel takes them, int64 on the CPU."""
+    """A batch's segments as the kernel takes them, int64."""
 
     blocks: torch.Tensor  # [S, widest], -1 where a sequence has none
     offsets: torch.Tensor  # [S + 1]
     starts: torch.Tensor  # [S]
 
     @classmethod
-    def of(cls, segments: Sequence[Segment]) -> _Tables:
+    def of(cls, segments: Sequence[Segment], device: torch.device) -> _Tables:
         widest = max(len(segment.blocks) for segment in segments)
-        blocks = torch.full((len(segments), widest), -1)
+        blocks = torch.full((len(segments), widest), -1, device=device)  # where theirs are: nothing is waited for
         for row, segment in zip(blocks, segments, strict=True):
             row[: len(segment.blocks)] = segment.blocks
         offsets = torch.tensor([segment.row for segment in segments] + [segments[-1].row + segments[-1].rows])
-        return cls(blocks, offsets, torch.tensor([segment.start for segment in segments]))
+        starts = torch.tensor([segment.start for segment in segments])
+        return cls(blocks, offsets.to(device), starts.to(device))
 
 
 @dataclass(slots=True)
@@ -178,7 +179,7 @@ class PagedBatch:
     segments: list[Segment]
     """In packed order, together all rows."""
     calls: int = 0
-    _tables: _Tables | None = None
+    _tables: dict[torch.device, _Tables] = field(default_factory=dict)
     _direct: DirectAttention | None = None
     _prepared: dict[tuple[object, ...], Any] = field(default_factory=dict)
     checked_angles: object = None
@@ -192,12 +193,17 @@ class PagedBatch:
     def attend(self, call: Call) -> torch.Tensor:
         keys, values = self.next_stores()
         slots = self.slots if self.slots.device == keys.device else self.slots.to(keys.device)
+        on_cuda = _has_cuda_kernels(call, keys)
+        key, value = call.key.transpose(0, 1), call.value.transpose(0, 1)
         if is_direct(call.key) and self.is_direct(call.key.dtype):
-            direct_rows.cache_write(call.key.transpose(0, 1), call.value.transpose(0, 1), keys, values, slots)
+            direct_rows.cache_write(key, value, keys, values, slots)
+        elif on_cuda and key.stride(2) == value.stride(2) == 1:
+            ops.cache_write(key, value, keys, values, slots)
         else:
             _write(keys, slots, call.key)
             _write(values, slots, call.value)
-        if keys.device.type == "cpu" and keys.dtype in formats.VALUE_DTYPES and call.query.dtype == keys.dtype:
+        on_cpu = keys.device.type == "cpu" and keys.dtype in formats.VALUE_DTYPES and call.query.dtype == keys.dtype
+        if on_cpu or (on_cuda and all(segment.rows == 1 for segment in self.segments)):
             return self.attend_at_once(call, keys, values)
         return self.attend_in_torch(call, keys, values)
 
@@ -223,7 +229,7 @@ class PagedBatch:
             return self._direct_call()(
                 query, keys, values, call.scale, call.window or 0, call.softcap or 0.0, call.sinks
             )
-        tables = self._own_tables()
+        tables = self._own_tables(keys.device)
         return ops.paged_attention(
             query,
             keys,
@@ -263,14 +269,14 @@ class PagedBatch:
 
     def _direct_call(self) -> DirectAttention:
         if self._direct is None:
-            tables = self._own_tables()
+            tables = self._own_tables(torch.device("cpu"))
             self._direct = DirectAttention(tables.blocks, tables.offsets, tables.starts)
         return self._direct
 
-    def _own_tables(self) -> _Tables:
-        if self._tables is None:
-            self._tables = _Tables.of(self.segments)
-        return self._tables
+    def _own_tables(self, device: torch.device) -> _Tables:
+        if device not in self._tables:
+            self._tables[device] = _Tables.of(self.segments, device)
+        return self._tables[device]
 
     def _attend_segment(self, call: Call, index: int, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
         segment = self.segments[index]
@@ -304,6 +310,14 @@ class PagedBatch:
                 known &= columns > rows - window
             self._masks[index, window, device] = known
         return known
+
+
+def _has_cuda_kernels(call: Call, keys: torch.Tensor) -> bool:
+    """Whether these rows and stores are on CUDA, in a dtype that quant's kernels take, and the kernels are there."""
+    if keys.device.type != "cuda" or keys.dtype not in formats.VALUE_DTYPES:
+        return False
+    same = call.query.dtype == call.key.dtype == call.value.dtype == keys.dtype
+    return same and native.unavailable_because("cuda") is None
 
 
 def _write(store: torch.Tensor, slots: torch.Tensor, rows: torch.Tensor) -> None:
