@@ -92,6 +92,9 @@ METRICS: Final = (
     Spec("kv_blocks_used", "gauge", "KV cache blocks in use."),
     Spec("kv_blocks_capacity", "gauge", "KV cache blocks there are."),
     Spec("kv_cache_usage_ratio", "gauge", "Used part of the KV cache, 0 to 1."),
+    Spec("kv_blocks_cached", "gauge", "KV cache blocks that nobody uses, kept because they may be found again."),
+    Spec("prefix_cache_query_tokens", "counter", "Prompt tokens that were looked for in the KV cache."),
+    Spec("prefix_cache_hit_tokens", "counter", "Prompt tokens that were found in the KV cache and not computed."),
     Spec(
         "time_to_first_token_seconds",
         "histogram",
@@ -222,6 +225,9 @@ class ModelMetrics:
         gauges["kv_blocks_used"].set(report.kv_blocks_used)
         gauges["kv_blocks_capacity"].set(report.kv_blocks_total)
         gauges["kv_cache_usage_ratio"].set(report.kv_blocks_used / max(1, report.kv_blocks_total))
+        gauges["kv_blocks_cached"].set(report.kv_blocks_cached)
+        self._counters["prefix_cache_query_tokens"].inc(report.prefix_query_tokens)
+        self._counters["prefix_cache_hit_tokens"].inc(report.prefix_hit_tokens)
         self._counters["engine_steps"].inc()
         self._counters["engine_forward_passes"].inc(report.forward_passes)
         if report.forward_passes:
@@ -234,7 +240,14 @@ class ModelMetrics:
         phases.labels(self._model, "decode").inc(report.decode_tokens)
 
     def died(self) -> None:
-        for name in ("engine_up", "requests_running", "requests_waiting", "kv_blocks_used", "kv_cache_usage_ratio"):
+        for name in (
+            "engine_up",
+            "requests_running",
+            "requests_waiting",
+            "kv_blocks_used",
+            "kv_blocks_cached",
+            "kv_cache_usage_ratio",
+        ):
             self._gauges[name].set(0)
 
     def rejected(self, reason: str) -> None:

@@ -20,10 +20,12 @@ _LENGTH: Final = struct.Struct("<I")
 LENGTH_PREFIX_BYTES: Final = _LENGTH.size
 KV_BLOCK_TOKENS: Final = 16
 """Tokens in one block of the KV cache: the plan counts whole blocks, the engine hands them out."""
+MAX_TIMEOUT_SECONDS: Final = 86400.0
+"""The longest time that a request may be given, or ask for."""
 MAX_TOP_LOGPROBS: Final = 20
 """Likeliest tokens that come with a token's logprob at most; the number is OpenAI's."""
 
-FinishReason = Literal["stop", "length", "abort", "error"]
+FinishReason = Literal["stop", "length", "abort", "timeout", "error"]
 LoadPhase = Literal["start", "plan", "weights", "cache", "warmup", "ready"]
 FailureKind = Literal["config", "checkpoint", "does_not_fit", "internal"]
 
@@ -52,6 +54,8 @@ class ModelSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Tokens one step computes at most (prefill chunks and decodes together)."""
     max_sequences: int = 64
     """Sequences that share a step at most."""
+    prefix_caching: bool = True
+    """Whether a sequence uses the cache blocks that another left of the same beginning."""
     batch_invariant: bool = False
     """Whether a row's logits have the same bits in a batch of any size, at some cost."""
     threads: int | None = None
@@ -111,6 +115,12 @@ class Generate(Record, frozen=True):
     prompt: tuple[int, ...]
     """Token ids; 1 <= len(prompt), len(prompt) + max_tokens <= ModelInfo.max_model_len."""
     sampling: SamplingParams
+    priority: int = 0
+    """Lower is served earlier."""
+    deadline: float | None = None
+    """When the request ends at the latest, by time.monotonic, which the processes of a machine share."""
+    cache_salt: str = ""
+    """Whose cached beginnings may be used, and who may use this one's; all without a salt share theirs."""
 
 
 class Abort(Record, frozen=True):
@@ -146,6 +156,8 @@ class ModelInfo(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     device: str
     quantization: dict[str, Any]
     """The effective quantization config as its JSON dictionary; empty where nothing is quantized."""
+    prefix_caching: bool = False
+    """Whether beginnings are found in the cache: it was configured, and the model's runner can."""
 
 
 class MemoryReport(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -183,13 +195,15 @@ class SequenceOutput(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     token_ids: tuple[int, ...] = ()
     finish_reason: FinishReason | None = None
     error: str | None = None
-    """A sentence, exactly when finish_reason is "error"."""
+    """A sentence, exactly when finish_reason is "error" or "timeout"."""
     refused: bool = False
     """With an error: the request was at fault, not the engine."""
     logprobs: tuple[TokenLogprobs, ...] = ()
     """One per token of `token_ids`, where the request asks for them."""
     prompt_logprobs: tuple[TokenLogprobs, ...] = ()
     """Of the prompt's tokens that follow those of earlier outputs; the first of all belongs to the second token."""
+    cached_tokens: int = 0
+    """With the first token: how many of the prompt's were found in the cache."""
 
 
 class StepReport(Record, frozen=True):
@@ -208,6 +222,12 @@ class StepReport(Record, frozen=True):
     """Model forward calls in this step: 1 for packed batches, 0 where nothing ran."""
     queue_seconds: tuple[float, ...] = ()
     """How long the requests that took part in a step for the first time had waited in the engine."""
+    kv_blocks_cached: int = 0
+    """Blocks that nobody uses and that are kept because they may be found again."""
+    prefix_query_tokens: int = 0
+    """Prompt tokens of requests that took part for the first time and were looked for in the cache."""
+    prefix_hit_tokens: int = 0
+    """How many of those were found, and not computed."""
 
 
 ToEngine = LoadModel | Generate | Abort | Shutdown

@@ -70,11 +70,13 @@ ALLOWED: dict[str, set[str]] = {
     },
     "server.engine.scheduler": {
         "server.engine.blocks",
+        "server.engine.prefix",
         "server.errors",
         "server.model.batch",
         "server.model.history",
         "server.records",
     },
+    "server.engine.prefix": set(),
     "server.engine.blocks": {"server.errors", "server.records"},
     "server.model": {
         "server.errors",

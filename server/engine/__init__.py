@@ -1,1 +1,1 @@
-"""The engine: `client` on the HTTP side of the socket; `process`, `loop`, `scheduler` and `blocks` on the other."""
+"""The engine: `client` on the HTTP side of the socket; process, loop, scheduler, blocks and prefix on the other."""

@@ -30,6 +30,7 @@ class EngineLoop:
         *,
         vocab_size: int,
     ) -> None:
+        scheduler.prefix_caching &= runner.shares_blocks  # a runner that can't would compute nonsense
         self._scheduler = scheduler
         self._runner = runner
         self._inbox = inbox
@@ -37,7 +38,7 @@ class EngineLoop:
         self._vocab_size = vocab_size
         self._steps = 0
         self._outputs: list[SequenceOutput] = []
-        """Ends that no step brought about (refused, aborted); they go out with the next report."""
+        """Ends that no step brought about (refused, aborted, too late); they go out with the next report."""
         self._arrived: dict[str, float] = {}
         """When the requests came that have not been in a step yet."""
 
@@ -66,19 +67,23 @@ class EngineLoop:
             case Generate(request_id=request_id):
                 try:
                     self._check_tokens(record)
-                    self._scheduler.add(record)
+                    self._scheduler.add(record, time.monotonic())
                     self._arrived[request_id] = time.perf_counter()
                 except RequestError as error:
                     refusal = SequenceOutput(request_id, finish_reason="error", error=error.message, refused=True)
                     self._outputs.append(refusal)
             case Abort(request_id=request_id):
-                self._arrived.pop(request_id, None)
                 ended = self._scheduler.abort(request_id)
                 if ended is not None:
-                    self._runner.release(request_id)
-                    self._outputs.append(ended)
+                    self._ended(ended)
             case LoadModel() | Shutdown():
                 log.error("a %s record arrived in the middle of serving and was dropped", type(record).__name__)
+
+    def _ended(self, output: SequenceOutput) -> None:
+        """Forgets a request that ended between steps, and lets the next report say so."""
+        self._arrived.pop(output.request_id, None)
+        self._runner.release(output.request_id)
+        self._outputs.append(output)
 
     def _check_tokens(self, request: Generate) -> None:
         """Only ids the embedding has: one that it has not would end the whole step, or on a GPU the whole process."""
@@ -89,6 +94,8 @@ class EngineLoop:
 
     def _step(self) -> None:
         started = time.perf_counter()
+        for late in self._scheduler.expire(time.monotonic()):
+            self._ended(late)
         batch = self._scheduler.schedule()
         for request_id in self._scheduler.preempted:
             self._runner.release(request_id)
@@ -142,4 +149,7 @@ class EngineLoop:
             kv_blocks_total=scheduler.pool.total,
             forward_passes=passes,
             queue_seconds=queue_seconds,
+            kv_blocks_cached=scheduler.pool.cached,
+            prefix_query_tokens=scheduler.queried_tokens,
+            prefix_hit_tokens=scheduler.hit_tokens,
         )

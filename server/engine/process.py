@@ -180,13 +180,14 @@ def load_engine(spec: ModelSpec, connection: Connection) -> EngineLoop:
         max_batch_tokens=spec.max_batch_tokens,
         max_sequences=spec.max_sequences,
         max_model_len=plan.max_model_len,
+        prefix_caching=spec.prefix_caching,
     )
     loaded = connection.loaded = load_model(spec, _Progress(connection))
     _phase(connection, "cache")
     runner = choose_runner(loaded.model, spec, blocks=pool.total, max_model_len=plan.max_model_len)
     _phase(connection, "warmup")
     warm_up(runner)
-    info = loaded.info(plan.max_model_len)
+    loop = EngineLoop(scheduler, runner, connection.inbox, connection.send, vocab_size=loaded.vocab_size)
     memory = MemoryReport(
         device=loaded.device,
         planned=plan.components,
@@ -195,8 +196,9 @@ def load_engine(spec: ModelSpec, connection: Connection) -> EngineLoop:
     )
     _phase(connection, "ready")
     connection.serving = True
+    info = loaded.info(plan.max_model_len, prefix_caching=scheduler.prefix_caching)
     connection.send(Loaded(info=info, memory=memory, load_seconds=time.monotonic() - started))
-    return EngineLoop(scheduler, runner, connection.inbox, connection.send, vocab_size=info.vocab_size)
+    return loop
 
 
 def explain(error: Exception, spec: ModelSpec) -> LoadFailed:

@@ -1,35 +1,46 @@
 """Who runs in the next step, and with how many tokens. No torch, no clock, no sockets: lists and counting.
 
-First come, first served, in two queues that together stay in order of arrival:
+Two queues, each in order of rank:
 
-    running  [ s1 s2 s3 ]    hold blocks for every token they have computed
-    waiting  [ s4 s5 ... ]   hold none
+    running  [ s1 s3 s4 ]    hold blocks for every token they have
+    waiting  [ s2 s5 ... ]   hold none
 
-A step's tokens are given out in this order: one to each running sequence that decodes, then to prefills, oldest
-first, in chunks of what the budget leaves, then to newcomers. A newcomer is admitted when the blocks for all its
-tokens are free, and one more for each sequence already running, so that it isn't thrown out again at once.
+A request's rank is the time it came, plus PRIORITY_SECONDS for each step of its priority (lower is earlier, as in
+vLLM). So among equals it is first come, first served, and a request can be overtaken only by those that come within a
+fixed time after it: it does not starve, and a rank never changes. Who runs isn't thrown out to let a newcomer in.
+
+A step's tokens are given out in this order: one to each running sequence that decodes, then, by rank, to prefills in
+chunks of what the budget leaves; those that wait are admitted as their turn comes. A newcomer is admitted when the
+blocks for all its tokens are free, and one more for each sequence already running, so that it isn't thrown out again
+at once. Blocks that still hold its beginning are shared instead of computed, but never all of it: the last token's
+logits are needed. A block can be found by others once the step that filled it was taken in without an error.
 
 Blocks are not reserved for tokens that a sequence may never generate. When a decode needs a block and none is free,
-the youngest running sequence goes back to the head of the waiting queue and loses its blocks; later its tokens are
-computed anew (none is drawn anew). The oldest is never a victim of another, and the pool holds at least one sequence
-of the greatest length, so somebody always gets on and everybody ends.
+the running sequence of the last rank waits again and loses its blocks; later its tokens are computed anew, as far as
+they aren't found (none is drawn anew). The first in rank is never a victim of another, and the pool holds at least
+one sequence of the greatest length, so somebody always gets on and everybody ends.
 """
 
 from __future__ import annotations
 
 import secrets
-from collections import deque
+from array import array
+from bisect import insort
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Final
 
 import msgspec
 
 from server.engine.blocks import BlockPool
+from server.engine.prefix import PrefixNames
 from server.errors import ConfigError, RequestError
 from server.model.batch import Batch, Chunk, Draw, Score, StepResult
 from server.model.history import History
 from server.records import FinishReason, Generate, SequenceOutput
 
+PRIORITY_SECONDS: Final = 10.0
+"""How much later a request of the next priority may come and still be served first."""
 _SEED_BITS: Final = 64
 
 
@@ -43,9 +54,18 @@ class Sequence:
     seed: int
     stop_ids: frozenset[int]
     history: History | None
-    blocks: list[int] = field(default_factory=list)
+    arrived: float
+    rank: tuple[float, int]
+    """Lower is served first; no two are equal."""
+    names: list[bytes]
+    """What its full blocks are called, as far as anybody asked (prefix.py)."""
+    blocks: array[int] = field(default_factory=lambda: array("q"))
     computed: int = 0
     """Tokens whose keys and values are in the cache."""
+    named: int = 0
+    """While it runs: blocks, from the first on, that the pool was told the names of."""
+    reused: int | None = None
+    """Prompt tokens that were found in the cache when the sequence first ran; None before that."""
     scored: int = 0
     """Prompt tokens whose logprobs have been reported; they are not computed again after a preemption."""
 
@@ -60,7 +80,15 @@ class Sequence:
 
 
 class Scheduler:
-    def __init__(self, pool: BlockPool, *, max_batch_tokens: int, max_sequences: int, max_model_len: int) -> None:
+    def __init__(
+        self,
+        pool: BlockPool,
+        *,
+        max_batch_tokens: int,
+        max_sequences: int,
+        max_model_len: int,
+        prefix_caching: bool = True,
+    ) -> None:
         """Raises ConfigError where the limits contradict each other."""
         if not 1 <= max_sequences <= max_batch_tokens:
             raise ConfigError(
@@ -76,11 +104,19 @@ class Scheduler:
         self.max_batch_tokens = max_batch_tokens
         self.max_sequences = max_sequences
         self.max_model_len = max_model_len
+        self.prefix_caching = prefix_caching
+        """Whether blocks are shared and found again; to be changed before the first request only."""
         self.running: list[Sequence] = []
-        self.waiting: deque[Sequence] = deque()
+        self.waiting: list[Sequence] = []
         self.preempted: list[str] = []
         """Requests that lost their blocks in the last `schedule`; a runner may hold state for them."""
+        self.queried_tokens = 0
+        """Prompt tokens of requests that first ran in the last `schedule`, and were looked for in the cache."""
+        self.hit_tokens = 0
+        """How many of those were found."""
         self._sequences: dict[str, Sequence] = {}
+        self._names = PrefixNames(pool.block_tokens)
+        self._added = 0
 
     @property
     def has_work(self) -> bool:
@@ -90,8 +126,11 @@ class Scheduler:
         """Whether a request of this id is open."""
         return request_id in self._sequences
 
-    def add(self, request: Generate) -> None:
-        """Puts a request at the end of the waiting queue; raises RequestError for one that can never be served."""
+    def add(self, request: Generate, now: float) -> None:
+        """Lets a request wait for its turn; raises RequestError for one that can never be served.
+
+        now: seconds by the clock that deadlines are of; it never runs backwards.
+        """
         length, limit = len(request.prompt), request.sampling.max_tokens
         if self.holds(request.request_id):
             raise RequestError(f"request id {request.request_id!r} is in use; each open request needs its own")
@@ -107,10 +146,14 @@ class Scheduler:
             tokens=list(request.prompt),
             seed=secrets.randbits(_SEED_BITS) if seed is None else seed,
             stop_ids=frozenset(request.sampling.stop_token_ids),
+            arrived=now,
+            rank=(now + PRIORITY_SECONDS * request.priority, self._added),
+            names=self._names.start(request.cache_salt),
             history=History.needed(request.sampling, request.prompt),
         )
+        self._added += 1
         self._sequences[request.request_id] = sequence
-        self.waiting.append(sequence)
+        insort(self.waiting, sequence, key=_rank)
 
     def abort(self, request_id: str) -> SequenceOutput | None:
         """Ends a request between steps; None for an id that is not here, because it may just have ended."""
@@ -119,21 +162,28 @@ class Scheduler:
             return None
         return self._end(sequence, "abort")
 
+    def expire(self, now: float) -> list[SequenceOutput]:
+        """Ends, between steps, the requests whose deadline has come, whether they wait or run."""
+        late = [
+            sequence
+            for sequence in self._sequences.values()
+            if sequence.request.deadline is not None and sequence.request.deadline <= now
+        ]
+        return [self._end(sequence, "timeout", error=_too_late(sequence, now)) for sequence in late]
+
     def schedule(self) -> Batch | None:
         """Chooses the chunks of the next step and gives them their blocks; None where there is nothing to do."""
         self.preempted.clear()
+        self.queried_tokens = self.hit_tokens = 0
         budget = self.max_batch_tokens
         chunks: list[Chunk] = []
         for sequence in self.running.copy():
             if sequence.remaining == 1 and self._grow(sequence):
                 chunks.append(_chunk(sequence, 1))
                 budget -= 1
-        for sequence in self.running:
-            if sequence.remaining > 1 and budget > 0:
-                chunks.append(_chunk(sequence, min(sequence.remaining, budget)))
-                budget -= len(chunks[-1].tokens)
-        while budget > 0 and not self.preempted and (newcomer := self._admit()) is not None:
-            chunks.append(_chunk(newcomer, min(newcomer.remaining, budget)))
+        prefills = self._prefills()
+        while budget > 0 and (prefill := next(prefills, None)) is not None:
+            chunks.append(_chunk(prefill, min(prefill.remaining, budget)))
             budget -= len(chunks[-1].tokens)
         return Batch(tuple(chunks)) if chunks else None
 
@@ -148,6 +198,7 @@ class Scheduler:
                 outputs.append(self._end(sequence, "error", error=sentence, refused=refused))
                 continue
             sequence.scored += chunk.scored
+            self._name_blocks(sequence)
             if chunk.draw is not None:
                 outputs.append(_with_logprobs(self._append(sequence, result.tokens[chunk.request_id]), result))
             elif chunk.scored:
@@ -163,32 +214,79 @@ class Scheduler:
         if not sequence.blocks:
             return False  # thrown out a moment ago, for an older one
         needed = self.pool.blocks_for(len(sequence.tokens)) - len(sequence.blocks)
+        if needed <= 0:
+            return True
         while needed > self.pool.free:
             victim = self.running[-1]
             self._preempt(victim)
             if victim is sequence:
                 return False
-        sequence.blocks += self.pool.take(needed)
+        sequence.blocks.extend(self.pool.take(needed))
         return True
 
     def _preempt(self, sequence: Sequence) -> None:
         self.running.remove(sequence)
         self.pool.give_back(sequence.blocks)
         sequence.computed = 0
-        self.waiting.appendleft(sequence)
+        insort(self.waiting, sequence, key=_rank)
         self.preempted.append(sequence.request.request_id)
+
+    def _prefills(self) -> Iterator[Sequence]:
+        """By rank, who has more than one token to compute; who waits is admitted when its turn comes, if it can be."""
+        unfinished = [sequence for sequence in reversed(self.running) if sequence.remaining > 1]
+        while True:
+            is_next = self.waiting and (not unfinished or self.waiting[0].rank < unfinished[-1].rank)
+            newcomer = self._admit() if is_next and not self.preempted else None
+            if newcomer is not None:
+                yield newcomer
+            elif unfinished:
+                yield unfinished.pop()
+            else:
+                return
 
     def _admit(self) -> Sequence | None:
         """The head of the waiting queue, made running with blocks for all its tokens; None while it must wait."""
         if not self.waiting or len(self.running) >= self.max_sequences:
             return None
-        needed = self.pool.blocks_for(len(self.waiting[0].tokens))
-        if needed + len(self.running) > self.pool.free:
+        pool, sequence = self.pool, self.waiting[0]
+        shared = self._cached_beginning(sequence)
+        needed = pool.blocks_for(len(sequence.tokens)) - len(shared)
+        if needed + pool.unheld(shared) + len(self.running) > pool.free:
             return None
-        sequence = self.waiting.popleft()
-        sequence.blocks += self.pool.take(needed)
-        self.running.append(sequence)
+        del self.waiting[0]
+        insort(self.running, sequence, key=_rank)
+        pool.hold(shared)  # first, so that none of them is taken for the rest
+        sequence.blocks.extend(shared)
+        sequence.blocks.extend(pool.take(needed))
+        sequence.named = len(shared)
+        sequence.computed = len(shared) * pool.block_tokens
+        if sequence.reused is None:
+            sequence.reused = sequence.computed
+            if self.prefix_caching:
+                self.queried_tokens += len(sequence.tokens)
+                self.hit_tokens += sequence.computed
         return sequence
+
+    def _cached_beginning(self, sequence: Sequence) -> list[int]:
+        """The blocks that hold the sequence's first tokens, as far as there are any; at least one token is left.
+
+        None for a prompt that is scored: its logits are wanted, and those are not in the cache.
+        """
+        if not self.prefix_caching or sequence.request.sampling.prompt_logprobs is not None:
+            return []
+        blocks = (len(sequence.tokens) - 1) // self.pool.block_tokens
+        self._names.extend(sequence.names, sequence.tokens, blocks)
+        return self.pool.find(sequence.names[1 : blocks + 1])
+
+    def _name_blocks(self, sequence: Sequence) -> None:
+        """Lets others find the blocks that have become full."""
+        full = sequence.computed // self.pool.block_tokens
+        if full == sequence.named or not self.prefix_caching:
+            return
+        self._names.extend(sequence.names, sequence.tokens, full)
+        for block in range(sequence.named, full):
+            self.pool.name(sequence.blocks[block], sequence.names[block + 1])
+        sequence.named = full
 
     def _append(self, sequence: Sequence, token: int) -> SequenceOutput:
         sequence.tokens.append(token)
@@ -198,7 +296,7 @@ class Scheduler:
             return self._end(sequence, "stop", token)
         if sequence.generated >= sequence.request.sampling.max_tokens:
             return self._end(sequence, "length", token)
-        return SequenceOutput(sequence.request.request_id, token_ids=(token,))
+        return _output(sequence, token)
 
     def _end(
         self,
@@ -210,15 +308,45 @@ class Scheduler:
         refused: bool = False,
     ) -> SequenceOutput:
         """The one way out: leaves its queue, gives its blocks back, and says why."""
-        request_id = sequence.request.request_id
-        del self._sequences[request_id]
+        del self._sequences[sequence.request.request_id]
+        if reason == "error":
+            self.pool.forget(sequence.blocks)  # what else went wrong with it, nobody knows
         if sequence.blocks:
             self.running.remove(sequence)
             self.pool.give_back(sequence.blocks)
         else:
             self.waiting.remove(sequence)
-        tokens = () if token is None else (token,)
-        return SequenceOutput(request_id, token_ids=tokens, finish_reason=reason, error=error, refused=refused)
+        return _output(sequence, token, reason, error, refused=refused)
+
+
+def _rank(sequence: Sequence) -> tuple[float, int]:
+    return sequence.rank
+
+
+def _too_late(sequence: Sequence, now: float) -> str:
+    request = sequence.request
+    return (
+        f"the request's time was up, {now - sequence.arrived:.3g} seconds after it had reached the engine, with "
+        f"{sequence.generated} of at most {request.sampling.max_tokens} tokens generated"
+    )
+
+
+def _output(
+    sequence: Sequence,
+    token: int | None,
+    reason: FinishReason | None = None,
+    error: str | None = None,
+    *,
+    refused: bool = False,
+) -> SequenceOutput:
+    return SequenceOutput(
+        sequence.request.request_id,
+        token_ids=() if token is None else (token,),
+        finish_reason=reason,
+        error=error,
+        refused=refused,
+        cached_tokens=(sequence.reused or 0) if token is not None and sequence.generated == 1 else 0,
+    )
 
 
 def _with_logprobs(output: SequenceOutput, result: StepResult) -> SequenceOutput:
@@ -238,7 +366,7 @@ def _chunk(sequence: Sequence, count: int) -> Chunk:
         request_id=sequence.request.request_id,
         tokens=tuple(sequence.tokens[sequence.computed : end]),
         start=sequence.computed,
-        blocks=tuple(sequence.blocks),
+        blocks=sequence.blocks[:],
         draw=draw,
         score=_score(sequence, end),
     )

@@ -1,7 +1,8 @@
 """What passes between the engine's loop and a runner: the work of one step, and what came of it.
 
 A chunk is a run of tokens of one sequence that this step computes; a decode is a chunk of one token, a prefill one
-or more chunks of many. Plain Python, no torch: the scheduler builds batches and its tests never load a model.
+or more chunks of many. No torch: the scheduler builds batches and its tests never load a model. What is made by the
+hundred in each step is a struct of msgspec, which is made in a tenth of the time of a frozen dataclass.
 
     sequence tokens   t0 t1 t2 t3 t4 t5 t6 t7
                       |- computed -|- chunk -|        start = 4, tokens = (t4 .. t7)
@@ -11,8 +12,10 @@ or more chunks of many. Plain Python, no torch: the scheduler builds batches and
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Final, Protocol
+
+import msgspec
 
 from server.model.history import History
 from server.records import SamplingParams, TokenLogprobs
@@ -30,8 +33,7 @@ def failure_sentence(error: Exception) -> str:
     return f"the model failed in a step of this request ({type(error).__name__}: {error})".splitlines()[0]
 
 
-@dataclass(frozen=True, slots=True)
-class Draw:
+class Draw(msgspec.Struct, frozen=True):
     """How a chunk's next token is chosen: the request's parameters, its seed, and which of its tokens this is."""
 
     params: SamplingParams
@@ -43,8 +45,7 @@ class Draw:
     """The sequence's tokens as far as they change its logits; None where the parameters ask for nothing of the kind."""
 
 
-@dataclass(frozen=True, slots=True)
-class Score:
+class Score(msgspec.Struct, frozen=True):
     """Prompt tokens whose logprobs are wanted: those that follow the chunk's last `len(tokens)` rows.
 
     Where the chunk also draws, its last row is the draw's, and the tokens follow the rows before it.
@@ -55,8 +56,7 @@ class Score:
     """How many of the likeliest tokens come with each."""
 
 
-@dataclass(frozen=True, slots=True)
-class Chunk:
+class Chunk(msgspec.Struct, frozen=True):
     request_id: str
     tokens: Sequence[int]
     start: int
@@ -87,8 +87,7 @@ class Chunk:
         return len(self.tokens) == 1 and self.draw is not None and self.draw.index > 0
 
 
-@dataclass(frozen=True, slots=True)
-class Batch:
+class Batch(msgspec.Struct, frozen=True):
     chunks: tuple[Chunk, ...]
 
     @property
@@ -124,8 +123,10 @@ def _cut(chunk: Chunk, scored: int) -> tuple[Chunk, Chunk]:
     """A chunk up to the end of its first `scored` scored rows, and the rest, in which there are more."""
     rows = len(chunk.tokens) - chunk.wanted + scored
     tokens, top = (chunk.score.tokens, chunk.score.top) if chunk.score is not None else ((), 0)
-    first = replace(chunk, tokens=chunk.tokens[:rows], draw=None, score=Score(tokens[:scored], top))
-    rest = replace(chunk, tokens=chunk.tokens[rows:], start=chunk.start + rows, score=Score(tokens[scored:], top))
+    first = msgspec.structs.replace(chunk, tokens=chunk.tokens[:rows], draw=None, score=Score(tokens[:scored], top))
+    rest = msgspec.structs.replace(
+        chunk, tokens=chunk.tokens[rows:], start=chunk.start + rows, score=Score(tokens[scored:], top)
+    )
     return first, rest
 
 
@@ -148,6 +149,9 @@ class StepResult:
 
 class Runner(Protocol):
     """Computes batches. It knows sequences by request id and cache blocks, and nothing of queues or sockets."""
+
+    shares_blocks: bool
+    """Whether what it caches is in the blocks, all of it, so that another sequence may go on from full ones."""
 
     def step(self, batch: Batch) -> StepResult:
         """Runs every chunk of the batch and draws where asked; raises StepError where the step failed as a whole."""

@@ -24,6 +24,9 @@ log = logging.getLogger(__name__)
 
 
 class CacheRunner:
+    shares_blocks = False
+    """A cache belongs to a request: no other begins where it ends."""
+
     def __init__(self, model: PreTrainedModel) -> None:
         self.model = model
         self.device = input_device(model)

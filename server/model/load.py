@@ -44,7 +44,7 @@ class LoadedModel:
     offload: tempfile.TemporaryDirectory[str] | None
     """Where modules that device_map puts on disk are kept; gone with this object."""
 
-    def info(self, max_model_len: int) -> ModelInfo:
+    def info(self, max_model_len: int, *, prefix_caching: bool) -> ModelInfo:
         return ModelInfo(
             max_model_len=max_model_len,
             vocab_size=self.vocab_size,
@@ -53,6 +53,7 @@ class LoadedModel:
             dtype=str(self.dtype).removeprefix("torch."),
             device=self.device,
             quantization=self.quantization,
+            prefix_caching=prefix_caching,
         )
 
     @property

@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 class PagedRunner:
     """A model whose every layer calls server.model.attention, set to it, and its cache."""
 
+    shares_blocks = True
+
     def __init__(
         self,
         model: PreTrainedModel,
@@ -56,7 +58,7 @@ class PagedRunner:
         return result
 
     def release(self, request_id: str) -> None:
-        """Nothing to forget: what a sequence left in its blocks is never read by another."""
+        """Nothing to forget: what a sequence left is in its blocks, and the scheduler knows who may read them."""
 
     @property
     def kv_tensors(self) -> list[torch.Tensor]:
@@ -79,26 +81,32 @@ class PagedRunner:
         return logits[: len(kept)]
 
     def _prepare(self, batch: Batch) -> tuple[PagedBatch, list[int]]:
-        """Fills the buffers; returns the attention's context and the rows whose logits are wanted."""
-        size = self.cache.block_tokens
-        segments: list[Segment] = []
-        kept: list[int] = []
-        row = 0
-        for index, chunk in enumerate(batch.chunks):
-            count = len(chunk.tokens)
-            positions = np.arange(chunk.start, chunk.end)
-            blocks = np.asarray(chunk.blocks, dtype=np.int64)
-            rows = self._rows.host[:, row : row + count]
-            rows[0] = chunk.tokens
-            rows[1] = positions
-            rows[2] = blocks[positions // size] * size + positions % size
-            self._tables.host[index, : len(blocks)] = blocks
-            segments.append(Segment(row, count, chunk.start, self._tables.device[index, : len(blocks)]))
-            row += count
-            kept += range(row - chunk.wanted, row)
-        self._rows.send(row)
+        """Fills the buffers; returns the attention's context and the rows whose logits are wanted.
+
+        A few calls of numpy for the whole batch, and one for each sequence: a batch has hundreds of them.
+        """
+        chunks, size, tables = batch.chunks, self.cache.block_tokens, self._tables.host
+        counts = np.array([len(chunk.tokens) for chunk in chunks])
+        starts = np.array([chunk.start for chunk in chunks])
+        ends = np.cumsum(counts)
+        firsts = ends - counts
+        for index, chunk in enumerate(chunks):
+            tables[index, : len(chunk.blocks)] = chunk.blocks
+        total = int(ends[-1])
+        ids, positions, slots = self._rows.host[:, :total]
+        ids[:] = [token for chunk in chunks for token in chunk.tokens]
+        positions[:] = np.arange(total) + np.repeat(starts - firsts, counts)
+        slots[:] = tables[np.repeat(np.arange(len(chunks)), counts), positions // size] * size + positions % size
+        self._rows.send(total)
         self._tables.send()
-        return PagedBatch(self.cache, self._rows.device[2, :row], segments), kept
+        widest = max(len(chunk.blocks) for chunk in chunks)
+        blocks = self._tables.device[: len(chunks), :widest].unbind()
+        segments = [
+            Segment(first, len(chunk.tokens), chunk.start, row)
+            for first, chunk, row in zip(firsts.tolist(), chunks, blocks, strict=True)
+        ]
+        kept = [row for end, chunk in zip(ends.tolist(), chunks, strict=True) for row in range(end - chunk.wanted, end)]
+        return PagedBatch(self.cache, self._rows.device[2, :total], segments), kept
 
 
 class _Buffer:

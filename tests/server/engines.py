@@ -33,6 +33,7 @@ class Engine:
         max_sequences: int = 16,
         max_model_len: int = 256,
         vocab_size: int = 320,
+        prefix_caching: bool = True,
     ) -> None:
         self.runner = runner
         self.scheduler = Scheduler(
@@ -40,6 +41,7 @@ class Engine:
             max_batch_tokens=max_batch_tokens,
             max_sequences=max_sequences,
             max_model_len=max_model_len,
+            prefix_caching=prefix_caching,
         )
         self.reports: list[StepReport] = []
         self.answers: dict[str, list[int]] = {}

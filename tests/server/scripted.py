@@ -1,14 +1,14 @@
-"""A runner of a few lines, for tests of everything above it: the next token follows from the sequence, no model.
+"""Runners of a few lines, for tests of everything above them: the next token follows from the sequence, no model.
 
-It keeps what it was fed by request, as a cache would, so that a chunk at the wrong position, or a token computed
-without those before it, is an error of the test and not a different answer. Not a test itself.
+They keep what they were fed as a cache would, one by request and one by block, so that a chunk at the wrong position,
+or a token computed without those before it, is an error of the test and not a different answer. Not a test itself.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-from server.model.batch import Batch, StepError, StepResult
+from server.model.batch import Batch, Chunk, StepError, StepResult
 from server.records import TokenLogprobs
 
 VOCABULARY = 1000
@@ -32,7 +32,20 @@ def scored(tokens: Sequence[int], start: int) -> list[TokenLogprobs]:
     return [TokenLogprobs(-float(token), (start + place,), (0.0,)) for place, token in enumerate(tokens)]
 
 
+def read_out(chunk: Chunk, tokens: Sequence[int], result: StepResult) -> None:
+    """Puts into the result what is asked of a chunk; tokens: the sequence's up to the chunk's end."""
+    if chunk.score is not None:
+        scores = scored(chunk.score.tokens, chunk.end - chunk.scored - (chunk.draw is not None) + 1)
+        result.prompt_logprobs[chunk.request_id] = scores
+    if chunk.draw is not None:
+        token = result.tokens[chunk.request_id] = next_token(tokens)
+        if chunk.draw.params.logprobs is not None:
+            (result.logprobs[chunk.request_id],) = scored([token], len(tokens))
+
+
 class ScriptedRunner:
+    shares_blocks = False
+
     def __init__(self) -> None:
         self.batches: list[Batch] = []
         self.cached: dict[str, list[int]] = {}
@@ -54,14 +67,63 @@ class ScriptedRunner:
             if chunk.request_id in self.poisoned:
                 result.errors[chunk.request_id] = "a scripted error"
                 continue
-            if chunk.score is not None:
-                scores = scored(chunk.score.tokens, chunk.end - chunk.scored - (chunk.draw is not None) + 1)
-                result.prompt_logprobs[chunk.request_id] = scores
-            if chunk.draw is not None:
-                token = result.tokens[chunk.request_id] = next_token(cached)
-                if chunk.draw.params.logprobs is not None:
-                    (result.logprobs[chunk.request_id],) = scored([token], len(cached))
+            read_out(chunk, cached, result)
         return result
 
     def release(self, request_id: str) -> None:
         self.cached.pop(request_id, None)
+
+
+class PagedScriptedRunner:
+    """Keeps in each slot of a block all the tokens that what a layer stores there depends on, and who wrote it.
+
+    A step that fails, as a whole or for one request, leaves garbage where it wrote.
+    """
+
+    shares_blocks = True
+
+    def __init__(self, block_tokens: int) -> None:
+        self.block_tokens = block_tokens
+        self.slots: dict[tuple[int, int], tuple[int, ...] | None] = {}
+        self.writers: dict[tuple[int, int], str] = {}
+        self.poisoned: set[str] = set()
+        """Requests whose rows come back as errors."""
+        self.computed_tokens = 0
+
+    def step(self, batch: Batch) -> StepResult:
+        result = StepResult()
+        for chunk in batch.chunks:
+            tokens = self.read(chunk.blocks, chunk.start)
+            for position, token in enumerate(chunk.tokens, start=chunk.start):
+                tokens = (*tokens, token)
+                slot = self.slot(chunk.blocks, position)
+                self.slots[slot] = None if chunk.request_id in self.poisoned else tokens
+                self.writers[slot] = chunk.request_id
+            self.computed_tokens += len(chunk.tokens)
+            if chunk.request_id in self.poisoned:
+                result.errors[chunk.request_id] = "a scripted error"
+                continue
+            read_out(chunk, tokens, result)
+        return result
+
+    def spoil(self, batch: Batch) -> None:
+        """What a step leaves that failed as a whole."""
+        for chunk in batch.chunks:
+            for position in range(chunk.start, chunk.end):
+                self.slots[self.slot(chunk.blocks, position)] = None
+
+    def read(self, blocks: Sequence[int], count: int) -> tuple[int, ...]:
+        """The first `count` tokens of who has these blocks; an error where a slot was filled after others."""
+        if count == 0:
+            return ()
+        tokens = self.slots[self.slot(blocks, count - 1)]
+        assert tokens is not None, "garbage is read"
+        for position in range(count):
+            assert self.slots[self.slot(blocks, position)] == tokens[: position + 1]
+        return tokens
+
+    def slot(self, blocks: Sequence[int], position: int) -> tuple[int, int]:
+        return blocks[position // self.block_tokens], position % self.block_tokens
+
+    def release(self, request_id: str) -> None:
+        """What is in the blocks stays."""

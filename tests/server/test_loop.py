@@ -12,21 +12,32 @@ from server.engine.blocks import BlockPool
 from server.engine.loop import EngineLoop
 from server.engine.scheduler import Scheduler
 from server.model.batch import StepError
-from server.records import Abort, Generate, Record, SamplingParams, SequenceOutput, Shutdown, StepReport
-from tests.server.scripted import VOCABULARY, ScriptedRunner, expected_answer
+from server.records import (
+    KV_BLOCK_TOKENS,
+    Abort,
+    Generate,
+    Record,
+    SamplingParams,
+    SequenceOutput,
+    Shutdown,
+    StepReport,
+)
+from tests.server.scripted import VOCABULARY, PagedScriptedRunner, ScriptedRunner, expected_answer
 
 
 class Bench:
     """A loop whose inbox is fed by the test, before it starts and from inside the reports it sends."""
 
-    def __init__(self, *, blocks: int = 200, budget: int = 64, sequences: int = 16) -> None:
+    def __init__(
+        self, *, blocks: int = 200, budget: int = 64, sequences: int = 16, runner: PagedScriptedRunner | None = None
+    ) -> None:
         self.runner = ScriptedRunner()
         pool = BlockPool(blocks)
         self.scheduler = Scheduler(pool, max_batch_tokens=budget, max_sequences=sequences, max_model_len=200)
         self.inbox: queue.SimpleQueue[Record] = queue.SimpleQueue()
         self.reports: list[StepReport] = []
         self.after_step: Callable[[StepReport], None] = lambda report: None
-        self.loop = EngineLoop(self.scheduler, self.runner, self.inbox, self.report, vocab_size=VOCABULARY)
+        self.loop = EngineLoop(self.scheduler, runner or self.runner, self.inbox, self.report, vocab_size=VOCABULARY)
 
     def report(self, report: StepReport) -> None:
         self.reports.append(report)
@@ -153,6 +164,59 @@ def test_a_second_request_of_an_open_id_leaves_the_first_alone() -> None:
     bench.generate("a", [2], 3)
     bench.loop.run()
     assert bench.answer("a") == expected_answer([1], 3)
+
+
+def test_a_deadline_ends_a_request_once_and_in_a_report(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a clock that moves with each report alone."""
+    bench = Bench(sequences=2)
+    monkeypatch.setattr("server.engine.loop.time.monotonic", lambda: float(len(bench.reports)))
+    params = SamplingParams(max_tokens=20, temperature=0.0)
+    bench.generate("stays", [1, 2], 8)
+    bench.inbox.put(Generate("runs", (3, 4), params, deadline=5.0))
+    bench.inbox.put(Generate("waits", (5, 6), params, deadline=2.0))
+    bench.inbox.put(Generate("came too late", (7, 8), params, deadline=-1.0))
+    bench.loop.run()
+    assert bench.end("waits").finish_reason == bench.end("runs").finish_reason == "timeout"
+    assert "0 of at most 20 tokens" in str(bench.end("waits").error)
+    assert "5 of at most 20 tokens" in str(bench.end("runs").error)
+    assert bench.answer("runs") == expected_answer([3, 4], 5)
+    assert bench.answer("came too late") == bench.answer("waits") == []
+    assert bench.answer("stays") == expected_answer([1, 2], 8)
+    assert [len(report.queue_seconds) for report in bench.reports] == [2, *[0] * 7]
+    assert bench.runner.cached == {}
+
+
+def test_all_that_are_late_are_told_though_no_step_is_left() -> None:
+    bench = Bench()
+    bench.inbox.put(Generate("late", (1, 2), SamplingParams(max_tokens=5), deadline=0.0))
+    bench.loop.run()
+    assert bench.end("late").finish_reason == "timeout"
+    assert bench.runner.batches == []
+    assert [report.forward_passes for report in bench.reports] == [0]
+
+
+def test_reports_count_what_was_found_in_the_cache() -> None:
+    bench = Bench(runner=PagedScriptedRunner(KV_BLOCK_TOKENS))
+    prompt = list(range(40))
+    bench.generate("a", prompt, 3)
+    bench.after_step = lambda report: bench.generate("b", prompt, 3) if report.step == 2 else None
+    bench.loop.run()
+    found = [(report.prefix_query_tokens, report.prefix_hit_tokens) for report in bench.reports]
+    assert found == [(40, 0), (0, 0), (40, 32), (0, 0), (0, 0)]
+    assert [report.kv_blocks_cached for report in bench.reports] == [0, 0, 0, 0, 2]
+    assert [output.cached_tokens for output in bench.outputs("b")] == [32, 0, 0]
+    assert bench.answer("b") == expected_answer(prompt, 3)
+
+
+def test_a_runner_that_shares_no_blocks_is_never_asked_to() -> None:
+    bench = Bench()
+    prompt = list(range(40))
+    for name in "ab":
+        bench.generate(name, prompt, 3)
+    bench.loop.run()
+    assert not bench.scheduler.prefix_caching
+    assert sum(report.prefix_query_tokens for report in bench.reports) == 0
+    assert bench.answer("a") == bench.answer("b") == expected_answer(prompt, 3)
 
 
 def test_each_request_waits_once(monkeypatch: pytest.MonkeyPatch) -> None:

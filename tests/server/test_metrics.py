@@ -73,7 +73,7 @@ def test_records_become_values() -> None:
     info = {"architecture": "LlamaForCausalLM", "dtype": "bfloat16", "device": "cpu", "quantization": "int8"}
     assert value("model_info", **info) == 1
     model.step(step(1, 3, queue_seconds=(0.5, 1.5)))
-    model.step(step(2, 3, forward_passes=0))
+    model.step(step(2, 3, forward_passes=0, kv_blocks_cached=4, prefix_query_tokens=40, prefix_hit_tokens=32))
     assert value("engine_steps_total") == 2
     assert value("engine_forward_passes_total") == 1
     assert value("engine_step_duration_seconds_count") == 1
@@ -81,6 +81,9 @@ def test_records_become_values() -> None:
     assert value("engine_step_tokens_total", phase="prefill") == 20
     assert value("request_queue_seconds_sum") == 2.0
     assert value("requests_waiting") == 2
+    assert value("kv_blocks_cached") == 4
+    assert value("prefix_cache_query_tokens_total") == 40
+    assert value("prefix_cache_hit_tokens_total") == 32
     assert value("kv_cache_usage_ratio") == 0.25
     now = 107.5
     assert value("engine_seconds_since_last_step") == 7.5

@@ -167,6 +167,25 @@ def test_a_model_is_loaded_serves_and_shuts_down(engine: Engine, llama: Path) ->
     assert engine.stderr() == "", "normal operation is quiet"
 
 
+@pytest.mark.parametrize(
+    ("architecture", "asked", "caching"), [("llama", True, True), ("llama", False, False), ("bloom", True, False)]
+)
+def test_a_prompt_is_found_again_where_that_is_on_and_the_runner_can(
+    engine: Engine, tmp_path: Path, architecture: str, asked: bool, caching: bool
+) -> None:
+    loaded, _ = engine.load(spec(save_tiny(architecture, tmp_path / "model"), prefix_caching=asked))
+    assert isinstance(loaded, Loaded), loaded
+    assert loaded.info.prefix_caching == caching
+    prompt, params = tuple(range(3, 43)), SamplingParams(max_tokens=4, temperature=0.0)
+    for name, salt, found in (("a", "", 0), ("b", "", 32), ("c", "another tenant", 0)):
+        engine.send(Generate(name, prompt, params, cache_salt=salt))
+        outputs = list(islice(engine.outputs(), 4))
+        assert [output.cached_tokens for output in outputs] == [found if caching else 0, 0, 0, 0]
+        assert outputs[-1].finish_reason == "length"
+    engine.send(Generate("late", prompt, params, deadline=time.monotonic()))
+    assert next(engine.outputs()).finish_reason == "timeout"
+
+
 @pytest.mark.parametrize("quantization", ["nf4-dq", "int8"])
 def test_quantized_the_plan_is_what_is_measured(llama: Path, quantization: str) -> None:
     changes = {"quantization": quantization, "kv_cache_tokens": None, "max_sequences": 3, "max_model_len": 37}

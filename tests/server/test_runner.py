@@ -99,6 +99,34 @@ def test_greedy_survives_preemption(architecture: str) -> None:
     assert recomputed > 0, "the pool was small enough to throw somebody out"
 
 
+@pytest.mark.parametrize("architecture", PAGED + CACHED)
+def test_greedy_is_the_same_with_a_beginning_from_the_cache(architecture: str) -> None:
+    """In company, in chunks, while the first one runs and after it has ended; a runner that can't share never does."""
+    beginning = prompt_of(60)
+    prompts = {f"r{i}": beginning[: 60 - 9 * i] + prompt_of(5 + 3 * i) for i in range(4)}
+    prompts["again"] = [*prompts["r0"], *expected(original(architecture), prompts["r0"], 12)][:-1]
+    requests = {name: generate(name, prompt, 12) for name, prompt in prompts.items()}
+    answers, computed = [], []
+    for caching in (True, False):
+        engine = Engine(runner_for(architecture), max_batch_tokens=24, prefix_caching=caching)
+        found = engine.serve([requests["r0"], generate("n", prompt_of(20), 30)], {5: [requests["r1"], requests["r2"]]})
+        found |= engine.serve([requests["again"], requests["r3"]])
+        answers.append({name: found[name] for name in prompts})
+        computed.append(sum(report.prefill_tokens for report in engine.reports))
+        hits = sum(report.prefix_hit_tokens for report in engine.reports)
+        shares = caching and architecture in PAGED
+        assert engine.scheduler.prefix_caching == shares
+        # r1 shares 51 tokens, r2 42, r3 33, all but the last of what "again" has are full blocks: 75 of 76.
+        assert hits == (48 + 32 + 32 + 64 if shares else 0)
+        assert engine.reports[-1].kv_blocks_used == 0
+    assert (
+        answers[0]
+        == answers[1]
+        == {name: expected(original(architecture), prompt, 12) for name, prompt in prompts.items()}
+    )
+    assert computed[1] - computed[0] == (48 + 32 + 32 + 64 if architecture in PAGED else 0)
+
+
 @pytest.mark.parametrize("quantization", ["nf4-dq", "fp4", "int8"])
 @pytest.mark.parametrize("architecture", ["llama", "qwen3", "bloom"])
 def test_quantized_models_answer_as_transformers_does(architecture: str, quantization: str, tmp_path: Path) -> None:

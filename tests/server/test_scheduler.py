@@ -1,20 +1,21 @@
-"""The scheduler's promises as properties, over random sequences of add, step, abort and failure."""
+"""The scheduler's promises as properties, over random sequences of what can happen to it, and in plain examples."""
 
 from __future__ import annotations
 
 from collections import Counter
+from typing import Any
 
 import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 from server.engine.blocks import BlockPool
-from server.engine.scheduler import Scheduler
+from server.engine.scheduler import PRIORITY_SECONDS, Scheduler
 from server.errors import ConfigError, RequestError
-from server.model.batch import Batch
+from server.model.batch import Batch, Chunk
 from server.records import Generate, SamplingParams, SequenceOutput, TokenLogprobs
-from tests.server.scripted import ScriptedRunner, expected_answer, scored
+from tests.server.scripted import PagedScriptedRunner, expected_answer, scored
 
 BLOCK = 4
 
@@ -26,77 +27,127 @@ def request(
     stop: tuple[int, ...] = (),
     prompt_logprobs: int | None = None,
     logprobs: int | None = None,
+    **fields: Any,
 ) -> Generate:
     params = SamplingParams(
         max_tokens=max_tokens, stop_token_ids=stop, seed=1, prompt_logprobs=prompt_logprobs, logprobs=logprobs
     )
-    return Generate(name, tuple(prompt), params)
+    return Generate(name, tuple(prompt), params, **fields)
 
 
 class SchedulerMachine(RuleBasedStateMachine):
-    """Small pools and budgets, so that chunking, waiting and preemption happen in most runs."""
+    """Small pools and budgets, and prompts that go on from others, so that all there is to go wrong is in most runs."""
 
     @initialize(
-        extra_blocks=st.integers(0, 6), budget=st.integers(4, 24), sequences=st.integers(1, 4), limit=st.integers(4, 40)
+        extra_blocks=st.sampled_from([0, 1, 3, 6]),
+        budget=st.integers(4, 24),
+        sequences=st.sampled_from([4, 3, 1]),
+        limit=st.sampled_from([40, 24, 13]),
+        caching=st.sampled_from([True, True, True, False]),
     )
-    def start(self, extra_blocks: int, budget: int, sequences: int, limit: int) -> None:
+    def start(self, extra_blocks: int, budget: int, sequences: int, limit: int, caching: bool) -> None:
         self.limit = limit
         self.budget = budget
+        self.caching = caching
         pool = BlockPool(-(-limit // BLOCK) + extra_blocks, BLOCK)
-        self.scheduler = Scheduler(pool, max_batch_tokens=budget, max_sequences=sequences, max_model_len=limit)
-        self.runner = ScriptedRunner()
+        self.scheduler = Scheduler(
+            pool, max_batch_tokens=budget, max_sequences=sequences, max_model_len=limit, prefix_caching=caching
+        )
+        self.runner = PagedScriptedRunner(BLOCK)
+        self.now = 0.0
         self.requests: dict[str, Generate] = {}
+        self.ranks: dict[str, tuple[float, int]] = {}
         self.answers: dict[str, list[int]] = {}
         self.scores: dict[str, list[TokenLogprobs]] = {}
         self.ends: Counter[str] = Counter()
 
-    @rule(data=st.data())
-    def add(self, data: st.DataObject) -> None:
+    @rule(
+        data=st.data(),
+        fork=st.sampled_from([0, 4, 9, 16, 99]),
+        priority=st.sampled_from([0, 0, -2, -1, 1, 2]),
+        salt=st.sampled_from(["", "", "", "a"]),
+        timeout=st.sampled_from([None, None, None, 0.0, 7.0, 40.0]),
+    )
+    def add(self, data: st.DataObject, fork: int, priority: int, salt: str, timeout: float | None) -> None:
+        """A prompt that is the common text up to a fork, or that goes on from what another said."""
         name = f"r{len(self.requests)}"
         length = data.draw(st.integers(1, self.limit - 1))
-        prompt = data.draw(st.lists(st.integers(0, 999), min_size=length, max_size=length))
-        max_tokens = data.draw(st.integers(1, self.limit - length))
-        asked = {name: data.draw(st.sampled_from([None, 1])) for name in ("prompt_logprobs", "logprobs")}
-        self.requests[name] = request(name, prompt, max_tokens, **asked)
+        begun = data.draw(st.sampled_from([None, *self.requests]))
+        text = list(range(fork)) if begun is None else [*self.requests[begun].prompt, *self.answers[begun]]
+        prompt = [*text, *(100 + len(self.requests) + place for place in range(length))][:length]
+        self.requests[name] = request(
+            name,
+            prompt,
+            data.draw(st.just(self.limit - length) | st.integers(1, self.limit - length)),
+            **data.draw(st.sampled_from([{}, {}, {"logprobs": 1}, {"prompt_logprobs": 1}])),
+            priority=priority,
+            cache_salt=salt,
+            deadline=None if timeout is None else self.now + timeout,
+        )
+        self.ranks[name] = (self.now + PRIORITY_SECONDS * priority, len(self.ranks))
         self.answers[name] = []
         self.scores[name] = []
-        self.scheduler.add(self.requests[name])
+        self.scheduler.add(self.requests[name], self.now)
 
-    @rule()
+    @rule(seconds=st.floats(0, 30))
+    def time_passes(self, seconds: float) -> None:
+        self.now += seconds
+        for output in self.scheduler.expire(self.now):
+            assert output.finish_reason == "timeout"
+            assert output.error is not None
+            assert self.is_late(output.request_id)
+            self.take(output)
+        assert not any(self.is_late(name) for name in self.open())
+
+    @rule(count=st.integers(1, 6))
+    def steps(self, count: int) -> None:
+        for _ in range(count):
+            self.step()
+
     def step(self) -> None:
-        batch = self.scheduler.schedule()
-        for name in self.scheduler.preempted:
-            self.runner.release(name)
+        batch = self.schedule()
         if batch is None:
             assert not self.scheduler.has_work
             return
-        self.check_batch(batch)
         for output in self.scheduler.apply(batch, self.runner.step(batch)):
             self.take(output)
 
     @rule(data=st.data())
+    def step_with_an_error(self, data: st.DataObject) -> None:
+        batch = self.schedule()
+        if batch is None:
+            return
+        bad = data.draw(st.sampled_from([chunk.request_id for chunk in batch.chunks]))
+        self.runner.poisoned = {bad}
+        outputs = self.scheduler.apply(batch, self.runner.step(batch))
+        self.runner.poisoned = set()
+        assert [o.request_id for o in outputs if o.finish_reason == "error"] == [bad]
+        for output in outputs:
+            self.take(output)
+
+    @rule()
+    def failed_step(self) -> None:
+        batch = self.schedule()
+        if batch is not None:
+            self.runner.spoil(batch)
+            for output in self.scheduler.fail(batch, "the step failed"):
+                assert (output.finish_reason, output.error) == ("error", "the step failed")
+                self.take(output)
+
+    @rule(data=st.data())
     def abort(self, data: st.DataObject) -> None:
         name = data.draw(st.sampled_from([*self.requests, "unknown"]))
+        is_open = name in self.open()
         output = self.scheduler.abort(name)
-        is_open = name in self.requests and self.ends[name] == 0
         assert (output is not None) == is_open
         if output is not None:
             assert output.finish_reason == "abort"
             self.take(output)
 
-    @rule()
-    def failed_step(self) -> None:
-        batch = self.scheduler.schedule()
-        for name in self.scheduler.preempted:
-            self.runner.release(name)
-        if batch is not None:
-            for output in self.scheduler.fail(batch, "the step failed"):
-                assert (output.finish_reason, output.error) == ("error", "the step failed")
-                self.take(output)
-
-    @precondition(lambda self: self.scheduler.has_work)
-    @rule()
-    def run_dry(self) -> None:
+    def teardown(self) -> None:
+        """Whatever has happened: everybody ends."""
+        if not hasattr(self, "scheduler"):
+            return
         for _ in range(10_000):
             if not self.scheduler.has_work:
                 break
@@ -105,12 +156,48 @@ class SchedulerMachine(RuleBasedStateMachine):
         assert self.scheduler.pool.used == 0
         assert self.scheduler.schedule() is None
 
-    def check_batch(self, batch: Batch) -> None:
+    def open(self) -> list[str]:
+        return [name for name in self.requests if self.ends[name] == 0]
+
+    def is_late(self, name: str) -> bool:
+        deadline = self.requests[name].deadline
+        return deadline is not None and deadline <= self.now
+
+    def schedule(self) -> Batch | None:
+        ran = {sequence.request.request_id for sequence in self.scheduler.running}
+        batch = self.scheduler.schedule()
+        if batch is not None:
+            self.check_batch(batch, ran)
+        return batch
+
+    def check_batch(self, batch: Batch, ran: set[str]) -> None:
         assert 1 <= batch.tokens <= self.budget
         names = [chunk.request_id for chunk in batch.chunks]
         assert len(names) == len(set(names))
+        running = {sequence.request.request_id: sequence for sequence in self.scheduler.running}
         for chunk in batch.chunks:
+            assert len(chunk.tokens) >= 1
             assert len(chunk.blocks) * BLOCK >= chunk.end
+            assert chunk.end <= len(running[chunk.request_id].tokens)
+            self.check_what_is_read(chunk)
+            for block in chunk.blocks[chunk.start // BLOCK :]:
+                assert self.scheduler.pool.owners(block) == 1, "what is written is read by another"
+        admitted = [name for name in running if name not in ran]
+        for some in ([name for name in names if name in ran and running[name].remaining > 1], admitted):
+            assert some == sorted(some, key=self.ranks.__getitem__)
+        waiting = [self.ranks[sequence.request.request_id] for sequence in self.scheduler.waiting]
+        if admitted and waiting:
+            assert max(self.ranks[name] for name in admitted) < min(waiting), "somebody was passed over"
+
+    def check_what_is_read(self, chunk: Chunk) -> None:
+        """The cache model: a block holds the tokens that were written there, and only a tenant's own are read."""
+        asked = self.requests[chunk.request_id]
+        tokens = [*asked.prompt, *self.answers[chunk.request_id]]
+        assert list(self.runner.read(chunk.blocks, chunk.start)) == tokens[: chunk.start]
+        for position in range(chunk.start):
+            writer = self.runner.writers[self.runner.slot(chunk.blocks, position)]
+            assert self.requests[writer].cache_salt == asked.cache_salt
+            assert self.caching or writer == chunk.request_id
 
     def take(self, output: SequenceOutput) -> None:
         name = output.request_id
@@ -121,6 +208,9 @@ class SchedulerMachine(RuleBasedStateMachine):
         wanted = scored(output.token_ids, position) if asked.sampling.logprobs is not None else []
         assert list(output.logprobs) == wanted
         self.answers[name] += output.token_ids
+        assert 0 <= output.cached_tokens < len(asked.prompt)
+        assert output.cached_tokens == 0 or (output.token_ids and len(self.answers[name]) == 1)
+        assert output.cached_tokens == 0 or asked.sampling.prompt_logprobs is None
         prompt_scores = scored(asked.prompt[1:], 1) if asked.sampling.prompt_logprobs is not None else []
         complete = bool(output.token_ids)
         assert self.scores[name] == (prompt_scores if complete else prompt_scores[: len(self.scores[name])])
@@ -128,30 +218,51 @@ class SchedulerMachine(RuleBasedStateMachine):
             assert output.token_ids or output.prompt_logprobs
             return
         self.ends[name] += 1
-        self.runner.release(name)
         if output.finish_reason == "length":
             assert self.answers[name] == expected_answer(asked.prompt, asked.sampling.max_tokens)
         else:
             assert self.answers[name] == expected_answer(asked.prompt, len(self.answers[name]))
 
     @invariant()
-    def blocks_are_owned_once(self) -> None:
+    def blocks_have_as_many_owners_as_hold_them(self) -> None:
         if not hasattr(self, "scheduler"):
             return
-        held = [block for sequence in self.scheduler.running for block in sequence.blocks]
-        assert len(held) == len(set(held)) == self.scheduler.pool.used
+        pool = self.scheduler.pool
+        held = Counter(block for sequence in self.scheduler.running for block in sequence.blocks)
+        assert [pool.owners(block) for block in range(pool.total)] == [held[block] for block in range(pool.total)]
+        assert pool.used == len(held)
+        for sequence in self.scheduler.running:
+            assert len(set(sequence.blocks)) == len(sequence.blocks) >= 1
         assert all(not sequence.blocks for sequence in self.scheduler.waiting)
+        assert self.caching or pool.cached == 0
 
     @invariant()
-    def queues_hold_what_is_open_in_order_of_arrival(self) -> None:
+    def a_name_says_what_the_block_is_full_of(self) -> None:
         if not hasattr(self, "scheduler"):
             return
-        queued = [sequence.request.request_id for sequence in (*self.scheduler.running, *self.scheduler.waiting)]
-        assert queued == [name for name in self.requests if self.ends[name] == 0]
+        names = self.scheduler._names
+        for name, block in self.scheduler.pool._by_name.items():
+            tokens = self.runner.slots[block, BLOCK - 1]
+            assert tokens is not None
+            chain = names.start(self.requests[self.runner.writers[block, BLOCK - 1]].cache_salt)
+            names.extend(chain, list(tokens), len(tokens) // BLOCK)
+            assert chain[-1] == name
+
+    @invariant()
+    def queues_hold_what_is_open_by_rank(self) -> None:
+        if not hasattr(self, "scheduler"):
+            return
+        queues = [
+            [sequence.request.request_id for sequence in queue]
+            for queue in (self.scheduler.running, self.scheduler.waiting)
+        ]
+        assert sorted(queues[0] + queues[1]) == sorted(self.open())
+        for queue in queues:
+            assert queue == sorted(queue, key=self.ranks.__getitem__)
         assert len(self.scheduler.running) <= self.scheduler.max_sequences
 
 
-SchedulerMachine.TestCase.settings = settings(max_examples=150, stateful_step_count=40, deadline=None)
+SchedulerMachine.TestCase.settings = settings(max_examples=300, stateful_step_count=40, deadline=None)
 TestSchedulerProperties = SchedulerMachine.TestCase
 
 
@@ -159,19 +270,17 @@ def make(blocks: int = 100, budget: int = 32, sequences: int = 8, limit: int = 6
     return Scheduler(BlockPool(blocks, BLOCK), max_batch_tokens=budget, max_sequences=sequences, max_model_len=limit)
 
 
-def run_step(scheduler: Scheduler, runner: ScriptedRunner) -> tuple[Batch, list[SequenceOutput]]:
+def run_step(scheduler: Scheduler, runner: PagedScriptedRunner) -> tuple[Batch, list[SequenceOutput]]:
     batch = scheduler.schedule()
     assert batch is not None
-    for name in scheduler.preempted:
-        runner.release(name)
     return batch, scheduler.apply(batch, runner.step(batch))
 
 
 def test_a_long_prompt_is_chunked_beside_decodes() -> None:
-    scheduler, runner = make(budget=10), ScriptedRunner()
-    scheduler.add(request("short", [1, 2], 20))
+    scheduler, runner = make(budget=10), PagedScriptedRunner(BLOCK)
+    scheduler.add(request("short", [1, 2], 20), 0.0)
     run_step(scheduler, runner)
-    scheduler.add(request("long", list(range(25)), 5))
+    scheduler.add(request("long", list(range(25)), 5), 0.0)
     sizes = []
     for _ in range(4):
         batch, outputs = run_step(scheduler, runner)
@@ -181,18 +290,18 @@ def test_a_long_prompt_is_chunked_beside_decodes() -> None:
 
 
 def test_a_newcomer_joins_between_steps() -> None:
-    scheduler, runner = make(), ScriptedRunner()
-    scheduler.add(request("a", [5], 4))
+    scheduler, runner = make(), PagedScriptedRunner(BLOCK)
+    scheduler.add(request("a", [5], 4), 0.0)
     run_step(scheduler, runner)
-    scheduler.add(request("b", [6, 7], 4))
+    scheduler.add(request("b", [6, 7], 4), 0.0)
     batch, _ = run_step(scheduler, runner)
     assert [chunk.request_id for chunk in batch.chunks] == ["a", "b"]
 
 
 def test_the_youngest_is_preempted_and_still_answers_right() -> None:
-    scheduler, runner = make(blocks=6, limit=24), ScriptedRunner()
-    scheduler.add(request("old", [1, 2, 3, 4], 20))
-    scheduler.add(request("young", [9, 8, 7, 6], 12))
+    scheduler, runner = make(blocks=6, limit=24), PagedScriptedRunner(BLOCK)
+    scheduler.add(request("old", [1, 2, 3, 4], 20), 0.0)
+    scheduler.add(request("young", [9, 8, 7, 6], 12), 0.0)
     answers: dict[str, list[int]] = {"old": [], "young": []}
     preempted: list[str] = []
     while scheduler.has_work:
@@ -206,9 +315,9 @@ def test_the_youngest_is_preempted_and_still_answers_right() -> None:
 
 
 def test_a_long_prompt_is_scored_chunk_by_chunk_and_only_once() -> None:
-    scheduler, runner = make(blocks=9, budget=10, limit=36), ScriptedRunner()
-    scheduler.add(request("old", [1, 2, 3, 4], 32))
-    scheduler.add(request("young", list(range(25)), 8, prompt_logprobs=0))
+    scheduler, runner = make(blocks=9, budget=10, limit=36), PagedScriptedRunner(BLOCK)
+    scheduler.add(request("old", [1, 2, 3, 4], 32), 0.0)
+    scheduler.add(request("young", list(range(25)), 8, prompt_logprobs=0), 0.0)
     found: list[TokenLogprobs] = []
     preempted: list[str] = []
     while scheduler.has_work:
@@ -223,18 +332,16 @@ def test_a_long_prompt_is_scored_chunk_by_chunk_and_only_once() -> None:
 
 
 def test_a_history_grows_with_its_sequence_and_outlives_a_preemption() -> None:
-    scheduler, runner = make(blocks=6, limit=24), ScriptedRunner()
-    scheduler.add(request("old", [1, 2, 3, 4], 20))
+    scheduler, runner = make(blocks=6, limit=24), PagedScriptedRunner(BLOCK)
+    scheduler.add(request("old", [1, 2, 3, 4], 20), 0.0)
     penalised = SamplingParams(max_tokens=12, frequency_penalty=0.5)
-    scheduler.add(Generate("young", (9, 8, 7, 6), penalised))
+    scheduler.add(Generate("young", (9, 8, 7, 6), penalised), 0.0)
     generated: list[int] = []
     preempted = 0
     while scheduler.has_work:
         batch = scheduler.schedule()
         assert batch is not None
         preempted += len(scheduler.preempted)
-        for name in scheduler.preempted:
-            runner.release(name)
         for chunk in batch.chunks:
             history = chunk.draw.history if chunk.draw is not None else None
             assert (history is not None) == (chunk.request_id == "young" and chunk.draw is not None)
@@ -248,9 +355,9 @@ def test_a_history_grows_with_its_sequence_and_outlives_a_preemption() -> None:
 
 
 def test_stop_token_is_reported_and_ends() -> None:
-    scheduler, runner = make(), ScriptedRunner()
+    scheduler, runner = make(), PagedScriptedRunner(BLOCK)
     answer = expected_answer([3, 4], 5)
-    scheduler.add(request("a", [3, 4], 50, stop=(answer[2],)))
+    scheduler.add(request("a", [3, 4], 50, stop=(answer[2],)), 0.0)
     outputs = [output for _ in range(3) for output in run_step(scheduler, runner)[1]]
     assert [token for output in outputs for token in output.token_ids] == answer[:3]
     assert outputs[-1].finish_reason == "stop"
@@ -265,17 +372,17 @@ def test_stop_token_is_reported_and_ends() -> None:
 def test_what_can_never_run_is_refused(prompt: list[int], max_tokens: int, words: str) -> None:
     scheduler = make()
     with pytest.raises(RequestError, match=words):
-        scheduler.add(request("a", prompt, max_tokens))
+        scheduler.add(request("a", prompt, max_tokens), 0.0)
     assert not scheduler.has_work
 
 
 def test_an_open_id_is_refused_and_an_ended_one_may_return() -> None:
     scheduler = make()
-    scheduler.add(request("a", [1], 1))
+    scheduler.add(request("a", [1], 1), 0.0)
     with pytest.raises(RequestError, match="in use"):
-        scheduler.add(request("a", [1], 1))
+        scheduler.add(request("a", [1], 1), 0.0)
     scheduler.abort("a")
-    scheduler.add(request("a", [1], 1))
+    scheduler.add(request("a", [1], 1), 0.0)
 
 
 def test_contradicting_limits_are_refused() -> None:
@@ -283,3 +390,188 @@ def test_contradicting_limits_are_refused() -> None:
         make(sequences=64)
     with pytest.raises(ConfigError, match="needs 16 KV blocks, and the cache has 3"):
         make(blocks=3)
+
+
+def first_chunks(batch: Batch | None) -> list[str]:
+    assert batch is not None
+    return [chunk.request_id for chunk in batch.chunks]
+
+
+def test_who_has_the_lower_priority_value_is_served_first() -> None:
+    scheduler = make(sequences=1)
+    for name, priority in (("late", 5), ("usual", 0), ("early", -3), ("usual too", 0)):
+        scheduler.add(request(name, [1], 1, priority=priority), 0.0)
+    runner, order = PagedScriptedRunner(BLOCK), []
+    while scheduler.has_work:
+        order += first_chunks(run_step(scheduler, runner)[0])
+    assert order == ["early", "usual", "usual too", "late"]
+
+
+def test_nobody_starves_behind_a_stream_of_the_privileged() -> None:
+    """One request fits at a time, and each second brings one that is three steps more urgent."""
+    scheduler, runner = make(sequences=1), PagedScriptedRunner(BLOCK)
+    scheduler.add(request("patient", [1], 1, priority=1), 0.0)
+    for second in range(1000):
+        scheduler.add(request(f"urgent{second}", [1], 1, priority=-2), float(second))
+        scheduler.add(request(f"more{second}", [1], 1, priority=-2), float(second))
+        if "patient" in first_chunks(run_step(scheduler, runner)[0]):
+            break
+    assert 3 * PRIORITY_SECONDS < second + 1 <= 2 * (3 * PRIORITY_SECONDS + 1) + 1, (
+        "its turn is after those it must let pass"
+    )
+
+
+def test_an_urgent_newcomer_goes_before_a_long_prompt_that_is_being_computed() -> None:
+    scheduler, runner = make(budget=10), PagedScriptedRunner(BLOCK)
+    scheduler.add(request("long", list(range(40)), 5), 0.0)
+    run_step(scheduler, runner)
+    scheduler.add(request("urgent", [7, 7, 7], 5, priority=-1), 1.0)
+    scheduler.add(request("usual", [8, 8, 8], 5), 1.0)
+    batch, _ = run_step(scheduler, runner)
+    assert [(chunk.request_id, len(chunk.tokens)) for chunk in batch.chunks] == [("urgent", 3), ("long", 7)]
+
+
+def test_the_last_in_rank_is_preempted_though_it_came_first() -> None:
+    scheduler, runner = make(blocks=6, limit=24), PagedScriptedRunner(BLOCK)
+    scheduler.add(request("first", [1, 2, 3, 4], 20, priority=1), 0.0)
+    scheduler.add(request("urgent", [9, 8, 7, 6], 12), 0.0)
+    preempted = []
+    while scheduler.has_work:
+        run_step(scheduler, runner)
+        preempted += scheduler.preempted
+    assert set(preempted) == {"first"}
+
+
+def test_a_deadline_ends_who_waits_and_who_runs() -> None:
+    scheduler, runner = make(sequences=1), PagedScriptedRunner(BLOCK)
+    scheduler.add(request("runs", [1, 2], 50, deadline=5.0), 1.0)
+    scheduler.add(request("waits", [1], 50, deadline=4.0), 2.0)
+    scheduler.add(request("stays", [1], 2), 3.0)
+    for _ in range(3):
+        run_step(scheduler, runner)
+    assert scheduler.expire(3.9) == []
+    (waited,) = scheduler.expire(4.0)
+    assert (waited.request_id, waited.finish_reason) == ("waits", "timeout")
+    assert waited.error == (
+        "the request's time was up, 2 seconds after it had reached the engine, with 0 of at most 50 tokens generated"
+    )
+    (ran,) = scheduler.expire(6.0)
+    assert (ran.request_id, ran.finish_reason) == ("runs", "timeout")
+    assert "5 seconds" in str(ran.error)
+    assert "3 of at most 50 tokens" in str(ran.error)
+    assert scheduler.expire(100.0) == []
+    assert scheduler.pool.used == 0
+    assert first_chunks(run_step(scheduler, runner)[0]) == ["stays"]
+
+
+def answer_all(scheduler: Scheduler, runner: PagedScriptedRunner) -> dict[str, SequenceOutput]:
+    """Runs dry; each request's first output."""
+    first: dict[str, SequenceOutput] = {}
+    while scheduler.has_work:
+        for output in run_step(scheduler, runner)[1]:
+            first.setdefault(output.request_id, output)
+    return first
+
+
+def test_a_shared_beginning_is_computed_once() -> None:
+    """What the time to the second request's first token depends on: at most a tenth of its prompt is computed."""
+    scheduler = Scheduler(BlockPool(200), max_batch_tokens=512, max_sequences=4, max_model_len=1200)
+    runner = PagedScriptedRunner(scheduler.pool.block_tokens)
+    system = [7 * place % 997 for place in range(1000)]
+    scheduler.add(request("first", [*system, *range(40)], 5), 0.0)
+    assert answer_all(scheduler, runner)["first"].cached_tokens == 0
+    computed = runner.computed_tokens
+    scheduler.add(request("second", [*system, *range(500, 540)], 1), 1.0)
+    batch = scheduler.schedule()
+    assert batch is not None
+    assert (scheduler.queried_tokens, scheduler.hit_tokens) == (1040, 992)
+    (output,) = scheduler.apply(batch, runner.step(batch))
+    assert output.cached_tokens == 992
+    assert runner.computed_tokens - computed == 1040 - 992 <= 1040 / 10
+    scheduler.schedule()
+    assert (scheduler.queried_tokens, scheduler.hit_tokens) == (0, 0)
+
+
+def test_beginnings_are_shared_while_both_run_and_in_a_next_turn() -> None:
+    scheduler, runner = make(), PagedScriptedRunner(BLOCK)
+    prompt = list(range(12))
+    scheduler.add(request("a", prompt, 20), 0.0)
+    run_step(scheduler, runner)
+    scheduler.add(request("b", prompt, 20), 0.0)
+    run_step(scheduler, runner)
+    a, b = scheduler.running
+    assert a.blocks[:2] == b.blocks[:2], "eight tokens are shared; the last four hold the one that draws"
+    assert a.blocks[2] != b.blocks[2]
+    answer_all(scheduler, runner)
+    turn = [*prompt, *expected_answer(prompt, 20), 5, 6]
+    scheduler.add(request("next turn", turn, 3), 0.0)
+    assert answer_all(scheduler, runner)["next turn"].cached_tokens == 28, "the last token was never computed"
+
+
+def test_all_of_a_prompt_is_never_taken_from_the_cache() -> None:
+    scheduler, runner = make(), PagedScriptedRunner(BLOCK)
+    for name in ("a", "b"):
+        scheduler.add(request(name, list(range(16)), 1), 0.0)
+        assert answer_all(scheduler, runner)[name].cached_tokens == (12 if name == "b" else 0)
+
+
+@pytest.mark.parametrize(("salts", "cached"), [(("", ""), 12), (("x", "x"), 12), (("x", "y"), 0), (("", "x"), 0)])
+def test_tenants_find_only_their_own(salts: tuple[str, str], cached: int) -> None:
+    scheduler, runner = make(), PagedScriptedRunner(BLOCK)
+    for name, salt in zip("ab", salts, strict=True):
+        scheduler.add(request(name, list(range(14)), 2, cache_salt=salt), 0.0)
+        output = answer_all(scheduler, runner)[name]
+    assert output.cached_tokens == cached
+
+
+def test_nothing_is_found_where_caching_is_off() -> None:
+    scheduler = make()
+    scheduler.prefix_caching = False
+    runner = PagedScriptedRunner(BLOCK)
+    for name in "ab":
+        scheduler.add(request(name, list(range(14)), 2), 0.0)
+        assert answer_all(scheduler, runner)[name].cached_tokens == 0
+    assert scheduler.pool.cached == scheduler.queried_tokens == 0
+
+
+def test_who_is_preempted_finds_its_own_blocks_again() -> None:
+    scheduler, runner = make(blocks=8, limit=32), PagedScriptedRunner(BLOCK)
+    scheduler.add(request("old", list(range(12)), 8), 0.0)
+    scheduler.add(request("young", list(range(100, 112)), 12), 0.0)
+    preempted: list[str] = []
+    while scheduler.has_work:
+        run_step(scheduler, runner)
+        preempted += scheduler.preempted
+    assert preempted == ["young"]
+    once = 12 + 7 + 12 + 11
+    assert runner.computed_tokens == once + BLOCK, "of its four full blocks only the one was lost that the old one took"
+
+
+@pytest.mark.parametrize("whole_step", [True, False])
+def test_what_an_error_leaves_is_not_found_again(whole_step: bool) -> None:
+    """Nor what the request had computed before: who knows since when it was wrong."""
+    scheduler, runner = make(budget=10), PagedScriptedRunner(BLOCK)
+    scheduler.add(request("bad", list(range(20)), 5), 0.0)
+    run_step(scheduler, runner)
+    if whole_step:
+        batch = scheduler.schedule()
+        assert batch is not None
+        runner.spoil(batch)
+        scheduler.fail(batch, "the step failed")
+    else:
+        runner.poisoned = {"bad"}
+        run_step(scheduler, runner)
+        runner.poisoned = set()
+    assert scheduler.pool.cached == scheduler.pool.used == 0
+    scheduler.add(request("good", list(range(20)), 5), 0.0)
+    assert answer_all(scheduler, runner)["good"].cached_tokens == 0
+
+
+def test_an_aborted_prompt_leaves_what_was_computed_of_it() -> None:
+    scheduler, runner = make(budget=10), PagedScriptedRunner(BLOCK)
+    scheduler.add(request("gone", list(range(20)), 5), 0.0)
+    run_step(scheduler, runner)
+    scheduler.abort("gone")
+    assert (scheduler.pool.used, scheduler.pool.cached) == (0, 2)
+    scheduler.add(request("next", list(range(20)), 5), 0.0)
+    assert answer_all(scheduler, runner)["next"].cached_tokens == 8
