@@ -21,7 +21,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SecretStr, V
 from server.cpus import available_cpus
 from server.demo import DEMO_MODEL_NAME, DEMO_MODEL_PATH, DEMO_QUANTIZATION
 from server.errors import ConfigError
-from server.records import ModelSpec
+from server.records import MAX_TIMEOUT_SECONDS, ModelSpec
 from server.sentences import describe, listed, location, shown
 from server.yaml_file import read_yaml
 
@@ -99,6 +99,9 @@ class ModelConfig(Settings):
     max_sequences: Annotated[int, Field(ge=1, le=4096)] = Field(
         default=64, description="Sequences that share an engine step at most."
     )
+    prefix_caching: bool = Field(
+        default=True, description="Use again what the KV cache still holds of a prompt's beginning."
+    )
     batch_invariant: bool = Field(
         default=False, description="Same bits for a token whatever else is in its step, at some cost; on a CPU only."
     )
@@ -136,6 +139,7 @@ class ModelConfig(Settings):
             kv_cache_tokens=self.kv_cache.tokens,
             max_batch_tokens=self.max_batch_tokens,
             max_sequences=self.max_sequences,
+            prefix_caching=self.prefix_caching,
             batch_invariant=self.batch_invariant,
             threads=self.threads or threads,
         )
@@ -157,6 +161,9 @@ class ServerSettings(Settings):
     )
     max_queued_requests: Annotated[int, Field(ge=0, le=2**16)] = Field(
         default=128, description="Requests per model that may wait beside those that run; beyond, 429."
+    )
+    request_timeout_seconds: Annotated[float, Field(gt=0, le=MAX_TIMEOUT_SECONDS, allow_inf_nan=False)] | None = Field(
+        default=None, description="How long a request may take that has no `timeout` of its own; without it, any time."
     )
     drain_seconds: Annotated[float, Field(ge=0, le=86400, allow_inf_nan=False)] = Field(
         default=30.0, description="After SIGINT or SIGTERM, how long running requests may take to finish."

@@ -12,7 +12,8 @@
         ├── BodyTooLargeError   more bytes than the limit                                      413
         ├── OverloadedError     the queue is full; carries Retry-After                         429
         ├── EngineFaultError    the engine failed in a step of this request                    500
-        └── EngineUnavailableError   the model's engine is loading, or has died                503
+        ├── EngineUnavailableError   the model's engine is loading, or has died                503
+        └── DeadlineExceededError    the request's time was up before it was complete          504
 
 `quant` has a tree of its own (quant/errors.py); the two meet in engine/process.py, which turns a QuantError into a
 LoadFailed record, because the HTTP process must not import torch.
@@ -112,6 +113,14 @@ class EngineUnavailableError(RequestError):
     status = 503
     kind = "service_unavailable_error"
     code = "engine_unavailable"
+
+
+class DeadlineExceededError(RequestError):
+    """The request's own timeout or the server's; 504 is what gRPC's DEADLINE_EXCEEDED becomes over HTTP."""
+
+    status = 504
+    kind = "timeout_error"
+    code = "deadline_exceeded"
 
 
 _LOAD_FAILURES: dict[str, type[ServerError]] = {"config": ConfigError, "does_not_fit": DoesNotFitError}

@@ -65,10 +65,10 @@ class ChatFormat(Format):
         delta = {"content": text} if text else {}
         return self._chunk([_delta(index, delta, _logprobs(tokens) if tokens else None, finish)])
 
-    def usage_chunk(self, usage: dict[str, int]) -> dict[str, Any]:
+    def usage_chunk(self, usage: dict[str, Any]) -> dict[str, Any]:
         return self._chunk([]) | {"usage": usage}
 
-    def whole(self, choices: Sequence[Choice], usage: dict[str, int]) -> dict[str, Any]:
+    def whole(self, choices: Sequence[Choice], usage: dict[str, Any]) -> dict[str, Any]:
         written = [
             {
                 "index": index,

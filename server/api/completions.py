@@ -54,10 +54,10 @@ class CompletionFormat(Format):
     def chunk(self, index: int, text: str, tokens: Sequence[ScoredToken], finish: str | None) -> dict[str, Any]:
         return self._head | {"choices": [_choice(index, text, _logprobs(tokens) if tokens else None, finish)]}
 
-    def usage_chunk(self, usage: dict[str, int]) -> dict[str, Any]:
+    def usage_chunk(self, usage: dict[str, Any]) -> dict[str, Any]:
         return self._head | {"choices": [], "usage": usage}
 
-    def whole(self, choices: Sequence[Choice], usage: dict[str, int]) -> dict[str, Any]:
+    def whole(self, choices: Sequence[Choice], usage: dict[str, Any]) -> dict[str, Any]:
         written = [
             _choice(index, choice.text, _logprobs(choice.tokens) if self._scored else None, choice.finish)
             for index, choice in enumerate(choices)

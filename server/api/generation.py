@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -28,7 +29,7 @@ class Prompt(NamedTuple):
 
 @dataclass(frozen=True)
 class Options:
-    """How text is generated."""
+    """How text is generated, and when."""
 
     limit: int | None
     """Tokens at most; None means as long as the context allows, and 0 that only the prompt is wanted."""
@@ -43,6 +44,10 @@ class Options:
     """Texts for each prompt."""
     echo: bool = False
     """Whether each text begins with its prompt."""
+    priority: int = 0
+    timeout: float | None = None
+    """Seconds from the request's arrival to its last token; None takes the server's."""
+    cache_salt: str = ""
 
 
 class TextJob:
@@ -66,9 +71,13 @@ class TextJob:
         self._options = options
         self.prompt_tokens = 0
         self.completion_tokens = 0
+        self.cached_tokens = 0
+        self._deadline: float | None = None
 
     async def pieces(self) -> AsyncGenerator[Piece, None]:
         """Pieces of all choices as they come. Closing the generator aborts what still runs. Raises RequestError."""
+        timeout = self._model.timeout if self._options.timeout is None else self._options.timeout
+        self._deadline = None if timeout is None else time.monotonic() + timeout
         with self._place():
             prompts = await self._encode()
             banned = await asyncio.to_thread(bad_word_ids, self._model.tokenizer, self._options.bad_words)
@@ -114,7 +123,14 @@ class TextJob:
         text = ChoiceText(index, tokenizer, params, stop=options.stop, keep_stop=options.keep_stop, offset=len(echoed))
         logprobs: list[TokenLogprobs] = []
         opening = options.echo
-        with self._model.client.generate(f"{self._id}-{index}", prompt.ids, params) as stream:
+        with self._model.client.generate(
+            f"{self._id}-{index}",
+            prompt.ids,
+            params,
+            priority=options.priority,
+            deadline=self._deadline,
+            cache_salt=options.cache_salt,
+        ) as stream:
             async for output in stream:
                 logprobs += output.prompt_logprobs
                 if opening and output.token_ids:  # by the first token all of the prompt has been scored
@@ -126,6 +142,8 @@ class TextJob:
                     if options.limit == 0:
                         return
                 self.completion_tokens += len(output.token_ids)
+                if index % options.choices == 0:  # as the prompt's own tokens, which count once
+                    self.cached_tokens += output.cached_tokens
                 piece = text.push(output)
                 if piece is not None:
                     yield piece

@@ -38,4 +38,5 @@ def _describe(model: ServedModel, service: Service) -> dict[str, Any]:
         "dtype": info.dtype if info else None,
         "device": info.device if info else None,
         "quantization": info.quantization if info else None,
+        "prefix_caching": info.prefix_caching if info else None,
     }

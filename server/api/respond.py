@@ -46,11 +46,11 @@ class Format(ABC):
         """One streamed piece."""
 
     @abstractmethod
-    def usage_chunk(self, usage: dict[str, int]) -> dict[str, Any]:
+    def usage_chunk(self, usage: dict[str, Any]) -> dict[str, Any]:
         """The last chunk, for who asked for include_usage."""
 
     @abstractmethod
-    def whole(self, choices: Sequence[Choice], usage: dict[str, int]) -> dict[str, Any]:
+    def whole(self, choices: Sequence[Choice], usage: dict[str, Any]) -> dict[str, Any]:
         """The answer that is not streamed."""
 
 
@@ -62,6 +62,9 @@ def options(body: Sampling, limit: int | None, *, echo: bool = False) -> Options
         stop=tuple(body.stop),
         keep_stop=body.include_stop_str_in_output,
         ignore_eos=body.ignore_eos,
+        priority=body.priority or 0,
+        timeout=body.timeout,
+        cache_salt=body.cache_salt or "",
         bad_words=tuple(body.bad_words),
         choices=body.choices,
         echo=echo,
@@ -114,10 +117,11 @@ async def _chained(first: Piece, rest: AsyncGenerator[Piece, None]) -> AsyncGene
         yield piece
 
 
-def usage(job: TextJob) -> dict[str, int]:
+def usage(job: TextJob) -> dict[str, Any]:
     """Tokens as counted by the engine, those of a stop string included; a prompt counts once, however many choices."""
     return {
         "prompt_tokens": job.prompt_tokens,
         "completion_tokens": job.completion_tokens,
         "total_tokens": job.prompt_tokens + job.completion_tokens,
+        "prompt_tokens_details": {"cached_tokens": job.cached_tokens},
     }

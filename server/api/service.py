@@ -27,12 +27,16 @@ log = logging.getLogger(__name__)
 class ServedModel:
     """One model: its engine's client, and its text side, which loads while the engine does."""
 
-    def __init__(self, spec: ModelSpec, metrics: ModelMetrics, client: EngineClient, max_queued: int) -> None:
+    def __init__(
+        self, spec: ModelSpec, metrics: ModelMetrics, client: EngineClient, max_queued: int, timeout: float | None
+    ) -> None:
         self.spec = spec
         self.name = spec.name
         self.metrics = metrics
         self.client = client
         self.admission = Admission(spec.name, spec.max_sequences + max_queued)
+        self.timeout = timeout
+        """Seconds for a request that brings none of its own; None for any time."""
         self.template: ChatTemplate | None = None
         self.ready = False
         self._tokenizer: Tokenizer | None = None
@@ -80,7 +84,9 @@ class Service:
         for spec in config.specs():
             metrics = ModelMetrics(self.metrics, spec.name)
             client = EngineClient(spec, metrics, command=command)
-            self.models[spec.name] = ServedModel(spec, metrics, client, config.max_queued_requests)
+            self.models[spec.name] = ServedModel(
+                spec, metrics, client, config.max_queued_requests, config.request_timeout_seconds
+            )
 
     async def load(self) -> None:
         """Loads all models at once; raises the first failure."""

@@ -19,12 +19,13 @@ from server.api.sampling_fields import (
     TokenCount,
 )
 from server.api.strict import Wire, only
-from server.records import MAX_TOP_LOGPROBS
+from server.records import MAX_TIMEOUT_SECONDS, MAX_TOP_LOGPROBS
 from server.sentences import listed, shown
 
 MAX_PROMPTS: Final = 32
 MAX_MESSAGES: Final = 4096
 MAX_PARTS: Final = 1024
+MAX_PRIORITY: Final = 100
 MAX_COMPLETION_LOGPROBS: Final = 5
 """Of /v1/completions; the number is OpenAI's, as MAX_TOP_LOGPROBS is for chats."""
 DEFAULT_COMPLETION_TOKENS: Final = 16
@@ -92,6 +93,9 @@ class Sampling(SamplingFields):
 
     stream: bool | None = None
     stream_options: StreamOptions | None = None
+    priority: Annotated[int, Field(ge=-MAX_PRIORITY, le=MAX_PRIORITY)] | None = None
+    timeout: Annotated[float, Field(gt=0, le=MAX_TIMEOUT_SECONDS)] | None = None
+    cache_salt: Annotated[str, Field(min_length=1, max_length=MAX_NAME_CHARACTERS)] | None = None
     user: Annotated[str, Field(max_length=MAX_NAME_CHARACTERS)] | None = None
 
     @model_validator(mode="after")

@@ -21,7 +21,15 @@ from typing import Final, Literal
 
 import msgspec
 
-from server.errors import EngineFaultError, EngineUnavailableError, LoadError, RequestError, ServerError, load_failure
+from server.errors import (
+    DeadlineExceededError,
+    EngineFaultError,
+    EngineUnavailableError,
+    LoadError,
+    RequestError,
+    ServerError,
+    load_failure,
+)
 from server.metrics import ModelMetrics
 from server.records import (
     LENGTH_PREFIX_BYTES,
@@ -77,7 +85,7 @@ class OutputStream:
 
     async def __anext__(self) -> SequenceOutput:
         """The next output. Raises EngineUnavailableError when the engine dies, RequestError when it refuses,
-        EngineFaultError when it fails in a step of this request.
+        EngineFaultError when it fails in a step of this request, DeadlineExceededError when the time is up.
         """
         if self._closed or self._reason is not None:
             raise StopAsyncIteration
@@ -86,8 +94,10 @@ class OutputStream:
             self._reason = "error"
             raise output
         self._reason = output.finish_reason
-        if output.finish_reason == "error":
+        if output.finish_reason in ("error", "timeout"):
             sentence = output.error or "the engine ended this request and gave no reason"
+            if output.finish_reason == "timeout":
+                raise DeadlineExceededError(sentence)
             raise RequestError(sentence) if output.refused else EngineFaultError(sentence)
         return output
 
@@ -185,15 +195,24 @@ class EngineClient:
             return self.loaded
         raise self._unavailable()
 
-    def generate(self, request_id: str, prompt: Sequence[int], sampling: SamplingParams) -> OutputStream:
-        """Sends a request; the outputs come from the stream, which must be closed.
+    def generate(
+        self,
+        request_id: str,
+        prompt: Sequence[int],
+        sampling: SamplingParams,
+        *,
+        priority: int = 0,
+        deadline: float | None = None,
+        cache_salt: str = "",
+    ) -> OutputStream:
+        """Sends a request, whose parts are those of Generate; the outputs come from the stream, which must be closed.
 
         Raises EngineUnavailableError when the engine is not ready.
         """
         self.require_ready()
         stream = OutputStream(self, request_id, len(prompt), self._metrics)
         self._requests[request_id] = stream
-        self._send(Generate(request_id, tuple(prompt), sampling))
+        self._send(Generate(request_id, tuple(prompt), sampling, priority, deadline, cache_salt))
         return stream
 
     def forget(self, request_id: str, *, abort: bool) -> None:

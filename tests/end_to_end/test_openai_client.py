@@ -10,6 +10,7 @@ import openai
 import pytest
 from openai.types.chat import ChatCompletionMessageParam
 
+from server.records import KV_BLOCK_TOKENS
 from tests.end_to_end.server import Server, serve
 
 MODEL = "halfbyte-demo"
@@ -54,7 +55,11 @@ def test_chat_stream_equals_the_whole_answer(client: openai.OpenAI) -> None:
     chunks = list(stream)
     text = "".join(choice.delta.content or "" for chunk in chunks for choice in chunk.choices)
     assert text == whole.choices[0].message.content
-    assert chunks[-1].usage == whole.usage
+    usages = [answer.usage.to_dict() for answer in (whole, chunks[-1]) if answer.usage is not None]
+    cached = [usage.pop("prompt_tokens_details")["cached_tokens"] for usage in usages]
+    assert cached[1] >= cached[0], "the second one finds what the first has left"
+    assert cached[1] == (usages[1]["prompt_tokens"] - 1) // KV_BLOCK_TOKENS * KV_BLOCK_TOKENS
+    assert usages[0] == usages[1]
     assert [c.finish_reason for chunk in chunks for c in chunk.choices if c.finish_reason] == [
         whole.choices[0].finish_reason
     ]

@@ -49,6 +49,8 @@ def test_a_streamed_chat_completion(demo: Server) -> None:
         whole = client.post("/v1/chat/completions", json=body).json()
     assert whole["choices"][0]["message"]["content"] == "".join(pieces)
     assert whole["choices"][0]["finish_reason"] == finish
+    details = usage.pop("prompt_tokens_details"), whole["usage"].pop("prompt_tokens_details")
+    assert details[0]["cached_tokens"] <= details[1]["cached_tokens"] < usage["prompt_tokens"]
     assert whole["usage"] == usage
 
 

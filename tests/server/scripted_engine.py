@@ -1,8 +1,9 @@
 """A small engine process without a model, for testing what talks to one. Not a test.
 
 Speaks the records of server/records.py over the descriptor in argv[1]. It answers every request with its own prompt,
-one token per step and request, and draws none: of the sampling parameters it honours the limits and the logprobs. What
-else it does comes as ModelSpec.quantization:
+one token per step and request, and draws none: of the sampling parameters it honours the limits and the logprobs. A
+request ends at its deadline, and a prompt that its tenant has sent before is said to be cached. What else it does comes
+as ModelSpec.quantization:
 
     {"fail": [kind, message]}     answers LoadModel with LoadFailed
     {"die_while_loading": CODE}   exits with that code before Loaded
@@ -10,7 +11,7 @@ else it does comes as ModelSpec.quantization:
     {"step_seconds": S}           takes that long per step
     {"die_after_steps": N}        kills itself with SIGKILL after N steps
     {"hang_after_steps": N}       stops reading and answering after N steps
-    {"refuse": SENTENCE}          ends every request with that error
+    {"refuse": SENTENCE}          ends every request with that error; {0.priority} in it is the request's
     {"garbage_after_steps": N}    sends a frame that is no record
     {"max_model_len": N}, {"eos": [ids]}, {"vocab_size": N}
 """
@@ -70,6 +71,7 @@ class Engine:
         self.script: dict[str, Any] = {}
         self.running: dict[str, tuple[Generate, int]] = {}
         self.ended: list[SequenceOutput] = []
+        self.seen: set[tuple[str, tuple[int, ...]]] = set()
         self.steps = 0
 
     def send(self, record: Record) -> None:
@@ -109,6 +111,7 @@ class Engine:
             dtype="float32",
             device="cpu",
             quantization={"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"},
+            prefix_caching=True,
         )
         memory = MemoryReport(
             device="cpu",
@@ -125,7 +128,7 @@ class Engine:
                 match record:
                     case Generate() if "refuse" in self.script or "fault" in self.script:
                         refused = "refuse" in self.script
-                        sentence = str(self.script["refuse" if refused else "fault"])
+                        sentence = str(self.script["refuse" if refused else "fault"]).format(record)
                         self.ended.append(
                             SequenceOutput(record.request_id, finish_reason="error", error=sentence, refused=refused)
                         )
@@ -145,6 +148,12 @@ class Engine:
         self.ended.clear()
         running = len(self.running)
         for request_id, (request, done) in list(self.running.items()):
+            if request.deadline is not None and request.deadline <= time.monotonic():
+                del self.running[request_id]
+                outputs.append(SequenceOutput(request_id, finish_reason="timeout", error="the time was up"))
+                continue
+            cached = len(request.prompt) - 1 if (request.cache_salt, request.prompt) in self.seen and not done else 0
+            self.seen.add((request.cache_salt, request.prompt))
             token = request.prompt[done % len(request.prompt)]
             finish = None
             if token in request.sampling.stop_token_ids:
@@ -159,7 +168,7 @@ class Engine:
                 tuple(logprobs(one, top) for one in tokens) if top is not None else ()
                 for tokens, top in (((token,), sampling.logprobs), (rest, sampling.prompt_logprobs))
             )
-            outputs.append(SequenceOutput(request_id, (token,), finish, None, False, *scored))  # type: ignore[arg-type]
+            outputs.append(SequenceOutput(request_id, (token,), finish, None, False, *scored, cached_tokens=cached))  # type: ignore[arg-type]
         time.sleep(self.script.get("step_seconds", 0))
         self.steps += 1
         self.send(StepReport(self.steps, tuple(outputs), running, 0, 0, running, 0.01, len(self.running), BLOCKS))

@@ -41,7 +41,61 @@ def test_a_completion(echo: RunningApp) -> None:
     answer = complete(echo).json()
     assert answer["object"] == "text_completion"
     assert answer["choices"] == [{"index": 0, "text": "abcabc", "logprobs": None, "finish_reason": "length"}]
+    cached = answer["usage"].pop("prompt_tokens_details")
+    assert cached.keys() == {"cached_tokens"}
     assert answer["usage"] == {"prompt_tokens": 3, "completion_tokens": 6, "total_tokens": 9}
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_cached_tokens_are_counted_by_tenant(echo: RunningApp, stream: bool) -> None:
+    def cached(**fields: Any) -> int:
+        options = {"stream": True, "stream_options": {"include_usage": True}} if stream else {}
+        response = complete(echo, prompt=["once upon", f"a time {stream}"], **options, **fields)
+        usage = (events(response)[-1] if stream else response.json())["usage"]
+        return int(usage["prompt_tokens_details"]["cached_tokens"])
+
+    salt = {"cache_salt": f"tenant {stream}"}
+    cached()
+    assert cached() == len("once upon") - 1 + len(f"a time {stream}") - 1
+    assert cached(**salt) == 0
+    assert cached(**salt) == cached()
+
+
+def test_a_salt_that_is_no_text_is_refused(echo: RunningApp) -> None:
+    body = b'{"model": "echo", "prompt": "abc", "cache_salt": "\\ud800"}'
+    with echo.client() as client:
+        response = client.post("/v1/completions", content=body, headers={"Content-Type": "application/json"})
+    assert response.status_code == 400
+    assert response.json()["error"]["param"] == "cache_salt"
+
+
+@pytest.mark.parametrize(("fields", "seen"), [({"priority": -3, "cache_salt": "x"}, "-3 'x'"), ({}, "0 ''")])
+def test_priority_and_salt_reach_the_engine(serve_scripts: ServeScript, fields: dict[str, Any], seen: str) -> None:
+    with serve_scripts({"echo": {"refuse": "{0.priority} {0.cache_salt!r}"}}) as running:
+        for answer in (complete(running, **fields), chat(running, **fields)):
+            assert answer.json()["error"]["message"] == seen
+
+
+def test_a_request_ends_at_its_deadline_or_at_the_server_s(serve_scripts: ServeScript) -> None:
+    script = {"step_seconds": 0.01, "max_model_len": 10**6}
+    with serve_scripts({"echo": script}, request_timeout_seconds=0.3) as running:
+        for fields in ({"timeout": 0.1}, {}, {"timeout": 0.2, "prompt": ["a", "b"]}):
+            started = time.monotonic()
+            response = complete(running, max_tokens=10**5, **fields)
+            assert time.monotonic() - started >= fields.get("timeout", 0.3)
+            assert response.status_code == 504
+            assert response.json()["error"] == {
+                "message": "the time was up",
+                "type": "timeout_error",
+                "param": None,
+                "code": "deadline_exceeded",
+            }
+        assert complete(running, max_tokens=50, timeout=60).status_code == 200, "a request may ask for more"
+        streamed = complete(running, max_tokens=10**5, stream=True)
+        assert streamed.status_code == 200
+        last = [line for line in streamed.text.split("\n\n") if line][-1]
+        assert json.loads(last.removeprefix("data: "))["error"]["code"] == "deadline_exceeded"
+        assert running.metric("requests_total", model="echo", finish_reason="timeout") >= 4
 
 
 def test_a_completion_generates_sixteen_tokens_unless_told_otherwise(echo: RunningApp) -> None:
@@ -154,6 +208,13 @@ REFUSED: list[tuple[dict[str, Any], str, str]] = [
     ({"max_tokens": True}, "max_tokens", "integer"),
     ({"max_tokens": 10**30}, "max_tokens", "less than or equal"),
     ({"seed": -1}, "seed", "greater than or equal to 0"),
+    ({"priority": 101}, "priority", "less than or equal to 100"),
+    ({"priority": 1.0}, "priority", "integer"),
+    ({"timeout": 0}, "timeout", "greater than 0"),
+    ({"timeout": 86401}, "timeout", "less than or equal to 86400"),
+    ({"timeout": "5s"}, "timeout", "number"),
+    ({"cache_salt": ""}, "cache_salt", "at least 1"),
+    ({"cache_salt": "x" * 257}, "cache_salt", "at most 256"),
     ({"stop": ["x"] * 17}, "stop", "at most 16"),
     ({"stop": ""}, "stop[0]", "at least 1"),
     ({"stop": [5]}, "stop[0]", "string"),
@@ -305,6 +366,7 @@ def test_models_memory_and_openapi(echo: RunningApp) -> None:
     assert listed["id"] == "echo"
     assert listed["max_model_len"] == 256
     assert listed["quantization"] == {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
+    assert listed["prefix_caching"] is True
     assert memory["models"][0]["planned"] == {"packed_weights": 4096, "kv_cache": 1024}
     assert memory["devices"] == [{"device": "cpu", "models": 1, "planned": 5120, "measured": 5120, "unaccounted": 880}]
     assert "/v1/chat/completions" in schema["paths"]

@@ -160,6 +160,8 @@ def test_a_bad_file_is_one_sentence(tmp_path: Path, model: Path, text: str, word
         ({"config": "/nowhere.yaml"}, {}, "'/nowhere.yaml' can't be read: No such file"),
         ({"kv_cache_tokens": "0"}, {}, "--kv-cache-tokens: 'kv_cache.tokens' is '0'"),
         ({"drain_seconds": "nan"}, {}, "--drain-seconds"),
+        ({"request_timeout_seconds": "0"}, {}, "--request-timeout-seconds"),
+        ({"prefix_caching": "perhaps"}, {}, "--prefix-caching"),
         ({"log_level": "loud"}, {}, "'debug', 'info'"),
     ],
 )
