@@ -129,6 +129,7 @@ def test_an_echo_of_the_prompt_alone(echo: RunningApp) -> None:
         assert answer["choices"][0]["text"] == "abc"
         assert answer["choices"][0]["finish_reason"] == "length"
         assert answer["choices"][0]["logprobs"]["token_logprobs"] == [None, -B / 8, -C / 8]
+        assert answer["usage"].pop("prompt_tokens_details") == {"cached_tokens": 0}, "a scored prompt is computed"
         assert answer["usage"] == {"prompt_tokens": 3, "completion_tokens": 0, "total_tokens": 3}
     assert choice(complete(echo, prompt="abc", max_tokens=2, echo=True))["text"] == "abcab"
     assert choice(complete(echo, prompt="abc", max_tokens=2, echo=True))["logprobs"] is None
@@ -144,7 +145,9 @@ def test_several_choices_of_several_prompts(echo: RunningApp, stream: bool) -> N
     for one in (one for answer in answers for one in answer["choices"]):
         texts[one["index"]] += one["text"]
     assert list(texts.values()) == ["abab"] * 3 + ["cccc"] * 3
-    assert answers[-1]["usage"] == {"prompt_tokens": 3, "completion_tokens": 24, "total_tokens": 27}
+    usage = answers[-1]["usage"]
+    assert usage.pop("prompt_tokens_details")["cached_tokens"] <= 3
+    assert usage == {"prompt_tokens": 3, "completion_tokens": 24, "total_tokens": 27}
     answer = chat(echo, n=2).json()
     assert [one["index"] for one in answer["choices"]] == [0, 1]
     assert answer["choices"][0]["message"] == answer["choices"][1]["message"]
