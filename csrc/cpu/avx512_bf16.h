@@ -26,6 +26,8 @@ struct Avx512Bf16 {
     static constexpr bool kScalesSums = true;
     static constexpr int64_t kGroup = 64;
     static constexpr int kRows = 6;
+    static constexpr int kFewRows = 12;
+    static constexpr int kRowsWithoutTile = 16;
 
     static HB_INLINE uint16_t value(float x) { return to_bfloat(x); }
     static HB_INLINE Sum zero() { return _mm512_setzero_ps(); }

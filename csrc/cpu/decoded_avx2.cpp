@@ -20,6 +20,8 @@ struct Avx2 {
     static constexpr bool kScalesSums = false;
     static constexpr int64_t kGroup = 16;
     static constexpr int kRows = 2;
+    static constexpr int kFewRows = 2;
+    static constexpr int kRowsWithoutTile = 2;
 
     static HB_INLINE float value(float x) { return x; }
     static HB_INLINE Vector zero() { return _mm256_setzero_ps(); }

@@ -18,6 +18,8 @@ struct Avx512 {
     static constexpr bool kScalesSums = false;
     static constexpr int64_t kGroup = 32;
     static constexpr int kRows = 6;
+    static constexpr int kFewRows = 6;
+    static constexpr int kRowsWithoutTile = 6;
 
     static HB_INLINE float value(float x) { return x; }
     static HB_INLINE Vector zero() { return _mm512_setzero_ps(); }

@@ -17,6 +17,8 @@ struct Baseline {
     static constexpr bool kScalesSums = false;
     static constexpr int64_t kGroup = 8;
     static constexpr int kRows = 2;
+    static constexpr int kFewRows = 2;
+    static constexpr int kRowsWithoutTile = 2;
 
     static HB_INLINE float value(float x) { return x; }
     static HB_INLINE Vector zero() { return Vector{}; }

@@ -11,9 +11,11 @@
 // once a block, the sixteen entries of the table. An int8 code is its own value, exact in every dtype, in its natural
 // order; a row's sum is scaled by absmax / 127 at the end.
 //
-// Few rows of x: decoded vectors go from register to register (`few`). Many: a tile of weight rows is decoded into the
-// cache and meets all of x, up to six by four sums at a time (`many`). The sum of one row and one column is
-// added up in the same order both ways: over the groups in each lane, then over the lanes in one fixed tree.
+// Few rows of x: decoded vectors go from register to register (`few`), four weight rows at a time, or two where x has
+// more rows (`few_in_pairs`); up to Isa::kRowsWithoutTile rows the codes are rather decoded twice than written down.
+// Many: a tile of weight rows is decoded into the cache and meets all of x, up to six by four sums at a time (`many`).
+// The sum of one row and one column is added up in the same order both ways: over the groups in each lane, then over
+// the lanes in one fixed tree.
 //
 // Where scaling the table costs as much as the products of a block with one row (Isa::kScalesSums), up to kRowsBySums
 // rows take a third way: the table stays as it is, and what a block has added up to is scaled. Not in invariant calls,
@@ -48,6 +50,7 @@ struct Decoded {
     static constexpr int64_t kGroup = Isa::kGroup;
     static constexpr int64_t kHalf = kGroup / 2;             // values in a vector
     static constexpr int64_t kCodes = Isa::kIsInt8 ? 1 : 2;  // in a byte
+    static constexpr int kFewRows = Isa::kFewRows;           // rows of x that meet two weight rows there, at most
     static constexpr int kRows = Isa::kRows;  // rows of x that meet kWeightRows weight rows in registers, at most
     // Values of a row that are worked on before the next rows: x and the tile then stay in the first cache.
     static constexpr int64_t kStretch = 2048 / static_cast<int64_t>(sizeof(Value));
@@ -165,6 +168,45 @@ struct Decoded {
         }
     }
 
+    // The same for more rows than meet four weight rows in registers: they meet two, and then the other two.
+    template <int Rows>
+    static HB_NOINLINE void few_in_pairs(const DecodedJob& job, int64_t n, const float* absmax, float* out,
+                                         int64_t stride) {
+        const DecodedCall& a = *job.call;
+        const Table base = table_of(a.weight.format);
+        const size_t row_bytes = static_cast<size_t>(a.K / kCodes);
+        const size_t block_bytes = static_cast<size_t>(a.weight.blocksize / kCodes);
+        const size_t blocks = row_bytes / block_bytes;
+        Sums<Rows> totals;
+        for (int pair = 0; pair < kWeightRows; pair += 2) {
+            const uint8_t* const packed = a.weight.codes + static_cast<size_t>(n + pair) * row_bytes;
+            const uint8_t* fetched = packed + fetch_distance(2, static_cast<int64_t>(row_bytes));
+            const float* const scales = absmax + static_cast<size_t>(pair) * blocks;
+            const Value* x = static_cast<const Value*>(job.x);
+            Sum sums[Rows][2];
+            for (int r = 0; r < Rows; ++r) sums[r][0] = sums[r][1] = Isa::zero();
+            for (size_t block = 0, at = 0; block < blocks; ++block) {
+                const Table first = Isa::scaled(base, scales[block]),
+                            second = Isa::scaled(base, scales[blocks + block]);
+                for (const size_t end = at + block_bytes; at < end; at += kGroup / kCodes, x += kGroup) {
+                    for (int64_t i = 0; i < kGroup / kCodes * 2; i += 64, fetched += 64) fetch_line(fetched);
+                    Vector high[2], low[2];
+                    Isa::decode(packed + at, first, high[0], low[0]);
+                    Isa::decode(packed + row_bytes + at, second, high[1], low[1]);
+                    for (int r = 0; r < Rows; ++r) {
+                        const Vector even = Isa::load(x + r * job.stride), odd = Isa::load(x + r * job.stride + kHalf);
+                        for (int i = 0; i < 2; ++i) {
+                            sums[r][i] = Isa::dot(sums[r][i], even, high[i]);
+                            sums[r][i] = Isa::dot(sums[r][i], odd, low[i]);
+                        }
+                    }
+                }
+            }
+            for (int r = 0; r < Rows; ++r) totals.at[r][pair] = sums[r][0], totals.at[r][pair + 1] = sums[r][1];
+        }
+        totals.add_lanes(out, stride);
+    }
+
     // --- many rows of x -------------------------------------------------------------------------------------------
 
     // Values [begin, end) of Rows rows of x and of the tile, added to sums that are kept from one stretch to the next.
@@ -257,15 +299,21 @@ struct Decoded {
         float* const sums = reinterpret_cast<float*>(scratch + parts.tile_bytes + parts.absmax_bytes + parts.row_bytes);
         const int64_t last = end * kWeightRows < a.N ? end * kWeightRows : a.N;
         int64_t n = begin * kWeightRows;
-        if (job.rows <= kRows && is_aligned(a)) {
+        if (job.rows <= Isa::kRowsWithoutTile && is_aligned(a)) {
             while (n + kWeightRows <= last) {
                 const int64_t left = (last - n) / kWeightRows * kWeightRows;
                 const int64_t columns = left < kMostTileRows ? left : kMostTileRows;
                 const float* scales = absmax_of(a, n, columns, absmax);
-                for (int64_t i = 0; i < columns; i += kWeightRows) {
-                    few_rows(job, n + i, scales + i * (a.K / a.weight.blocksize), sums + i);
+                for (int64_t row = 0, blocks = (job.rows + kFewRows - 1) / kFewRows; row < job.rows; --blocks) {
+                    DecodedJob some = job;
+                    some.rows = (job.rows - row + blocks - 1) / blocks;
+                    some.x = static_cast<const Value*>(job.x) + row * job.stride;
+                    for (int64_t i = 0; i < columns; i += kWeightRows) {
+                        few_rows(some, n + i, scales + i * (a.K / a.weight.blocksize), sums + i);
+                    }
+                    finish(job, row, some.rows, n, columns, sums);
+                    row += some.rows;
                 }
-                finish(job, 0, job.rows, n, columns, sums);
                 n += columns;
             }
         }
@@ -302,11 +350,12 @@ struct Decoded {
         }
     }
 
-    template <int Rows = kRows>
+    template <int Rows = kFewRows>
     static void few_rows(const DecodedJob& job, int64_t n, const float* absmax, float* sums) {
         if constexpr (Rows > 1) {
             if (job.rows < Rows) return few_rows<Rows - 1>(job, n, absmax, sums);
         }
+        if constexpr (Rows > kRows) return few_in_pairs<Rows>(job, n, absmax, sums, kMostTileRows);
         if constexpr (Isa::kScalesSums && Rows <= kRowsBySums) {
             if (!job.call->batch_invariant) return few<Rows, true>(job, n, absmax, sums, kMostTileRows);
         }

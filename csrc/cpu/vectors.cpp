@@ -77,7 +77,7 @@ void run(const DecodedCall& call, const DecodedRows& rows, int64_t begin, int64_
 DecodedScratch scratch_of(const DecodedJob& job, int64_t value_bytes) {
     const int64_t floats = sizeof(float);
     return {round_up(job.tile_rows * job.stride * value_bytes, 64), kMostTileRows * job.absmax_floats * floats,
-            round_up(job.padded_k * floats, 64), kMostTileRows * 6 * floats};
+            round_up(job.padded_k * floats, 64), kMostTileRows * kMostRowsTogether * floats};
 }
 
 const DecodedWay kOnVectors = {kWeightRows, x_bytes, x_pieces, load_x, scratch_bytes, run};

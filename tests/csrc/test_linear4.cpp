@@ -104,7 +104,7 @@ TEST(a_row_of_bfloat16_is_the_same_in_every_batch) {
     const Weight w(37, any_of({333, 1024}), true);
     const std::vector<uint16_t> x = bfloats(normal_values(40 * w.K));
     const std::vector<uint16_t> together = run(w, x, 40, nullptr, 2);
-    for (const int64_t M : {1, 2, 7, 15, 16, 17, 32, 33, 39}) {
+    for (const int64_t M : {1, 2, 7, 8, 9, 11, 12, 13, 15, 16, 17, 32, 33, 39}) {
         const std::vector<uint16_t> fewer(x.begin(), x.begin() + M * w.K);
         const std::vector<uint16_t> out = run(w, fewer, M, nullptr, any_of({1, 2, 3}));
         EXPECT(memcmp(out.data(), together.data(), out.size() * sizeof(uint16_t)) == 0, "M = %d", (int)M);
