@@ -44,6 +44,8 @@ EXPERTS: Final = 8
 CHECKS: Final = tuple(f"tests/quant/test_{name}.py" for name in ("native", "rows", "paged_attention", "cache_write"))
 CACHES: Final = 4
 """Weights that a graph goes round, in second-level caches."""
+OUTLIER_COLUMNS: Final = 6
+"""Of x: as many hold all outliers from 6 on of a model with 6.7e9 weights (Dettmers et al. 2022, section 4)."""
 TORCH: Final = "torch bfloat16"
 HEAD_DIM: Final = 128
 ROTARY_HEADS: Final = 8
@@ -87,8 +89,7 @@ def contenders(kernels: native.Kernels, directory: str | None) -> dict[str, Call
     for quant_type, nested in (("nf4", False), ("nf4", True), ("fp4", False)):
         name = f"{quant_type}-dq" if nested else quant_type
         found[name] = lambda w, q=quant_type, n=nested: four_bit(kernels, w, q, n)  # type: ignore[misc]
-    for outliers in ("value", "all"):
-        name = "int8" if outliers == "value" else "int8 weights only"
+    for outliers, name in (("value", "int8"), ("batch", "int8 by column"), ("all", "int8 weights only")):
         found[name] = lambda w, o=outliers: eight_bit(kernels, w, o)  # type: ignore[misc]
     if directory is not None:
         sys.path.append(directory)
@@ -268,6 +269,13 @@ def refuse_unless_close(
             raise SystemExit(f"{name} at {rows} rows of {shape} is wrong: {off:.2%} from the product in float64.")
 
 
+def activations(M: int, K: int, device: torch.device) -> torch.Tensor:
+    """Normal values, but for a few columns of large ones, as LLM.int8() finds them in models."""
+    x = torch.randn(M, K, device=device)
+    x[:, :: -(-K // OUTLIER_COLUMNS)] *= 20
+    return x.to(DTYPE)
+
+
 def measure(
     kernels: native.Kernels,
     device: torch.device,
@@ -285,7 +293,7 @@ def measure(
         weights = [make(dense)]
         weights += [make(dense.clone()) for _ in range(cold_bytes // weights[0].bytes)]
         for M in rows:
-            x = torch.randn(M, K, device=device).to(DTYPE)
+            x = activations(M, K, device)
             if not contender.startswith("bitsandbytes"):
                 refuse_unless_close(name, M, contender, weights[0].multiply(x), x, weights[0].dense())
             microseconds = timer([functools.partial(weight.multiply, x) for weight in weights])

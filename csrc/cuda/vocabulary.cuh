@@ -108,6 +108,15 @@ __device__ inline float load_float(const void* tensor, int64_t dtype, int64_t in
     if (dtype == HB_FLOAT16) return to_float(static_cast<const __half*>(tensor)[index]);
     return to_float(static_cast<const __nv_bfloat16*>(tensor)[index]);
 }
+__device__ inline void store_float(float value, void* tensor, int64_t dtype, int64_t index) {
+    if (dtype == HB_FLOAT32) {
+        static_cast<float*>(tensor)[index] = value;
+    } else if (dtype == HB_FLOAT16) {
+        static_cast<__half*>(tensor)[index] = from_float<__half>(value);
+    } else {
+        static_cast<__nv_bfloat16*>(tensor)[index] = from_float<__nv_bfloat16>(value);
+    }
+}
 
 // Magnitudes compared as integers, where infinities and NaNs are the largest: none is lost.
 __device__ inline unsigned magnitude_bits(float value) {
@@ -275,6 +284,17 @@ __device__ inline void multiply_tiles<__nv_bfloat16>(float (&sums)[4], const uns
         "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
         "{%0, %1, %2, %3};"
         : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+
+// The same in int8 with exact sums in int32: a is 16 rows of 32, b 32 rows of 8. A lane holds of a: rows g, g+8, g, g+8
+// in this order, in columns 4t to 4t+3 (the first two) or 4t+16 to 4t+19, the first in the low byte; of b: column g in
+// rows 4t to 4t+3, then 4t+16 to 4t+19; of sums: as above.
+__device__ inline void multiply_int8_tiles(int (&sums)[4], const unsigned (&a)[4], const unsigned (&b)[2]) {
+    asm volatile(
+        "mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+        "{%0, %1, %2, %3};"
+        : "+r"(sums[0]), "+r"(sums[1]), "+r"(sums[2]), "+r"(sums[3])
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
 

@@ -23,6 +23,28 @@ __global__ void multiply(const __nv_bfloat16* a, const __nv_bfloat16* b, float* 
     for (int i = 0; i < 4; ++i) out[(group + i / 2 * 8) * 8 + member * 2 + i % 2] += sums[i];
 }
 
+// out[16, 8] += a[16, 32] * b[32, 8] in int8, in the same way.
+__global__ void multiply_int8(const int8_t* a, const int8_t* b, int* out) {
+    const int group = lane() / 4, member = lane() % 4;
+    const auto left = [&](int row, int column) {
+        unsigned word;
+        memcpy(&word, a + row * 32 + column, sizeof word);
+        return word;
+    };
+    const auto right = [&](int row) {
+        unsigned word = 0;
+        for (int i = 0; i < 4; ++i)
+            word |= static_cast<unsigned>(static_cast<uint8_t>(b[(row + i) * 8 + group])) << i * 8;
+        return word;
+    };
+    const unsigned lefts[4] = {left(group, member * 4), left(group + 8, member * 4), left(group, member * 4 + 16),
+                               left(group + 8, member * 4 + 16)};
+    const unsigned rights[2] = {right(member * 4), right(member * 4 + 16)};
+    int sums[4] = {};
+    multiply_int8_tiles(sums, lefts, rights);
+    for (int i = 0; i < 4; ++i) out[(group + i / 2 * 8) * 8 + member * 2 + i % 2] += sums[i];
+}
+
 // Every thread leaves its number for the thread in front of it, with a barrier between or without.
 __global__ void pass_on(bool barrier, int* out) {
     int* const numbers = reinterpret_cast<int*>(shared_memory());
@@ -71,6 +93,12 @@ extern "C" HB_API hb_status hb_emulated_multiply(const void* a, const void* b, f
     using namespace hb;
     launch(multiply, 1u, kWarp, 0, nullptr, static_cast<const __nv_bfloat16*>(a), static_cast<const __nv_bfloat16*>(b),
            out);
+    return launched();
+}
+
+extern "C" HB_API hb_status hb_emulated_multiply_int8(const void* a, const void* b, int* out) {
+    using namespace hb;
+    launch(multiply_int8, 1u, kWarp, 0, nullptr, static_cast<const int8_t*>(a), static_cast<const int8_t*>(b), out);
     return launched();
 }
 

@@ -24,6 +24,15 @@ def test_tensor_core_fragments_are_those_of_a_matrix_product(library: ctypes.CDL
     assert torch.equal(out, a.float() @ b.float() + 1)
 
 
+def test_int8_fragments_are_those_of_a_matrix_product(library: ctypes.CDLL) -> None:
+    a = torch.randint(-128, 128, (16, 32), dtype=torch.int8)
+    b = torch.randint(-128, 128, (32, 8), dtype=torch.int8)
+    out = torch.ones(16, 8, dtype=torch.int32)
+    pointers = [ctypes.c_void_p(tensor.data_ptr()) for tensor in (a, b, out)]
+    assert library.hb_emulated_multiply_int8(*pointers) == OK
+    assert torch.equal(out, a.int() @ b.int() + 1)
+
+
 def pass_on(library: ctypes.CDLL, barrier: bool) -> bool:
     out = torch.zeros(THREADS, dtype=torch.int32)
     assert library.hb_emulated_pass_on(THREADS, barrier, ctypes.c_void_p(out.data_ptr())) == OK

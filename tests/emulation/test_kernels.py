@@ -1,17 +1,13 @@
-"""The CUDA kernels, emulated, against the reference and float64: what tests/quant/test_native.py asks of every device.
-
-Its tests for int8 activations send each outlier through the warp, which takes an emulated one long; they are here once
-more on fewer values."""
+"""The CUDA kernels, emulated, against the reference and float64: what tests/quant/test_native.py asks of any device."""
 
 from __future__ import annotations
 
 import ctypes
-import itertools
 
 import pytest
 import torch
 
-from quant import formats, native, ops, reference
+from quant import native, ops
 from quant.errors import NativeError
 from tests.quant.operands import Experts4, same_bits
 
@@ -32,33 +28,27 @@ from tests.quant.test_native import (  # noqa: F401
     test_linear_4bit_on_tensor_cores,
     test_linear_4bit_row_is_the_same_in_every_batch,
     test_linear_4bit_rows_are_the_same_however_the_work_is_cut,
+    test_linear_8bit_in_tiles_of_every_size,
+    test_linear_8bit_of_nothing,
     test_linear_8bit_rows_do_not_see_each_other,
     test_linear_8bit_sums_beyond_int32_are_exact,
     test_nan_and_infinity_stay_in_their_block,
     test_scales_that_are_found_are_the_references,
+    test_weight_only_int8_in_tiles_of_every_size,
+    test_weight_only_int8_is_no_further_from_float64_than_dequantizing,
+    test_weight_only_int8_row_is_the_same_in_every_batch,
 )
 from tests.quant.test_rows import of_the_cpu, test_every_device_has_the_cpus_bits  # noqa: F401
 
 pytestmark = pytest.mark.timeout(600)  # the first of a session builds the library
 
 
-@pytest.mark.parametrize("outliers", ["value", "batch", "all"])
-@pytest.mark.parametrize("dtype", formats.VALUE_DTYPES)
-def test_linear_8bit_is_the_reference(
-    device: str, dtype: torch.dtype, outliers: str, generator: torch.Generator
-) -> None:
-    for (shape, rows), threshold in itertools.product([((1, 1), 1), ((7, 33), 3), ((9, 130), 4)], [0.0, 0.5, 6.0]):
-        CB, SCB = reference.quantize_8bit(torch.randn(shape, generator=generator))
-        x = torch.randn(rows, shape[1], generator=generator).to(dtype)
-        x[0, -1], x[-1, 0] = 100.0, threshold
-        bias = torch.randn(shape[0], generator=generator)
-        out = ops.linear_8bit(x.to(device), CB, SCB, threshold, outliers, bias)
-        expected = reference.linear_8bit(x, CB, SCB, threshold, outliers, bias)
-        if outliers == "all":
-            size = x.double().abs() @ (CB.double().abs() * SCB.double()[:, None] / 127).t() + bias.abs()
-            torch.testing.assert_close(out, expected, rtol=2 * torch.finfo(dtype).eps, atol=1e-6 * float(size.max()))
-        else:
-            assert same_bits(out, expected), (shape, threshold)
+LINEAR4 = {
+    "packed": torch.zeros(8 * 1088 // 2, dtype=torch.uint8),
+    "absmax": torch.zeros(8 * 1088 // 64),
+    "blocksize": 64,
+}
+LINEAR8 = {"codes": torch.zeros(8 * 1088, dtype=torch.int8), "absmax": torch.zeros(8), "threshold": 1.0}
 
 
 @pytest.mark.parametrize("shape", [(70, 64), (7, 33)])  # on tensor cores, and not
@@ -77,22 +67,31 @@ def test_experts_rows_that_end_where_they_cannot_stay_inside(
             assert same_bits(out[10:], right[10:])
 
 
-def test_a_workspace_that_is_missing_or_small_is_refused(library: ctypes.CDLL) -> None:
-    """K is shared out among blocks at this shape, and their sums have to go somewhere."""
+@pytest.mark.parametrize(
+    ("entry", "weight"),
+    [
+        ("hb_linear4", LINEAR4),
+        *(("hb_linear8", {**LINEAR8, "outlier_rule": rule}) for rule in native.OUTLIER_CODES.values()),
+    ],
+)
+def test_a_workspace_that_is_missing_or_small_is_refused(
+    library: ctypes.CDLL, entry: str, weight: dict[str, object]
+) -> None:
+    """K is shared out among blocks at this shape, and their sums have to go somewhere. As much as asked for is enough:
+    AddressSanitizer would see the first byte behind it."""
     kernels = native.Kernels(library, "emulation")
-    memory = torch.zeros(1 << 16, dtype=torch.uint8)
-    pointers = dict.fromkeys(("x", "packed", "absmax", "out"), memory)
-    sizes = {"x_dtype": native.DTYPE_CODES[torch.bfloat16], "M": 1, "N": 8, "K": 1088, "blocksize": 64}
-    args = native.filled("hb_linear4", **pointers, **sizes)
+    run = getattr(library, entry)
+    x, out = torch.ones(1, 1088, dtype=torch.bfloat16), torch.zeros(1, 8, dtype=torch.bfloat16)
+    args = native.filled(entry, **weight, x=x, x_dtype=native.DTYPE_CODES[x.dtype], M=1, N=8, K=1088, out=out)
     args.call.threads = 1
-    needed = kernels.workspace_bytes("hb_linear4", args)
+    needed = kernels.workspace_bytes(entry, args)
     assert needed > 0
     with pytest.raises(NativeError, match="A pointer is null"):
-        kernels.check_status("hb_linear4", library.hb_linear4(ctypes.byref(args)))
-    workspace = torch.zeros(needed + 64, dtype=torch.uint8)
-    args.call.workspace = -(-workspace.data_ptr() // 64) * 64
+        kernels.check_status(entry, run(ctypes.byref(args)))
+    workspace = torch.full((needed,), 255, dtype=torch.uint8)
+    args.call.workspace = workspace.data_ptr()
     args.call.workspace_bytes = needed - 1
     with pytest.raises(NativeError, match="The workspace is smaller"):
-        kernels.check_status("hb_linear4", library.hb_linear4(ctypes.byref(args)))
+        kernels.check_status(entry, run(ctypes.byref(args)))
     args.call.workspace_bytes = needed
-    kernels.check_status("hb_linear4", library.hb_linear4(ctypes.byref(args)))
+    kernels.check_status(entry, run(ctypes.byref(args)))

@@ -1,4 +1,5 @@
-"""Each barrier and each wait of the kernels is there for a reason: without it, a comparison fails."""
+"""Each barrier and each wait of the kernels is there for a reason: without it, a comparison fails, or threads wait for
+ever, or one reads far outside."""
 
 from __future__ import annotations
 
@@ -13,11 +14,11 @@ from tests.emulation import conftest
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
-KERNELS = sorted((conftest.ROOT / "csrc" / "cuda").glob("*.cu"))
+KERNELS = sorted((conftest.ROOT / "csrc" / "cuda").glob("*.cu*"))  # and headers of kernels
 SYNCHRONISATION = re.compile(r"\b(?:block_barrier\(\)|copies_wait<[^;]*>\(\));")
 PLACES = [(path.name, match.start()) for path in KERNELS for match in SYNCHRONISATION.finditer(path.read_text())]
 COMPARED = ("tests/emulation/test_kernels.py", "tests/emulation/test_attention.py")
-COMPARISONS = "tensor_cores or batch or cpus_bits or float64 or however or reference and not scales_that"
+COMPARISONS = "tensor_cores or tiles_of or batch or cpus_bits or float64 or however or reference and not scales_that"
 TESTS_FAILED = 1
 
 
@@ -37,7 +38,7 @@ def compare(library: Path) -> tuple[int, str]:
 
 
 def test_there_are_places_to_change() -> None:
-    assert len(PLACES) >= 3
+    assert len(PLACES) >= 7
 
 
 def test_the_unchanged_sources_pass(tree: Path) -> None:
@@ -54,5 +55,6 @@ def test_without_it_a_comparison_fails(tree: Path, name: str, start: int) -> Non
         code, output = compare(conftest.build(tree, tree / "build"))
     finally:
         source.write_text(text)
-    assert code == TESTS_FAILED, output
-    assert "assert" in output
+    crashed = code < 0
+    assert crashed or code == TESTS_FAILED, output
+    assert crashed or "assert" in output or "none can go on" in output, output

@@ -6,12 +6,12 @@ Not a test. A failing test prints its seed, since pytest shows what `fresh_gener
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 
-from quant import formats, reference
+from quant import formats, ops, reference
 
 SHAPES = [(1, 1), (1, 64), (7, 33), (5, 129), (64, 96), (3, 4100), (33, 250), (160, 288)]
 """[N, K] with N = 1, K % blocksize != 0, N*K odd, blocks that cross rows, one short block."""
@@ -143,6 +143,38 @@ class Experts4:
                     own = None if bias is None else bias[expert, columns]
                     out[rows, columns] = linear(x[rows], weight, own)
         return out
+
+
+@dataclasses.dataclass(frozen=True)
+class Operands8:
+    """A product with an int8 weight, any code among them: x [M, K], CB [N, K], SCB and bias [N]."""
+
+    x: torch.Tensor
+    CB: torch.Tensor
+    SCB: torch.Tensor
+    bias: torch.Tensor
+
+    @classmethod
+    def random(
+        cls, shape: tuple[int, int], rows: int, dtype: torch.dtype, scale: float, generator: torch.Generator
+    ) -> Operands8:
+        CB = torch.randint(-128, 128, shape, generator=generator, dtype=torch.int8)
+        x = (torch.randn(rows, shape[1], generator=generator) * scale).to(dtype)
+        return cls(x, CB, torch.rand(shape[0], generator=generator), torch.randn(shape[0], generator=generator))
+
+    def multiply(self, device: str, threshold: float, outliers: str) -> torch.Tensor:
+        x, CB, SCB, bias = (tensor.to(device) for tensor in (self.x, self.CB, self.SCB, self.bias))
+        return ops.linear_8bit(x, CB, SCB, threshold, outliers, bias).cpu()
+
+    def reference(self, threshold: float, outliers: str) -> torch.Tensor:
+        return reference.linear_8bit(self.x, self.CB, self.SCB, threshold, outliers, self.bias)
+
+    def shifted(self) -> Iterator[Operands8]:
+        """The same with x, then with the codes, at an address that no wide copy can be made from."""
+        for name in ("x", "CB"):
+            values: torch.Tensor = getattr(self, name)
+            moved = torch.cat([values.new_zeros(1), values.view(-1)])[1:].view(values.shape)
+            yield dataclasses.replace(self, **{name: moved})
 
 
 @dataclasses.dataclass(frozen=True)

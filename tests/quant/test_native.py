@@ -16,7 +16,7 @@ import torch
 from quant import formats, native, ops, reference
 from quant.errors import NativeError
 from tests.quant import operands
-from tests.quant.operands import Experts4, Weight4, same_bits
+from tests.quant.operands import Experts4, Operands8, Weight4, same_bits
 
 DTYPES = list(formats.VALUE_DTYPES)
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)]
@@ -423,29 +423,95 @@ def test_int8_codes_and_values_are_the_references(device: str, dtype: torch.dtyp
             assert same_bits(got, reference.dequantize_8bit(expected_CB, expected_SCB, out_dtype)), shape
 
 
+def assert_no_further_than_dequantizing_int8(out: torch.Tensor, given: Operands8) -> None:
+    x, bias = given.x.double(), given.bias.double()
+    dense = given.CB.double() * given.SCB.double()[:, None] / 127
+    exact = x @ dense.t() + bias
+    size = x.abs() @ dense.abs().t() + bias.abs()
+    error = (out.double() - exact).abs()
+    eps = torch.finfo(given.x.dtype).eps
+    assert (error <= exact.abs() * eps + 6e-7 * size).all(), (given.CB.shape, len(x))
+    if x.shape[1] > 0:
+        expected = given.reference(6.0, "all")
+        torch.testing.assert_close(out, expected, rtol=2 * eps, atol=1e-6 * float(size.max()))
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_weight_only_int8_is_no_further_from_float64_than_dequantizing(
     device: str, dtype: torch.dtype, generator: torch.Generator
 ) -> None:
     shapes = [(1, 1), (7, 33), (33, 250), (70, 512), (5, 4096), (4, 0)]
     for shape, rows in itertools.product(shapes, [1, 2, 7, 18]):
-        CB = torch.randint(-128, 128, shape, generator=generator, dtype=torch.int8)
-        SCB, bias = torch.rand(shape[0], generator=generator), torch.randn(shape[0], generator=generator)
-        x = (torch.randn(rows, shape[1], generator=generator) * 10).to(dtype)
-        moved = [tensor.to(device) for tensor in (x, CB, SCB, bias)]
-        out = ops.linear_8bit(*moved[:3], 6.0, "all", moved[3]).cpu()
-        dense = CB.double() * SCB.double()[:, None] / 127
-        exact = x.double() @ dense.t() + bias.double()
-        size = x.double().abs() @ dense.abs().t() + bias.abs()
-        error = (out.double() - exact).abs()
-        assert (error <= exact.abs() * torch.finfo(dtype).eps + 6e-7 * size).all(), (shape, rows)
-        if shape[1] > 0:
-            expected = reference.linear_8bit(x, CB, SCB, 6.0, "all", bias)
-            torch.testing.assert_close(out, expected, rtol=2 * torch.finfo(dtype).eps, atol=1e-6 * float(size.max()))
-        if rows > 1 and device == "cpu":
-            assert same_bits(
-                ops.linear_8bit(x[:1], CB, SCB, 0.0, "all", bias), out[:1]
-            )  # the threshold does not matter
+        given = Operands8.random(shape, rows, dtype, 10.0, generator)
+        out = given.multiply(device, 6.0, "all")
+        assert_no_further_than_dequantizing_int8(out, given)
+        if rows > 1:
+            alone = dataclasses.replace(given, x=given.x[:1])
+            assert same_bits(alone.multiply(device, 0.0, "all"), out[:1])  # the threshold does not matter
+
+
+@pytest.mark.usefixtures("batch_invariant")
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_weight_only_int8_in_tiles_of_every_size(device: str, dtype: torch.dtype, generator: torch.Generator) -> None:
+    """Every number of rows at which tiles change; N anything; K in one slice or more, of whole and broken copies."""
+    shapes = [(1, 64), (65, 192), (130, 576), (63, 1083), (33, 2112), (129, 328)]
+    for shape, rows in zip(shapes, [1, 8, 9, 17, 33, 65], strict=True):
+        given = Operands8.random(shape, rows, dtype, 1.0, generator)
+        out = given.multiply(device, 0.0, "all")
+        assert_no_further_than_dequantizing_int8(out, given)
+        for moved in given.shifted():
+            assert same_bits(moved.multiply(device, 0.0, "all"), out), (shape, rows)
+        alone = dataclasses.replace(given, x=given.x[-1:])
+        assert same_bits(alone.multiply(device, 0.0, "all"), out[-1:]), (shape, rows)
+
+
+@pytest.mark.usefixtures("batch_invariant")
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(37, 333), (64, 1088)])
+def test_weight_only_int8_row_is_the_same_in_every_batch(
+    device: str, shape: tuple[int, int], dtype: torch.dtype, generator: torch.Generator
+) -> None:
+    given = Operands8.random(shape, 200, dtype, 1.0, generator)
+    given.x[6, ::3] = torch.nan  # a poisoned neighbour is seen by no other row
+    together = given.multiply(device, 0.0, "all")
+    for rows in [1, 2, 7, 8, 9, 16, 17, 33, 64, 65]:
+        some = dataclasses.replace(given, x=given.x[:rows])
+        assert same_bits(some.multiply(device, 0.0, "all"), together[:rows]), rows
+    assert together[6].isnan().all()
+    assert together[[5, 7]].isfinite().all()
+
+
+@pytest.mark.parametrize(("shape", "rows"), [((0, 64), 3), ((0, 64), 0), ((7, 64), 0), ((7, 0), 3)])
+@pytest.mark.parametrize("outliers", ["value", "batch", "all"])
+def test_linear_8bit_of_nothing(
+    device: str, shape: tuple[int, int], rows: int, outliers: str, generator: torch.Generator
+) -> None:
+    for dtype in DTYPES:
+        given = Operands8.random(shape, rows, dtype, 1.0, generator)
+        out = given.multiply(device, 1.0, outliers)
+        assert same_bits(out, given.bias.to(dtype).expand(rows, shape[0]).contiguous())
+
+
+@pytest.mark.parametrize("outliers", ["value", "batch"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_linear_8bit_in_tiles_of_every_size(
+    device: str, dtype: torch.dtype, outliers: str, generator: torch.Generator
+) -> None:
+    """As for weights only, bit for bit: without outliers, with columns of them, with many here and there, and with
+    values that are not finite."""
+    shapes = [(1, 64), (65, 192), (130, 576), (63, 1083), (33, 2112), (129, 328), (5, 4100)]
+    for shape, rows in zip(shapes, [1, 8, 9, 17, 33, 65, 3], strict=True):
+        given = Operands8.random(shape, rows, dtype, 1.0, generator)
+        given.x[rows // 2 :, 40:60:7], given.x[0, -1] = 20.0, -30.0
+        for threshold in (0.0, 2.5, 6.0):
+            out = given.multiply(device, threshold, outliers)
+            assert same_bits(out, given.reference(threshold, outliers)), (shape, rows, threshold)
+        for moved in given.shifted():
+            assert same_bits(moved.multiply(device, 6.0, outliers), out), (shape, rows)
+        if rows > 1:
+            given.x[1, 3], given.x[-1, 5] = torch.nan, -torch.inf
+            out = given.multiply(device, 6.0, outliers)
+            assert same_bits(out, given.reference(6.0, outliers)), (shape, rows)
 
 
 @pytest.mark.parametrize("outliers", ["value", "batch"])

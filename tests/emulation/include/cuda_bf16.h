@@ -21,3 +21,7 @@ inline __nv_bfloat16 __float2bfloat16_rn(float value) {
 inline __nv_bfloat162 __floats2bfloat162_rn(float low, float high) {
     return {__float2bfloat16_rn(low), __float2bfloat16_rn(high)};
 }
+inline __nv_bfloat162 __hsub2(__nv_bfloat162 a, __nv_bfloat162 b) {
+    return __floats2bfloat162_rn(__bfloat162float(a.low) - __bfloat162float(b.low),
+                                 __bfloat162float(a.high) - __bfloat162float(b.high));
+}

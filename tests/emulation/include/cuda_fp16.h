@@ -21,3 +21,6 @@ inline __half __float2half_rn(float value) {
 inline __half2 __floats2half2_rn(float low, float high) {
     return {__float2half_rn(low), __float2half_rn(high)};
 }
+inline __half2 __hsub2(__half2 a, __half2 b) {
+    return __floats2half2_rn(__half2float(a.low) - __half2float(b.low), __half2float(a.high) - __half2float(b.high));
+}

@@ -75,8 +75,26 @@ inline float __uint_as_float(unsigned bits) {
     memcpy(&value, &bits, sizeof value);
     return value;
 }
+inline int __float_as_int(float value) {
+    return static_cast<int>(__float_as_uint(value));
+}
+inline float __int_as_float(int bits) {
+    return __uint_as_float(static_cast<unsigned>(bits));
+}
 inline int __ffs(int value) {
     return __builtin_ffs(value);
+}
+inline int __popc(unsigned value) {
+    return __builtin_popcount(value);
+}
+// Byte i of the result is the one that the i-th four bits of `selector` name, 0 to 3 of low and 4 to 7 of high.
+inline unsigned __byte_perm(unsigned low, unsigned high, unsigned selector) {
+    const uint64_t both = static_cast<uint64_t>(high) << 32 | low;
+    unsigned bytes = 0;
+    for (int i = 0; i < 4; ++i) {
+        bytes |= static_cast<unsigned>(both >> (selector >> i * 4 & 7) * 8 & 0xff) << i * 8;
+    }
+    return bytes;
 }
 inline unsigned max(unsigned a, unsigned b) {
     return a > b ? a : b;
@@ -92,6 +110,12 @@ template <typename T>
 T __shfl_xor_sync(unsigned lanes, T value, int distance) {
     return hb::emulation::exchange("shfl.xor", lanes, value)[hb::emulation::lane() ^ distance];
 }
+template <typename T>
+T __shfl_up_sync(unsigned lanes, T value, int distance) {
+    const T* const values = hb::emulation::exchange("shfl.up", lanes, value);
+    const int own = hb::emulation::lane();
+    return values[own < distance ? own : own - distance];
+}
 inline unsigned __ballot_sync(unsigned lanes, bool vote) {
     const bool* const votes = hb::emulation::exchange("ballot", lanes, vote);
     unsigned ballot = 0;
@@ -103,4 +127,10 @@ inline unsigned __reduce_max_sync(unsigned lanes, unsigned value) {
     unsigned largest = 0;
     for (int i = 0; i < hb::emulation::kWarpSize; ++i) largest = max(largest, values[i]);
     return largest;
+}
+inline unsigned __reduce_or_sync(unsigned lanes, unsigned value) {
+    const unsigned* const values = hb::emulation::exchange("reduce.or", lanes, value);
+    unsigned any = 0;
+    for (int i = 0; i < hb::emulation::kWarpSize; ++i) any |= values[i];
+    return any;
 }

@@ -64,4 +64,32 @@ void multiply_tiles(float (&sums)[4], const unsigned (&a)[4], const unsigned (&b
     }
 }
 
+// mma.sync.aligned.m16n8k32.row.col, "Matrix Fragments for mma.m16n8k32" with 8-bit integers: values i of a fragment
+// are
+//     a (0..15)  row group + 8 * (i / 4 % 2),   column member * 4 + i % 4 + 16 * (i / 8)
+//     b (0..7)   row member * 4 + i % 4 + 16 * (i / 4),   column group
+//     c (0..3)   as above
+// A sum that an int32 does not hold wraps around.
+inline void multiply_int8_tiles(int (&sums)[4], const unsigned (&a)[4], const unsigned (&b)[2]) {
+    struct Fragment {
+        int8_t a[16];
+        int8_t b[8];
+    };
+    Fragment own;
+    for (int i = 0; i < 16; ++i) own.a[i] = static_cast<int8_t>(a[i / 4] >> i % 4 * 8);
+    for (int i = 0; i < 8; ++i) own.b[i] = static_cast<int8_t>(b[i / 4] >> i % 4 * 8);
+    const Fragment* const all = emulation::exchange("mma.s8", emulation::kAllLanes, own);
+    const int group = emulation::lane() / 4, member = emulation::lane() % 4;
+    for (int i = 0; i < 4; ++i) {
+        const int row = group + i / 2 * 8, column = member * 2 + i % 2;
+        int64_t sum = sums[i];
+        for (int k = 0; k < 32; ++k) {
+            const int holder = k % 16 / 4;  // the member whose fragments hold this k
+            const int left = all[row % 8 * 4 + holder].a[k % 4 + row / 8 * 4 + k / 16 * 8];
+            sum += left * all[column * 4 + holder].b[k % 4 + k / 16 * 4];
+        }
+        sums[i] = static_cast<int>(static_cast<unsigned>(sum));
+    }
+}
+
 }  // namespace hb

@@ -1,0 +1,189 @@
+// LLM.int8() on tensor cores (sm_80 and later): int8 codes of x times those of W with exact sums in int32, then scales,
+// outliers and bias in float32 on the sums, in the order of the CPU library and the reference.
+//
+//     a stage:        64 or 128 bytes of the tile's rows of W | as many of its rows of x's codes
+//     a chunk:        64 values of K, two tensor-core steps of 32
+//
+//     step j, lane t:  the tensor core's columns 4t .. 4t+3, 4t+16 .. 4t+19  are  k = 16t + 8j + 0 .. 7
+//
+// Where K is cut into slices, sums go to the workspace, and finish_slices does with them what else multiply_int8 does
+// itself. Slices are never longer than an int32 holds, and are added up in 64 bits.
+//
+// Promises: results equal to the reference bit for bit, so that they do not depend on M, other rows, or slices.
+#include "int8.cuh"
+#include "linear8_outliers.cuh"
+
+namespace hb {
+
+namespace {
+
+template <int Number>
+struct Int8Multiplier {
+    using Tile = Int8Tile<Number>;
+    using Place = PlaceOfBytes<Tile::kStageValues>;
+
+    const Tile& tile;
+
+    __device__ unsigned char* codes_of(int64_t stage) const {
+        return tile.shared + stage % Tile::kStages * Tile::kStageBytes;
+    }
+    __device__ unsigned char* x_of(int64_t stage) const { return codes_of(stage) + Tile::kRows * Tile::kStageValues; }
+
+    __device__ void fetch(int64_t stage) const {
+        const int64_t k = stage * Tile::kStageValues;
+        copy_rows<Place, Tile::kRows, Tile::kStageValues, Tile::kThreads>(codes_of(stage), tile.p.codes, tile.first_row,
+                                                                          k);
+        copy_rows<Place, Tile::kTokens, Tile::kStageValues, Tile::kThreads>(x_of(stage), tile.p.x, tile.first_token, k);
+    }
+
+    __device__ static uint4 lane_values(const unsigned char* rows, int row, int chunk) {
+        const int place = Place::of(row, chunk * (kChunkBytes / kPiece) + lane() % 4);
+        return *reinterpret_cast<const uint4*>(rows + row * Tile::kStageValues + place * kPiece);
+    }
+
+    __device__ static void multiply_chunk(typename Tile::Sums& sums, const unsigned char* codes, const unsigned char* x,
+                                          int chunk) {
+        const int group = lane() / 4;
+        unsigned weights[Tile::kWeightTiles][2][4];
+#pragma unroll
+        for (int w = 0; w < Tile::kWeightTiles; ++w) {
+            const uint4 upper = lane_values(codes, Tile::warp_row() + w * 16 + group, chunk);
+            const uint4 lower = lane_values(codes, Tile::warp_row() + w * 16 + group + 8, chunk);
+            const unsigned both[2][4] = {{upper.x, lower.x, upper.y, lower.y}, {upper.z, lower.z, upper.w, lower.w}};
+            memcpy(weights[w], both, sizeof both);
+        }
+#pragma unroll
+        for (int t = 0; t < Tile::kTokenTiles; ++t) {
+            const uint4 values = lane_values(x, Tile::warp_token() + t * 8 + group, chunk);
+            const unsigned tokens[2][2] = {{values.x, values.y}, {values.z, values.w}};
+#pragma unroll
+            for (int step = 0; step < 2; ++step) {
+#pragma unroll
+                for (int w = 0; w < Tile::kWeightTiles; ++w) {
+                    multiply_int8_tiles(sums[w][t], weights[w][step], tokens[step]);
+                }
+            }
+        }
+    }
+
+    // Columns [begin, end) of K.
+    __device__ void multiply(typename Tile::Sums& sums, int64_t begin, int64_t end) const {
+        run_pipeline<Tile::kStages>(
+            begin / Tile::kStageValues, (end + Tile::kStageValues - 1) / Tile::kStageValues,
+            [&](int64_t stage) { fetch(stage); },
+            [&](int64_t stage) {
+#pragma unroll
+                for (int chunk = 0; chunk < Tile::kStageValues / kChunkBytes; ++chunk) {
+                    multiply_chunk(sums, codes_of(stage), x_of(stage), chunk);
+                }
+            });
+    }
+};
+
+// What the columns of out that a thread has are scaled with, and what comes on top.
+template <int Number>
+struct Columns {
+    float absmax[Int8Tile<Number>::kWeightTiles][2];
+    float outlier_scale[Int8Tile<Number>::kWeightTiles][2];
+    float add[Int8Tile<Number>::kWeightTiles][2];
+
+    __device__ explicit Columns(const Int8Tile<Number>& tile) {
+        const Int8Product& p = tile.p;
+#pragma unroll
+        for (int w = 0; w < Int8Tile<Number>::kWeightTiles; ++w) {
+#pragma unroll
+            for (int half = 0; half < 2; ++half) {
+                const int64_t n = tile.row_of(w, half);
+                absmax[w][half] = n < p.N ? p.absmax[n] : 0.0f;
+                outlier_scale[w][half] = int8_scale(absmax[w][half]);
+                // A negative zero changes nothing that it is added to, neither sign of zero.
+                add[w][half] = n < p.N && p.bias != nullptr ? load_float(p.bias, p.bias_dtype, n) : -0.0f;
+            }
+        }
+    }
+};
+
+// Writes the tile, given exact(w, tile, i, m, n): an output's sum, rounded to float32.
+template <int Number, typename Exact>
+__device__ void finish(const Int8Tile<Number>& tile, const Exact& exact) {
+    const Int8Product& p = tile.p;
+    typename Int8Tile<Number>::Totals totals = {};
+    const Outliers<Number> outliers(tile);
+    if (outliers.any()) outliers.add(totals);
+    const Columns<Number> columns(tile);
+    tile.for_each_output([&](int w, int t, int i, int64_t m, int64_t n) {
+        const float scaled = __fmul_rn(__fmul_rn(exact(w, t, i, m, n), p.rows.absmax[m]), columns.absmax[w][i / 2]);
+        float result = __fmul_rn(scaled, kInt8ProductScale);
+        if (p.rows.found != nullptr && p.rows.found[m] != 0) {
+            result = __fadd_rn(result, __fmul_rn(totals[w][t][i], columns.outlier_scale[w][i / 2]));
+        }
+        store_float(__fadd_rn(result, columns.add[w][i / 2]), p.out, p.x_dtype, m * p.N + n);
+    });
+}
+
+// Neighbouring blocks have the same rows of W and different ones of x: W comes from memory once, x from the cache.
+template <int Number>
+__global__ void __launch_bounds__(Int8Tile<Number>::kThreads) multiply_int8(Int8Product p) {
+    const int64_t slice = blockIdx.x / p.tiles;
+    const Int8Tile<Number> tile(p, blockIdx.x % p.tiles);
+    typename Int8Tile<Number>::Sums sums = {};
+    const int64_t begin = slice * p.slice_values, end = begin + p.slice_values;
+    Int8Multiplier<Number>{tile}.multiply(sums, begin, end < p.K ? end : p.K);
+    if (p.slices != nullptr) {
+        tile.for_each_output(
+            [&](int w, int t, int i, int64_t m, int64_t n) { p.slices[(slice * p.M + m) * p.N + n] = sums[w][t][i]; });
+    } else {
+        finish(tile, [&](int w, int t, int i, int64_t, int64_t) { return static_cast<float>(sums[w][t][i]); });
+    }
+}
+
+// One size of tiles does for every plan: a result does not depend on them.
+using FinishedTile = Int8Tile<kFinishedTile>;
+
+// Slices are added up in a loop of its own, into the place of the first: within finish() it would be there once for
+// each output of a thread.
+__global__ void __launch_bounds__(FinishedTile::kThreads) finish_slices(Int8Product p, int64_t count) {
+    const FinishedTile tile(p, blockIdx.x);
+    for (int i = static_cast<int>(threadIdx.x); i < FinishedTile::kRows * FinishedTile::kTokens;
+         i += FinishedTile::kThreads) {
+        const int64_t n = tile.first_row + i % FinishedTile::kRows, m = tile.first_token + i / FinishedTile::kRows;
+        if (n >= p.N || m >= p.M) continue;
+        int64_t sum = 0;
+        for (int64_t slice = 0; slice < count; ++slice) sum += p.slices[(slice * p.M + m) * p.N + n];
+        p.slices[m * p.N + n] = __float_as_int(static_cast<float>(sum));
+    }
+    block_barrier();
+    finish(tile, [&](int, int, int, int64_t m, int64_t n) { return __int_as_float(p.slices[m * p.N + n]); });
+}
+
+}  // namespace
+
+void launch_linear8_mma(const hb_linear8_args& a, const SplitRows& rows, const Linear8Plan& plan, int* slices) {
+    Int8Product product = {};
+    product.codes = Rows(a.codes, a.N, a.K);
+    product.x = Rows(rows.codes, a.M, rows.stride);
+    product.rows = rows;
+    product.values = a.x;
+    product.x_dtype = a.x_dtype;
+    product.absmax = a.absmax;
+    product.M = a.M, product.N = a.N, product.K = a.K;
+    product.bias = a.bias;
+    product.bias_dtype = a.bias_dtype;
+    product.out = a.out;
+    product.slices = plan.apart ? slices : nullptr;
+    product.slice_values = plan.slice_values;
+    product.token_tiles = plan.token_tiles;
+    product.tiles = plan.tiles;
+    const cudaStream_t stream = stream_of(a.call);
+    with_number<count_of(kTilesOfInt8)>(plan.tile, [&](auto number) {
+        constexpr int which = decltype(number)::value;
+        using Tile = Int8Tile<which>;
+        launch(multiply_int8<which>, plan.blocks(), Tile::kThreads, Tile::kSharedBytes, stream, product);
+    });
+    if (!plan.apart) return;
+    product.token_tiles = ceil_div(a.M, FinishedTile::kTokens);
+    const unsigned tiles = static_cast<unsigned>(ceil_div(a.N, FinishedTile::kRows) * product.token_tiles);
+    launch(finish_slices, tiles, FinishedTile::kThreads, FinishedTile::kSharedBytes, stream, product, plan.slices);
+}
+
+}  // namespace hb
