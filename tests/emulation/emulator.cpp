@@ -5,6 +5,7 @@
 #include <stdlib.h>
 
 #include <algorithm>
+#include <map>
 #include <memory>
 #include <mutex>
 #include <random>
@@ -27,6 +28,7 @@ struct Copy {
 };
 
 constexpr int kCopyBytes = 16;
+constexpr size_t kSharedAlignment = 1024;  // the most that a kernel asks for
 
 struct Thread {
     Fibre fibre;
@@ -55,7 +57,8 @@ class Block {
         for (std::unique_ptr<Thread>& thread : threads_) thread = std::make_unique<Thread>();
         // Exactly as many bytes as were asked for, so that AddressSanitizer sees the first one beyond.
         void* memory = nullptr;
-        if (posix_memalign(&memory, 128, static_cast<size_t>(std::max<int64_t>(shared_bytes, 1))) != 0) abort();
+        if (posix_memalign(&memory, kSharedAlignment, static_cast<size_t>(std::max<int64_t>(shared_bytes, 1))) != 0)
+            abort();
         shared_.reset(static_cast<unsigned char*>(memory));
     }
 
@@ -71,12 +74,23 @@ class Block {
 
     void pause() { current().fibre.leave(); }
     void barrier();
+    void sleep(const void* place);
+    void wake(const void* place);
+    void later(std::function<void()> event);
+    void run_event(size_t which);
+    std::unique_ptr<Extension>& extension() { return extension_; }
     void* exchange(const char* what, unsigned lanes, const void* own, int bytes);
     [[noreturn]] void end_thread();
     [[noreturn]] void fail(const char* format, ...) __attribute__((format(printf, 2, 3)));
+    // The same from outside of threads; nobody goes on.
+    void fail_outside(const char* sentence) {
+        fprintf(stderr, "emulation: block %u: %s\n", blockIdx.x, sentence);
+        failed_ = true;
+    }
 
   private:
     int next_thread();
+    int ready_thread();
     void make_ready(int thread) { warps_[thread / kWarpSize].ready.push_back(thread); }
 
     std::mt19937_64& random_;
@@ -84,6 +98,9 @@ class Block {
     std::vector<Warp> warps_;
     std::unique_ptr<unsigned char, FreeBytes> shared_;
     int64_t shared_bytes_;
+    std::multimap<const void*, int> sleepers_;
+    std::vector<std::function<void()>> events_;
+    std::unique_ptr<Extension> extension_;
     size_t preferred_ = 0;
     int at_barrier_ = 0;
     int ended_ = 0;
@@ -98,8 +115,18 @@ void thread_body() {
     block->end_thread();
 }
 
-// -1 where nobody can go on.
+// -1 where nobody can go on. What may happen at any time happens now and then, and at the latest when everybody waits.
 int Block::next_thread() {
+    if (!events_.empty() && chance(64)) run_event(random_() % events_.size());
+    int thread = ready_thread();
+    while (thread < 0 && !events_.empty()) {
+        run_event(random_() % events_.size());
+        thread = ready_thread();
+    }
+    return thread;
+}
+
+int Block::ready_thread() {
     if (chance(64)) preferred_ = random_() % warps_.size();
     size_t warp = chance(4) ? random_() % warps_.size() : preferred_;
     for (size_t tried = 0; warps_[warp].ready.empty(); ++tried) {
@@ -116,6 +143,9 @@ int Block::next_thread() {
 bool Block::run(void (*body)()) {
     memset(shared_.get(), 0xff, static_cast<size_t>(shared_bytes_));
     at_barrier_ = ended_ = 0;
+    sleepers_.clear();
+    events_.clear();
+    extension_.reset();
     const int count = static_cast<int>(threads_.size());
     for (Warp& warp : warps_) warp.arrived = 0;
     for (int i = 0; i < count; ++i) {
@@ -130,11 +160,15 @@ bool Block::run(void (*body)()) {
         const int thread = next_thread();
         if (thread < 0) {
             fprintf(stderr, "emulation: of %d threads %d have ended and %d wait at a barrier; none can go on\n", count,
-                    ended_, at_barrier_);
+                    ended_, at_barrier_ + static_cast<int>(sleepers_.size()));
             return false;
         }
         threadIdx.x = static_cast<unsigned>(thread);
         threads_[thread]->fibre.resume();
+    }
+    if (!failed_ && !events_.empty()) {
+        fprintf(stderr, "emulation: block %u ended with %zu copies under way\n", blockIdx.x, events_.size());
+        return false;
     }
     return !failed_;
 }
@@ -166,6 +200,28 @@ void Block::barrier() {
     pause();  // the last to come need not be the first to go
 }
 
+void Block::sleep(const void* place) {
+    sleepers_.emplace(place, static_cast<int>(threadIdx.x));
+    pause();
+}
+
+void Block::wake(const void* place) {
+    const auto range = sleepers_.equal_range(place);
+    for (auto sleeper = range.first; sleeper != range.second; ++sleeper) make_ready(sleeper->second);
+    sleepers_.erase(range.first, range.second);
+}
+
+void Block::later(std::function<void()> event) {
+    events_.push_back(std::move(event));
+    if (chance(8)) run_event(events_.size() - 1);
+}
+
+void Block::run_event(size_t which) {
+    const std::function<void()> event = std::move(events_[which]);
+    events_.erase(events_.begin() + static_cast<std::ptrdiff_t>(which));
+    event();
+}
+
 void* Block::exchange(const char* what, unsigned lanes, const void* own, int bytes) {
     if (lanes != kAllLanes) fail("%s among lanes %08x; only whole warps are emulated", what, lanes);
     const int number = static_cast<int>(threadIdx.x) / kWarpSize;
@@ -190,43 +246,90 @@ void land(const Copy& copy) {
     }
 }
 
+// A thread's copies of the groups before `group`.
+void land_copies(Thread& thread, int64_t group) {
+    std::vector<Copy>& copies = thread.copies;
+    auto due = [&](const Copy& copy) { return copy.group < group; };
+    for (const Copy& copy : copies) {
+        if (due(copy)) land(copy);
+    }
+    copies.erase(std::remove_if(copies.begin(), copies.end(), due), copies.end());
+}
+
+// A launch runs as late as it may: when the next one is made that waits for it, or when its status is asked for.
+struct Launch {
+    unsigned blocks;
+    int threads;
+    int64_t shared_bytes;
+    std::function<void()> thread;
+    std::shared_ptr<Launch> before;  // may still be running
+    bool begun = false;
+};
+
 std::mutex one_launch;
 bool failure = false;
 std::mt19937_64 random_numbers;
+std::shared_ptr<Launch> last_launch;
+Launch* running_launch = nullptr;
 
-}  // namespace
-
-void run_grid(unsigned blocks, int threads, int64_t shared_bytes, const std::function<void()>& thread) {
-    const std::lock_guard<std::mutex> lock(one_launch);
-    if (threads < 1 || threads > kMostThreads || threads % kWarpSize != 0 || shared_bytes > kMostSharedBytes) {
-        fprintf(stderr, "emulation: %d threads with %ld bytes of shared memory are not accepted\n", threads,
-                static_cast<long>(shared_bytes));
-        failure = true;
-        return;
-    }
-    std::vector<unsigned> order(blocks);
-    for (unsigned i = 0; i < blocks; ++i) order[i] = i;
+// Runs a launch, from within a thread of the one behind it too. The one before it has run when it ends.
+void finish(Launch* launch) {
+    if (launch == nullptr || launch->begun) return;
+    launch->begun = true;
+    std::vector<unsigned> order(launch->blocks);
+    for (unsigned i = 0; i < launch->blocks; ++i) order[i] = i;
     std::shuffle(order.begin(), order.end(), random_numbers);
-    Block one(threads, shared_bytes, random_numbers);
-    block = &one;
-    kernel = &thread;
-    gridDim.x = blocks;
-    blockDim.x = static_cast<unsigned>(threads);
+    const Dimension places[] = {threadIdx, blockIdx, blockDim, gridDim};
+    Block* const outer_block = block;
+    const std::function<void()>* const outer_kernel = kernel;
+    Launch* const outer_launch = running_launch;
+    Block one(launch->threads, launch->shared_bytes, random_numbers);
     for (const unsigned index : order) {
+        block = &one;
+        kernel = &launch->thread;
+        running_launch = launch;
+        gridDim.x = launch->blocks;
+        blockDim.x = static_cast<unsigned>(launch->threads);
         blockIdx.x = index;
         if (!one.run(thread_body)) {
             failure = true;
             break;
         }
     }
-    block = nullptr;
+    block = outer_block;
+    kernel = outer_kernel;
+    running_launch = outer_launch;
+    threadIdx = places[0], blockIdx = places[1], blockDim = places[2], gridDim = places[3];
+    finish(launch->before.get());
+}
+
+}  // namespace
+
+void run_grid(unsigned blocks, int threads, int64_t shared_bytes, std::function<void()> thread, Grid grid) {
+    const std::lock_guard<std::mutex> lock(one_launch);
+    const int64_t most_shared_bytes = grid == kHopperGrid ? kMostHopperSharedBytes : kMostSharedBytes;
+    if (threads < 1 || threads > kMostThreads || threads % kWarpSize != 0 || shared_bytes > most_shared_bytes) {
+        fprintf(stderr, "emulation: %d threads with %ld bytes of shared memory are not accepted\n", threads,
+                static_cast<long>(shared_bytes));
+        failure = true;
+        return;
+    }
+    if (grid != kHopperGrid) finish(last_launch.get());
+    last_launch = std::make_shared<Launch>(
+        Launch{blocks, threads, shared_bytes, std::move(thread), grid == kHopperGrid ? last_launch : nullptr});
 }
 
 bool take_failure() {
     const std::lock_guard<std::mutex> lock(one_launch);
+    finish(last_launch.get());
+    last_launch.reset();
     const bool failed = failure;
     failure = false;
     return failed;
+}
+
+void wait_for_predecessors() {
+    finish(running_launch->before.get());
 }
 
 unsigned char* shared_memory() {
@@ -256,12 +359,42 @@ void end_copy_group() {
 
 void wait_for_copies(int pending) {
     Thread& thread = block->current();
-    std::vector<Copy>& copies = thread.copies;
-    auto due = [&](const Copy& copy) { return copy.group < thread.groups - pending; };
-    for (const Copy& copy : copies) {
-        if (due(copy)) land(copy);
-    }
-    copies.erase(std::remove_if(copies.begin(), copies.end(), due), copies.end());
+    land_copies(thread, thread.groups - pending);
+}
+
+void after_copies(std::function<void()> event) {
+    Thread& thread = block->current();
+    const int64_t group = ++thread.groups;
+    block->later([&thread, group, event] {
+        if (thread.ended && !thread.copies.empty()) fail_outside("a thread ended before its copies");
+        land_copies(thread, group);
+        event();
+    });
+}
+
+void sleep(const void* place) {
+    block->sleep(place);
+}
+void wake(const void* place) {
+    block->wake(place);
+}
+void later(std::function<void()> event) {
+    block->later(std::move(event));
+}
+bool chance(unsigned one_in) {
+    return block->chance(one_in);
+}
+bool is_shared(const void* address, int64_t bytes) {
+    return block->is_shared(address, bytes);
+}
+void fail(const char* sentence) {
+    block->fail("%s", sentence);
+}
+void fail_outside(const char* sentence) {
+    block->fail_outside(sentence);
+}
+std::unique_ptr<Extension>& extension() {
+    return block->extension();
 }
 
 void* exchange_bytes(const char* what, unsigned lanes, const void* own, int bytes) {

@@ -11,7 +11,7 @@
 #define __global__
 #define __device__
 #define __constant__
-#define __launch_bounds__(threads)
+#define __launch_bounds__(...)
 
 using hb::emulation::blockDim;
 using hb::emulation::blockIdx;

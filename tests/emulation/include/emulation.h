@@ -12,7 +12,7 @@ namespace hb {
 template <typename... Parameters, typename... Arguments>
 void launch(void (*kernel)(Parameters...), unsigned blocks, int threads, int64_t shared_bytes, cudaStream_t,
             Arguments... arguments) {
-    emulation::run_grid(blocks, threads, shared_bytes, [&] { kernel(static_cast<Parameters>(arguments)...); });
+    emulation::run_grid(blocks, threads, shared_bytes, [=] { kernel(static_cast<Parameters>(arguments)...); });
 }
 
 inline unsigned char* shared_memory() {

@@ -1,6 +1,6 @@
 // A small model of how a GPU runs a kernel, for the headers beside this one. It models order, not time.
 //
-//     grid        its blocks run one after the other, in a random order
+//     grid        runs as late as it may; its blocks one after the other, in a random order
 //     block       its threads are fibres. One runs until it waits; who runs next is random, and now and then one warp
 //     is
 //                 preferred for a while, so that warps drift apart as far as barriers allow
@@ -18,6 +18,7 @@
 #include <string.h>
 
 #include <functional>
+#include <memory>
 
 namespace hb {
 namespace emulation {
@@ -36,10 +37,13 @@ inline int lane() {
     return static_cast<int>(threadIdx.x) % kWarpSize;
 }
 
-// Runs `thread` once for each thread of the grid. One launch at a time; others wait.
-void run_grid(unsigned blocks, int threads, int64_t shared_bytes, const std::function<void()>& thread);
+// Runs `thread` once for each thread of the grid. One launch at a time; others wait. A Hopper grid may have more shared
+// memory, and the launch in front of it may run after it has begun.
+enum Grid { kAnyGrid, kHopperGrid };
+constexpr int64_t kMostHopperSharedBytes = 227 << 10;
+void run_grid(unsigned blocks, int threads, int64_t shared_bytes, std::function<void()> thread, Grid grid = kAnyGrid);
 
-// Whether a launch has failed since this was last asked.
+// Whether a launch has failed since this was last asked; all of them have run then.
 bool take_failure();
 
 // --- called by threads -----------------------------------------------------------------------------------------------
@@ -49,6 +53,24 @@ void wait_for_block();
 void start_copy(void* to_shared, const void* from, bool there);
 void end_copy_group();
 void wait_for_copies(int pending);
+
+// For what hopper.cpp adds: its state of the block that runs, gone when the next one begins.
+struct Extension {
+    virtual ~Extension() = default;
+};
+std::unique_ptr<Extension>& extension();
+// The launch in front of this one has run when this returns.
+void wait_for_predecessors();
+// The thread waits until somebody wakes those at this place.
+void sleep(const void* place);
+void wake(const void* place);
+// At any time from now on, but not before this thread's copies so far have landed where it says so.
+void later(std::function<void()> event);
+void after_copies(std::function<void()> event);
+bool chance(unsigned one_in);
+bool is_shared(const void* address, int64_t bytes);
+[[noreturn]] void fail(const char* sentence);
+void fail_outside(const char* sentence);  // where no thread is running: in what happens later
 
 // Leaves `bytes` of this lane's for the others and returns what all 32 left, slot by slot, until the next exchange but
 // one. The lanes must agree in `what` they are doing.
@@ -61,8 +83,7 @@ const T* exchange(const char* what, unsigned lanes, const T& own) {
     return static_cast<const T*>(exchange_bytes(what, lanes, &own, sizeof(T)));
 }
 
-// --- float16 and bfloat16, as csrc/cpu/floats.h has them
-// ----------------------------------------------------------------
+// --- float16 and bfloat16, as csrc/cpu/floats.h has them -------------------------------------------------------------
 
 float from_half(uint16_t bits);
 uint16_t to_half(float value);
