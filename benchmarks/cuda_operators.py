@@ -9,9 +9,10 @@ with a sentence and writes nothing.
 
 Timed are CUDA graphs of calls that go round weights larger than the second-level cache together, so that a weight has
 left it when its turn comes again; medians of replays, divided by the calls in a graph. Contenders stand in one process
-and run one after the other: torch in bfloat16 (cuBLAS) and, where it is found in this environment or in DIR,
-bitsandbytes. A contender that cannot be captured in a graph is shown without a time. The roof is what copying a large
-tensor moves a second. Results: benchmarks/results/cuda_operators.json and .md.
+and run one after the other: the 4-bit matmul with each of its kernels that this GPU runs ("hopper" is the one for
+compute capability 9.0), torch in bfloat16 (cuBLAS) and, where it is found in this environment or in DIR, bitsandbytes.
+A contender that cannot be captured in a graph is shown without a time. The roof is what copying a large tensor moves a
+second. Results: benchmarks/results/cuda_operators.json and .md.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ import torch
 
 from benchmarks.hardware import describe
 from quant import formats, native
+from quant.errors import NativeError
 
 ROOT: Final = Path(__file__).parents[1]
 RESULTS: Final = Path(__file__).parent / "results"
@@ -41,7 +43,9 @@ SHAPES: Final = ("4096x4096", "14336x4096", "4096x14336", "8192x28672")
 ROWS: Final = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 2048, 8192)
 EXPERTS: Final = 8
 """What a weight's rows are shared out to, one row of x each, where linear_4bit_experts is timed."""
-CHECKS: Final = tuple(f"tests/quant/test_{name}.py" for name in ("native", "rows", "paged_attention", "cache_write"))
+CHECKS: Final = tuple(
+    f"tests/quant/test_{name}.py" for name in ("native", "hopper", "rows", "paged_attention", "cache_write")
+)
 CACHES: Final = 4
 """Weights that a graph goes round, in second-level caches."""
 OUTLIER_COLUMNS: Final = 6
@@ -86,9 +90,11 @@ class Result:
 def contenders(kernels: native.Kernels, directory: str | None) -> dict[str, Callable[[torch.Tensor], Weight]]:
     """What makes each contender's weight of a dense one."""
     found: dict[str, Callable[[torch.Tensor], Weight]] = {TORCH: dense_weight}
-    for quant_type, nested in (("nf4", False), ("nf4", True), ("fp4", False)):
-        name = f"{quant_type}-dq" if nested else quant_type
-        found[name] = lambda w, q=quant_type, n=nested: four_bit(kernels, w, q, n)  # type: ignore[misc]
+    for each in with_each_kernel(kernels):
+        for quant_type, nested in (("nf4", False), ("nf4", True), ("fp4", False)):
+            name = f"{quant_type}-dq" if nested else quant_type
+            name += "" if each.cuda_kernel == "mma" else f" {each.cuda_kernel}"
+            found[name] = lambda w, k=each, q=quant_type, n=nested: four_bit(k, w, q, n)  # type: ignore[misc]
     for outliers, name in (("value", "int8"), ("batch", "int8 by column"), ("all", "int8 weights only")):
         found[name] = lambda w, o=outliers: eight_bit(kernels, w, o)  # type: ignore[misc]
     if directory is not None:
@@ -100,6 +106,20 @@ def contenders(kernels: native.Kernels, directory: str | None) -> dict[str, Call
     for name in ("bitsandbytes nf4", "bitsandbytes nf4-dq", "bitsandbytes int8"):
         found[name] = lambda w, n=name: bitsandbytes_weight(w, n)  # type: ignore[misc]
     return found
+
+
+def with_each_kernel(kernels: native.Kernels) -> Iterator[native.Kernels]:
+    """The library once for each kernel of the 4-bit matmul that this device runs, whatever the environment names."""
+    device = "cuda" if kernels.device_type == "cuda" else "cpu"
+    nothing = torch.empty(0, 64, dtype=DTYPE, device=device)
+    for name in native.CUDA_KERNEL_CODES:
+        each = native.Kernels(kernels.library, kernels.device_type, name)
+        try:
+            four_bit(each, torch.zeros(1, 64, device=device), "nf4", False).multiply(nothing)
+        except NativeError as error:
+            print(error)
+        else:
+            yield each
 
 
 def dense_weight(w: torch.Tensor) -> Weight:

@@ -33,6 +33,7 @@ inline hb_status check_call(const hb_call* call, int64_t bytes) {
     if (call == nullptr) return HB_NULL_POINTER;
     if (call->struct_bytes != bytes) return HB_BAD_STRUCT;
     HB_REQUIRE(fail_unless(call->threads >= 1 && call->threads <= HB_MAX_THREADS, HB_BAD_THREADS));
+    HB_REQUIRE(fail_unless(call->cuda_kernel == HB_CUDA_MMA || call->cuda_kernel == HB_CUDA_HOPPER, HB_BAD_OPTION));
     return fail_unless(call->batch_invariant == 0 || call->batch_invariant == 1, HB_BAD_OPTION);
 }
 

@@ -25,7 +25,7 @@ extern "C" {
 #define HB_API __attribute__((visibility("default")))
 
 /* Goes up with every change of a struct, a code or a meaning in this file. */
-#define HB_ABI_VERSION 4
+#define HB_ABI_VERSION 5
 /* Required alignment of a workspace. */
 #define HB_WORKSPACE_ALIGNMENT 64
 /* The largest number of elements that any tensor may have. */
@@ -56,7 +56,8 @@ enum {
     HB_LAUNCH_FAILED = 14,
     HB_BAD_SEQUENCE = 15,
     HB_BAD_EXPERTS = 16,
-    HB_STATUS_COUNT = 17
+    HB_NO_KERNEL = 17,
+    HB_STATUS_COUNT = 18
 };
 
 /* Dtypes of values. */
@@ -66,6 +67,9 @@ enum { HB_NF4 = 0, HB_FP4 = 1 };
 /* Who decides that an activation is an outlier: the value alone, or its column over all M rows; or all of them are, so
  * that no activation is rounded and the weight alone is in 8 bits. */
 enum { HB_OUTLIERS_VALUE = 0, HB_OUTLIERS_BATCH = 1, HB_OUTLIERS_ALL = 2 };
+/* Kernels of the 4-bit matmul on CUDA for what tensor cores take: the one for every GPU of compute capability 8.0 and
+ * later, or the one for 9.0 alone (H100, H200). */
+enum { HB_CUDA_MMA = 0, HB_CUDA_HOPPER = 1 };
 /* Tables that hb_table copies out. */
 enum {
     HB_TABLE_NF4 = 0,               /* [16] */
@@ -90,6 +94,8 @@ typedef struct hb_call {
     int64_t threads; /* 1 .. HB_MAX_THREADS threads may work; the result does not depend on it; CUDA ignores it */
     int64_t batch_invariant; /* 1: a row of a matmul has the same bits in a batch of any size; 0: few rows may take a
                                 faster way than many, which adds up in another order. CUDA ignores it. */
+    int64_t cuda_kernel; /* HB_CUDA_MMA or HB_CUDA_HOPPER; a row's last bits differ between them. hb_linear4 on another
+                            GPU refuses HB_CUDA_HOPPER; the CPU library ignores it, and so do other entries */
 } hb_call;
 
 /* Flat values -> 4-bit codes and block maxima. */

@@ -21,12 +21,15 @@ constexpr const char* kStatusTexts[HB_STATUS_COUNT] = {
     "The workspace is not aligned to 64 bytes.",
     "The workspace is smaller than the entry's workspace function asks for.",
     "The number of threads is not accepted; it must be from 1 to 1024.",
-    "An option is not accepted: an unknown outlier rule, or a threshold, scale, window or soft cap out of range.",
+    "An option is not accepted: an unknown outlier rule or kernel, or a threshold, scale, window or soft cap out of "
+    "range.",
     "No CUDA device can be used: there is none, or its driver is older than the CUDA version of this library.",
     "This library holds no code for this GPU's architecture; build with its number in HALFBYTE_CUDA_ARCHITECTURES.",
     "The CUDA runtime refused to launch the kernel.",
     "A sequence has no rows, stands outside its block table, or names a block that the cache does not have.",
     "The experts' rows end where they cannot: each ends at or behind the one before it, and none behind the last row.",
+    ("The kernel for Hopper needs a GPU of compute capability 9.0 and code for 90a in this library; accepted here is "
+     "HALFBYTE_CUDA_KERNEL=mma."),
 };
 
 template <typename T, int Length>

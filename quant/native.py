@@ -20,10 +20,11 @@ import torch
 from quant import formats, pages, reference
 from quant.errors import NativeError
 
-ABI_VERSION: Final = 4
+ABI_VERSION: Final = 5
 MAX_THREADS: Final = 1024
 DTYPE_CODES: Final = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 FORMAT_CODES: Final = {"nf4": 0, "fp4": 1}
+CUDA_KERNEL_CODES: Final = {"mma": 0, "hopper": 1}
 OUTLIER_CODES: Final = {"value": 0, "batch": 1, "all": 2}
 TABLE_CODES: Final = {
     "nf4": 0,
@@ -40,6 +41,8 @@ TABLE_CODES: Final = {
 }
 LEVEL_VARIABLE: Final = "HALFBYTE_CPU_LEVEL"
 """Names the instruction set level that the CPU library runs at, where it is not to choose for itself."""
+CUDA_KERNEL_VARIABLE: Final = "HALFBYTE_CUDA_KERNEL"
+"""Names the kernel of the 4-bit matmul on CUDA, one of CUDA_KERNEL_CODES; mma where it is not set."""
 _OK: Final = 0
 _I64: Final = ctypes.c_int64
 _PTR: Final = ctypes.c_void_p
@@ -59,6 +62,7 @@ class Call(ctypes.Structure):
         ("workspace_bytes", _I64),
         ("threads", _I64),
         ("batch_invariant", _I64),
+        ("cuda_kernel", _I64),
     )
 
 
@@ -205,7 +209,15 @@ def kernels(device_type: str) -> Kernels:
     library = load_library(library_path(device_type))
     if device_type == "cpu":
         share_threads(library)
-    return Kernels(library, device_type)
+    return Kernels(library, device_type, cuda_kernel())
+
+
+def cuda_kernel() -> str:
+    """The kernel of the 4-bit matmul on CUDA that the environment names; raises NativeError for an unknown one."""
+    name = os.environ.get(CUDA_KERNEL_VARIABLE, "mma")
+    if name not in CUDA_KERNEL_CODES:
+        raise NativeError(f"{CUDA_KERNEL_VARIABLE} is {name!r}; accepted are {', '.join(CUDA_KERNEL_CODES)}.")
+    return name
 
 
 def share_threads(library: ctypes.CDLL) -> bool:
@@ -266,11 +278,15 @@ def thread_count() -> int:
 
 
 class Kernels:
-    """The operators of one loaded library under the names that quant/ops.py gives them; arguments are checked."""
+    """The operators of one loaded library under the names that quant/ops.py gives them; arguments are checked.
 
-    def __init__(self, library: ctypes.CDLL, device_type: str) -> None:
+    `cuda_kernel`, one of CUDA_KERNEL_CODES, matters to 4-bit matmuls of the CUDA library alone.
+    """
+
+    def __init__(self, library: ctypes.CDLL, device_type: str, cuda_kernel: str = "mma") -> None:
         self.library = library
         self.device_type = device_type
+        self.cuda_kernel = cuda_kernel
 
     def table(self, name: str) -> list[float]:
         """A table of csrc/formats.h as Python floats: one of TABLE_CODES."""
@@ -292,6 +308,7 @@ class Kernels:
         args = filled(entry, **fields)
         args.call.threads = thread_count()
         args.call.batch_invariant = batch_invariant()
+        args.call.cuda_kernel = CUDA_KERNEL_CODES[self.cuda_kernel]
         workspace = None
         if entry in ENTRIES_WITH_WORKSPACE:
             needed = self.workspace_bytes(entry, args)

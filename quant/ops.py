@@ -218,9 +218,10 @@ def linear_4bit_experts(
     that no expert before it has; rows behind the last end give zeros. packed: uint8 [E, P, at least ceil(N K / 2)], the
     codes of P matrices of `shape` [N, K] (P at most native.MAX_GROUP). absmax: float32 [E, P, B], or uint8 [E, P, B]
     with nested_absmax float32 [E, P, ceil(B / nested_blocksize)] and offset float32 [E, P]. bias: [E, P N].
-    Returns [M, P N] in x's dtype, for each expert and matrix what linear_4bit gives, bit for bit on one device. An
-    expert without rows is not touched. Gradients flow to x and bias. Raises ShapeError; NativeError where ends are on
-    a CPU and fall or leave x (on CUDA nothing waits for them: such ends give some rows wrong values).
+    Returns [M, P N] in x's dtype, for each expert and matrix what linear_4bit gives, bit for bit on one device where
+    the kernel for Hopper is not asked for. An expert without rows is not touched. Gradients flow to x and bias. Raises
+    ShapeError; NativeError where ends are on a CPU and fall or leave x (on CUDA nothing waits for them: such ends give
+    some rows wrong values).
     """
     return cast(
         torch.Tensor,

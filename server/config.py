@@ -35,7 +35,7 @@ _HOST = re.compile(r"[A-Za-z0-9.:_-]{1,253}")
 _API_KEY = re.compile(r"[!-+\--~]{8,512}")
 
 _NOT_OURS = re.compile(
-    r"HALFBYTE_CUDA(_ARCHITECTURES)?|HALFBYTE_CPU_LEVEL|HALFBYTE_(\w+_)?(SERVICE_(HOST|PORT\w*)|PORT(_[0-9]+_(TCP|UDP|SCTP)\w*))"
+    r"HALFBYTE_CUDA(_ARCHITECTURES|_KERNEL)?|HALFBYTE_CPU_LEVEL|HALFBYTE_(\w+_)?(SERVICE_(HOST|PORT\w*)|PORT(_[0-9]+_(TCP|UDP|SCTP)\w*))"
 )
 """Variables that the build or the kernels read, and those that Kubernetes sets for a Service named halfbyte."""
 

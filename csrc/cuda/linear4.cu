@@ -1,14 +1,25 @@
-// out = x * W^T + bias with W in 4 bits: the entry, and the kernel for what linear4_mma.cu does not take: float32,
-// whose sums stay float32, and any K. It never builds the weight.
+// out = x * W^T + bias with W in 4 bits: the entry, and the kernel for what linear4_mma.cu and linear4_hopper.cu do not
+// take: float32, whose sums stay float32, and any K. It never builds the weight.
 //
 // One warp makes the outputs of one weight row for up to eight rows of x (linear4_warp.cuh). Nothing that decides
-// between the two kernels is a matter of x's rows.
+// between the kernels is a matter of x's rows.
+#include "linear4_hopper.h"
 #include "linear4_mma.h"
 #include "linear4_warp.cuh"
 
 namespace hb {
 
 namespace {
+
+// Whether the caller wants the kernel for Hopper where it can be had.
+bool wants_hopper(const hb_linear4_args& a) {
+    return a.call.cuda_kernel == HB_CUDA_HOPPER && hopper_takes(a);
+}
+
+int64_t workspace_bytes(const hb_linear4_args& a) {
+    if (wants_hopper(a)) return hopper_workspace_bytes(a.M, a.N, a.K);
+    return mma_takes(a) ? plan_linear4(a.M, a.N, a.K).workspace_bytes(a.M, a.N) : 0;
+}
 
 template <typename T>
 __global__ void linear4(const T* x, int64_t M, int64_t N, int64_t K, const uint8_t* packed, int64_t format,
@@ -32,7 +43,7 @@ extern "C" hb_status hb_linear4_workspace(const hb_linear4_args* args, int64_t* 
     using namespace hb;
     HB_REQUIRE(check_linear4_shape(args));
     HB_REQUIRE(check_tensor(bytes, 1, sizeof *bytes));
-    *bytes = mma_takes(*args) ? plan_linear4(args->M, args->N, args->K).workspace_bytes(args->M, args->N) : 0;
+    *bytes = workspace_bytes(*args);
     return HB_OK;
 }
 
@@ -40,14 +51,16 @@ extern "C" hb_status hb_linear4(const hb_linear4_args* args) {
     using namespace hb;
     HB_REQUIRE(check(args));
     const hb_linear4_args& a = *args;
+    HB_REQUIRE(fail_unless(a.call.cuda_kernel != HB_CUDA_HOPPER || hopper_runs(), HB_NO_KERNEL));
     if (a.M == 0 || a.N == 0) return HB_OK;
-    if (mma_takes(a)) {
-        const Linear4Plan plan = plan_linear4(a.M, a.N, a.K);
-        HB_REQUIRE(check_workspace(a.call, plan.workspace_bytes(a.M, a.N)));
-        if (reinterpret_cast<uintptr_t>(a.packed) % 16 == 0) {
-            launch_linear4_mma(a, plan);
-            return launched();
+    HB_REQUIRE(check_workspace(a.call, workspace_bytes(a)));
+    if (mma_takes(a) && reinterpret_cast<uintptr_t>(a.packed) % 16 == 0) {
+        if (wants_hopper(a)) {
+            launch_linear4_hopper(a);
+        } else {
+            launch_linear4_mma(a, plan_linear4(a.M, a.N, a.K));
         }
+        return launched();
     }
     const Absmax absmax = {a.absmax, a.nested_absmax, a.offset, a.nested_blocksize};
     const unsigned blocks = blocks_for_warps(a.N * ceil_div(a.M, kWarpRows));

@@ -2,7 +2,7 @@
 // not take, float32 and any K. Which rows are whose is found on the device (experts.cuh); nothing is waited for and
 // there is no workspace, so that a graph can hold the call.
 //
-// Both kernels add up as those of hb_linear4 do and have their bits.
+// Both kernels add up as those of hb_linear4 do and have their bits; Hopper's has no counterpart here.
 #include "experts.cuh"
 #include "linear4_mma.h"
 #include "linear4_warp.cuh"

@@ -26,7 +26,7 @@
 // Promises: a row's result does not depend on M (linear4_mma.h), nor on how x is aligned; the same bits every time.
 #include "experts.cuh"
 #include "linear4_mma.h"
-#include "vocabulary.cuh"
+#include "linear4_parts.cuh"
 
 namespace hb {
 
@@ -34,25 +34,18 @@ namespace {
 
 constexpr int kThreads = kWarpsPerBlock * kWarp;
 constexpr int kChunks = kStageValues / kChunkValues;
-constexpr int kCodeRowBytes = kStageValues / 2;
 constexpr int kXRowBytes = kStageValues * 2;
-constexpr int kPiece = 16;  // bytes of one copy
 constexpr int kTableBytes = 16 * kWarp * 4;
 constexpr int kMapBytes = 256 * 4;  // used where absmax is double-quantized
 constexpr int kLaneValues = 16;     // of a chunk
-
-// In global memory: the lanes of a warp read it side by side, for which constant memory would take turns.
-__device__ const Table<float, 256> kMap = make_dynamic_values();
 
 struct Problem {
     const void* x;
     bool x_aligned;  // to kPiece
     const uint8_t* packed;
-    Absmax absmax;
+    Scales scales;
     int64_t M, N, K;
     int64_t format;
-    int block_shift;   // log2 of the block size
-    int nested_shift;  // and of the second level's, or -1 where that is no power of two
     const void* bias;
     int64_t bias_dtype;
     void* out;
@@ -97,7 +90,7 @@ struct Linear4 {
         for (int i = static_cast<int>(threadIdx.x); i < 16 * kWarp; i += kThreads) {
             table[i] = code_value(p.format, i / kWarp);
         }
-        if (p.absmax.nested_absmax != nullptr) {
+        if (p.scales.absmax.nested_absmax != nullptr) {
             float* const map = reinterpret_cast<float*>(shared + kTableBytes);
             for (int i = static_cast<int>(threadIdx.x); i < kMap.length; i += kThreads) map[i] = kMap.at[i];
         }
@@ -132,13 +125,8 @@ struct Linear4 {
 
     __device__ float scale_at(int64_t row, int64_t k) const {
         if (row >= p.N || k >= p.K) return 0.0f;
-        const int64_t block = (row * p.K + k) >> p.block_shift;
-        const Absmax& a = p.absmax;
-        if (a.nested_absmax == nullptr) return static_cast<const float*>(a.absmax)[block];
         const float* const map = reinterpret_cast<const float*>(shared + kTableBytes);
-        const int64_t outer = p.nested_shift >= 0 ? block >> p.nested_shift : block / a.nested_blocksize;
-        const float code = map[static_cast<const uint8_t*>(a.absmax)[block]];
-        return __fadd_rn(__fmul_rn(code, a.nested_absmax[outer]), *a.offset);
+        return p.scales.value(p.scales.stored(row * p.K + k), map);
     }
 
     __device__ int64_t warp_row() const { return static_cast<int64_t>(threadIdx.x) / kWarp * kWarpRows; }
@@ -291,7 +279,7 @@ __device__ Problem problem_of(const Problem& all, const Experts& experts, const 
     own.x = static_cast<const T*>(all.x) + tile.first * all.K;
     own.M = tile.rows;
     own.packed = all.packed + number * experts.packed_bytes;
-    own.absmax = experts.absmax_of(all.absmax, number);
+    own.scales.absmax = experts.absmax_of(all.scales.absmax, number);
     if (all.bias != nullptr) {
         const int64_t bytes = number * all.N * (all.bias_dtype == HB_FLOAT32 ? 4 : 2);
         own.bias = static_cast<const unsigned char*>(all.bias) + bytes;
@@ -323,24 +311,6 @@ __global__ void __launch_bounds__(kThreads) linear4_experts_mma(Problem all, Exp
     kernel.write(0);
 }
 
-template <typename T>
-__global__ void add_slices(const float* slices, int64_t count, int64_t M, int64_t N, const void* bias,
-                           int64_t bias_dtype, T* out) {
-    const int64_t stride = static_cast<int64_t>(gridDim.x) * kThreads;
-    for (int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x; i < M * N; i += stride) {
-        float sum = 0;
-        for (int64_t slice = 0; slice < count; ++slice) sum = __fadd_rn(sum, slices[slice * M * N + i]);
-        const float add = bias == nullptr ? 0.0f : load_float(bias, bias_dtype, i % N);
-        out[i] = from_float<T>(__fadd_rn(sum, add));
-    }
-}
-
-int log2_of(int64_t value) {
-    int shift = 0;
-    while (shift < 62 && (int64_t{1} << shift) < value) ++shift;
-    return (int64_t{1} << shift) == value ? shift : -1;
-}
-
 template <typename T, int WeightTiles, int TokenTiles, int Stages>
 void launch_tile(const Problem& problem, unsigned blocks, cudaStream_t stream) {
     constexpr int bytes = Linear4<T, WeightTiles, TokenTiles, Stages>::kSharedBytes;
@@ -366,10 +336,8 @@ void launch_dtype(const hb_linear4_args& a, const Linear4Plan& plan, const Probl
             launch_tile<T, 2, 8, 3>(problem, blocks, stream);
     }
     if (!plan.apart) return;
-    const int64_t wanted = ceil_div(a.M * a.N, kThreads);
-    const unsigned adding = static_cast<unsigned>(wanted < kMostBlocks ? wanted : kMostBlocks);
-    launch(add_slices<T>, adding, kThreads, 0, stream, problem.slices, plan.slices, a.M, a.N, a.bias, a.bias_dtype,
-           static_cast<T*>(a.out));
+    launch(add_slices<T>, blocks_for_adding(a.M * a.N), kAddingThreads, 0, stream, problem.slices, plan.slices, a.M,
+           a.N, a.bias, a.bias_dtype, static_cast<T*>(a.out));
 }
 
 template <typename T, int TokenTiles, int Stages>
@@ -406,11 +374,9 @@ Problem problem_for(const Args& a) {
     problem.x = a.x;
     problem.x_aligned = reinterpret_cast<uintptr_t>(a.x) % kPiece == 0;
     problem.packed = a.packed;
-    problem.absmax = {a.absmax, a.nested_absmax, a.offset, a.nested_blocksize};
+    problem.scales = Scales(a);
     problem.M = a.M, problem.N = a.N, problem.K = a.K;
     problem.format = a.format;
-    problem.block_shift = log2_of(a.blocksize);
-    problem.nested_shift = a.nested_absmax == nullptr ? -1 : log2_of(a.nested_blocksize);
     problem.bias = a.bias;
     problem.bias_dtype = a.bias_dtype;
     problem.out = a.out;

@@ -11,13 +11,18 @@
 #include "checks.h"
 #include "halfbyte.h"
 
+// The emulation has a smaller device, so that small outputs go both ways.
+#ifndef HB_ENOUGH_BLOCKS
+#define HB_ENOUGH_BLOCKS 264  // two for each multiprocessor of an H200
+#endif
+
 namespace hb {
 
-constexpr int kStageValues = 128;             // of K, in one stage of the pipeline
-constexpr int64_t kChunkValues = 64;          // of K, decoded at once; K must be a multiple of it
-constexpr int64_t kEnoughBlocks = 264;        // two for each multiprocessor of an H200
+constexpr int kStageValues = 128;     // of K, in one stage of the pipeline
+constexpr int64_t kChunkValues = 64;  // of K, decoded at once; K must be a multiple of it
+constexpr int64_t kEnoughBlocks = HB_ENOUGH_BLOCKS;
 constexpr int64_t kFewestStagesInASlice = 4;  // below that, filling the pipeline is most of the work
-constexpr int64_t kSmallestWeightRows = 64;   // of a tile: what slices are chosen for
+constexpr int64_t kSmallestWeightRows = 64;   // of a tile of linear4_mma: what slices are chosen for
 
 // The most tiles of up to `tile_rows` rows that M rows of `experts` experts and of nobody can be cut into, each one's
 // by themselves.
@@ -58,6 +63,24 @@ inline Linear4Tile tile_for(int64_t M) {
     return {128, 64, 3};
 }
 
+// Cuts the work into tiles of a size that M decides, and sums into slices for tiles of `smallest_rows` rows of W.
+inline Linear4Plan cut_work(Linear4Tile tile, int64_t smallest_rows, int64_t M, int64_t N, int64_t K) {
+    Linear4Plan plan = {};
+    plan.tile = tile;
+    plan.tiles = ceil_div(N, plan.tile.weight_rows) * ceil_div(M, plan.tile.tokens);
+    const int64_t stages = ceil_div(K, kStageValues);
+    const int64_t wanted = ceil_div(kEnoughBlocks, ceil_div(N, smallest_rows));
+    const int64_t possible = ceil_div(stages, kFewestStagesInASlice);
+    plan.slice_stages = ceil_div(stages, wanted < possible ? wanted : possible);
+    plan.slices = ceil_div(stages, plan.slice_stages);
+    plan.apart = plan.slices > 1 && plan.tiles < kEnoughBlocks;
+    return plan;
+}
+
+inline Linear4Plan plan_linear4(int64_t M, int64_t N, int64_t K) {
+    return cut_work(tile_for(M), kSmallestWeightRows, M, N, K);
+}
+
 // How the rows of experts are cut, which are known only on the device: into tiles for twice the rows that an expert has
 // on average, and of no more than 64 rows of W, since a tile of an expert with few rows is not full. Thread blocks go
 // over all slices.
@@ -66,19 +89,6 @@ struct ExpertsPlan {
     int64_t token_tiles;  // at most
     int64_t slice_stages;
 };
-
-inline Linear4Plan plan_linear4(int64_t M, int64_t N, int64_t K) {
-    Linear4Plan plan = {};
-    plan.tile = tile_for(M);
-    plan.tiles = ceil_div(N, plan.tile.weight_rows) * ceil_div(M, plan.tile.tokens);
-    const int64_t stages = ceil_div(K, kStageValues);
-    const int64_t wanted = ceil_div(kEnoughBlocks, ceil_div(N, kSmallestWeightRows));
-    const int64_t possible = ceil_div(stages, kFewestStagesInASlice);
-    plan.slice_stages = ceil_div(stages, wanted < possible ? wanted : possible);
-    plan.slices = ceil_div(stages, plan.slice_stages);
-    plan.apart = plan.slices > 1 && plan.tiles < kEnoughBlocks;
-    return plan;
-}
 
 inline ExpertsPlan plan_experts(const hb_linear4_experts_args& a) {
     const int64_t tokens = tile_for(2 * ceil_div(a.M, a.E < 1 ? 1 : a.E)).tokens;

@@ -162,6 +162,7 @@ Pointer shifted(Pointer pointer, int bytes = 1) {
         REFUSED(entry, a.call.threads = -1, HB_BAD_THREADS);                       \
         REFUSED(entry, a.call.threads = HB_MAX_THREADS + 1, HB_BAD_THREADS);       \
         REFUSED(entry, a.call.batch_invariant = 2, HB_BAD_OPTION);                 \
+        REFUSED(entry, a.call.cuda_kernel = 2, HB_BAD_OPTION);                     \
     } while (0)
 
 constexpr int64_t kHuge = std::numeric_limits<int64_t>::max();

@@ -38,7 +38,19 @@ def test_every_operator_is_measured(library: ctypes.CDLL) -> None:
     assert {result.contender for result in results if not result.rows} == {*NAMES} - APART - WITHOUT_KERNEL
     products = [result for result in results if result.contender == "nf4"]
     assert [result.rows for result in products] == [1, 9]
+    assert [result.rows for result in results if result.contender == "nf4-dq hopper"] == [1, 9]
     assert products[0].bytes == 48 * 64 + 48 * 128 // 64 * 4 + (128 + 48) * 2
+
+
+def test_only_the_kernels_that_a_device_runs_are_measured(
+    library: ctypes.CDLL, capsys: pytest.CaptureFixture[str]
+) -> None:
+    kernels = native.Kernels(library, "emulation", "hopper")
+    assert [each.cuda_kernel for each in cuda_operators.with_each_kernel(kernels)] == ["mma", "hopper"]
+    library.hb_emulation_hopper(False)
+    assert [each.cuda_kernel for each in cuda_operators.with_each_kernel(kernels)] == ["mma"]
+    library.hb_emulation_hopper(True)
+    assert "needs a GPU of compute capability 9.0" in capsys.readouterr().out
 
 
 def test_the_table_has_times_shares_and_ratios(library: ctypes.CDLL) -> None:

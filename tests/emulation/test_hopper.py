@@ -1,11 +1,18 @@
-"""What the emulation models of Hopper: it computes what PTX says, what is missing shows, faults end in a sentence."""
+"""What the emulation models of Hopper: it computes what PTX says, what is left out shows, and faults end in a sentence.
+
+The kernel itself is in test_kernels.py."""
 
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Iterator
 
 import pytest
 import torch
+
+from quant import native
+from quant.errors import NativeError
+from tests.quant.operands import Weight4
 
 pytestmark = pytest.mark.timeout(600)  # the first of a session builds the library
 
@@ -84,3 +91,21 @@ def test_a_launch_behind_another_waits_or_sees_nothing_of_it(library: ctypes.CDL
     assert library.hb_emulated_launch_behind(wait, pointer(number), pointer(out)) == OK
     assert (out == int(wait)).all()
     assert (number == 1).all()
+
+
+@pytest.fixture
+def another_device(library: ctypes.CDLL) -> Iterator[None]:
+    library.hb_emulation_hopper(False)
+    yield
+    library.hb_emulation_hopper(True)
+
+
+@pytest.mark.usefixtures("another_device")
+def test_another_device_refuses_the_kernel_with_a_sentence(
+    library: ctypes.CDLL, device: str, generator: torch.Generator
+) -> None:
+    arguments = Weight4.random((8, 64), "nf4", 64, None, generator).to(device).arguments()
+    x = torch.randn(1, 64, generator=generator).to(torch.bfloat16)
+    with pytest.raises(NativeError, match="needs a GPU of compute capability 9.0 .* accepted here is"):
+        native.Kernels(library, "emulation", "hopper").linear_4bit(x, *arguments)
+    native.Kernels(library, "emulation", "mma").linear_4bit(x, *arguments)

@@ -14,11 +14,32 @@ from tests.emulation import conftest
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
-KERNELS = sorted((conftest.ROOT / "csrc" / "cuda").glob("*.cu*"))  # and headers of kernels
-SYNCHRONISATION = re.compile(r"\b(?:block_barrier\(\)|copies_wait<[^;]*>\(\));")
+CUDA = conftest.ROOT / "csrc" / "cuda"
+KERNELS = sorted(path for path in CUDA.glob("*.cu*") if not path.name.startswith("vocabulary"))
+"""And headers of kernels, but for those that define the words."""
+WORDS = (
+    "block_barrier",
+    r"group_barrier(?!\(1,)",
+    r"copies_wait<\d>",
+    r"copies_wait<Stages - 2>",
+    "barriers_begun",
+    "barrier_arrive",
+    "barrier_arrive_expecting",
+    "barrier_arrive_after_copies",
+    "barrier_wait",
+    "products_begin",
+    "products_commit",
+    "products_wait",
+    "predecessors_wait",
+)
+"""All but two: warp_barrier, which orders a warp's accesses to memory (that they are seen late is not modelled), and
+the barrier behind Hopper's table, which is always filled before the copies land that are looked up in it."""
+SYNCHRONISATION = re.compile(rf"\b(?:{'|'.join(WORDS)})\([^;]*\);")
 PLACES = [(path.name, match.start()) for path in KERNELS for match in SYNCHRONISATION.finditer(path.read_text())]
 COMPARED = ("tests/emulation/test_kernels.py", "tests/emulation/test_attention.py")
-COMPARISONS = "tensor_cores or tiles_of or batch or cpus_bits or float64 or however or reference and not scales_that"
+COMPARISONS = (
+    "tensor_cores or tiles_of or batch or hopper or cpus_bits or float64 or however or reference and not scales_that"
+)
 TESTS_FAILED = 1
 
 
@@ -51,10 +72,11 @@ def test_without_it_a_comparison_fails(tree: Path, name: str, start: int) -> Non
     source = tree / "csrc" / "cuda" / name
     text = source.read_text()
     try:
-        source.write_text(text[:start] + SYNCHRONISATION.sub(";", text[start:], count=1))
-        code, output = compare(conftest.build(tree, tree / "build"))
+        source.write_text(text[:start] + SYNCHRONISATION.sub("{}", text[start:], count=1))
+        # The place may have been the only one that uses a parameter.
+        code, output = compare(conftest.build(tree, tree / "build", "-DCMAKE_CXX_FLAGS=-Wno-unused-parameter"))
     finally:
         source.write_text(text)
     crashed = code < 0
     assert crashed or code == TESTS_FAILED, output
-    assert crashed or "assert" in output or "none can go on" in output, output
+    assert crashed or "assert" in output or "NativeError" in output, output  # wrong, or a thread waits for ever

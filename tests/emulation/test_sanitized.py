@@ -13,7 +13,7 @@ from tests.emulation import conftest
 pytestmark = pytest.mark.timeout(600)
 
 FEW = (
-    "tensor_cores and nested-by-3 or absmax_codes or scales and nf4"
+    "tensor_cores and nested-by-3 or rounds_only and dtype1-nested or absmax_codes or scales and nf4"
     " or (codes_and_values or tiles_of or every_batch or bits_of_products or cpus_bits) and dtype1 and not fp4"
     " or stay_inside or int8_is or of_nothing or workspace"
     " or (agrees_with_float64 or however and 24 or to_their_slots) and bfloat16"

@@ -306,6 +306,14 @@ def test_linear_4bit_of_nothing(device: str, shape: tuple[int, int], rows: int, 
     assert same_bits(out, bias.expand(rows, shape[0]).contiguous())
 
 
+def test_an_unknown_kernel_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(native.CUDA_KERNEL_VARIABLE, "fast")
+    with pytest.raises(NativeError, match="HALFBYTE_CUDA_KERNEL is 'fast'; accepted are mma, hopper."):
+        native.cuda_kernel()
+    monkeypatch.setenv(native.CUDA_KERNEL_VARIABLE, "hopper")
+    assert native.cuda_kernel() == "hopper"
+
+
 def test_linear_4bit_rows_are_the_same_however_the_work_is_cut(device: str, generator: torch.Generator) -> None:
     """So many rows that thread blocks go over all of K, against so few that K is shared out among them."""
     moved = Weight4.random((3, 640), "nf4", 64, 256, generator).to(device)

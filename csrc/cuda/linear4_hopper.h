@@ -1,0 +1,61 @@
+// Choosing how Hopper's kernel of the 4-bit matmul cuts its work. Plain host code; linear4_hopper.cu computes.
+//
+// Slices of K are those of linear4_mma.h, for tiles with more rows of W. Many rows of x are multiplied a panel at a
+// time, so that the copy of x that the kernel reads, rearranged, does not grow with them.
+#pragma once
+
+#include "linear4_mma.h"
+
+namespace hb {
+
+constexpr int64_t kHopperRows = 128;        // of W, in a tile of any size
+constexpr int64_t kHopperPanelRows = 2048;  // of x, at a time; a multiple of every tile's
+constexpr int64_t kHopperMostK = int64_t{1} << 30;
+
+// Whether the kernel takes what linear4_mma does: codes of absmax in blocks of a power of two, as checkpoints have
+// them.
+inline bool hopper_takes(const hb_linear4_args& a) {
+    const bool nested_shift = a.nested_absmax == nullptr || (a.nested_blocksize & (a.nested_blocksize - 1)) == 0;
+    return mma_takes(a) && nested_shift && a.K < kHopperMostK;
+}
+
+inline Linear4Tile hopper_tile_for(int64_t M) {
+    if (M <= 8) return {kHopperRows, 8, 6};
+    if (M <= 16) return {kHopperRows, 16, 4};
+    if (M <= 32) return {kHopperRows, 32, 3};
+    if (M <= 64) return {kHopperRows, 64, 4};
+    return {kHopperRows, 128, 3};
+}
+
+struct HopperPlan {
+    Linear4Plan cut;
+    int64_t image_bytes;  // of x rearranged, in the workspace's beginning
+    int64_t slice_bytes;  // behind it
+
+    int64_t workspace_bytes() const { return image_bytes + slice_bytes; }
+};
+
+// Of one panel.
+inline HopperPlan plan_hopper(int64_t M, int64_t N, int64_t K) {
+    HopperPlan plan = {};
+    plan.cut = cut_work(hopper_tile_for(M), kHopperRows, M, N, K);
+    plan.image_bytes = round_up(M, plan.cut.tile.tokens) * round_up(K, kStageValues) * 2;
+    plan.slice_bytes = plan.cut.workspace_bytes(M, N);
+    return plan;
+}
+
+// Of all of them, which take turns.
+inline int64_t hopper_workspace_bytes(int64_t M, int64_t N, int64_t K) {
+    const int64_t last = plan_hopper(M % kHopperPanelRows, N, K).workspace_bytes();
+    const int64_t full = M < kHopperPanelRows ? 0 : plan_hopper(kHopperPanelRows, N, K).workspace_bytes();
+    return full > last ? full : last;
+}
+
+// Whether the device at hand has capability 9.0, and this library code for it.
+bool hopper_runs();
+
+// Launches for a checked call that hopper_takes where hopper_runs, with packed aligned to 16 bytes and a workspace of
+// hopper_workspace_bytes.
+void launch_linear4_hopper(const hb_linear4_args& a);
+
+}  // namespace hb
