@@ -348,15 +348,21 @@ inline hb_status check(const hb_rms_norm_args* a) {
     return check_tensor(a->out, count, bytes);
 }
 
-inline hb_status check(const hb_swiglu_args* a) {
+// What the entries share that make n values of twice n.
+template <typename Args>
+hb_status check_pair(const Args* a, const void* Args::* first, const void* Args::* second) {
     HB_REQUIRE(check_call(a == nullptr ? nullptr : &a->call, sizeof *a));
     HB_REQUIRE(check_dtype(a->dtype));
     int64_t count = 0;
     HB_REQUIRE(check_shape(a->n, 1, &count));
     const int64_t bytes = dtype_bytes(a->dtype);
-    HB_REQUIRE(check_tensor(a->gate, count, bytes));
-    HB_REQUIRE(check_tensor(a->up, count, bytes));
+    HB_REQUIRE(check_tensor(a->*first, count, bytes));
+    HB_REQUIRE(check_tensor(a->*second, count, bytes));
     return check_tensor(a->out, count, bytes);
+}
+
+inline hb_status check(const hb_swiglu_args* a) {
+    return check_pair(a, &hb_swiglu_args::gate, &hb_swiglu_args::up);
 }
 
 inline hb_status check(const hb_rotary_args* a) {
@@ -374,14 +380,7 @@ inline hb_status check(const hb_rotary_args* a) {
 }
 
 inline hb_status check(const hb_add_args* a) {
-    HB_REQUIRE(check_call(a == nullptr ? nullptr : &a->call, sizeof *a));
-    HB_REQUIRE(check_dtype(a->dtype));
-    int64_t count = 0;
-    HB_REQUIRE(check_shape(a->n, 1, &count));
-    const int64_t bytes = dtype_bytes(a->dtype);
-    HB_REQUIRE(check_tensor(a->a, count, bytes));
-    HB_REQUIRE(check_tensor(a->b, count, bytes));
-    return check_tensor(a->out, count, bytes);
+    return check_pair(a, &hb_add_args::a, &hb_add_args::b);
 }
 
 inline hb_status check(const hb_cache_write_args* a) {

@@ -12,6 +12,7 @@ Results are those of the calls alone, bit for bit. For inference on a CPU; not h
 from __future__ import annotations
 
 import ctypes
+import math
 import threading
 from collections.abc import Sequence
 from typing import Any, Final
@@ -141,10 +142,7 @@ class Chain:
 
     def _buffer(self, *shape: int) -> torch.Tensor:
         self._buffers += 1  # the first is the workspace
-        count = 1
-        for size in shape:
-            count *= size
-        size = count * self.dtype.itemsize
+        size = math.prod(shape) * self.dtype.itemsize
         return self._keep(BUFFERS.tensor(self._buffers, size)[:size].view(self.dtype).view(shape))
 
     def _keep(self, tensor: torch.Tensor) -> torch.Tensor:
