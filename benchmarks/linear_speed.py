@@ -2,9 +2,10 @@
 
     python -m benchmarks.linear_speed [--bitsandbytes DIR] [--shapes 2048x2048 ...] [--rows 1 2 ...] [--seconds 1.0]
 
-Contenders take turns, call by call, each on a list of layers that together are larger than any cache: a weight has left
-the cache when its turn comes again. Activations are bfloat16, the layers' compute dtype too; a few columns hold
-outliers, as those of language models do. Medians of wall time; the roof is what torch's sum reads a large tensor with.
+Contenders take turns, call by call, in a new order each round: whoever follows a large weight is slower. Each has a
+list of layers that together are larger than any cache: a weight has left the cache when its turn comes again.
+Activations are bfloat16, the layers' compute dtype too; a few columns hold outliers, as those of language models do.
+Medians of wall time; the roof is what torch's sum reads a large tensor with.
 
 bitsandbytes is found in this environment or in DIR (`pip install --no-deps --target DIR bitsandbytes==0.50.2`); without
 it its columns stay empty. Results: benchmarks/results/linear_speed.json and .md.
@@ -17,6 +18,7 @@ import importlib
 import itertools
 import json
 import os
+import random
 import statistics
 import sys
 import time
@@ -125,7 +127,7 @@ def measure(shape: tuple[int, int], rows: list[int], directory: str | None, seco
                 layer(x)
         turn, end = 0, time.perf_counter() + seconds * len(layers)
         while turn < 7 or time.perf_counter() < end:
-            for name, own in layers.items():
+            for name, own in random.sample(list(layers.items()), len(layers)):
                 layer = own[turn % len(own)]
                 start = time.perf_counter()
                 layer(x)

@@ -11,7 +11,7 @@
 namespace hb {
 
 constexpr int64_t kWeightRows = 4;         // of a weight, that meet the rows of x together
-constexpr int64_t kMostTileRows = 32;      // weight rows in a tile, at most
+constexpr int64_t kMostTileRows = 16;      // weight rows in a tile, at most: more sums crowd x out of the first cache
 constexpr int64_t kMostRowsTogether = 12;  // rows of x that are finished together, at most
 constexpr int64_t kRowsPerPass = 256;      // rows of x that are multiplied together, at most
 

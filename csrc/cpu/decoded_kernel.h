@@ -53,7 +53,7 @@ struct Decoded {
     static constexpr int kFewRows = Isa::kFewRows;           // rows of x that meet two weight rows there, at most
     static constexpr int kRows = Isa::kRows;  // rows of x that meet kWeightRows weight rows in registers, at most
     // Values of a row that are worked on before the next rows: x and the tile then stay in the first cache.
-    static constexpr int64_t kStretch = 2048 / static_cast<int64_t>(sizeof(Value));
+    static constexpr int64_t kStretch = 2560 / static_cast<int64_t>(sizeof(Value));
     static constexpr int kRowsBySums = 3;  // from four on, scaling their sums costs more than scaling the tables
 
     static HB_INLINE Table table_of(int64_t format) {
@@ -321,8 +321,10 @@ struct Decoded {
         while (n < last) {
             const int64_t columns = last - n < job.tile_rows ? last - n : job.tile_rows;
             fill_tile(job, n, columns, absmax, row_values, tile);
+            const uint8_t* next = a.weight.codes + (n + columns) * a.K / kCodes;
             for (int64_t row = 0, blocks = (job.rows + kRows - 1) / kRows; row < job.rows; --blocks) {
                 const int64_t together = (job.rows - row + blocks - 1) / blocks;  // evenly: 4 and 4 beat 6 and 2
+                next = fetch_share(next, columns * a.K / kCodes / ((job.rows + kRows - 1) / kRows));
                 many_rows(together, job, row, tile, columns, sums);
                 finish(job, row, together, n, columns, sums);
                 row += together;

@@ -23,4 +23,11 @@ HB_INLINE void fetch_line(const void* far) {
     __builtin_prefetch(static_cast<const char*>(far) - (kFetchBytes - kFetchNear), 0, 3);
 }
 
+// `bytes` that are needed much later, into the second cache; a line more than that, since shares seldom are whole
+// lines. Returns what is next.
+HB_INLINE const uint8_t* fetch_share(const uint8_t* from, int64_t bytes) {
+    for (const uint8_t* const end = from + bytes + 64; from < end; from += 64) __builtin_prefetch(from, 0, 2);
+    return from;
+}
+
 }  // namespace hb

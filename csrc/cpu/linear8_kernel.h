@@ -86,13 +86,14 @@ struct Linear8 {
         Sum at[Rows][kQuad];
     };
 
-    // Adds groups [0, count) of codes: Rows rows of x, kQuad weight rows `w_stride` apart. The first rows of x to meet
-    // a weight row, `weights` given, also add up the weights alone and fetch what lies at `ahead`.
+    // Multiplies `count` codes, whole groups: Rows rows of x, kQuad weight rows `w_stride` apart. The first rows of x
+    // to meet a weight row also add up the weights alone and fetch what lies at `ahead`. A function of its own that
+    // hands out its sums as they are: inlined, or adding their lanes itself, it kept them on the stack.
     template <int Rows, bool IsFirst>
     static HB_NOINLINE void multiply(const uint8_t* x, int64_t x_stride, const int8_t* w, int64_t w_stride,
-                                     int64_t count, Sums<Rows>& kept, Sums<1>& kept_weights, const int8_t* ahead) {
-        Sums<Rows> sums = kept;
-        Sums<1> alone = kept_weights;
+                                     int64_t count, Sums<Rows>& out, Sums<1>& out_weights, const int8_t* ahead) {
+        Sums<Rows> sums{};
+        Sums<1> alone{};
         for (int64_t k = 0; k < count; k += kGroup) {
             typename Isa::Weights weights[kQuad];
             for (int n = 0; n < kQuad; ++n) weights[n] = Isa::load_weights(w + n * w_stride + k);
@@ -107,34 +108,39 @@ struct Linear8 {
                 for (int n = 0; n < kQuad; ++n) sums.at[r][n] = Isa::dot(sums.at[r][n], codes, weights[n]);
             }
         }
-        kept = sums;
-        if constexpr (IsFirst) kept_weights = alone;
+        out = sums;
+        if constexpr (IsFirst) out_weights = alone;
     }
 
-    // Columns [begin, end) of Rows rows of x and of `columns` (1 .. kQuad) weight rows, added to exact[r][n], and, for
-    // the first rows of x, the weights to weight_sums[n].
+    static HB_INLINE void add_totals(const Sum* sums, int64_t* exact) {
+        int32_t totals[kQuad];
+        Isa::totals(sums, totals);
+        for (int n = 0; n < kQuad; ++n) exact[n] += totals[n];
+    }
+
+    // The same, added up over the lanes and to exact[r * kTileColumns + n] and weight_sums[n].
+    template <int Rows, bool IsFirst>
+    static HB_INLINE void add_products(const uint8_t* x, int64_t x_stride, const int8_t* w, int64_t w_stride,
+                                       int64_t count, int64_t* exact, int64_t* weight_sums, const int8_t* ahead) {
+        Sums<Rows> sums;
+        Sums<1> weights;
+        multiply<Rows, IsFirst>(x, x_stride, w, w_stride, count, sums, weights, ahead);
+        for (int r = 0; r < Rows; ++r) add_totals(sums.at[r], exact + r * kTileColumns);
+        if constexpr (IsFirst && Isa::kOffset != 0) add_totals(weights.at[0], weight_sums);
+    }
+
+    // Columns [begin, end) of Rows rows of x and of `columns` (1 .. kQuad) weight rows, added as `multiply` has it.
     template <int Rows, bool IsFirst>
     static void quad(const uint8_t* x, int64_t x_stride, const int8_t* w, int64_t K, int64_t columns, int64_t begin,
-                     int64_t end, int64_t (*exact)[kQuad], int64_t* weight_sums) {
-        Sums<Rows> sums{};
-        Sums<1> weights{};
+                     int64_t end, int64_t* exact, int64_t* weight_sums) {
         const int64_t whole = columns == kQuad ? (end - begin) / kGroup * kGroup : 0;
         const int8_t* const ahead = w + fetch_distance(kQuad, K) + kQuad * begin;
-        multiply<Rows, IsFirst>(x + begin, x_stride, w + begin, K, whole, sums, weights, ahead);
+        add_products<Rows, IsFirst>(x + begin, x_stride, w + begin, K, whole, exact, weight_sums, ahead);
         for (int64_t k = begin + whole; k < end; k += kGroup) {  // what is not a whole group of four rows: padded
             alignas(64) int8_t padded[kQuad][kGroup] = {};
             const int64_t count = end - k < kGroup ? end - k : kGroup;
             for (int64_t n = 0; n < columns; ++n) memcpy(padded[n], w + n * K + k, static_cast<size_t>(count));
-            multiply<Rows, IsFirst>(x + k, x_stride, padded[0], kGroup, kGroup, sums, weights, padded[0]);
-        }
-        int32_t totals[kQuad];
-        for (int r = 0; r < Rows; ++r) {
-            Isa::totals(sums.at[r], totals);
-            for (int n = 0; n < kQuad; ++n) exact[r][n] += totals[n];
-        }
-        if constexpr (IsFirst && Isa::kOffset != 0) {
-            Isa::totals(weights.at[0], totals);
-            for (int n = 0; n < kQuad; ++n) weight_sums[n] += totals[n];
+            add_products<Rows, IsFirst>(x + k, x_stride, padded[0], kGroup, kGroup, exact, weight_sums, padded[0]);
         }
     }
 
@@ -145,20 +151,20 @@ struct Linear8 {
     static void products(const Job8& job, int64_t row, int64_t n, int64_t columns, int64_t* weight_sums, float* out) {
         const hb_linear8_args& a = *job.args;
         const uint8_t* const x = job.codes + row * job.stride;
+        int64_t exact[Rows * kTileColumns] = {};
         for (int64_t at = 0; at < columns; at += kQuad) {
-            int64_t exact[Rows][kQuad] = {};
             const int64_t some = columns - at < kQuad ? columns - at : kQuad;
             for (int64_t k = 0; k < a.K; k += kExactTerms8) {
                 const int64_t end = a.K - k < kExactTerms8 ? a.K : k + kExactTerms8;
                 const int8_t* const w = a.codes + (n + at) * a.K;
-                quad<Rows, IsFirst>(x, job.stride, w, a.K, some, k, end, exact, weight_sums + at);
+                quad<Rows, IsFirst>(x, job.stride, w, a.K, some, k, end, exact + at, weight_sums + at);
             }
-            for (int r = 0; r < Rows; ++r) {
-                for (int64_t i = 0; i < some; ++i) {
-                    const int64_t sum = exact[r][i] - Isa::kOffset * weight_sums[at + i];
-                    const float product = static_cast<float>(sum) * job.row_absmax[row + r];
-                    out[r * kTileColumns + at + i] = product * a.absmax[n + at + i] * kInt8ProductScale;
-                }
+        }
+        for (int r = 0; r < Rows; ++r) {
+            for (int64_t i = 0; i < columns; ++i) {
+                const int64_t sum = exact[r * kTileColumns + i] - Isa::kOffset * weight_sums[i];
+                const float product = static_cast<float>(sum) * job.row_absmax[row + r];
+                out[r * kTileColumns + i] = product * a.absmax[n + i] * kInt8ProductScale;
             }
         }
     }
