@@ -75,7 +75,11 @@ def create_app(
     install_handlers(app)
     # The last one added is the outermost.
     app.add_middleware(BodyLimit, limit=config.max_body_bytes)
-    app.add_middleware(KeyCheck, keys=[key.get_secret_value() for key in config.api_keys])
+    app.add_middleware(
+        KeyCheck,
+        keys=[key.get_secret_value() for key in config.api_keys],
+        admin_key=config.admin_key.get_secret_value() if config.admin_key else None,
+    )
     app.add_middleware(HostCheck, loopback=config.loopback, host=config.host, allowed=config.allowed_hosts)
     app.add_middleware(HttpMetrics, metrics=service.metrics)
     return app

@@ -16,7 +16,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal, TypeVar
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SecretStr, ValidationError, field_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    SecretStr,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+)
 
 from server.cpus import available_cpus
 from server.demo import DEMO_MODEL_NAME, DEMO_MODEL_PATH, DEMO_QUANTIZATION
@@ -153,6 +162,9 @@ class ServerSettings(Settings):
     api_keys: Annotated[tuple[SecretStr, ...], BeforeValidator(_split), Field(max_length=1024)] = Field(
         default=(), description="Bearer keys that are accepted; with none, no key is asked for."
     )
+    admin_key: SecretStr | None = Field(
+        default=None, description="The one key that opens /admin; without it there is no /admin. None of api_keys."
+    )
     allowed_hosts: Annotated[tuple[str, ...], BeforeValidator(_split), Field(max_length=256)] = Field(
         default=(), description="Host names, beside the listening address, that requests may name."
     )
@@ -198,6 +210,19 @@ class ServerSettings(Settings):
                 )
         return keys
 
+    @field_validator("admin_key")
+    @classmethod
+    def _check_admin_key(cls, key: SecretStr | None, info: ValidationInfo) -> SecretStr | None:
+        if key is None:
+            return None
+        if not _API_KEY.fullmatch(key.get_secret_value()):
+            raise ValueError(
+                "'admin_key' is not accepted; a key is 8 to 512 printable ASCII characters without spaces or commas"
+            )
+        if key in info.data.get("api_keys", ()):
+            raise ValueError("'admin_key' is one of 'api_keys'; accepted is a key that opens nothing else")
+        return key
+
     @property
     def loopback(self) -> bool:
         """Whether only this machine can connect."""
@@ -225,6 +250,8 @@ MODEL_KEYS: Final = tuple(ModelConfig.model_fields)
 SINGLE_MODEL_KEYS: Final = ("model", *(k for k in MODEL_KEYS if k not in ("path", "kv_cache")), "kv_cache_tokens")
 """What flags and variables offer for one model: MODEL is its path, --kv-cache-tokens its kv_cache.tokens."""
 ALL_KEYS: Final = ("config", *SERVER_KEYS, *SINGLE_MODEL_KEYS)
+SECRET_KEYS: Final = frozenset({"api_keys", "admin_key"})
+"""Never shown, and no flags: other users of the machine can read a process's arguments."""
 
 
 @dataclass(frozen=True)
@@ -345,8 +372,7 @@ def _validate(model: type[_Model], values: Mapping[str, _Value], accepted: str) 
         detail = error.errors(include_url=False)[0]
         key = str(detail["loc"][0])
         origin = values[key].origin if key in values else next(iter(v.origin for v in values.values()), "")
-        secret = key == "api_keys"
-        if secret:
+        if key in SECRET_KEYS:
             detail["input"] = "(not shown)"
         sentence = describe(detail, location(detail["loc"]), [accepted])
         raise ConfigError(f"{origin}: {sentence}" if origin else sentence) from None

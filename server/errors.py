@@ -7,6 +7,7 @@
     └── RequestError            a request that is refused                                      400
         ├── AuthenticationError no key, or a wrong one                                         401
         ├── ForbiddenHostError  a Host or Origin header that this server is not meant for      403
+        ├── PathNotFoundError   a path that this server does not have, or does not open        404
         ├── ModelNotFoundError  a model of that name is not served here                        404
         ├── BodyTimeoutError    the request body did not arrive in time                        408
         ├── BodyTooLargeError   more bytes than the limit                                      413
@@ -71,6 +72,13 @@ class ForbiddenHostError(RequestError):
     status = 403
     kind = "permission_error"
     code = "forbidden_host"
+
+
+class PathNotFoundError(RequestError):
+    status = 404
+
+    def __init__(self, path: str) -> None:
+        super().__init__(f"there is no {path!r} here; /openapi.json lists what there is")
 
 
 class ModelNotFoundError(RequestError):

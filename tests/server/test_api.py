@@ -12,6 +12,7 @@ from typing import Any
 
 import httpx
 import pytest
+from pydantic import SecretStr
 
 from server.api.admission import Admission
 from server.errors import OverloadedError
@@ -516,6 +517,32 @@ def test_everything_but_the_probes_asks_for_a_key(guarded: RunningApp, path: str
     with guarded.client() as client:
         for probe in ("/livez", "/startupz", "/readyz", "/health"):
             assert client.get(probe).status_code == 200
+
+
+ADMIN_KEY = "secret-admin-key"
+
+
+@pytest.mark.parametrize("path", ["/admin", "/admin/", "/%61dmin/x", "/admin/%2e%2e/v1/models", "/admin//x"])
+def test_without_an_admin_key_there_is_no_admin(guarded: RunningApp, echo: RunningApp, path: str) -> None:
+    for running, key in ((guarded, KEY), (guarded, None), (echo, None), (echo, ADMIN_KEY)):
+        with running.client(headers={"Authorization": f"Bearer {key}"} if key else {}) as client:
+            url = client.build_request("GET", "/").url.copy_with(raw_path=path.encode())
+            for method in ("GET", "POST", "DELETE"):
+                answer = client.request(method, url)
+                assert answer.status_code == 404
+                assert "is no '/admin" in answer.json()["error"]["message"]
+
+
+def test_admin_and_the_rest_have_keys_of_their_own(serve_scripts: ServeScript) -> None:
+    with serve_scripts({"echo": {}}, api_keys=(KEY,), admin_key=SecretStr(ADMIN_KEY)) as running:
+        for path, opens in (("/admin/nothing", ADMIN_KEY), ("/adminx", KEY), ("/v1/models", KEY), ("/ADMIN/x", KEY)):
+            for key in (None, KEY, ADMIN_KEY, ADMIN_KEY + "x"):
+                with running.client(headers={"Authorization": f"Bearer {key}"} if key else {}) as client:
+                    answer = client.get(path)
+                assert (answer.status_code != 401) == (key == opens), (path, key)
+    with serve_scripts({"echo": {}}, admin_key=SecretStr(ADMIN_KEY)) as running, running.client() as client:
+        assert client.get("/v1/models").status_code == 200, "an admin key alone asks nobody else for one"
+        assert client.get("/admin/nothing").status_code == 401
 
 
 def test_a_body_over_the_limit_is_refused_unread(guarded: RunningApp) -> None:

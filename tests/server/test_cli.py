@@ -21,7 +21,7 @@ import yaml
 
 from server.app import bind
 from server.cli import main
-from server.config import ALL_KEYS
+from server.config import ALL_KEYS, SECRET_KEYS
 from server.errors import ConfigError
 from tests.server.conftest import wait_for
 
@@ -111,6 +111,7 @@ def test_importing_loads_no_torch() -> None:
         (["plan", "/nowhere"], "MODEL"),
         (["serve", "--config", "/nowhere.yaml"], "/nowhere.yaml"),
         (["serve", "--api-keys", "x"], "--api-keys"),
+        (["serve", "--admin-key", "x"], "--admin-key"),
     ],
     ids=str,
 )
@@ -140,7 +141,7 @@ def test_help_names_every_setting_and_its_variable(capsys: pytest.CaptureFixture
         main(["serve", "--help"])
     text = " ".join(capsys.readouterr().out.split())
     for key in ALL_KEYS:
-        if key not in ("model", "api_keys"):
+        if key != "model" and key not in SECRET_KEYS:
             assert f"--{key.replace('_', '-')} " in text
             assert f"[HALFBYTE_{key.upper()}]" in text
 
