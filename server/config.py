@@ -180,6 +180,21 @@ class ServerSettings(Settings):
     drain_seconds: Annotated[float, Field(ge=0, le=86400, allow_inf_nan=False)] = Field(
         default=30.0, description="After SIGINT or SIGTERM, how long running requests may take to finish."
     )
+    restart_limit: Annotated[int, Field(ge=0, le=1000)] = Field(
+        default=8, description="Restarts in a row of an engine that died before its model is given up; 0 for none."
+    )
+    restart_pause_seconds: Annotated[float, Field(gt=0, le=3600, allow_inf_nan=False)] = Field(
+        default=1.0, description="Pause before an engine that died is started again; each in a row is twice as long."
+    )
+    restart_longest_pause_seconds: Annotated[float, Field(gt=0, le=86400, allow_inf_nan=False)] = Field(
+        default=60.0, description="The longest such pause; an engine that was ready for so long begins a new row."
+    )
+    stuck_seconds: Annotated[float, Field(gt=0, le=86400, allow_inf_nan=False)] = Field(
+        default=300.0, description="With requests open, how long an engine may report no step before it is stuck."
+    )
+    restart_stuck: bool = Field(
+        default=False, description="Kill a stuck engine and start it again, instead of only saying that it is stuck."
+    )
     log_level: LogLevel = Field(default="info", description="debug, info, warning or error.")
 
     @field_validator("host")

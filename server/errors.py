@@ -13,7 +13,7 @@
         ├── BodyTooLargeError   more bytes than the limit                                      413
         ├── OverloadedError     the queue is full; carries Retry-After                         429
         ├── EngineFaultError    the engine failed in a step of this request                    500
-        ├── EngineUnavailableError   the model's engine is loading, or has died                503
+        ├── EngineUnavailableError   the model's engine is loading, starting again, or dead    503
         └── DeadlineExceededError    the request's time was up before it was complete          504
 
 `quant` has a tree of its own (quant/errors.py); the two meet in engine/process.py, which turns a QuantError into a
@@ -53,6 +53,8 @@ class RequestError(ServerError):
     status: ClassVar[int] = 400
     kind: ClassVar[str] = "invalid_request_error"
     code: ClassVar[str | None] = None
+    retry_after: int | None = None
+    """Whole seconds after which the same request may succeed, where that can be told."""
 
     def __init__(self, message: str, *, param: str | None = None) -> None:
         super().__init__(message)
@@ -121,6 +123,10 @@ class EngineUnavailableError(RequestError):
     status = 503
     kind = "service_unavailable_error"
     code = "engine_unavailable"
+
+    def __init__(self, message: str, *, retry_after: int | None = None) -> None:
+        super().__init__(message)
+        self.retry_after = retry_after
 
 
 class DeadlineExceededError(RequestError):

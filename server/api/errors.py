@@ -16,7 +16,7 @@ from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse
 
-from server.errors import OverloadedError, PathNotFoundError, RequestError
+from server.errors import PathNotFoundError, RequestError
 from server.sentences import describe, location
 
 log = logging.getLogger(__name__)
@@ -36,7 +36,7 @@ def error_body(error: RequestError) -> dict[str, Any]:
 
 
 def error_response(error: RequestError) -> JSONResponse:
-    headers = {"Retry-After": str(error.retry_after)} if isinstance(error, OverloadedError) else {}
+    headers = {} if error.retry_after is None else {"Retry-After": str(error.retry_after)}
     if error.status == 401:
         headers["WWW-Authenticate"] = "Bearer"
     return JSONResponse(error_body(error), status_code=error.status, headers=headers)

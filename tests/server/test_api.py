@@ -410,7 +410,8 @@ def test_a_client_that_leaves_aborts_its_request(serve_scripts: ServeScript) -> 
 
 
 def test_an_engine_killed_in_the_middle_of_a_stream(serve_scripts: ServeScript) -> None:
-    with serve_scripts({"dies": {"die_after_steps": 5}, "lives": {}}) as running, running.client() as client:
+    scripts: dict[str, dict[str, Any]] = {"dies": {"die_after_steps": 5}, "lives": {}}
+    with serve_scripts(scripts, restart_limit=0) as running, running.client() as client:
         body = {"model": "dies", "prompt": "abc", "max_tokens": 100, "stream": True}
         with client.stream("POST", "/v1/completions", json=body) as response:
             assert response.status_code == 200
@@ -429,10 +430,61 @@ def test_an_engine_killed_in_the_middle_of_a_stream(serve_scripts: ServeScript) 
 
 
 def test_when_every_engine_is_dead_a_restart_is_asked_for(serve_scripts: ServeScript) -> None:
-    with serve_scripts({"dies": {"die_after_steps": 1}}) as running, running.client() as client:
+    with serve_scripts({"dies": {"die_after_steps": 1}}, restart_limit=0) as running, running.client() as client:
         response = client.post("/v1/completions", json={"model": "dies", "prompt": "a", "max_tokens": 2})
         assert response.status_code == 503
         assert client.get("/livez").status_code == 503
+
+
+def test_while_an_engine_is_started_again_requests_are_told_when_to_come_back(serve_scripts: ServeScript) -> None:
+    with serve_scripts({"echo": {"die_after_steps": 5}}, restart_pause_seconds=2) as running:
+        with running.client() as client:
+            assert complete(running, max_tokens=100).status_code == 503
+            refused = complete(running)
+            assert refused.status_code == 503
+            assert refused.json()["error"]["message"].endswith("(SIGKILL), and is being started again")
+            assert 1 <= int(refused.headers["Retry-After"]) <= 10
+            ready = client.get("/readyz")
+            assert ready.status_code == 503
+            assert ready.json()["models"]["echo"] | {"stalled_seconds": 0.0} == {
+                "state": "restarting",
+                "phase": "start",
+                "bytes_loaded": 0,
+                "bytes_total": 0,
+                "restarts": 0,
+                "stalled_seconds": 0.0,
+            }
+            assert client.get("/livez").status_code == 200
+            assert client.get("/v1/models").json()["data"][0]["state"] == "restarting"
+            wait_for(lambda: client.get("/readyz").status_code == 200)
+            assert client.get("/readyz").json()["models"]["echo"]["restarts"] == 1
+        assert complete(running, max_tokens=2).status_code == 200
+        assert running.metric("engine_restarts_total", model="echo", reason="signal") == 1
+        assert running.metric("requests_rejected_total", model="echo", reason="unavailable") == 1
+
+
+@pytest.mark.parametrize("restart", [False, True])
+def test_the_probes_say_that_a_step_is_stuck(serve_scripts: ServeScript, restart: bool) -> None:
+    scripts: dict[str, dict[str, Any]] = {"echo": {"hang_after_steps": 1}}
+    settings = {"stuck_seconds": 0.5, "restart_stuck": restart, "restart_pause_seconds": 60}
+    with serve_scripts(scripts, **settings) as running, running.client() as client:
+        body = {"model": "echo", "prompt": "a", "max_tokens": 5, "timeout": 30}
+        thread = threading.Thread(target=client.post, args=("/v1/completions",), kwargs={"json": body})
+        thread.start()
+        wait_for(lambda: running.service.models["echo"].state != "ready")
+        with running.client() as other:
+            if restart:
+                wait_for(lambda: other.get("/readyz").json()["models"]["echo"]["state"] == "restarting")
+                assert other.get("/livez").status_code == 200
+            else:
+                probe = other.get("/readyz")
+                assert probe.status_code == 503
+                assert probe.json()["models"]["echo"]["state"] == "stuck"
+                assert probe.json()["models"]["echo"]["stalled_seconds"] > 0.5
+                assert other.get("/livez").status_code == 503, "only a restart of the server would help"
+                assert 'halfbyte_engine_state{model="echo",state="stuck"} 1.0' in other.get("/metrics").text
+                running.service.models["echo"].client.kill()
+        thread.join()
 
 
 def test_probes_while_loading(serve_scripts: ServeScript) -> None:

@@ -13,7 +13,8 @@ from typing import Any
 
 import pytest
 
-from server.engine.client import EngineClient, OutputStream
+from server.engine.client import EngineClient
+from server.engine.stream import OutputStream
 from server.errors import ConfigError, DoesNotFitError, EngineUnavailableError, LoadError, RequestError, ServerError
 from server.metrics import Metrics, ModelMetrics
 from server.records import ModelSpec, SamplingParams
