@@ -12,11 +12,14 @@ import asyncio
 import contextlib
 import logging
 import os
+import shutil
 import signal
 import socket
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Final, Literal, NamedTuple
 
 import msgspec
@@ -26,6 +29,7 @@ from server.errors import EngineUnavailableError, LoadError, ServerError, load_f
 from server.metrics import ModelMetrics
 from server.records import (
     LENGTH_PREFIX_BYTES,
+    SCRATCH_PREFIX,
     Abort,
     FromEngine,
     Generate,
@@ -91,6 +95,7 @@ class EngineClient:
         self._verdict = ""
         self._load_result: asyncio.Future[Loaded] | None = None
         self._process: asyncio.subprocess.Process | None = None
+        self._scratch: Path | None = None
         self._writer: asyncio.StreamWriter | None = None
         self._reading: asyncio.Task[None] | None = None
         self._stopping = False
@@ -108,15 +113,18 @@ class EngineClient:
         """Starts the process and sends it LoadModel; returns at once, loading goes on by itself."""
         ours, theirs = socket.socketpair()
         try:
+            self._scratch = Path(tempfile.mkdtemp(prefix=SCRATCH_PREFIX))
             self._process = await asyncio.create_subprocess_exec(
                 *self._command(theirs.fileno()),
                 pass_fds=(theirs.fileno(),),
                 stdin=asyncio.subprocess.DEVNULL,
+                env=os.environ | {"TMPDIR": str(self._scratch)},  # a killed engine can't clean up after itself
                 start_new_session=True,  # Ctrl-C is for the server, which then tells the engine
             )
             reader, self._writer = await asyncio.open_connection(sock=ours)
         except BaseException as error:
             ours.close()
+            self._remove_scratch()
             if isinstance(error, OSError):
                 raise LoadError(f"the engine of model {self.spec.name!r} could not be started: {error}") from error
             raise
@@ -199,6 +207,7 @@ class EngineClient:
         await process.wait()
         if self._reading is not None:
             await asyncio.gather(self._reading, return_exceptions=True)
+        await asyncio.to_thread(self._remove_scratch)
 
     def kill(self, number: int = signal.SIGKILL) -> None:
         """Sends a signal to the engine's process group at once."""
@@ -224,6 +233,11 @@ class EngineClient:
         """What would be cut if all ended now."""
         open_streams = [stream for request_id, stream in self._requests.items() if request_id in self._owed]
         return Cut(len(open_streams), sum(stream.tokens for stream in open_streams))
+
+    def _remove_scratch(self) -> None:
+        """Removes what the engine kept on disk. What has been written there is its own, and it is gone."""
+        if self._scratch is not None:
+            shutil.rmtree(self._scratch, ignore_errors=True)
 
     async def _gone_within(self, seconds: float) -> bool:
         if self._process is None:
@@ -304,6 +318,8 @@ class EngineClient:
         self._owed.clear()
         for stream in self._requests.values():
             stream.deliver(self._unavailable())
+        if not self._stopping:  # else the process may still run; shutdown waits for it
+            await asyncio.to_thread(self._remove_scratch)
         self._ended.set()
 
     def _how_it_ended(self) -> str:

@@ -14,6 +14,7 @@ as ModelSpec.quantization:
     {"hang_after_steps": N}       stops reading and answering after N steps
     {"refuse": SENTENCE}          ends every request with that error; {0.priority} in it is the request's
     {"garbage_after_steps": N}    sends a frame that is no record
+    {"litter": NAME}              leaves a file of that name in its temporary directory
     {"lives": [FILE, [SCRIPT, ...]]}  the first engine with this FILE does the first script, the next one the next, ...
     {"max_model_len": N}, {"eos": [ids]}, {"vocab_size": N}
 """
@@ -25,6 +26,7 @@ import select
 import signal
 import socket
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -105,6 +107,8 @@ class Engine:
         self.script = spec.quantization if isinstance(spec.quantization, dict) else {}
         if "lives" in self.script:
             self.script = one_of_many_lives(*self.script["lives"])
+        if "litter" in self.script:
+            Path(tempfile.gettempdir(), self.script["litter"]).write_bytes(b"gigabytes")
         self.send(LoadProgress("weights", 0, 1000))
         if "fail" in self.script:
             self.send(LoadFailed(*self.script["fail"]))
