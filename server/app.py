@@ -23,7 +23,7 @@ from server.api.errors import install_handlers
 from server.api.middleware import BodyLimit, HostCheck, HttpMetrics, KeyCheck
 from server.api.service import Service
 from server.config import ServerConfig
-from server.engine.client import engine_command
+from server.engine.client import Cut, engine_command
 from server.errors import ConfigError, ServerError
 
 log = logging.getLogger(__name__)
@@ -75,7 +75,11 @@ def create_app(
     install_handlers(app)
     # The last one added is the outermost.
     app.add_middleware(BodyLimit, limit=config.max_body_bytes)
-    app.add_middleware(KeyCheck, keys=[key.get_secret_value() for key in config.api_keys])
+    app.add_middleware(
+        KeyCheck,
+        keys=[key.get_secret_value() for key in config.api_keys],
+        admin_key=config.admin_key.get_secret_value() if config.admin_key else None,
+    )
     app.add_middleware(HostCheck, loopback=config.loopback, host=config.host, allowed=config.allowed_hosts)
     app.add_middleware(HttpMetrics, metrics=service.metrics)
     return app
@@ -188,12 +192,11 @@ class _Drain:
         name = signal.Signals(number).name
         if self._task is None:
             log.info("%s: draining, %d requests are open; again stops at once", name, self._service.open_requests)
-            self._service.draining = True
+            self._service.drain()
             self._task = asyncio.create_task(self._drain())
             return
-        log.info("%s again: stopping at once", name)
-        for model in self._service.models.values():
-            model.client.kill()
+        cut = self._service.kill()
+        log.log(_severity(cut), "%s again: stopping at once, %d requests and their %d tokens are cut", name, *cut)
         # Not uvicorn's force_exit: that would skip the lifespan's end. Killed engines have ended every stream anyway.
         self._server.config.timeout_graceful_shutdown = 1
         self._server.should_exit = True
@@ -206,12 +209,21 @@ class _Drain:
     async def _drain(self) -> None:
         """Waits for open requests, ends those that take too long, then lets uvicorn stop."""
         loop = asyncio.get_running_loop()
-        deadline = loop.time() + self._seconds
-        while self._service.open_requests and loop.time() < deadline:
+        started = loop.time()
+        while self._service.open_requests and loop.time() < started + self._seconds:
             await asyncio.sleep(0.05)
-        for model in self._service.models.values():
-            model.client.end_requests("the server is shutting down; this request did not end in time")
+        cut = self._service.end_requests("the server is shutting down; this request did not end in time")
+        log.log(
+            _severity(cut),
+            "drained in %.1f s, %d requests and their %d tokens were cut",
+            loop.time() - started,
+            *cut,
+        )
         self._server.should_exit = True
+
+
+def _severity(cut: Cut) -> int:
+    return logging.WARNING if cut.requests else logging.INFO
 
 
 def _url(listener: socket.socket) -> str:

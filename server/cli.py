@@ -22,6 +22,7 @@ from server.app import product_version, run
 from server.config import (
     ALL_KEYS,
     ENVIRONMENT_PREFIX,
+    SECRET_KEYS,
     SINGLE_MODEL_KEYS,
     KvCacheConfig,
     ModelConfig,
@@ -35,8 +36,6 @@ if TYPE_CHECKING:
     from quant.convert import Result
 
 INTERRUPTED: Final = 130
-NOT_ON_COMMAND_LINES: Final = frozenset({"api_keys"})
-"""Other users of the machine can read a process's arguments: keys come from the environment or the file."""
 
 app = typer.Typer(
     name="halfbyte",
@@ -79,7 +78,7 @@ def _with_settings(command: Callable[[ServerConfig], None], keys: tuple[str, ...
         command(load_config(flags, os.environ), **extra)
 
     own = list(inspect.signature(command, eval_str=True).parameters.values())[1:]
-    parameters = [_parameter(key) for key in keys if key not in NOT_ON_COMMAND_LINES]
+    parameters = [_parameter(key) for key in keys if key not in SECRET_KEYS]
     own = [parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for parameter in own]
     wrapper.__signature__ = inspect.Signature([*parameters, *own])  # type: ignore[attr-defined]
     wrapper.__annotations__ = {parameter.name: parameter.annotation for parameter in [*parameters, *own]}

@@ -16,7 +16,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal, TypeVar
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SecretStr, ValidationError, field_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    SecretStr,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+)
 
 from server.cpus import available_cpus
 from server.demo import DEMO_MODEL_NAME, DEMO_MODEL_PATH, DEMO_QUANTIZATION
@@ -153,6 +162,9 @@ class ServerSettings(Settings):
     api_keys: Annotated[tuple[SecretStr, ...], BeforeValidator(_split), Field(max_length=1024)] = Field(
         default=(), description="Bearer keys that are accepted; with none, no key is asked for."
     )
+    admin_key: SecretStr | None = Field(
+        default=None, description="The one key that opens /admin; without it there is no /admin. None of api_keys."
+    )
     allowed_hosts: Annotated[tuple[str, ...], BeforeValidator(_split), Field(max_length=256)] = Field(
         default=(), description="Host names, beside the listening address, that requests may name."
     )
@@ -167,6 +179,21 @@ class ServerSettings(Settings):
     )
     drain_seconds: Annotated[float, Field(ge=0, le=86400, allow_inf_nan=False)] = Field(
         default=30.0, description="After SIGINT or SIGTERM, how long running requests may take to finish."
+    )
+    restart_limit: Annotated[int, Field(ge=0, le=1000)] = Field(
+        default=8, description="Restarts in a row of an engine that died before its model is given up; 0 for none."
+    )
+    restart_pause_seconds: Annotated[float, Field(gt=0, le=3600, allow_inf_nan=False)] = Field(
+        default=1.0, description="Pause before an engine that died is started again; each in a row is twice as long."
+    )
+    restart_longest_pause_seconds: Annotated[float, Field(gt=0, le=86400, allow_inf_nan=False)] = Field(
+        default=60.0, description="The longest such pause; an engine that was ready for so long begins a new row."
+    )
+    stuck_seconds: Annotated[float, Field(gt=0, le=86400, allow_inf_nan=False)] = Field(
+        default=300.0, description="With requests open, how long an engine may report no step before it is stuck."
+    )
+    restart_stuck: bool = Field(
+        default=False, description="Kill a stuck engine and start it again, instead of only saying that it is stuck."
     )
     log_level: LogLevel = Field(default="info", description="debug, info, warning or error.")
 
@@ -198,6 +225,19 @@ class ServerSettings(Settings):
                 )
         return keys
 
+    @field_validator("admin_key")
+    @classmethod
+    def _check_admin_key(cls, key: SecretStr | None, info: ValidationInfo) -> SecretStr | None:
+        if key is None:
+            return None
+        if not _API_KEY.fullmatch(key.get_secret_value()):
+            raise ValueError(
+                "'admin_key' is not accepted; a key is 8 to 512 printable ASCII characters without spaces or commas"
+            )
+        if key in info.data.get("api_keys", ()):
+            raise ValueError("'admin_key' is one of 'api_keys'; accepted is a key that opens nothing else")
+        return key
+
     @property
     def loopback(self) -> bool:
         """Whether only this machine can connect."""
@@ -225,6 +265,8 @@ MODEL_KEYS: Final = tuple(ModelConfig.model_fields)
 SINGLE_MODEL_KEYS: Final = ("model", *(k for k in MODEL_KEYS if k not in ("path", "kv_cache")), "kv_cache_tokens")
 """What flags and variables offer for one model: MODEL is its path, --kv-cache-tokens its kv_cache.tokens."""
 ALL_KEYS: Final = ("config", *SERVER_KEYS, *SINGLE_MODEL_KEYS)
+SECRET_KEYS: Final = frozenset({"api_keys", "admin_key"})
+"""Never shown, and no flags: other users of the machine can read a process's arguments."""
 
 
 @dataclass(frozen=True)
@@ -345,8 +387,7 @@ def _validate(model: type[_Model], values: Mapping[str, _Value], accepted: str) 
         detail = error.errors(include_url=False)[0]
         key = str(detail["loc"][0])
         origin = values[key].origin if key in values else next(iter(v.origin for v in values.values()), "")
-        secret = key == "api_keys"
-        if secret:
+        if key in SECRET_KEYS:
             detail["input"] = "(not shown)"
         sentence = describe(detail, location(detail["loc"]), [accepted])
         raise ConfigError(f"{origin}: {sentence}" if origin else sentence) from None

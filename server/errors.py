@@ -7,12 +7,13 @@
     └── RequestError            a request that is refused                                      400
         ├── AuthenticationError no key, or a wrong one                                         401
         ├── ForbiddenHostError  a Host or Origin header that this server is not meant for      403
+        ├── PathNotFoundError   a path that this server does not have, or does not open        404
         ├── ModelNotFoundError  a model of that name is not served here                        404
         ├── BodyTimeoutError    the request body did not arrive in time                        408
         ├── BodyTooLargeError   more bytes than the limit                                      413
         ├── OverloadedError     the queue is full; carries Retry-After                         429
         ├── EngineFaultError    the engine failed in a step of this request                    500
-        ├── EngineUnavailableError   the model's engine is loading, or has died                503
+        ├── EngineUnavailableError   the model's engine is loading, starting again, or dead    503
         └── DeadlineExceededError    the request's time was up before it was complete          504
 
 `quant` has a tree of its own (quant/errors.py); the two meet in engine/process.py, which turns a QuantError into a
@@ -52,6 +53,8 @@ class RequestError(ServerError):
     status: ClassVar[int] = 400
     kind: ClassVar[str] = "invalid_request_error"
     code: ClassVar[str | None] = None
+    retry_after: int | None = None
+    """Whole seconds after which the same request may succeed, where that can be told."""
 
     def __init__(self, message: str, *, param: str | None = None) -> None:
         super().__init__(message)
@@ -71,6 +74,13 @@ class ForbiddenHostError(RequestError):
     status = 403
     kind = "permission_error"
     code = "forbidden_host"
+
+
+class PathNotFoundError(RequestError):
+    status = 404
+
+    def __init__(self, path: str) -> None:
+        super().__init__(f"there is no {path!r} here; /openapi.json lists what there is")
 
 
 class ModelNotFoundError(RequestError):
@@ -113,6 +123,10 @@ class EngineUnavailableError(RequestError):
     status = 503
     kind = "service_unavailable_error"
     code = "engine_unavailable"
+
+    def __init__(self, message: str, *, retry_after: int | None = None) -> None:
+        super().__init__(message)
+        self.retry_after = retry_after
 
 
 class DeadlineExceededError(RequestError):

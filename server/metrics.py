@@ -8,7 +8,7 @@ against it.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Final, Literal, get_args
 
@@ -83,6 +83,9 @@ METRICS: Final = (
     Spec("model_load_seconds", "gauge", "How long the model took to load."),
     Spec("model_load_bytes", "gauge", "Bytes of the checkpoint read so far."),
     Spec("engine_up", "gauge", "1 while the engine is ready, 0 while it loads or after it died."),
+    Spec("engine_state", "gauge", "1 for the state a model is in, 0 for the others.", ("model", "state")),
+    Spec("engine_restarts", "counter", "Engines started again, by how the one before ended.", ("model", "reason")),
+    Spec("engine_stalled_seconds", "gauge", "Time without a report of an engine that has requests; 0 with none."),
     Spec("requests", "counter", "Requests that were admitted and ended, by how.", ("model", "finish_reason")),
     Spec("requests_rejected", "counter", "Requests that were refused before they ran.", ("model", "reason")),
     Spec("prompt_tokens", "counter", "Prompt tokens of admitted requests."),
@@ -191,6 +194,15 @@ class ModelMetrics:
             metrics.counters["requests"].labels(model, reason)
         self._gauges["engine_seconds_since_last_step"].set_function(lambda: self._clock() - self._last_step)
 
+    def watch(self, states: Iterable[str], state: Callable[[], str], stalled: Callable[[], float]) -> None:
+        """Takes the model's state, one of `states`, and how long it has not moved from these functions."""
+        for one in states:
+            self._metrics.gauges["engine_state"].labels(self._model, one).set_function(_is(one, state))
+        self._gauges["engine_stalled_seconds"].set_function(stalled)
+
+    def restarted(self, reason: str) -> None:
+        self._metrics.counters["engine_restarts"].labels(self._model, reason).inc()
+
     def loading(self, progress: LoadProgress) -> None:
         self._gauges["model_load_bytes"].set(progress.bytes_loaded)
 
@@ -270,6 +282,10 @@ class ModelMetrics:
         self._metrics.counters["requests"].labels(self._model, reason).inc()
         self._histograms["request_generation_tokens"].observe(generated)
         self._histograms["request_duration_seconds"].observe(seconds)
+
+
+def _is(one: str, state: Callable[[], str]) -> Callable[[], float]:
+    return lambda: float(state() == one)
 
 
 def unaccounted(report: MemoryReport) -> int | None:

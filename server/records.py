@@ -18,6 +18,9 @@ import msgspec
 MAX_FRAME_BYTES: Final = 64 * 1024 * 1024
 _LENGTH: Final = struct.Struct("<I")
 LENGTH_PREFIX_BYTES: Final = _LENGTH.size
+SCRATCH_PREFIX: Final = "halfbyte-engine-"
+"""How the name of an engine's temporary directory begins. The HTTP process makes it, and whoever sees the other one go
+removes it: a process that is killed can't."""
 KV_BLOCK_TOKENS: Final = 16
 """Tokens in one block of the KV cache: the plan counts whole blocks, the engine hands them out."""
 MAX_TIMEOUT_SECONDS: Final = 86400.0

@@ -31,6 +31,7 @@ ALLOWED: dict[str, set[str]] = {
     "server.api": {
         "server.config",
         "server.engine.client",
+        "server.engine.supervisor",
         "server.errors",
         "server.metrics",
         "server.records",
@@ -48,7 +49,9 @@ ALLOWED: dict[str, set[str]] = {
     "server.cpus": set(),
     "server.sentences": set(),
     "server.yaml_file": {"server.errors", "server.sentences"},
-    "server.engine.client": {"server.errors", "server.metrics", "server.records"},
+    "server.engine.supervisor": {"server.engine.client", "server.errors", "server.metrics", "server.records"},
+    "server.engine.client": {"server.engine.stream", "server.errors", "server.metrics", "server.records"},
+    "server.engine.stream": {"server.errors", "server.metrics", "server.records"},
     "server.metrics": {"server.records"},
     "server.text": {"server.errors", "server.sentences"},
     "server.engine.process": {

@@ -16,7 +16,7 @@ from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse
 
-from server.errors import OverloadedError, RequestError
+from server.errors import PathNotFoundError, RequestError
 from server.sentences import describe, location
 
 log = logging.getLogger(__name__)
@@ -36,7 +36,7 @@ def error_body(error: RequestError) -> dict[str, Any]:
 
 
 def error_response(error: RequestError) -> JSONResponse:
-    headers = {"Retry-After": str(error.retry_after)} if isinstance(error, OverloadedError) else {}
+    headers = {} if error.retry_after is None else {"Retry-After": str(error.retry_after)}
     if error.status == 401:
         headers["WWW-Authenticate"] = "Bearer"
     return JSONResponse(error_body(error), status_code=error.status, headers=headers)
@@ -61,12 +61,11 @@ async def _invalid(request: Request, error: Exception) -> JSONResponse:
 
 async def _http(request: Request, error: Exception) -> JSONResponse:
     status = error.status_code if isinstance(error, HTTPException) else 500
-    sentences = {
-        404: f"there is no {request.url.path!r} here; /openapi.json lists what there is",
-        405: f"{request.method} is not accepted on {request.url.path!r}",
+    refusals = {
+        404: PathNotFoundError(request.url.path),
+        405: RequestError(f"{request.method} is not accepted on {request.url.path!r}"),
     }
-    refusal = RequestError(sentences.get(status, "the request body is not JSON that can be read"))
-    body = error_body(refusal)
+    body = error_body(refusals.get(status) or RequestError("the request body is not JSON that can be read"))
     headers = error.headers if isinstance(error, HTTPException) else None
     return JSONResponse(body, status_code=status, headers=dict(headers) if headers else None)
 

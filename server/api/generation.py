@@ -98,7 +98,7 @@ class TextJob:
         model = self._model
         with contextlib.ExitStack() as stack:
             try:
-                model.client.require_ready()
+                model.engine.require_ready()
                 stack.enter_context(model.admission.enter(self._count))
             except OverloadedError:
                 model.metrics.rejected("overloaded")

@@ -1,8 +1,8 @@
 """The probes: /livez, /startupz, /readyz, and /health for those who know only one.
 
-/livez     200 while the server can do its work or may come to; 503 when every engine is dead: restart it
+/livez     200 while some model answers, or may come to by itself; 503 when none will: restart the server
 /startupz  503 with phase and bytes until every model was ready once, then 200
-/readyz    200 while requests are taken: started, not draining, at least one engine ready
+/readyz    200 while every model answers: started, not draining, no engine dead, being started again, or stuck
 /health    the same as /readyz
 """
 
@@ -24,8 +24,10 @@ def _answer(service: Service, status: str, *, ok: bool) -> JSONResponse:
 
 @router.get("/livez")
 async def livez(service: Annotated[Service, Depends(get_service)]) -> JSONResponse:
-    """Whether a restart would not help."""
-    dead = all(model.state == "dead" for model in service.models.values())
+    """Whether a restart would not help. A stuck engine counts as dead, unless it is going to be started again: only
+    whoever restarts the server can get it to move. One of several is not worth the others' requests.
+    """
+    dead = bool(service.models) and all(model.engine.hopeless for model in service.models.values())
     return _answer(service, "dead" if dead else "alive", ok=not dead)
 
 
@@ -38,7 +40,7 @@ async def startupz(service: Annotated[Service, Depends(get_service)]) -> JSONRes
 @router.get("/readyz")
 @router.get("/health")
 async def readyz(service: Annotated[Service, Depends(get_service)]) -> JSONResponse:
-    """Whether every model answers now. One that is dead leaves the others answering, but sends no new traffic here."""
+    """Whether every model answers now. One that doesn't leaves the others answering, but sends no new traffic here."""
     if service.draining:
         return _answer(service, "draining", ok=False)
     if not service.started:

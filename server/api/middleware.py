@@ -22,6 +22,7 @@ from server.errors import (
     BodyTimeoutError,
     BodyTooLargeError,
     ForbiddenHostError,
+    PathNotFoundError,
     RequestError,
 )
 from server.metrics import Metrics
@@ -29,6 +30,8 @@ from server.sentences import listed, shown
 
 OPEN_PATHS: Final = frozenset({"/livez", "/startupz", "/readyz", "/health"})
 """Answered without a key: probes come from kubelets and container runtimes, and tell nothing secret."""
+ADMIN_PATH: Final = "/admin"
+"""Everything under it changes what is served, or reads the machine's files: it has a key of its own."""
 BODY_SECONDS: Final = 30.0
 """How long a request body may take to arrive."""
 LOOPBACK_NAMES: Final = frozenset({"localhost", "127.0.0.1", "::1"})
@@ -118,26 +121,44 @@ def host_name(host: str) -> str:
 
 
 class KeyCheck:
-    """Asks for `Authorization: Bearer KEY` on every path but the probes; compares digests in constant time."""
+    """Asks for `Authorization: Bearer KEY` on every path but the probes; compares digests in constant time.
 
-    def __init__(self, app: ASGIApp, keys: Iterable[str]) -> None:
+    Under /admin only the admin key is accepted, and without one there is nothing: the same 404 as for any path that
+    does not exist, before a body is read. The admin key opens nothing else, so that it stays where it is needed.
+    """
+
+    def __init__(self, app: ASGIApp, keys: Iterable[str], admin_key: str | None = None) -> None:
         self._app = app
-        self._digests = [hashlib.sha256(key.encode()).digest() for key in keys]
+        self._digests = [_digest(key) for key in keys]
+        self._admin = [] if admin_key is None else [_digest(admin_key)]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and self._digests and scope["path"] not in OPEN_PATHS:
-            problem = self._problem(Headers(scope=scope).get("authorization", ""))
+        if scope["type"] != "http" or scope["path"] in OPEN_PATHS:
+            return await self._app(scope, receive, send)
+        path = scope["path"]
+        admin = path == ADMIN_PATH or path.startswith(ADMIN_PATH + "/")
+        if admin and not self._admin:
+            return await error_response(PathNotFoundError(path))(scope, receive, send)
+        accepted = self._admin if admin else self._digests
+        if accepted:
+            problem = _problem(Headers(scope=scope).get("authorization", ""), accepted)
             if problem is not None:
                 return await error_response(AuthenticationError(problem))(scope, receive, send)
         return await self._app(scope, receive, send)
 
-    def _problem(self, header: str) -> str | None:
-        scheme, _, key = header.partition(" ")
-        if scheme.lower() != "bearer" or not key.strip():
-            return "this server asks for a key; accepted is the header 'Authorization: Bearer KEY'"
-        digest = hashlib.sha256(key.strip().encode("utf-8", "surrogateescape")).digest()
-        matches = [hmac.compare_digest(digest, known) for known in self._digests]
-        return None if any(matches) else "the key in the Authorization header is not one of this server's"
+
+def _digest(key: str) -> bytes:
+    return hashlib.sha256(key.encode("utf-8", "surrogateescape")).digest()
+
+
+def _problem(header: str, accepted: list[bytes]) -> str | None:
+    """What is wrong with an Authorization header; None where its key is one of the accepted."""
+    scheme, _, key = header.partition(" ")
+    if scheme.lower() != "bearer" or not key.strip():
+        return "this server asks for a key; accepted is the header 'Authorization: Bearer KEY'"
+    digest = _digest(key.strip())
+    matches = [hmac.compare_digest(digest, known) for known in accepted]
+    return None if any(matches) else "the key in the Authorization header is not one that opens this path"
 
 
 class BodyLimit:

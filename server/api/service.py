@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,8 @@ from fastapi import Request
 
 from server.api.admission import Admission
 from server.config import ServerConfig
-from server.engine.client import EngineClient, engine_command
+from server.engine.client import Cut, EngineClient, engine_command
+from server.engine.supervisor import ModelState, Supervision, Supervisor
 from server.errors import EngineUnavailableError, ModelNotFoundError
 from server.metrics import Metrics, ModelMetrics
 from server.records import ModelInfo, ModelSpec
@@ -25,15 +26,15 @@ log = logging.getLogger(__name__)
 
 
 class ServedModel:
-    """One model: its engine's client, and its text side, which loads while the engine does."""
+    """One model: its engine, kept alive, and its text side, which loads while the engine does."""
 
     def __init__(
-        self, spec: ModelSpec, metrics: ModelMetrics, client: EngineClient, max_queued: int, timeout: float | None
+        self, spec: ModelSpec, metrics: ModelMetrics, engine: Supervisor, max_queued: int, timeout: float | None
     ) -> None:
         self.spec = spec
         self.name = spec.name
         self.metrics = metrics
-        self.client = client
+        self.engine = engine
         self.admission = Admission(spec.name, spec.max_sequences + max_queued)
         self.timeout = timeout
         """Seconds for a request that brings none of its own; None for any time."""
@@ -43,9 +44,9 @@ class ServedModel:
 
     async def load(self) -> None:
         """Starts the engine and reads the tokenizer; returns when both are done. Raises a ServerError."""
-        await self.client.start()
+        await self.engine.start()
         self._tokenizer, self.template = await asyncio.to_thread(self._load_text)
-        loaded = await self.client.wait_loaded()
+        loaded = await self.engine.wait_loaded()
         self.ready = True
         log.info("model %r is ready after %.1f s", self.name, loaded.load_seconds)
 
@@ -55,14 +56,18 @@ class ServedModel:
         return tokenizer, load_chat_template(path, tokenizer)
 
     @property
-    def state(self) -> str:
-        """loading, ready or dead."""
-        return "loading" if self.client.state == "ready" and not self.ready else self.client.state
+    def client(self) -> EngineClient:
+        """The engine of the present; after a restart it is another one."""
+        return self.engine.client
+
+    @property
+    def state(self) -> ModelState:
+        return "loading" if self.engine.state == "ready" and not self.ready else self.engine.state
 
     @property
     def info(self) -> ModelInfo:
         """Raises EngineUnavailableError unless requests can be served."""
-        return self.client.require_ready().info
+        return self.engine.require_ready().info
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -83,9 +88,9 @@ class Service:
         self.models: dict[str, ServedModel] = {}
         for spec in config.specs():
             metrics = ModelMetrics(self.metrics, spec.name)
-            client = EngineClient(spec, metrics, command=command)
+            engine = Supervisor(spec, metrics, supervision(config), command=command)
             self.models[spec.name] = ServedModel(
-                spec, metrics, client, config.max_queued_requests, config.request_timeout_seconds
+                spec, metrics, engine, config.max_queued_requests, config.request_timeout_seconds
             )
 
     async def load(self) -> None:
@@ -101,7 +106,21 @@ class Service:
 
     async def shutdown(self) -> None:
         """Ends every engine; returns when no process is left."""
-        await asyncio.gather(*(model.client.shutdown() for model in self.models.values()))
+        await asyncio.gather(*(model.engine.shutdown() for model in self.models.values()))
+
+    def drain(self) -> None:
+        """From now on no request is admitted, and no engine is started again."""
+        self.draining = True
+        for model in self.models.values():
+            model.engine.keep_down()
+
+    def end_requests(self, sentence: str) -> Cut:
+        """Ends every open request with an error; says what that cut."""
+        return _sum([model.client.end_requests(sentence) for model in self.models.values()])
+
+    def kill(self) -> Cut:
+        """Ends every engine at once; says what that cut."""
+        return _sum([model.engine.kill() for model in self.models.values()])
 
     def find(self, name: str) -> ServedModel:
         """The model of that name; raises ModelNotFoundError."""
@@ -115,7 +134,8 @@ class Service:
         """The same for a new request; raises EngineUnavailableError too, while the server drains."""
         self.find(name)
         if self.draining:
-            raise EngineUnavailableError("the server is shutting down and takes no new requests")
+            # Behind one address others may serve, or soon will: the next try need not wait.
+            raise EngineUnavailableError("the server is shutting down and takes no new requests", retry_after=1)
         return self.models[name]
 
     @property
@@ -127,13 +147,31 @@ class Service:
         return {name: _state(model) for name, model in self.models.items()}
 
 
+def supervision(config: ServerConfig) -> Supervision:
+    """The settings that say when an engine is started again."""
+    return Supervision(
+        restart_limit=config.restart_limit,
+        first_pause=config.restart_pause_seconds,
+        longest_pause=max(config.restart_pause_seconds, config.restart_longest_pause_seconds),
+        stuck_seconds=config.stuck_seconds,
+        restart_stuck=config.restart_stuck,
+    )
+
+
+def _sum(cuts: Iterable[Cut]) -> Cut:
+    parts = list(cuts)
+    return Cut(sum(cut.requests for cut in parts), sum(cut.tokens for cut in parts))
+
+
 def _state(model: ServedModel) -> dict[str, Any]:
-    progress = model.client.progress
+    progress = model.engine.progress
     return {
         "state": model.state,
         "phase": progress.phase,
         "bytes_loaded": progress.bytes_loaded,
         "bytes_total": progress.bytes_total,
+        "restarts": model.engine.restarts,
+        "stalled_seconds": round(model.client.stalled_seconds, 3),
     }
 
 

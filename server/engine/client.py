@@ -1,8 +1,9 @@
-"""The HTTP process's end of one engine: starts its process, sends requests, hands each request its tokens.
+"""The HTTP process's end of one engine's life: starts its process, sends requests, hands each request its tokens.
 
 One asyncio task reads the socket and owns all changing state; everything else sends records. The socket's end-of-file
-is how a dead engine is noticed: every open request then ends with EngineUnavailableError, none is left waiting. How
-many requests may be open is decided before (api/admission.py). No torch here, and no text.
+is how a dead engine is noticed: every open request then ends with EngineUnavailableError, none is left waiting. Whether
+another life follows is the supervisor's to decide, how many requests may be open api/admission.py's. No torch here, and
+no text.
 """
 
 from __future__ import annotations
@@ -11,30 +12,25 @@ import asyncio
 import contextlib
 import logging
 import os
+import shutil
 import signal
 import socket
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Sequence
-from types import TracebackType
-from typing import Final, Literal
+from pathlib import Path
+from typing import Final, Literal, NamedTuple
 
 import msgspec
 
-from server.errors import (
-    DeadlineExceededError,
-    EngineFaultError,
-    EngineUnavailableError,
-    LoadError,
-    RequestError,
-    ServerError,
-    load_failure,
-)
+from server.engine.stream import OutputStream
+from server.errors import EngineUnavailableError, LoadError, ServerError, load_failure
 from server.metrics import ModelMetrics
 from server.records import (
     LENGTH_PREFIX_BYTES,
+    SCRATCH_PREFIX,
     Abort,
-    FinishReason,
     FromEngine,
     Generate,
     Loaded,
@@ -44,7 +40,6 @@ from server.records import (
     ModelSpec,
     Record,
     SamplingParams,
-    SequenceOutput,
     Shutdown,
     StepReport,
     decode_from_engine,
@@ -53,6 +48,8 @@ from server.records import (
 )
 
 EngineState = Literal["loading", "ready", "dead"]
+DeathReason = Literal["exit", "signal", "protocol", "stuck"]
+"""How a life ended: by itself, by a signal, by a frame that is no record, or killed because it did not move."""
 log = logging.getLogger(__name__)
 
 SHUTDOWN_SECONDS: Final = 5.0
@@ -60,75 +57,16 @@ SHUTDOWN_SECONDS: Final = 5.0
 _KILL_SECONDS: Final = 2.0
 
 
+class Cut(NamedTuple):
+    """What was ended early: requests, and the tokens they had been given."""
+
+    requests: int
+    tokens: int
+
+
 def engine_command(descriptor: int) -> list[str]:
     """The command of an engine process; `-P` keeps modules in the working directory from being found first."""
     return [sys.executable, "-P", "-m", "server.engine.process", str(descriptor)]
-
-
-class OutputStream:
-    """The outputs of one open request: an async iterator, and a context manager that ends what is still running."""
-
-    def __init__(self, client: EngineClient, request_id: str, prompt_tokens: int, metrics: ModelMetrics) -> None:
-        self.request_id = request_id
-        self.tokens = 0
-        self._client = client
-        self._metrics = metrics
-        self._outputs: asyncio.Queue[SequenceOutput | ServerError] = asyncio.Queue()
-        self._started = time.monotonic()
-        self._last_token: float | None = None
-        self._reason: FinishReason | None = None
-        self._closed = False
-        metrics.admitted(prompt_tokens)
-
-    def __aiter__(self) -> OutputStream:
-        return self
-
-    async def __anext__(self) -> SequenceOutput:
-        """The next output. Raises EngineUnavailableError when the engine dies, RequestError when it refuses,
-        EngineFaultError when it fails in a step of this request, DeadlineExceededError when the time is up.
-        """
-        if self._closed or self._reason is not None:
-            raise StopAsyncIteration
-        output = await self._outputs.get()
-        if isinstance(output, ServerError):
-            self._reason = "error"
-            raise output
-        self._reason = output.finish_reason
-        if output.finish_reason in ("error", "timeout"):
-            sentence = output.error or "the engine ended this request and gave no reason"
-            if output.finish_reason == "timeout":
-                raise DeadlineExceededError(sentence)
-            raise RequestError(sentence) if output.refused else EngineFaultError(sentence)
-        return output
-
-    def deliver(self, output: SequenceOutput | ServerError) -> None:
-        """Called by the client as outputs arrive; times are taken here, however late the consumer is."""
-        if isinstance(output, SequenceOutput) and output.token_ids:
-            now, count = time.monotonic(), len(output.token_ids)
-            if self._last_token is None:
-                self._metrics.first_token(now - self._started)
-            else:
-                self._metrics.next_token((now - self._last_token) / count)
-            self._last_token = now
-            self.tokens += count
-            self._metrics.generated(count)
-        self._outputs.put_nowait(output)
-
-    def close(self, reason: FinishReason = "abort") -> None:
-        """Ends the request, in the engine too if it is still running; `reason` is how the metrics count that."""
-        if self._closed:
-            return
-        self._closed = True
-        self._client.forget(self.request_id, abort=self._reason is None)
-        self._metrics.finished(self._reason or reason, self.tokens, time.monotonic() - self._started)
-
-    def __enter__(self) -> OutputStream:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
 
 class EngineClient:
@@ -147,13 +85,21 @@ class EngineClient:
         self.loaded: Loaded | None = None
         self._metrics = metrics
         self._command = command
+        self.death: DeathReason | None = None
         self._requests: dict[str, OutputStream] = {}
+        self._owed: set[str] = set()
+        """Requests whose end the engine has not reported, whether somebody still waits for it or not."""
+        self._moved = time.monotonic()
+        """When the engine last reported, or got something to do."""
+        self._ended = asyncio.Event()
+        self._verdict = ""
         self._load_result: asyncio.Future[Loaded] | None = None
         self._process: asyncio.subprocess.Process | None = None
+        self._scratch: Path | None = None
         self._writer: asyncio.StreamWriter | None = None
         self._reading: asyncio.Task[None] | None = None
         self._stopping = False
-        self._death = ""
+        self._obituary = ""
 
     @property
     def open_requests(self) -> int:
@@ -167,18 +113,23 @@ class EngineClient:
         """Starts the process and sends it LoadModel; returns at once, loading goes on by itself."""
         ours, theirs = socket.socketpair()
         try:
+            self._scratch = Path(tempfile.mkdtemp(prefix=SCRATCH_PREFIX))
             self._process = await asyncio.create_subprocess_exec(
                 *self._command(theirs.fileno()),
                 pass_fds=(theirs.fileno(),),
                 stdin=asyncio.subprocess.DEVNULL,
+                env=os.environ | {"TMPDIR": str(self._scratch)},  # a killed engine can't clean up after itself
                 start_new_session=True,  # Ctrl-C is for the server, which then tells the engine
             )
-        except OSError as error:
+            reader, self._writer = await asyncio.open_connection(sock=ours)
+        except BaseException as error:
             ours.close()
-            raise LoadError(f"the engine of model {self.spec.name!r} could not be started: {error}") from error
+            self._remove_scratch()
+            if isinstance(error, OSError):
+                raise LoadError(f"the engine of model {self.spec.name!r} could not be started: {error}") from error
+            raise
         finally:
             theirs.close()
-        reader, self._writer = await asyncio.open_connection(sock=ours)
         self._load_result = asyncio.get_running_loop().create_future()
         self._send(LoadModel(self.spec))
         self._reading = asyncio.create_task(self._read(reader), name=f"engine {self.spec.name}")
@@ -188,6 +139,20 @@ class EngineClient:
         if self._load_result is None:
             raise RuntimeError("wait_loaded was called before start")
         return await asyncio.shield(self._load_result)
+
+    async def wait_ended(self) -> None:
+        """Returns when the process is gone and every request has been told; `death` then says how."""
+        await self._ended.wait()
+
+    @property
+    def stalled_seconds(self) -> float:
+        """How long the engine has reported nothing while it owes somebody an end; 0 while it owes nobody."""
+        return time.monotonic() - self._moved if self._owed and self.state == "ready" else 0.0
+
+    @property
+    def how_it_died(self) -> str:
+        """A sentence without its full stop; empty while the engine lives."""
+        return self._obituary
 
     def require_ready(self) -> Loaded:
         """What was loaded; raises EngineUnavailableError with the reason when no request can be served."""
@@ -210,12 +175,15 @@ class EngineClient:
         Raises EngineUnavailableError when the engine is not ready.
         """
         self.require_ready()
-        stream = OutputStream(self, request_id, len(prompt), self._metrics)
+        stream = OutputStream(request_id, len(prompt), self._metrics, self._forget)
         self._requests[request_id] = stream
+        if not self._owed:
+            self._moved = time.monotonic()
+        self._owed.add(request_id)
         self._send(Generate(request_id, tuple(prompt), sampling, priority, deadline, cache_salt))
         return stream
 
-    def forget(self, request_id: str, *, abort: bool) -> None:
+    def _forget(self, request_id: str, abort: bool) -> None:
         """Called by a stream that is closed: it gets no more outputs."""
         if self._requests.pop(request_id, None) is not None and abort:
             self._send(Abort(request_id))
@@ -228,17 +196,18 @@ class EngineClient:
             return
         if self.state == "ready":
             self._send(Shutdown())
-            await self._ended_within(SHUTDOWN_SECONDS)
+            await self._gone_within(SHUTDOWN_SECONDS)
         if self._writer is not None:
             self._writer.close()
         for number in (None, signal.SIGTERM, signal.SIGKILL):
             if number is not None:
                 self.kill(number)
-            if await self._ended_within(_KILL_SECONDS):
+            if await self._gone_within(_KILL_SECONDS):
                 break
         await process.wait()
         if self._reading is not None:
             await asyncio.gather(self._reading, return_exceptions=True)
+        await asyncio.to_thread(self._remove_scratch)
 
     def kill(self, number: int = signal.SIGKILL) -> None:
         """Sends a signal to the engine's process group at once."""
@@ -246,13 +215,31 @@ class EngineClient:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self._process.pid, number)
 
-    def end_requests(self, sentence: str) -> None:
-        """Ends every open request with an error; the engine forgets them at its next step."""
+    def condemn(self, verdict: str) -> None:
+        """Kills an engine that does not move; `verdict` says why, where it would else say which signal it was."""
+        self._verdict = verdict
+        self.kill()
+
+    def end_requests(self, sentence: str) -> Cut:
+        """Ends every open request with an error, and says what that cut; the engine forgets them at its next step."""
+        cut = self.open_work
         for request_id, stream in self._requests.items():
             stream.deliver(EngineUnavailableError(sentence))
             self._send(Abort(request_id))
+        return cut
 
-    async def _ended_within(self, seconds: float) -> bool:
+    @property
+    def open_work(self) -> Cut:
+        """What would be cut if all ended now."""
+        open_streams = [stream for request_id, stream in self._requests.items() if request_id in self._owed]
+        return Cut(len(open_streams), sum(stream.tokens for stream in open_streams))
+
+    def _remove_scratch(self) -> None:
+        """Removes what the engine kept on disk. What has been written there is its own, and it is gone."""
+        if self._scratch is not None:
+            shutil.rmtree(self._scratch, ignore_errors=True)
+
+    async def _gone_within(self, seconds: float) -> bool:
         if self._process is None:
             return True
         try:
@@ -276,6 +263,7 @@ class EngineClient:
         except (asyncio.IncompleteReadError, ConnectionError):
             pass
         except (ValueError, msgspec.DecodeError) as error:
+            self.death = "protocol"
             problem = f" after sending a record that can't be read ({error})"
             log.error("engine of model %r: %s", self.spec.name, problem.strip())
         finally:
@@ -295,8 +283,11 @@ class EngineClient:
             case LoadFailed(kind=kind, message=message):
                 self._settle(load_failure(kind, message))
             case StepReport(outputs=outputs):
+                self._moved = time.monotonic()
                 self._metrics.step(record)
                 for output in outputs:
+                    if output.finish_reason is not None:
+                        self._owed.discard(output.request_id)
                     stream = self._requests.get(output.request_id)
                     if stream is not None:  # else it was aborted a moment ago
                         stream.deliver(output)
@@ -315,20 +306,29 @@ class EngineClient:
         """The process has closed its end: finds out how it ended, and tells everyone who waits."""
         if self._writer is not None:
             self._writer.close()
-        if not self._stopping and not await self._ended_within(_KILL_SECONDS):
+        if not self._stopping and not await self._gone_within(_KILL_SECONDS):
             self.kill()
-            await self._ended_within(_KILL_SECONDS)
-        self._death = f"the engine of model {self.spec.name!r} {self._how_it_ended()}{problem}"
+            await self._gone_within(_KILL_SECONDS)
+        self._obituary = f"the engine of model {self.spec.name!r} {self._how_it_ended()}{problem}"
         self.state = "dead"
         self._metrics.died()
         if self.loaded is not None and not self._stopping:
-            log.error("%s; %d requests were open", self._death, len(self._requests))
-        self._settle(LoadError(f"{self._death} while loading"))
+            log.error("%s; %d requests were open, which had got %d tokens", self._obituary, *self.open_work)
+        self._settle(LoadError(f"{self._obituary} while loading"))
+        self._owed.clear()
         for stream in self._requests.values():
             stream.deliver(self._unavailable())
+        if not self._stopping:  # else the process may still run; shutdown waits for it
+            await asyncio.to_thread(self._remove_scratch)
+        self._ended.set()
 
     def _how_it_ended(self) -> str:
+        """Says it in words, and keeps the reason."""
         code = self._process.returncode if self._process else None
+        if self._verdict:
+            self.death = "stuck"
+            return self._verdict
+        self.death = self.death or ("signal" if code is not None and code < 0 else "exit")
         if code is None:
             return "does not answer"
         if code < 0:
@@ -340,7 +340,7 @@ class EngineClient:
         if self._stopping:
             return EngineUnavailableError("the server is shutting down")
         if self.state == "dead":
-            return EngineUnavailableError(self._death)
+            return EngineUnavailableError(self._obituary)
         return EngineUnavailableError(
             f"model {self.spec.name!r} is still loading (phase {self.progress.phase!r}, "
             f"{self.progress.bytes_loaded} of {self.progress.bytes_total} bytes)"

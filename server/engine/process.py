@@ -15,11 +15,14 @@ import gc
 import logging
 import os
 import queue
+import shutil
 import signal
 import socket
 import sys
+import tempfile
 import threading
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING, Final, NoReturn
 
 import msgspec
@@ -31,6 +34,7 @@ from server.errors import ConfigError, DoesNotFitError, LoadError
 from server.records import (
     KV_BLOCK_TOKENS,
     LENGTH_PREFIX_BYTES,
+    SCRATCH_PREFIX,
     FailureKind,
     Loaded,
     LoadFailed,
@@ -93,6 +97,9 @@ class Connection:
         """Ends the process from whichever thread, without the interpreter's farewell to gigabytes of tensors."""
         if self.loaded is not None and self.loaded.offload is not None:
             self.loaded.offload.cleanup()
+        scratch = Path(tempfile.gettempdir())
+        if scratch.name.startswith(SCRATCH_PREFIX):  # else it is everybody's
+            shutil.rmtree(scratch, ignore_errors=True)
         logging.shutdown()
         os._exit(code)
 

@@ -120,7 +120,7 @@ def test_each_has_an_engine_and_its_own_config(server: Server) -> None:
 
 
 def test_a_killed_engine_takes_nothing_else_down(server: Server) -> None:
-    """The last test of this module: it kills one engine with SIGKILL in the middle of a stream."""
+    """The last test of this module: it kills one engine with SIGKILL in the middle of a stream, and it comes back."""
     victim = "qwen3-none"
     body = {
         "model": victim,
@@ -147,7 +147,13 @@ def test_a_killed_engine_takes_nothing_else_down(server: Server) -> None:
         assert client.get("/livez").status_code == 200
         ready = client.get("/readyz")
         assert ready.status_code == 503
-        assert victim in ready.text
+        assert ready.json()["models"][victim]["state"] == "restarting"
+        server.wait_until_ready()
+        assert client.get("/readyz").json()["models"][victim]["restarts"] == 1
+        assert client.post("/v1/completions", json=body | {"model": victim}).status_code == 200
+        metrics = client.get("/metrics").text
+    assert f'halfbyte_engine_restarts_total{{model="{victim}",reason="signal"}} 1.0' in metrics
+    assert len(set(server.engines()) - set(before)) == 1
     assert server.stop() == 0
     assert "Traceback" not in server.log
 

@@ -10,9 +10,12 @@ as ModelSpec.quantization:
     {"load_seconds": S}           takes that long to load, in slices, reporting progress
     {"step_seconds": S}           takes that long per step
     {"die_after_steps": N}        kills itself with SIGKILL after N steps
+    {"exit_after_steps": N}       ends with exit code 3 after N steps
     {"hang_after_steps": N}       stops reading and answering after N steps
     {"refuse": SENTENCE}          ends every request with that error; {0.priority} in it is the request's
     {"garbage_after_steps": N}    sends a frame that is no record
+    {"litter": NAME}              leaves a file of that name in its temporary directory
+    {"lives": [FILE, [SCRIPT, ...]]}  the first engine with this FILE does the first script, the next one the next, ...
     {"max_model_len": N}, {"eos": [ids]}, {"vocab_size": N}
 """
 
@@ -23,6 +26,7 @@ import select
 import signal
 import socket
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -65,6 +69,14 @@ def logprobs(token: int, top: int) -> TokenLogprobs:
     )
 
 
+def one_of_many_lives(file: str, scripts: list[dict[str, Any]]) -> dict[str, Any]:
+    """The script of this life; the file holds a byte for each one before."""
+    with Path(file).open("ab") as lived:
+        before = lived.tell()
+        lived.write(b".")
+    return scripts[min(before, len(scripts) - 1)]
+
+
 class Engine:
     def __init__(self, connection: socket.socket) -> None:
         self.connection = connection
@@ -93,6 +105,10 @@ class Engine:
     def load(self) -> None:
         spec = self.receive().spec
         self.script = spec.quantization if isinstance(spec.quantization, dict) else {}
+        if "lives" in self.script:
+            self.script = one_of_many_lives(*self.script["lives"])
+        if "litter" in self.script:
+            Path(tempfile.gettempdir(), self.script["litter"]).write_bytes(b"gigabytes")
         self.send(LoadProgress("weights", 0, 1000))
         if "fail" in self.script:
             self.send(LoadFailed(*self.script["fail"]))
@@ -177,6 +193,8 @@ class Engine:
     def misbehave(self) -> None:
         if self.steps == self.script.get("die_after_steps"):
             os.kill(os.getpid(), signal.SIGKILL)
+        if self.steps == self.script.get("exit_after_steps"):
+            sys.exit(3)
         if self.steps == self.script.get("hang_after_steps"):
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
             while True:

@@ -12,6 +12,7 @@ from typing import Any
 
 import httpx
 import pytest
+from pydantic import SecretStr
 
 from server.api.admission import Admission
 from server.errors import OverloadedError
@@ -409,7 +410,8 @@ def test_a_client_that_leaves_aborts_its_request(serve_scripts: ServeScript) -> 
 
 
 def test_an_engine_killed_in_the_middle_of_a_stream(serve_scripts: ServeScript) -> None:
-    with serve_scripts({"dies": {"die_after_steps": 5}, "lives": {}}) as running, running.client() as client:
+    scripts: dict[str, dict[str, Any]] = {"dies": {"die_after_steps": 5}, "lives": {}}
+    with serve_scripts(scripts, restart_limit=0) as running, running.client() as client:
         body = {"model": "dies", "prompt": "abc", "max_tokens": 100, "stream": True}
         with client.stream("POST", "/v1/completions", json=body) as response:
             assert response.status_code == 200
@@ -428,10 +430,61 @@ def test_an_engine_killed_in_the_middle_of_a_stream(serve_scripts: ServeScript) 
 
 
 def test_when_every_engine_is_dead_a_restart_is_asked_for(serve_scripts: ServeScript) -> None:
-    with serve_scripts({"dies": {"die_after_steps": 1}}) as running, running.client() as client:
+    with serve_scripts({"dies": {"die_after_steps": 1}}, restart_limit=0) as running, running.client() as client:
         response = client.post("/v1/completions", json={"model": "dies", "prompt": "a", "max_tokens": 2})
         assert response.status_code == 503
         assert client.get("/livez").status_code == 503
+
+
+def test_while_an_engine_is_started_again_requests_are_told_when_to_come_back(serve_scripts: ServeScript) -> None:
+    with serve_scripts({"echo": {"die_after_steps": 5}}, restart_pause_seconds=2) as running:
+        with running.client() as client:
+            assert complete(running, max_tokens=100).status_code == 503
+            refused = complete(running)
+            assert refused.status_code == 503
+            assert refused.json()["error"]["message"].endswith("(SIGKILL), and is being started again")
+            assert 1 <= int(refused.headers["Retry-After"]) <= 10
+            ready = client.get("/readyz")
+            assert ready.status_code == 503
+            assert ready.json()["models"]["echo"] | {"stalled_seconds": 0.0} == {
+                "state": "restarting",
+                "phase": "start",
+                "bytes_loaded": 0,
+                "bytes_total": 0,
+                "restarts": 0,
+                "stalled_seconds": 0.0,
+            }
+            assert client.get("/livez").status_code == 200
+            assert client.get("/v1/models").json()["data"][0]["state"] == "restarting"
+            wait_for(lambda: client.get("/readyz").status_code == 200)
+            assert client.get("/readyz").json()["models"]["echo"]["restarts"] == 1
+        assert complete(running, max_tokens=2).status_code == 200
+        assert running.metric("engine_restarts_total", model="echo", reason="signal") == 1
+        assert running.metric("requests_rejected_total", model="echo", reason="unavailable") == 1
+
+
+@pytest.mark.parametrize("restart", [False, True])
+def test_the_probes_say_that_a_step_is_stuck(serve_scripts: ServeScript, restart: bool) -> None:
+    scripts: dict[str, dict[str, Any]] = {"echo": {"hang_after_steps": 1}}
+    settings = {"stuck_seconds": 0.5, "restart_stuck": restart, "restart_pause_seconds": 60}
+    with serve_scripts(scripts, **settings) as running, running.client() as client:
+        body = {"model": "echo", "prompt": "a", "max_tokens": 5, "timeout": 30}
+        thread = threading.Thread(target=client.post, args=("/v1/completions",), kwargs={"json": body})
+        thread.start()
+        wait_for(lambda: running.service.models["echo"].state != "ready")
+        with running.client() as other:
+            if restart:
+                wait_for(lambda: other.get("/readyz").json()["models"]["echo"]["state"] == "restarting")
+                assert other.get("/livez").status_code == 200
+            else:
+                probe = other.get("/readyz")
+                assert probe.status_code == 503
+                assert probe.json()["models"]["echo"]["state"] == "stuck"
+                assert probe.json()["models"]["echo"]["stalled_seconds"] > 0.5
+                assert other.get("/livez").status_code == 503, "only a restart of the server would help"
+                assert 'halfbyte_engine_state{model="echo",state="stuck"} 1.0' in other.get("/metrics").text
+                running.service.models["echo"].client.kill()
+        thread.join()
 
 
 def test_probes_while_loading(serve_scripts: ServeScript) -> None:
@@ -516,6 +569,32 @@ def test_everything_but_the_probes_asks_for_a_key(guarded: RunningApp, path: str
     with guarded.client() as client:
         for probe in ("/livez", "/startupz", "/readyz", "/health"):
             assert client.get(probe).status_code == 200
+
+
+ADMIN_KEY = "secret-admin-key"
+
+
+@pytest.mark.parametrize("path", ["/admin", "/admin/", "/%61dmin/x", "/admin/%2e%2e/v1/models", "/admin//x"])
+def test_without_an_admin_key_there_is_no_admin(guarded: RunningApp, echo: RunningApp, path: str) -> None:
+    for running, key in ((guarded, KEY), (guarded, None), (echo, None), (echo, ADMIN_KEY)):
+        with running.client(headers={"Authorization": f"Bearer {key}"} if key else {}) as client:
+            url = client.build_request("GET", "/").url.copy_with(raw_path=path.encode())
+            for method in ("GET", "POST", "DELETE"):
+                answer = client.request(method, url)
+                assert answer.status_code == 404
+                assert "is no '/admin" in answer.json()["error"]["message"]
+
+
+def test_admin_and_the_rest_have_keys_of_their_own(serve_scripts: ServeScript) -> None:
+    with serve_scripts({"echo": {}}, api_keys=(KEY,), admin_key=SecretStr(ADMIN_KEY)) as running:
+        for path, opens in (("/admin/nothing", ADMIN_KEY), ("/adminx", KEY), ("/v1/models", KEY), ("/ADMIN/x", KEY)):
+            for key in (None, KEY, ADMIN_KEY, ADMIN_KEY + "x"):
+                with running.client(headers={"Authorization": f"Bearer {key}"} if key else {}) as client:
+                    answer = client.get(path)
+                assert (answer.status_code != 401) == (key == opens), (path, key)
+    with serve_scripts({"echo": {}}, admin_key=SecretStr(ADMIN_KEY)) as running, running.client() as client:
+        assert client.get("/v1/models").status_code == 200, "an admin key alone asks nobody else for one"
+        assert client.get("/admin/nothing").status_code == 401
 
 
 def test_a_body_over_the_limit_is_refused_unread(guarded: RunningApp) -> None:

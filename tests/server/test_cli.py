@@ -21,7 +21,7 @@ import yaml
 
 from server.app import bind
 from server.cli import main
-from server.config import ALL_KEYS
+from server.config import ALL_KEYS, SECRET_KEYS
 from server.errors import ConfigError
 from tests.server.conftest import wait_for
 
@@ -111,6 +111,7 @@ def test_importing_loads_no_torch() -> None:
         (["plan", "/nowhere"], "MODEL"),
         (["serve", "--config", "/nowhere.yaml"], "/nowhere.yaml"),
         (["serve", "--api-keys", "x"], "--api-keys"),
+        (["serve", "--admin-key", "x"], "--admin-key"),
     ],
     ids=str,
 )
@@ -140,7 +141,7 @@ def test_help_names_every_setting_and_its_variable(capsys: pytest.CaptureFixture
         main(["serve", "--help"])
     text = " ".join(capsys.readouterr().out.split())
     for key in ALL_KEYS:
-        if key not in ("model", "api_keys"):
+        if key != "model" and key not in SECRET_KEYS:
             assert f"--{key.replace('_', '-')} " in text
             assert f"[HALFBYTE_{key.upper()}]" in text
 
@@ -188,10 +189,32 @@ def test_a_signal_lets_running_requests_finish(model_path: Path, tmp_path: Path,
             refused = httpx.post(base + "/v1/completions", json=body)
             assert refused.status_code == 503
             assert "shutting down" in refused.json()["error"]["message"]
+            assert refused.headers["Retry-After"] == "1"
             assert [line for line in lines if line][-1] == "data: [DONE]"
         assert process.wait(30) == 0
         assert not Path(f"/proc/{engine}").exists()
-    assert "Traceback" not in (tmp_path / "log").read_text()
+    log = (tmp_path / "log").read_text()
+    assert "Traceback" not in log
+    assert re.search(r"INFO server.app: drained in \d+\.\d s, 0 requests and their 0 tokens were cut", log)
+
+
+def test_an_engine_that_dies_in_the_drain_is_not_started_again(model_path: Path, tmp_path: Path) -> None:
+    with serving(model_path, tmp_path, {"step_seconds": 0.02, "max_model_len": 100_000}) as process:
+        base = url(tmp_path)
+        wait_ready(base)
+        (engine,) = engines_of(process.pid)
+        body = {"model": "m", "prompt": "ab", "max_tokens": 90_000, "stream": True}
+        with httpx.stream("POST", base + "/v1/completions", json=body, timeout=30) as response:
+            lines = response.iter_lines()
+            next(lines)
+            process.send_signal(signal.SIGTERM)
+            wait_for(lambda: httpx.get(base + "/readyz").json()["status"] == "draining")
+            os.kill(engine, signal.SIGKILL)
+            assert "SIGKILL" in [line for line in lines if line][-1]
+        assert process.wait(30) == 0
+    log = (tmp_path / "log").read_text()
+    assert "is not started again" in log
+    assert "Traceback" not in log
 
 
 def test_requests_that_outlast_the_drain_end_with_a_sentence(model_path: Path, tmp_path: Path) -> None:
@@ -207,6 +230,8 @@ def test_requests_that_outlast_the_drain_end_with_a_sentence(model_path: Path, t
             last = [line for line in lines if line][-1]
         assert "shutting down" in json.loads(last.removeprefix("data: "))["error"]["message"]
         assert process.wait(30) == 0
+    log = (tmp_path / "log").read_text()
+    assert re.search(r"WARNING server.app: drained in 0\.\d s, 1 requests and their [1-9]\d* tokens were cut", log)
 
 
 def test_a_second_signal_stops_at_once(model_path: Path, tmp_path: Path) -> None:
@@ -228,7 +253,9 @@ def test_a_second_signal_stops_at_once(model_path: Path, tmp_path: Path) -> None
             assert time.monotonic() - started < 15, "the drain would take 30"
             del lines
         assert not Path(f"/proc/{engine}").exists()
-    assert "Traceback" not in (tmp_path / "log").read_text()
+    log = (tmp_path / "log").read_text()
+    assert "Traceback" not in log
+    assert re.search(r"SIGINT again: stopping at once, 1 requests and their [1-9]\d* tokens are cut", log)
 
 
 def test_a_signal_while_loading_ends_the_engine_too(model_path: Path, tmp_path: Path) -> None:

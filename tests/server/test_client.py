@@ -13,7 +13,8 @@ from typing import Any
 
 import pytest
 
-from server.engine.client import EngineClient, OutputStream
+from server.engine.client import EngineClient
+from server.engine.stream import OutputStream
 from server.errors import ConfigError, DoesNotFitError, EngineUnavailableError, LoadError, RequestError, ServerError
 from server.metrics import Metrics, ModelMetrics
 from server.records import ModelSpec, SamplingParams
@@ -148,6 +149,32 @@ def test_a_killed_engine_ends_every_open_request() -> None:
     assert sample(metrics, "engine_up", model="m") == 0
     assert sample(metrics, "requests_running", model="m") == 0
     assert sample(metrics, "requests_total", model="m", finish_reason="error") == 3
+
+
+@pytest.mark.parametrize("end", ["shutdown", "killed", "killed while loading", "not started"])
+def test_no_temporary_file_outlives_an_engine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, end: str) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+
+    async def test() -> None:
+        if end == "not started":
+            client = EngineClient(
+                ModelSpec(name="m", path="/"), ModelMetrics(Metrics(), "m"), command=lambda _: ["/nowhere/python"]
+            )
+            with pytest.raises(LoadError):
+                await client.start()
+            return
+        loading = end == "killed while loading"
+        async with engine(wait=not loading, load_seconds=10 if loading else 0, litter="left.bin") as client:
+            while not (left := list(tmp_path.glob("halfbyte-engine-*/left.bin"))):
+                await asyncio.sleep(0.01)
+            assert len(left) == 1
+            if end != "shutdown":
+                client.kill()
+                await client.wait_ended()
+                assert list(tmp_path.iterdir()) == []
+
+    run(test)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_frame_that_is_no_record_ends_the_engine() -> None:

@@ -130,6 +130,9 @@ BAD_FILES = [
     ("prot: 80\nmodels: [{name: a, path: my-model}]", "prot: 'prot' is not known; accepted are host, port"),
     ("api_keys: [short]\nmodels: [{name: a, path: my-model}]", "key 1 of 'api_keys' is not accepted; a key is 8"),
     ("api_keys: {a: b}\nmodels: [{name: a, path: my-model}]", "'api_keys' is '(not shown)'"),
+    ("admin_key: short\nmodels: [{name: a, path: my-model}]", "'admin_key' is not accepted; a key is 8"),
+    ("admin_key: 5\nmodels: [{name: a, path: my-model}]", "'admin_key' is '(not shown)'"),
+    ("api_keys: [one-key-1]\nadmin_key: one-key-1\nmodels: [{name: a, path: my-model}]", "is one of 'api_keys'"),
     ("host: http://x\nmodels: [{name: a, path: my-model}]", "'host' is 'http://x'; accepted is an address"),
 ]
 
@@ -179,11 +182,17 @@ def test_flags_for_one_model_beside_a_file_of_several_are_refused(tmp_path: Path
         load_config({"config": str(file), "quantization": "nf4"}, {})
 
 
-def test_api_keys_are_never_shown(model: Path) -> None:
+def test_keys_are_never_shown(model: Path) -> None:
     with pytest.raises(ConfigError) as caught:
         load_config({"model": str(model)}, {"HALFBYTE_API_KEYS": "long-enough-key,x"})
     assert "key 2" in str(caught.value)
     assert "long-enough" not in str(caught.value)
+    with pytest.raises(ConfigError, match="'admin_key' is not accepted") as caught:
+        load_config({"model": str(model)}, {"HALFBYTE_ADMIN_KEY": "two words"})
+    assert "two words" not in str(caught.value)
+    config = load_config({"model": str(model)}, {"HALFBYTE_ADMIN_KEY": "long-enough-key"})
+    assert config.admin_key is not None
+    assert "long-enough" not in repr(config)
 
 
 @pytest.mark.parametrize(
