@@ -18,7 +18,7 @@ from typing import Final
 import uvicorn
 from fastapi import FastAPI
 
-from server.api import chat, completions, health, memory, metrics, models
+from server.api import admin_models, chat, completions, health, memory, metrics, models
 from server.api.errors import install_handlers
 from server.api.middleware import BodyLimit, HostCheck, HttpMetrics, KeyCheck
 from server.api.service import Service
@@ -70,7 +70,7 @@ def create_app(
         redoc_url=None,
     )
     app.state.service = service
-    for module in (models, completions, chat, health, metrics, memory):
+    for module in (models, completions, chat, health, metrics, memory, admin_models):
         app.include_router(module.router)
     install_handlers(app)
     # The last one added is the outermost.

@@ -35,6 +35,7 @@ from server.sentences import describe, listed, location, shown
 from server.yaml_file import read_yaml
 
 ENVIRONMENT_PREFIX: Final = "HALFBYTE_"
+MAX_DRAIN_SECONDS: Final = 86400.0
 NOT_SUPPORTED_YET: Final = frozenset({"adapters"})
 """Keys of a model that the design names and this version does not honour: refused by name, never skipped."""
 
@@ -177,7 +178,7 @@ class ServerSettings(Settings):
     request_timeout_seconds: Annotated[float, Field(gt=0, le=MAX_TIMEOUT_SECONDS, allow_inf_nan=False)] | None = Field(
         default=None, description="How long a request may take that has no `timeout` of its own; without it, any time."
     )
-    drain_seconds: Annotated[float, Field(ge=0, le=86400, allow_inf_nan=False)] = Field(
+    drain_seconds: Annotated[float, Field(ge=0, le=MAX_DRAIN_SECONDS, allow_inf_nan=False)] = Field(
         default=30.0, description="After SIGINT or SIGTERM, how long running requests may take to finish."
     )
     restart_limit: Annotated[int, Field(ge=0, le=1000)] = Field(
@@ -253,11 +254,18 @@ class ServerConfig(ServerSettings):
     """Everything `halfbyte serve` needs to know, checked and frozen."""
 
     models: tuple[ModelConfig, ...]
+    folder: Path = Path()
+    """Where relative paths of models begin: beside models.yaml, or in the working directory where there is none."""
 
     def specs(self) -> tuple[ModelSpec, ...]:
         """One ModelSpec per model; engines without a thread count share the CPUs equally."""
-        share = max(1, available_cpus() // len(self.models))
+        share = thread_share(len(self.models))
         return tuple(model.spec(share) for model in self.models)
+
+
+def thread_share(engines: int) -> int:
+    """CPU threads of each of so many engines."""
+    return max(1, available_cpus() // engines)
 
 
 SERVER_KEYS: Final = tuple(ServerSettings.model_fields)
@@ -295,7 +303,15 @@ def load_config(flags: Mapping[str, object], environment: Mapping[str, str]) -> 
     single = {key: value for key, value in given.items() if key in SINGLE_MODEL_KEYS}
     models = _models(entries, single, source)
     settings = _validate(ServerSettings, server, listed([*SERVER_KEYS, "models"]))
-    return ServerConfig(**{key: getattr(settings, key) for key in SERVER_KEYS}, models=models)
+    return ServerConfig(**{key: getattr(settings, key) for key in SERVER_KEYS}, models=models, folder=folder)
+
+
+def load_entry(entry: Mapping[str, object], source: str, folder: Path) -> ModelConfig:
+    """One entry of models.yaml that comes from `source` and not from a file, checked as there.
+
+    Raises ConfigError as load_config does; `folder` is where a relative path begins.
+    """
+    return _model(_model_entry(entry, source, folder))
 
 
 def _collect(flags: Mapping[str, object], environment: Mapping[str, str]) -> dict[str, _Value]:
@@ -319,20 +335,20 @@ def _model_entries(models: object, source: str, folder: Path) -> list[dict[str, 
         return []
     if not isinstance(models, list) or not models:
         raise ConfigError(f"{source}: 'models' is {shown(models)}; accepted is a list with at least one model")
-    entries = []
-    for index, model in enumerate(models):
-        place = f"{source}: models[{index}]"
-        if not isinstance(model, dict):
-            raise ConfigError(f"{place} is {shown(model)}; accepted is a mapping with the keys {listed(MODEL_KEYS)}")
-        for key in model:
-            if key in NOT_SUPPORTED_YET:
-                raise ConfigError(f"{place}: {key!r} is not supported yet; accepted are {listed(MODEL_KEYS)}")
-        entry = {str(key): _Value(value, f"{place}.{key}") for key, value in model.items()}
-        path = entry.get("path")
-        if path is not None and isinstance(path.raw, str):
-            entry["path"] = _Value(folder / path.raw, path.origin)
-        entries.append(entry)
-    return entries
+    return [_model_entry(model, f"{source}: models[{index}]", folder) for index, model in enumerate(models)]
+
+
+def _model_entry(model: object, place: str, folder: Path) -> dict[str, _Value]:
+    if not isinstance(model, Mapping):
+        raise ConfigError(f"{place} is {shown(model)}; accepted is a mapping with the keys {listed(MODEL_KEYS)}")
+    for key in model:
+        if key in NOT_SUPPORTED_YET:
+            raise ConfigError(f"{place}: {key!r} is not supported yet; accepted are {listed(MODEL_KEYS)}")
+    entry = {str(key): _Value(value, f"{place}.{key}") for key, value in model.items()}
+    path = entry.get("path")
+    if path is not None and isinstance(path.raw, str):
+        entry["path"] = _Value(folder / path.raw, path.origin)
+    return entry
 
 
 def _models(entries: list[dict[str, _Value]], single: dict[str, _Value], source: str) -> tuple[ModelConfig, ...]:
@@ -368,9 +384,13 @@ def _models(entries: list[dict[str, _Value]], single: dict[str, _Value], source:
 def _model(entry: dict[str, _Value]) -> ModelConfig:
     if "path" in entry:
         path = entry["path"]
-        directory = Path(str(path.raw)).expanduser()
-        if not (directory / "config.json").is_file():
-            found = "a directory without config.json" if directory.is_dir() else "not a directory on this machine"
+        try:
+            directory = Path(str(path.raw)).expanduser()
+            has_config, is_directory = (directory / "config.json").is_file(), directory.is_dir()
+        except (OSError, RuntimeError) as error:  # a name too long, a user without a home
+            raise ConfigError(f"{path.origin}: {shown(str(path.raw))} can't be looked at: {error}") from error
+        if not has_config:
+            found = "a directory without config.json" if is_directory else "not a directory on this machine"
             raise ConfigError(
                 f"{path.origin}: {str(path.raw)!r} is {found}; accepted is a local transformers checkpoint, "
                 "a directory with config.json, tokenizer.json and safetensors files"

@@ -3,6 +3,7 @@
     ServerError
     ├── ConfigError             a flag, a key of the config file, an environment variable      exit code 2
     ├── LoadError               a model could not be loaded                                    exit code 1
+    │   ├── UnusableCheckpointError  ... because of what its files hold
     │   └── DoesNotFitError     ... because the plan says it does not fit                      exit code 3
     └── RequestError            a request that is refused                                      400
         ├── AuthenticationError no key, or a wrong one                                         401
@@ -10,11 +11,15 @@
         ├── PathNotFoundError   a path that this server does not have, or does not open        404
         ├── ModelNotFoundError  a model of that name is not served here                        404
         ├── BodyTimeoutError    the request body did not arrive in time                        408
+        ├── ModelExistsError    a model of that name is served already                         409
         ├── BodyTooLargeError   more bytes than the limit                                      413
+        ├── ModelRefusedError   a model to be loaded whose checkpoint can't be served          422
         ├── OverloadedError     the queue is full; carries Retry-After                         429
         ├── EngineFaultError    the engine failed in a step of this request                    500
         ├── EngineUnavailableError   the model's engine is loading, starting again, or dead    503
-        └── DeadlineExceededError    the request's time was up before it was complete          504
+        ├── DeadlineExceededError    the request's time was up before it was complete          504
+        ├── ModelFailedError    a model to be loaded whose engine failed                       500
+        └── InsufficientMemoryError  a model to be loaded that does not fit                    507
 
 `quant` has a tree of its own (quant/errors.py); the two meet in engine/process.py, which turns a QuantError into a
 LoadFailed record, because the HTTP process must not import torch.
@@ -39,6 +44,10 @@ class ConfigError(ServerError):
 
 class LoadError(ServerError):
     """A model that could not be loaded."""
+
+
+class UnusableCheckpointError(LoadError):
+    """The files are at fault: broken, incomplete, or of an architecture that is not served."""
 
 
 class DoesNotFitError(LoadError):
@@ -94,6 +103,18 @@ class BodyTimeoutError(RequestError):
     code = "body_timeout"
 
 
+class ModelExistsError(RequestError):
+    status = 409
+    code = "model_exists"
+
+
+class ModelRefusedError(RequestError):
+    """The entry is well-formed, and what it names can't be served."""
+
+    status = 422
+    code = "checkpoint_refused"
+
+
 class BodyTooLargeError(RequestError):
     status = 413
     code = "body_too_large"
@@ -119,6 +140,14 @@ class EngineFaultError(RequestError):
     code = "engine_error"
 
 
+class ModelFailedError(RequestError):
+    """The model's engine failed or died while it loaded; neither the entry nor the files are known to be at fault."""
+
+    status = 500
+    kind = "internal_error"
+    code = "load_failed"
+
+
 class EngineUnavailableError(RequestError):
     status = 503
     kind = "service_unavailable_error"
@@ -137,9 +166,35 @@ class DeadlineExceededError(RequestError):
     code = "deadline_exceeded"
 
 
-_LOAD_FAILURES: dict[str, type[ServerError]] = {"config": ConfigError, "does_not_fit": DoesNotFitError}
+class InsufficientMemoryError(RequestError):
+    """The plan's bytes are more than there are; nothing was allocated."""
+
+    status = 507
+    kind = "insufficient_memory_error"
+    code = "does_not_fit"
+
+
+_LOAD_FAILURES: dict[str, type[ServerError]] = {
+    "config": ConfigError,
+    "checkpoint": UnusableCheckpointError,
+    "does_not_fit": DoesNotFitError,
+}
 
 
 def load_failure(kind: str, message: str) -> ServerError:
     """The error that a LoadFailed record stands for; its class carries the exit code."""
     return _LOAD_FAILURES.get(kind, LoadError)(message)
+
+
+def load_refusal(error: ServerError) -> RequestError:
+    """What a request to load a model is told, where `error` would have ended a start."""
+    match error:
+        case RequestError():
+            return error
+        case ConfigError():
+            return RequestError(str(error))
+        case UnusableCheckpointError():
+            return ModelRefusedError(str(error))
+        case DoesNotFitError():
+            return InsufficientMemoryError(str(error))
+    return ModelFailedError(str(error))

@@ -171,11 +171,28 @@ class Metrics:
         """The Prometheus text format."""
         return generate_latest(self.registry)
 
+    def forget(self, model: str) -> None:
+        """Takes every series of a model away, and its part out of sums."""
+        for spec in METRICS:
+            if "model" in spec.labels:
+                families = self.counters | self.gauges | self.histograms
+                families[spec.name].remove_by_labels({"model": model})
+        for name, device in list(self._unaccounted):
+            if name == model:
+                del self._unaccounted[name, device]
+                self._sum_unaccounted(device)
+
     def set_unaccounted(self, model: str, device: str, value: int) -> None:
         """One engine's part of what no component of a device explains; the series is the sum over the engines."""
         self._unaccounted[model, device] = value
-        total = sum(part for (_, on), part in self._unaccounted.items() if on == device)
-        self.gauges["memory_unaccounted_bytes"].labels(device).set(total)
+        self._sum_unaccounted(device)
+
+    def _sum_unaccounted(self, device: str) -> None:
+        parts = [part for (_, on), part in self._unaccounted.items() if on == device]
+        if parts:
+            self.gauges["memory_unaccounted_bytes"].labels(device).set(sum(parts))
+        else:
+            self.gauges["memory_unaccounted_bytes"].remove(device)
 
 
 class ModelMetrics:
@@ -193,6 +210,11 @@ class ModelMetrics:
         for reason in get_args(FinishReason):
             metrics.counters["requests"].labels(model, reason)
         self._gauges["engine_seconds_since_last_step"].set_function(lambda: self._clock() - self._last_step)
+
+    def forget(self) -> None:
+        """Takes the model's series away for good: what its last requests still report goes nowhere."""
+        self._metrics.forget(self._model)
+        self._metrics = Metrics()
 
     def watch(self, states: Iterable[str], state: Callable[[], str], stalled: Callable[[], float]) -> None:
         """Takes the model's state, one of `states`, and how long it has not moved from these functions."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import math
 import time
 from collections import deque
@@ -24,6 +25,11 @@ class Admission:
         self._clock = clock
         self._ends: deque[float] = deque(maxlen=_REMEMBERED)
         self.open = 0
+        self.used = clock()
+        """When it last had a request, on the clock's scale."""
+        self.empty = asyncio.Event()
+        """Set while no request is open."""
+        self.empty.set()
 
     @contextmanager
     def enter(self, count: int = 1) -> Iterator[None]:
@@ -42,11 +48,15 @@ class Admission:
                 retry_after=seconds,
             )
         self.open += count
+        self.empty.clear()
         try:
             yield
         finally:
             self.open -= count
-            self._ends.extend([self._clock()] * count)
+            self.used = self._clock()
+            self._ends.extend([self.used] * count)
+            if not self.open:
+                self.empty.set()
 
     def retry_after(self, count: int) -> int:
         """Whole seconds until `count` places should be free, at the pace at which requests ended lately."""

@@ -12,6 +12,7 @@ from typing import Any, Final
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
+from fastapi.routing import APIRoute
 from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse
@@ -56,7 +57,7 @@ async def _refused(_: Request, error: Exception) -> JSONResponse:
 
 async def _invalid(request: Request, error: Exception) -> JSONResponse:
     details = error.errors() if isinstance(error, RequestValidationError) else ()
-    return error_response(invalid_request(details, _body_model(request)))
+    return error_response(invalid_request(details, _model_at_fault(request, details)))
 
 
 async def _http(request: Request, error: Exception) -> JSONResponse:
@@ -123,6 +124,10 @@ def _nested_model(annotation: Any) -> type[BaseModel] | None:
     return next((model for model in found if model is not None), None)
 
 
-def _body_model(request: Request) -> type[BaseModel] | None:
-    body = getattr(request.scope.get("route"), "body_field", None)
-    return _nested_model(getattr(getattr(body, "field_info", None), "annotation", None))
+def _model_at_fault(request: Request, details: Sequence[Any]) -> type[BaseModel] | None:
+    """What describes the body, or the query where that is what the first complaint is about."""
+    route = request.scope.get("route")
+    field = getattr(route, "body_field", None)
+    if details and details[0]["loc"][0] == "query":
+        field = next(iter(route.dependant.query_params), None) if isinstance(route, APIRoute) else None
+    return _nested_model(getattr(getattr(field, "field_info", None), "annotation", None))

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import msgspec
 
 from server.api.choice import ChoiceText, Piece, ScoredToken, prompt_tokens
-from server.api.service import ServedModel
+from server.api.served import ServedModel
 from server.errors import EngineUnavailableError, OverloadedError, RequestError
 from server.records import ModelInfo, SamplingParams, TokenLogprobs
 from server.text.bad_words import bad_word_ids

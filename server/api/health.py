@@ -2,7 +2,8 @@
 
 /livez     200 while some model answers, or may come to by itself; 503 when none will: restart the server
 /startupz  503 with phase and bytes until every model was ready once, then 200
-/readyz    200 while every model answers: started, not draining, no engine dead, being started again, or stuck
+/readyz    200 while every model answers: started, not draining, no engine dead, being started again, or stuck; one
+           that is being loaded or unloaded while others serve doesn't count
 /health    the same as /readyz
 """
 
@@ -45,5 +46,5 @@ async def readyz(service: Annotated[Service, Depends(get_service)]) -> JSONRespo
         return _answer(service, "draining", ok=False)
     if not service.started:
         return _answer(service, "starting", ok=False)
-    ready = all(model.state == "ready" for model in service.models.values())
+    ready = all(model.answers is not False for model in service.models.values())
     return _answer(service, "ready" if ready else "degraded", ok=ready)

@@ -6,7 +6,8 @@ from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends
 
-from server.api.service import ServedModel, Service, get_service
+from server.api.served import ServedModel
+from server.api.service import Service, get_service
 from server.metrics import unaccounted
 from server.records import MemoryReport
 

@@ -6,7 +6,8 @@ from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends
 
-from server.api.service import ServedModel, Service, get_service
+from server.api.served import ServedModel
+from server.api.service import Service, get_service
 
 router = APIRouter()
 
@@ -14,25 +15,26 @@ router = APIRouter()
 @router.get("/v1/models")
 async def list_models(service: Annotated[Service, Depends(get_service)]) -> dict[str, Any]:
     """Every configured model, loaded or not."""
-    return {"object": "list", "data": [_describe(model, service) for model in service.models.values()]}
+    return {"object": "list", "data": [describe(model) for model in service.models.values()]}
 
 
 @router.get("/v1/models/{name:path}")
 async def retrieve_model(name: str, service: Annotated[Service, Depends(get_service)]) -> dict[str, Any]:
     """One model; 404 for a name that is not served."""
-    return _describe(service.find(name), service)
+    return describe(service.find(name))
 
 
-def _describe(model: ServedModel, service: Service) -> dict[str, Any]:
+def describe(model: ServedModel) -> dict[str, Any]:
     """OpenAI's fields, then ours; what is known only after loading is null until then."""
     loaded = model.client.loaded
     info = loaded.info if loaded is not None else None
     return {
         "id": model.name,
         "object": "model",
-        "created": service.created,
+        "created": model.created,
         "owned_by": "halfbyte",
         "state": model.state,
+        "progress": model.progress,
         "max_model_len": info.max_model_len if info else None,
         "architecture": info.architecture if info else None,
         "dtype": info.dtype if info else None,

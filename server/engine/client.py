@@ -55,6 +55,7 @@ log = logging.getLogger(__name__)
 SHUTDOWN_SECONDS: Final = 5.0
 """How long an engine may take to end after a Shutdown record; a step is expected to be shorter."""
 _KILL_SECONDS: Final = 2.0
+SHUTTING_DOWN: Final = "the server is shutting down"
 
 
 class Cut(NamedTuple):
@@ -98,7 +99,8 @@ class EngineClient:
         self._scratch: Path | None = None
         self._writer: asyncio.StreamWriter | None = None
         self._reading: asyncio.Task[None] | None = None
-        self._stopping = False
+        self._parting = ""
+        """Why the process is being ended, once it is."""
         self._obituary = ""
 
     @property
@@ -156,7 +158,7 @@ class EngineClient:
 
     def require_ready(self) -> Loaded:
         """What was loaded; raises EngineUnavailableError with the reason when no request can be served."""
-        if self.state == "ready" and not self._stopping and self.loaded is not None:
+        if self.state == "ready" and not self._parting and self.loaded is not None:
             return self.loaded
         raise self._unavailable()
 
@@ -188,9 +190,12 @@ class EngineClient:
         if self._requests.pop(request_id, None) is not None and abort:
             self._send(Abort(request_id))
 
-    async def shutdown(self) -> None:
-        """Ends the process: a Shutdown record, then end-of-file, then SIGTERM, then SIGKILL. Safe to call twice."""
-        self._stopping = True
+    async def shutdown(self, why: str = SHUTTING_DOWN) -> None:
+        """Ends the process: a Shutdown record, then end-of-file, then SIGTERM, then SIGKILL. Safe to call twice.
+
+        `why` is what requests are told that are still open, and who waits for it to be loaded.
+        """
+        self._parting = self._parting or why
         process = self._process
         if process is None:
             return
@@ -306,19 +311,19 @@ class EngineClient:
         """The process has closed its end: finds out how it ended, and tells everyone who waits."""
         if self._writer is not None:
             self._writer.close()
-        if not self._stopping and not await self._gone_within(_KILL_SECONDS):
+        if not self._parting and not await self._gone_within(_KILL_SECONDS):
             self.kill()
             await self._gone_within(_KILL_SECONDS)
         self._obituary = f"the engine of model {self.spec.name!r} {self._how_it_ended()}{problem}"
         self.state = "dead"
         self._metrics.died()
-        if self.loaded is not None and not self._stopping:
+        if self.loaded is not None and not self._parting:
             log.error("%s; %d requests were open, which had got %d tokens", self._obituary, *self.open_work)
-        self._settle(LoadError(f"{self._obituary} while loading"))
+        self._settle(self._unavailable() if self._parting else LoadError(f"{self._obituary} while loading"))
         self._owed.clear()
         for stream in self._requests.values():
             stream.deliver(self._unavailable())
-        if not self._stopping:  # else the process may still run; shutdown waits for it
+        if not self._parting:  # else the process may still run; shutdown waits for it
             await asyncio.to_thread(self._remove_scratch)
         self._ended.set()
 
@@ -337,8 +342,8 @@ class EngineClient:
         return f"ended with exit code {code}"
 
     def _unavailable(self) -> EngineUnavailableError:
-        if self._stopping:
-            return EngineUnavailableError("the server is shutting down")
+        if self._parting:
+            return EngineUnavailableError(self._parting)
         if self.state == "dead":
             return EngineUnavailableError(self._obituary)
         return EngineUnavailableError(

@@ -15,7 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final, Literal, get_args
 
-from server.engine.client import Cut, DeathReason, EngineClient, engine_command
+from server.engine.client import SHUTTING_DOWN, Cut, DeathReason, EngineClient, engine_command
 from server.errors import ConfigError, EngineUnavailableError, ServerError
 from server.metrics import ModelMetrics
 from server.records import Loaded, LoadProgress, ModelSpec
@@ -85,10 +85,13 @@ class Supervisor:
         self._down = asyncio.Event()
         """Set once no engine is to be started any more."""
         self.restarts = 0
+        self._given_up = False
         self._last_words = ""
         self._tasks: list[asyncio.Task[None]] = []
         self._life_begins = time.monotonic()
         self._load_seconds: float | None = None
+        self.parting = ""
+        """Why it is stopping, as a refused request is told."""
         metrics.watch(get_args(ModelState), lambda: self.state, lambda: self.client.stalled_seconds)
 
     async def start(self) -> None:
@@ -132,6 +135,8 @@ class Supervisor:
 
         A stuck engine still takes requests: it may move again, and they may have a deadline of their own.
         """
+        if self._state == "stopping":
+            raise EngineUnavailableError(self.parting)
         try:
             return self.client.require_ready()
         except EngineUnavailableError as error:
@@ -152,13 +157,19 @@ class Supervisor:
         """From now on an engine that dies stays dead: the server drains, or the model is being unloaded."""
         self._down.set()
 
-    async def shutdown(self) -> None:
-        """Ends the engine and everything that would start another; returns when no process is left."""
+    def retire(self, why: str) -> None:
+        """From now on it takes no requests either, which are told why; those that run may still finish."""
+        self.keep_down()
+        self.parting = self.parting or why
         self._state = "stopping"
+
+    async def shutdown(self, why: str = SHUTTING_DOWN) -> None:
+        """Ends the engine and everything that would start another; returns when no process is left."""
+        self.retire(why)
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
-        await self.client.shutdown()
+        await self.client.shutdown(self.parting)
 
     def kill(self) -> Cut:
         """Ends the engine at once and for good; says what that cuts."""
@@ -171,7 +182,7 @@ class Supervisor:
         return EngineClient(self.spec, self._metrics, command=self._command)
 
     def _now_serving(self) -> None:
-        self._state = "serving"
+        self._become("serving")
         self._load_seconds = time.monotonic() - self._life_begins
 
     async def _keep_alive(self) -> None:
@@ -183,7 +194,7 @@ class Supervisor:
             self._last_words = self.client.how_it_died
             lived = time.monotonic() - ready_at
             while not await self._again(backoff, lived, reason):
-                if self._state == "dead":
+                if self._given_up:
                     return
                 reason, lived = "load", 0.0
 
@@ -193,7 +204,7 @@ class Supervisor:
         if pause is None or self._down.is_set():
             self._give_up(f"it has been started {backoff.restarts} times in a row" if backoff.restarts else "")
             return False
-        self._state = "restarting"
+        self._become("restarting")
         self._life_begins = time.monotonic() + pause
         row = f"restart {backoff.restarts} of at most {self.rules.restart_limit} in a row"
         log.warning("model %r starts again in %.1f s, %s", self.spec.name, pause, row)
@@ -221,8 +232,14 @@ class Supervisor:
         log.info("model %r is ready again after %.1f s", self.spec.name, self._load_seconds)
         return True
 
+    def _become(self, state: Literal["serving", "restarting", "dead"]) -> None:
+        """What is stopping stays so, whatever else happens to it."""
+        if self._state != "stopping":
+            self._state = state
+
     def _give_up(self, why: str) -> None:
-        self._state = "dead"
+        self._become("dead")
+        self._given_up = True
         log.error("model %r is not started again%s", self.spec.name, f": {why}" if why else "")
 
     async def _watch(self) -> None:

@@ -16,7 +16,7 @@ import jinja2
 from jinja2.ext import loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from server.errors import LoadError, RequestError
+from server.errors import RequestError, UnusableCheckpointError
 from server.text.generation_tag import GenerationTag
 from server.text.tokenizer import Tokenizer, read_json
 
@@ -36,7 +36,7 @@ class ChatTemplate:
         try:
             self._template = environment.from_string(source)
         except jinja2.TemplateError as error:
-            raise LoadError(f"the chat template is not valid: {error}") from error
+            raise UnusableCheckpointError(f"the chat template is not valid: {error}") from error
         self._variables = dict(variables)
 
     def render(self, messages: Sequence[Mapping[str, str]]) -> str:
@@ -60,7 +60,10 @@ class ChatTemplate:
 
 
 def load_chat_template(path: Path, tokenizer: Tokenizer) -> ChatTemplate | None:
-    """The template beside a checkpoint, or None where it has none; raises LoadError for one that is not valid."""
+    """The template beside a checkpoint, or None where it has none.
+
+    Raises UnusableCheckpointError for one that is not valid.
+    """
     source = _template_source(path, tokenizer.settings)
     if source is None:
         return None
@@ -79,7 +82,9 @@ def _template_source(path: Path, settings: Mapping[str, Any]) -> str | None:
         named = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}
         template = named.get("default")
     if template is not None and not isinstance(template, str):
-        raise LoadError(f"the chat template in {str(path)!r} is a {type(template).__name__}; accepted is a string")
+        raise UnusableCheckpointError(
+            f"the chat template in {str(path)!r} is a {type(template).__name__}; accepted is a string"
+        )
     return template
 
 

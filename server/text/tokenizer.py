@@ -15,7 +15,7 @@ from typing import Any, Final, NamedTuple
 
 from tokenizers import Tokenizer as RustTokenizer
 
-from server.errors import LoadError
+from server.errors import UnusableCheckpointError
 
 NO_CHARACTER: Final = "\ufffd"
 """What decoders write for bytes that are no character (yet)."""
@@ -49,17 +49,17 @@ class Tokenizer:
 
     @classmethod
     def from_directory(cls, path: Path) -> Tokenizer:
-        """Reads the tokenizer beside a checkpoint; raises LoadError with one sentence."""
+        """Reads the tokenizer beside a checkpoint; raises UnusableCheckpointError with one sentence."""
         file = path / "tokenizer.json"
         if not file.is_file():
-            raise LoadError(
+            raise UnusableCheckpointError(
                 f"{str(path)!r} has no tokenizer.json; accepted is a fast tokenizer, which "
                 "AutoTokenizer.from_pretrained(path).save_pretrained(path) of transformers writes"
             )
         try:
             tokenizer = RustTokenizer.from_file(str(file))
         except Exception as error:  # tokenizers raises plain Exception
-            raise LoadError(f"{str(file)!r} is not a tokenizer that can be read: {error}") from error
+            raise UnusableCheckpointError(f"{str(file)!r} is not a tokenizer that can be read: {error}") from error
         return cls(tokenizer, read_json(path / "tokenizer_config.json"))
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
@@ -99,15 +99,15 @@ class Tokenizer:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from an optional file; an absent file is an empty object. Raises LoadError."""
+    """A JSON object from an optional file; an absent file is an empty object. Raises UnusableCheckpointError."""
     if not path.is_file():
         return {}
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise LoadError(f"{str(path)!r} is not valid JSON: {error}") from error
+        raise UnusableCheckpointError(f"{str(path)!r} is not valid JSON: {error}") from error
     if not isinstance(value, dict):
-        raise LoadError(f"{str(path)!r} holds a {type(value).__name__}; accepted is a JSON object")
+        raise UnusableCheckpointError(f"{str(path)!r} holds a {type(value).__name__}; accepted is a JSON object")
     return value
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import socket
 import threading
@@ -43,7 +44,11 @@ class RunningApp:
         self._socket: socket.socket = bind("127.0.0.1", 0)
         self.port: int = self._socket.getsockname()[1]
         self.url = f"http://127.0.0.1:{self.port}"
-        self._thread = threading.Thread(target=self._server.run, kwargs={"sockets": [self._socket]})
+        self._thread = threading.Thread(target=asyncio.run, args=(self._serve(),))
+
+    async def _serve(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        await self._server.serve(sockets=[self._socket])
 
     def __enter__(self) -> RunningApp:
         self._thread.start()
@@ -55,6 +60,14 @@ class RunningApp:
         self._thread.join(20)
         self._socket.close()
         assert not self._thread.is_alive()
+
+    def call(self, work: Callable[[], object]) -> None:
+        """Runs something in the server's own loop, where all its state changes; returns when it is done."""
+
+        async def called() -> None:
+            work()
+
+        asyncio.run_coroutine_threadsafe(called(), self._loop).result(20)
 
     def client(self, **options: Any) -> httpx.Client:
         return httpx.Client(base_url=self.url, timeout=20, **options)

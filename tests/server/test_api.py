@@ -433,7 +433,7 @@ def test_when_every_engine_is_dead_a_restart_is_asked_for(serve_scripts: ServeSc
     with serve_scripts({"dies": {"die_after_steps": 1}}, restart_limit=0) as running, running.client() as client:
         response = client.post("/v1/completions", json={"model": "dies", "prompt": "a", "max_tokens": 2})
         assert response.status_code == 503
-        assert client.get("/livez").status_code == 503
+        wait_for(lambda: client.get("/livez").status_code == 503)
 
 
 def test_while_an_engine_is_started_again_requests_are_told_when_to_come_back(serve_scripts: ServeScript) -> None:

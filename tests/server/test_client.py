@@ -15,7 +15,15 @@ import pytest
 
 from server.engine.client import EngineClient
 from server.engine.stream import OutputStream
-from server.errors import ConfigError, DoesNotFitError, EngineUnavailableError, LoadError, RequestError, ServerError
+from server.errors import (
+    ConfigError,
+    DoesNotFitError,
+    EngineUnavailableError,
+    LoadError,
+    RequestError,
+    ServerError,
+    UnusableCheckpointError,
+)
 from server.metrics import Metrics, ModelMetrics
 from server.records import ModelSpec, SamplingParams
 from tests.server.scripted_engine import command
@@ -92,7 +100,7 @@ def test_loading_reports_progress_and_refuses_requests() -> None:
     ("kind", "error", "code"),
     [
         ("config", ConfigError, 2),
-        ("checkpoint", LoadError, 1),
+        ("checkpoint", UnusableCheckpointError, 1),
         ("does_not_fit", DoesNotFitError, 3),
         ("internal", LoadError, 1),
     ],

@@ -1,0 +1,97 @@
+"""One served model: its engine, kept alive, and its text side. Which models there are is fleet.py's."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from pathlib import Path
+from typing import Any
+
+from server.api.admission import Admission
+from server.engine.client import EngineClient
+from server.engine.supervisor import ModelState, Supervisor
+from server.errors import EngineUnavailableError
+from server.metrics import ModelMetrics
+from server.records import Loaded, ModelInfo, ModelSpec
+from server.text.chat_template import ChatTemplate, load_chat_template
+from server.text.tokenizer import Tokenizer
+
+log = logging.getLogger(__name__)
+
+
+class ServedModel:
+    """Its text side loads while the engine does; `load`, then requests."""
+
+    def __init__(
+        self, spec: ModelSpec, metrics: ModelMetrics, engine: Supervisor, max_queued: int, timeout: float | None
+    ) -> None:
+        self.spec = spec
+        self.name = spec.name
+        self.created = int(time.time())
+        self.metrics = metrics
+        self.engine = engine
+        self.admission = Admission(spec.name, spec.max_sequences + max_queued)
+        self.timeout = timeout
+        """Seconds for a request that brings none of its own; None for any time."""
+        self.template: ChatTemplate | None = None
+        self.ready = False
+        """Whether it has been loaded once."""
+        self._tokenizer: Tokenizer | None = None
+
+    async def load(self) -> Loaded:
+        """Starts the engine and reads the tokenizer; returns when both are done. Raises a ServerError."""
+        await self.engine.start()
+        self._tokenizer, self.template = await asyncio.to_thread(self._load_text)
+        loaded = await self.engine.wait_loaded()
+        self.ready = True
+        log.info("model %r is ready after %.1f s", self.name, loaded.load_seconds)
+        return loaded
+
+    def _load_text(self) -> tuple[Tokenizer, ChatTemplate | None]:
+        path = Path(self.spec.path)
+        tokenizer = Tokenizer.from_directory(path)
+        return tokenizer, load_chat_template(path, tokenizer)
+
+    @property
+    def client(self) -> EngineClient:
+        """The engine of the present; after a restart it is another one."""
+        return self.engine.client
+
+    @property
+    def state(self) -> ModelState:
+        return "loading" if self.engine.state == "ready" and not self.ready else self.engine.state
+
+    @property
+    def answers(self) -> bool | None:
+        """Whether requests are served now; None for a model that is still coming, or already going."""
+        if not self.ready or self.state == "stopping":
+            return None
+        return self.state == "ready"
+
+    @property
+    def info(self) -> ModelInfo:
+        """Raises EngineUnavailableError unless requests can be served."""
+        return self.engine.require_ready().info
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        if self._tokenizer is None:
+            raise EngineUnavailableError(f"model {self.name!r} is still loading its tokenizer")
+        return self._tokenizer
+
+    @property
+    def progress(self) -> dict[str, Any]:
+        """How far loading has come."""
+        progress = self.engine.progress
+        return {"phase": progress.phase, "bytes_loaded": progress.bytes_loaded, "bytes_total": progress.bytes_total}
+
+    @property
+    def condition(self) -> dict[str, Any]:
+        """What the probes say of it."""
+        return {
+            "state": self.state,
+            **self.progress,
+            "restarts": self.engine.restarts,
+            "stalled_seconds": round(self.client.stalled_seconds, 3),
+        }

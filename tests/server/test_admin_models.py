@@ -1,0 +1,331 @@
+"""Models that come and go while the server runs, in front of scripted engines; real ones are in end_to_end."""
+
+from __future__ import annotations
+
+import random
+import threading
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+from pydantic import SecretStr
+
+from tests.server.conftest import RunningApp, ServeScript, wait_for
+
+ADMIN = {"Authorization": "Bearer secret-admin-key"}
+SETTINGS: dict[str, Any] = {"admin_key": SecretStr("secret-admin-key")}
+ENDLESS = {"model": "second", "prompt": "abc", "max_tokens": 90_000}
+
+
+@contextmanager
+def admin_of(running: RunningApp) -> Iterator[httpx.Client]:
+    with running.client(headers=ADMIN) as client:
+        yield client
+
+
+@pytest.fixture
+def running(serve_scripts: ServeScript) -> Iterator[RunningApp]:
+    with serve_scripts({"first": {}}, drain_seconds=30.0, **SETTINGS) as running:
+        yield running
+
+
+def entry(path: Path, /, name: str = "second", **script: Any) -> dict[str, Any]:
+    return {"name": name, "path": str(path), "quantization": script}
+
+
+def load(running: RunningApp, body: object) -> httpx.Response:
+    with admin_of(running) as client:
+        return client.post("/admin/models", json=body)
+
+
+def unload(running: RunningApp, name: str, **query: Any) -> httpx.Response:
+    with admin_of(running) as client:
+        return client.delete(f"/admin/models/{name}", params=query)
+
+
+def complete(running: RunningApp, **fields: Any) -> httpx.Response:
+    with running.client() as client:
+        return client.post("/v1/completions", json={"model": "second", "prompt": "abc", "max_tokens": 3} | fields)
+
+
+def served(running: RunningApp) -> dict[str, str]:
+    """States by name, as /v1/models has them."""
+    with running.client() as client:
+        return {model["id"]: model["state"] for model in client.get("/v1/models").json()["data"]}
+
+
+def series_of(running: RunningApp, model: str) -> list[str]:
+    with running.client() as client:
+        page = client.get("/metrics").text
+    families = text_string_to_metric_families(page)
+    return [sample.name for family in families for sample in family.samples if sample.labels.get("model") == model]
+
+
+@contextmanager
+def in_background(work: Any, *arguments: Any, **options: Any) -> Iterator[Future[httpx.Response]]:
+    with ThreadPoolExecutor(1) as pool:
+        yield pool.submit(work, *arguments, **options)
+
+
+def test_a_model_comes_serves_and_goes(running: RunningApp, model_path: Path) -> None:
+    answer = load(running, entry(model_path, "a/second", step_seconds=0.001))
+    assert answer.status_code == 201, answer.text
+    loaded = answer.json()
+    assert (loaded["id"], loaded["state"], loaded["max_model_len"]) == ("a/second", "ready", 512)
+    assert loaded["planned"] == loaded["measured"] == {"packed_weights": 4096, "kv_cache": 1024}
+    assert served(running) == {"first": "ready", "a/second": "ready"}
+    assert complete(running, model="a/second").json()["choices"][0]["text"] == "abc"
+    pid = running.service.models["a/second"].client.process_id
+    assert pid is not None
+    assert series_of(running, "a/second")
+    with running.client() as client:
+        devices = client.get("/memory").json()["devices"]
+    assert [device["models"] for device in devices] == [2]
+
+    answer = unload(running, "a/second")
+    assert answer.status_code == 200, answer.text
+    returned = answer.json()
+    assert returned["cut"] == {"requests": 0, "tokens": 0}
+    assert returned["process"]["rss"] >= returned["process"]["pss"] > 0
+    assert returned["process"]["anonymous"] > 2**20, "an interpreter is larger than that"
+    available = returned["machine_available"]
+    assert available["difference"] == available["after"] - available["before"]
+    assert not Path(f"/proc/{pid}").exists()
+    assert series_of(running, "a/second") == []
+    assert running.metric("memory_unaccounted_bytes", device="cpu") == 880, "that of the one that is left"
+    assert served(running) == {"first": "ready"}
+    for refused in (complete(running, model="a/second"), unload(running, "a/second")):
+        assert refused.status_code == 404
+        assert refused.json()["error"]["code"] == "model_not_found"
+    assert unload(running, "first").status_code == 200
+    assert served(running) == {}
+    assert running.metric("memory_unaccounted_bytes", device="cpu") == 0
+    assert "none is served at present" in complete(running).json()["error"]["message"]
+    with running.client() as client:
+        assert client.get("/readyz").status_code == client.get("/livez").status_code == 200
+    assert load(running, entry(model_path, "first")).status_code == 201
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"adapters": []}, "'adapters' is not supported yet"),
+        ({"kv_cache_tokens": 5}, "the request body.kv_cache_tokens: 'kv_cache_tokens' is not known; accepted are name"),
+        ({"path": "/nowhere"}, "the request body.path: '/nowhere' is not a directory"),
+        ({"path": "~nobody-of-that-name/x"}, "can't be looked at: "),
+        ({"path": "x" * 5000}, "can't be looked at: "),
+        ({"path": None}, "the request body.path: 'None' is not a directory"),
+        ({"name": "-"}, "'name' is '-'; accepted are"),
+        ({"name": 5}, "the request body.name: 'name' is 5; "),
+        ({"max_sequences": 0}, "the request body.max_sequences: 'max_sequences' is 0; "),
+        ({"kv_cache": {"tokens": "many"}}, "'kv_cache.tokens' is 'many'"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_an_entry_is_checked_as_in_the_file(
+    running: RunningApp, model_path: Path, changes: dict[str, Any], words: str
+) -> None:
+    refused = load(running, entry(model_path) | changes)
+    assert refused.status_code == 400, refused.text
+    assert words in refused.json()["error"]["message"]
+    assert served(running) == {"first": "ready"}
+
+
+def test_a_body_that_is_no_entry(running: RunningApp) -> None:
+    for body in ([], "second", None):
+        assert load(running, body).status_code == 400
+    assert "'path' is missing" in load(running, {"name": "x"}).json()["error"]["message"]
+    assert unload(running, "first", drain_seconds=-1).status_code == 400
+    assert "'drain' is not known; accepted are drain_seconds" in unload(running, "first", drain=1).text
+    assert served(running) == {"first": "ready"}
+
+
+@pytest.mark.parametrize(
+    ("script", "status", "code", "words"),
+    [
+        ({"fail": ["config", "max_model_len is 5"]}, 400, None, "max_model_len is 5"),
+        ({"fail": ["checkpoint", "it is truncated"]}, 422, "checkpoint_refused", "it is truncated"),
+        ({"fail": ["does_not_fit", "it needs 5 bytes, but 3 are free"]}, 507, "does_not_fit", "5 bytes, but 3"),
+        ({"fail": ["internal", "nobody foresaw it"]}, 500, "load_failed", "nobody foresaw it"),
+        ({"die_while_loading": 7}, 500, "load_failed", "ended with exit code 7 while loading"),
+    ],
+    ids=lambda value: str(value) if isinstance(value, int) else "",
+)
+def test_what_does_not_load_leaves_nothing_behind(
+    running: RunningApp, model_path: Path, script: dict[str, Any], status: int, code: str | None, words: str
+) -> None:
+    refused = load(running, entry(model_path, **script))
+    assert (refused.status_code, refused.json()["error"]["code"]) == (status, code)
+    assert words in refused.json()["error"]["message"]
+    assert served(running) == {"first": "ready"}
+    assert series_of(running, "second") == []
+    assert load(running, entry(model_path)).status_code == 201, "the name is free again"
+
+
+def test_a_checkpoint_without_a_tokenizer_is_refused(running: RunningApp, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    refused = load(running, entry(tmp_path, load_seconds=60))
+    assert refused.status_code == 422
+    assert "has no tokenizer.json" in refused.json()["error"]["message"]
+    assert served(running) == {"first": "ready"}
+
+
+def test_a_relative_path_begins_where_the_file_is(serve_scripts: ServeScript, model_path: Path) -> None:
+    with serve_scripts({"first": {}}, folder=model_path.parent, **SETTINGS) as running:
+        answer = load(running, {"path": model_path.name, "quantization": {}})
+        assert answer.status_code == 201, answer.text
+        assert answer.json()["id"] == model_path.name
+
+
+def test_progress_is_seen_while_the_others_serve(running: RunningApp, model_path: Path) -> None:
+    with (
+        in_background(load, running, entry(model_path, load_seconds=3.0)) as loading,
+        running.client() as client,
+    ):
+        wait_for(lambda: served(running).get("second") == "loading")
+        wait_for(lambda: client.get("/v1/models/second").json()["progress"]["bytes_loaded"] >= 100)
+        assert client.get("/v1/models/second").json()["progress"]["bytes_total"] == 1000
+        probe = client.get("/readyz")
+        assert probe.status_code == 200, "the others answer"
+        assert probe.json()["models"]["second"]["phase"] == "weights"
+        assert 'halfbyte_engine_state{model="second",state="loading"} 1.0' in client.get("/metrics").text
+        assert running.metric("model_load_bytes", model="second") >= 100
+        assert complete(running, model="first").status_code == 200
+        assert "still loading" in complete(running).json()["error"]["message"]
+        taken = load(running, entry(model_path))
+        assert (taken.status_code, taken.json()["error"]["param"]) == (409, "name")
+        assert "is here, and is loading" in taken.json()["error"]["message"]
+        assert loading.result().status_code == 201
+    assert load(running, entry(model_path)).status_code == 409
+
+
+def test_a_client_that_leaves_does_not_stop_the_loading(running: RunningApp, model_path: Path) -> None:
+    with admin_of(running) as client, pytest.raises(httpx.ReadTimeout):
+        client.post("/admin/models", json=entry(model_path, load_seconds=1.0), timeout=0.2)
+    wait_for(lambda: served(running).get("second") == "ready")
+
+
+def test_unloading_what_is_loading_ends_both(running: RunningApp, model_path: Path) -> None:
+    with in_background(load, running, entry(model_path, load_seconds=60)) as loading:
+        wait_for(lambda: served(running).get("second") == "loading")
+        pid = running.service.models["second"].client.process_id
+        assert unload(running, "second").status_code == 200
+        refused = loading.result()
+    assert refused.status_code == 503
+    assert "'second' is being unloaded" in refused.json()["error"]["message"]
+    assert not Path(f"/proc/{pid}").exists()
+    assert served(running) == {"first": "ready"}
+
+
+def test_open_requests_may_finish_and_new_ones_are_refused(running: RunningApp, model_path: Path) -> None:
+    load(running, entry(model_path, step_seconds=0.01))
+    with in_background(complete, running, max_tokens=200) as answering:
+        wait_for(lambda: running.service.models["second"].client.open_work.tokens)
+        with in_background(unload, running, "second") as unloading:
+            wait_for(lambda: served(running)["second"] == "stopping")
+            refused = complete(running)
+            assert refused.status_code == 503
+            assert refused.json()["error"]["message"] == "model 'second' is being unloaded"
+            assert load(running, entry(model_path)).status_code == 409
+            with running.client() as client:
+                assert client.get("/readyz").status_code == 200, "it does not count any more"
+            again = unload(running, "second", drain_seconds=0)
+            assert again.json() == unloading.result().json(), "whoever comes later waits for the same end"
+            assert unloading.result().json()["cut"] == {"requests": 0, "tokens": 0}
+        assert answering.result().json()["usage"]["completion_tokens"] == 200
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_requests_that_take_too_long_are_cut_with_a_sentence(
+    running: RunningApp, model_path: Path, stream: bool
+) -> None:
+    load(running, entry(model_path, step_seconds=0.01, max_model_len=100_000))
+    with in_background(complete, running, **ENDLESS, stream=stream) as answering:
+        wait_for(lambda: running.service.models["second"].client.open_work.tokens)
+        cut = unload(running, "second", drain_seconds=0.1).json()["cut"]
+        assert cut["requests"] == 1
+        assert cut["tokens"] >= 1
+        answer = answering.result()
+    assert answer.status_code == (200 if stream else 503)
+    assert "model 'second' was unloaded; this request did not end in time" in answer.text
+    assert "[DONE]" not in answer.text
+    assert series_of(running, "second") == [], "what the request reported last must not bring them back"
+
+
+@pytest.mark.parametrize("moment", ["before", "in the drain", "in the pause"])
+def test_a_death_around_an_unload_is_not_followed_by_a_restart(
+    serve_scripts: ServeScript, model_path: Path, moment: str, tmp_path: Path
+) -> None:
+    lives = [str(tmp_path / "lives"), [{"step_seconds": 0.01, "max_model_len": 100_000}]]
+    pause = 60 if moment == "in the pause" else 0.01
+    limit = 0 if moment == "before" else 8
+    with serve_scripts({"first": {}}, restart_pause_seconds=pause, restart_limit=limit, **SETTINGS) as running:
+        load(running, entry(model_path, lives=lives))
+        model = running.service.models["second"]
+        if moment == "in the drain":
+            with in_background(complete, running, **ENDLESS) as answering:
+                wait_for(lambda: model.client.open_work.tokens)
+                with in_background(unload, running, "second") as unloading:
+                    wait_for(lambda: model.state == "stopping")
+                    model.client.kill()
+                    assert unloading.result().status_code == 200
+                assert "SIGKILL" in answering.result().json()["error"]["message"]
+        else:
+            model.client.kill()
+            wait_for(lambda: model.state == ("dead" if moment == "before" else "restarting"))
+            assert unload(running, "second").json()["process"] is None, "there was none any more"
+        assert served(running) == {"first": "ready"}
+        assert (tmp_path / "lives").read_text() == "."
+        assert load(running, entry(model_path)).status_code == 201
+
+
+def test_a_stuck_engine_can_be_unloaded(
+    serve_scripts: ServeScript, model_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("server.engine.client.SHUTDOWN_SECONDS", 0.2)
+    monkeypatch.setattr("server.engine.client._KILL_SECONDS", 0.2)
+    with serve_scripts({"first": {}}, stuck_seconds=0.2, **SETTINGS) as running:
+        load(running, entry(model_path, hang_after_steps=1))
+        with in_background(complete, running, timeout=60) as answering:
+            wait_for(lambda: running.service.models["second"].state == "stuck")
+            assert unload(running, "second", drain_seconds=0).json()["cut"] == {"requests": 1, "tokens": 1}
+            assert answering.result().status_code == 503
+
+
+def test_no_model_is_loaded_once_the_server_drains(running: RunningApp, model_path: Path) -> None:
+    with in_background(load, running, entry(model_path, load_seconds=60)) as loading:
+        wait_for(lambda: served(running).get("second") == "loading")
+        running.call(running.service.drain)
+        assert loading.result().status_code == 503
+        assert loading.result().json()["error"]["message"] == "the server is shutting down"
+    assert load(running, entry(model_path)).status_code == 503
+
+
+def test_loads_and_unloads_of_one_name_at_once(running: RunningApp, model_path: Path) -> None:
+    """However they meet, each gets an answer that can be true, and what is left is one model, or none."""
+    seen: set[tuple[str, int]] = set()
+    lock = threading.Lock()
+
+    def work(seed: int) -> None:
+        draw = random.Random(seed)
+        for _ in range(6):
+            if draw.random() < 0.5:
+                answer = ("load", load(running, entry(model_path, load_seconds=0.1 * draw.random())).status_code)
+            else:
+                answer = ("unload", unload(running, "second", drain_seconds=0).status_code)
+            with lock:
+                seen.add(answer)
+
+    with ThreadPoolExecutor(6) as pool:
+        list(pool.map(work, range(6)))
+    assert seen <= {("load", 201), ("load", 409), ("load", 503), ("unload", 200), ("unload", 404)}
+    unload(running, "second")
+    assert served(running) == {"first": "ready"}
+    assert series_of(running, "second") == []
+    assert load(running, entry(model_path)).status_code == 201
+    assert complete(running).status_code == 200
