@@ -277,6 +277,8 @@ class EngineClient:
     def _take(self, record: FromEngine) -> None:
         match record:
             case LoadProgress():
+                if not record.bytes_total:  # a phase that reads nothing; what was read stays read
+                    record = LoadProgress(record.phase, self.progress.bytes_loaded, self.progress.bytes_total)
                 self.progress = record
                 self._metrics.loading(record)
             case Loaded():

@@ -119,6 +119,8 @@ class Engine:
             self.send(LoadProgress("weights", 100 * part, 1000))
             if select.select([self.connection], [], [], self.script.get("load_seconds", 0) / 10)[0]:
                 sys.exit(0)
+        self.send(LoadProgress("weights", 1000, 1000))
+        self.send(LoadProgress("warmup"))
         info = ModelInfo(
             max_model_len=self.script.get("max_model_len", 512),
             vocab_size=self.script.get("vocab_size", 320),

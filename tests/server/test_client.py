@@ -25,7 +25,7 @@ from server.errors import (
     UnusableCheckpointError,
 )
 from server.metrics import Metrics, ModelMetrics
-from server.records import ModelSpec, SamplingParams
+from server.records import LoadProgress, ModelSpec, SamplingParams
 from tests.server.scripted_engine import command
 
 PARAMS = SamplingParams(max_tokens=5)
@@ -91,9 +91,16 @@ def test_loading_reports_progress_and_refuses_requests() -> None:
                 client.generate("r", [1], PARAMS)
             loaded = await client.wait_loaded()
             assert loaded.info.max_model_len == 512
-            assert client.progress.phase == "ready"
+            assert client.progress == LoadProgress("ready", 1000, 1000)
+
+    metrics = Metrics()
+
+    async def loaded() -> None:
+        async with engine(metrics):
+            assert sample(metrics, "model_load_bytes", model="m") == 1000
 
     run(test)
+    run(loaded)
 
 
 @pytest.mark.parametrize(
