@@ -32,7 +32,7 @@ SEQUENCES = 8
 
 
 def write(checkpoint: Path, target: Path, name: str) -> None:
-    """A Llama checkpoint in bfloat16 -> GGUF without a vocabulary: tokens go in and out as numbers."""
+    """A Llama checkpoint in bfloat16 -> GGUF; without a tokenizer.json, tokens go in and out as numbers."""
     import gguf
     import numpy as np
 
@@ -50,7 +50,10 @@ def write(checkpoint: Path, target: Path, name: str) -> None:
     writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
     writer.add_rope_dimension_count(config["hidden_size"] // heads)
     writer.add_vocab_size(config["vocab_size"])
-    writer.add_tokenizer_model("none")
+    if (checkpoint / "tokenizer.json").is_file():
+        write_vocabulary(writer, checkpoint)
+    else:
+        writer.add_tokenizer_model("none")
 
     def ggml_order(weight: Any, count: int) -> Any:
         """Rotary pairs side by side, where transformers keeps them half a head apart."""
@@ -81,6 +84,23 @@ def write(checkpoint: Path, target: Path, name: str) -> None:
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
+
+
+def write_vocabulary(writer: Any, checkpoint: Path) -> None:
+    """A byte-level BPE tokenizer, GPT-2's kind, with one special token that ends a text."""
+    import gguf
+
+    made = json.loads((checkpoint / "tokenizer.json").read_text())
+    special = {entry["id"] for entry in made["added_tokens"]}
+    names = sorted(made["model"]["vocab"], key=made["model"]["vocab"].get)
+    control, normal = gguf.TokenType.CONTROL, gguf.TokenType.NORMAL
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("gpt-2")
+    writer.add_token_list(names)
+    writer.add_token_types([control if number in special else normal for number in range(len(names))])
+    writer.add_token_merges([" ".join(pair) for pair in made["model"]["merges"]])
+    writer.add_eos_token_id(min(special))
+    writer.add_add_bos_token(False)
 
 
 class Server:
