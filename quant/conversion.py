@@ -25,10 +25,13 @@ Kind = Literal["4bit", "8bit"]
 LAYERS: Final[Mapping[Kind, type[Linear4bit | Linear8bit]]] = {"4bit": Linear4bit, "8bit": Linear8bit}
 EMBEDDINGS: Final[Mapping[Kind, type[Embedding4bit | Embedding8bit]]] = {"4bit": Embedding4bit, "8bit": Embedding8bit}
 
+_FALCON_LINEAR: Final = "FalconLinear"
+"""The one subclass of nn.Linear in transformers that computes what nn.Linear does, and only rounds in between."""
+
 
 def modules_to_quantize(model: nn.Module, config: BitsAndBytesConfig, device_map: object = None) -> dict[str, Kind]:
-    """The modules of a model (on meta or not) that `config` converts, by name: nn.Linear itself, GPT-2's Conv1D, and
-    stacks of experts (quant/experts.py) unless `llm_int8_has_fp16_weight` keeps main weights.
+    """The modules of a model (on meta or not) that `config` converts, by name: linear layers (is_linear_layer), GPT-2's
+    Conv1D among them, and stacks of experts (quant/experts.py) unless `llm_int8_has_fp16_weight` keeps main weights.
 
     Not converted: what `llm_int8_skip_modules` names (as transformers applies it: by prefix up to a dot, as a regular
     expression, or as a suffix) or, where it is None, the output embedding and the last module; always what is tied to
@@ -61,7 +64,7 @@ def modules_to_quantize(model: nn.Module, config: BitsAndBytesConfig, device_map
             kinds |= dict.fromkeys(members, "8bit" if own.load_in_8bit else "4bit")
     in_groups = {name for members in groups.values() for name in members}
     for name, module in model.named_modules():
-        if name in in_groups or not (type(module) is nn.Linear or isinstance(module, Conv1D) or name in experts):
+        if name in in_groups or not (is_linear_layer(module) or name in experts):
             continue
         own, pattern = config.for_module(name), config.override_of(name)
         if own is None:
@@ -77,6 +80,12 @@ def modules_to_quantize(model: nn.Module, config: BitsAndBytesConfig, device_map
             f"{type(model).__name__}; accepted are names of linear layers whose weight is not tied to another one"
         )
     return kinds
+
+
+def is_linear_layer(module: nn.Module) -> bool:
+    """Whether the module is a linear layer and nothing more: its class may add to what an nn.Linear computes."""
+    kind = type(module)
+    return kind is nn.Linear or isinstance(module, Conv1D) or kind.__name__ == _FALCON_LINEAR
 
 
 def _config_of_group(

@@ -30,6 +30,9 @@ MAX_TOP_LOGPROBS: Final = 20
 
 FinishReason = Literal["stop", "length", "abort", "timeout", "error"]
 LoadPhase = Literal["start", "plan", "weights", "cache", "warmup", "ready"]
+Batching = Literal["packed", "padded", "equal", "single"]
+"""How sequences share a forward call: "packed" one behind the other, of any lengths and with prompts; "padded" side by
+side where they compute as many tokens; "equal" only where they are also equally long; "single" never."""
 FailureKind = Literal["config", "checkpoint", "does_not_fit", "internal"]
 
 
@@ -161,6 +164,7 @@ class ModelInfo(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """The effective quantization config as its JSON dictionary; empty where nothing is quantized."""
     prefix_caching: bool = False
     """Whether beginnings are found in the cache: it was configured, and the model's runner can."""
+    batching: Batching = "packed"
 
 
 class MemoryReport(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

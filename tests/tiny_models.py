@@ -44,6 +44,8 @@ MORE_CONFIGS: dict[str, dict[str, object]] = {
     | {"head_dim": 32, "sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"]},
     "opt": _TWO_LAYERS | {"hidden_size": 128, "ffn_dim": 192, "num_attention_heads": 4, "word_embed_proj_dim": 64},
     "gpt_neox": _TWO_LAYERS | {"hidden_size": 128, "intermediate_size": 192, "num_attention_heads": 4},
+    "falcon": _TWO_LAYERS | {"hidden_size": 128, "num_attention_heads": 4},
+    "mpt": {"d_model": 128, "n_heads": 4, "n_layers": 2, "max_seq_len": 256, "expansion_ratio": 2},
     "t5": {
         "d_model": 128,
         "d_kv": 32,

@@ -41,4 +41,5 @@ def describe(model: ServedModel) -> dict[str, Any]:
         "device": info.device if info else None,
         "quantization": info.quantization if info else None,
         "prefix_caching": info.prefix_caching if info else None,
+        "batching": info.batching if info else None,
     }

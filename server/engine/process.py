@@ -203,7 +203,7 @@ def load_engine(spec: ModelSpec, connection: Connection) -> EngineLoop:
     )
     _phase(connection, "ready")
     connection.serving = True
-    info = loaded.info(plan.max_model_len, prefix_caching=scheduler.prefix_caching)
+    info = loaded.info(plan.max_model_len, prefix_caching=scheduler.prefix_caching, batching=runner.batching)
     connection.send(Loaded(info=info, memory=memory, load_seconds=time.monotonic() - started))
     return loop
 

@@ -186,7 +186,7 @@ def _plan(spec: ModelSpec, facts: _Facts, config: BitsAndBytesConfig | None, ava
 def context_limit(config: transformers.PretrainedConfig) -> int:
     """Positions the model was made for; models without a limit of their own (ALiBi) get their `seq_length` or 2048."""
     text = config.get_text_config()
-    for name in ("max_position_embeddings", "n_positions", "seq_length"):
+    for name in ("max_position_embeddings", "n_positions", "seq_length", "max_seq_len"):
         value = getattr(text, name, None)
         if isinstance(value, int) and value > 0:
             return value
@@ -198,6 +198,8 @@ def kv_bytes_per_token(config: transformers.PretrainedConfig, dtype: torch.dtype
     text = config.get_text_config()
     heads = text.num_attention_heads
     kv_heads = getattr(text, "num_key_value_heads", None) or heads
+    if getattr(text, "multi_query", False) and not getattr(text, "new_decoder_architecture", False):
+        kv_heads = 1  # Falcon; its newer architecture has groups, but caches every head
     head_dim = getattr(text, "head_dim", None) or text.hidden_size // heads
     return int(2 * text.num_hidden_layers * kv_heads * head_dim * dtype.itemsize)
 

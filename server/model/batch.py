@@ -18,7 +18,7 @@ from typing import Final, Protocol
 import msgspec
 
 from server.model.history import History
-from server.records import SamplingParams, TokenLogprobs
+from server.records import Batching, SamplingParams, TokenLogprobs
 
 SCORED_ROWS: Final = 256
 """Prompt rows that one forward call scores at most: the logits of all of them are there at the same time."""
@@ -150,6 +150,7 @@ class StepResult:
 class Runner(Protocol):
     """Computes batches. It knows sequences by request id and cache blocks, and nothing of queues or sockets."""
 
+    batching: Batching
     shares_blocks: bool
     """Whether what it caches is in the blocks, all of it, so that another sequence may go on from full ones."""
 

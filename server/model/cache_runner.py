@@ -1,91 +1,122 @@
-"""The runner for architectures that never call our attention: transformers' own cache classes, a sequence at a time.
+"""The runner for architectures that never call our attention: transformers' own code over its own cache classes.
 
-BLOOM, Falcon, MPT and whatever else the probe finds. Each sequence has a DynamicCache, and each chunk is a
-forward call of its own; the contract towards the loop is the paged runner's. The blocks that the scheduler hands out
-are counted, not used: they bound how many tokens are cached at once, as they do for everybody.
+BLOOM, Falcon, MPT and whatever else the probe finds. Keys and values are in the same pages as the paged runner's
+(gather.py), so memory is what was planned and beginnings are shared. Rows that compute the same number of tokens, as
+all do that decode, go through one forward call, the shorter ones padded on the left as transformers' `generate` pads
+them. An architecture whose logits that changes gets calls of rows of one length only; the probe finds out which.
 """
 
 from __future__ import annotations
 
 import logging
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Final
 
 import torch
-from transformers import DynamicCache
 
+from server.model.attention import PagedCache
 from server.model.batch import SCORED_ROWS, Batch, Chunk, StepError, StepResult, failure_sentence
+from server.model.gather import Gather, Span
 from server.model.readout import read_logits
 from server.model.runner import input_device, keeps_logits, memory_guard, takes
+from server.records import Batching
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 log = logging.getLogger(__name__)
 
+SMALL_CALL: Final = 4096
+"""Cached tokens, padding included, up to which rows of any lengths share a call: another call would cost more."""
+MOST_PADDED: Final = 2
+"""In larger calls, how many columns there may be for each token."""
+
 
 class CacheRunner:
-    shares_blocks = False
-    """A cache belongs to a request: no other begins where it ends."""
-
-    def __init__(self, model: PreTrainedModel) -> None:
+    def __init__(self, model: PreTrainedModel, cache: PagedCache, batching: Batching) -> None:
+        """batching: which chunks share a call; "padded", "equal" lengths only, or "single"."""
         self.model = model
+        self.cache = cache
+        self.batching = batching
         self.device = input_device(model)
+        # Computed alone, a row must not depend on what else ran; what others computed in other chunks differs in bits.
+        self.shares_blocks = batching != "single"
         self._keeps_logits = keeps_logits(model)
-        # transformers 5.24 renamed the argument, model by model, and warns of the old name.
-        self._cache_argument = "cache" if takes(model, "cache") else "past_key_values"
-        self._caches: dict[str, DynamicCache] = {}
+        self._takes_positions = takes(model, "position_ids")
+        self._cache_argument = cache_argument(model)
 
     def step(self, batch: Batch) -> StepResult:
-        """One forward call per chunk; what goes wrong in one is that request's error and nobody else's."""
+        """A forward call per group of chunks; what goes wrong in one is the error of its requests and nobody else's."""
         result = StepResult(forward_passes=0)
         for part in batch.passes(SCORED_ROWS):
-            rows: list[torch.Tensor] = []
-            computed: list[Chunk] = []
-            for chunk in part.chunks:
-                if chunk.request_id in result.errors:
-                    continue
+            rows: dict[str, torch.Tensor] = {}
+            alive = [chunk for chunk in part.chunks if chunk.request_id not in result.errors]
+            for group in groups(alive, self.batching):
+                result.forward_passes += 1
                 try:
-                    with memory_guard(len(chunk.tokens)):
-                        rows.append(self._forward(chunk))
-                    computed.append(chunk)
+                    with memory_guard(sum(len(chunk.tokens) for chunk in group)):
+                        rows |= self._forward(group)
                 except StepError as error:
-                    result.errors[chunk.request_id] = str(error)
+                    result.errors |= {chunk.request_id: str(error) for chunk in group}
                 except Exception as error:
-                    log.exception("request %s failed", chunk.request_id)
-                    result.errors[chunk.request_id] = failure_sentence(error)
+                    log.exception("requests %s failed", ", ".join(chunk.request_id for chunk in group))
+                    result.errors |= {chunk.request_id: failure_sentence(error) for chunk in group}
+            computed = [chunk for chunk in alive if chunk.request_id in rows]
             if computed:
-                read_logits(computed, torch.cat(rows), result)
-            result.forward_passes += len(part.chunks)
+                read_logits(computed, torch.cat([rows[chunk.request_id] for chunk in computed]), result)
         return result
 
     def release(self, request_id: str) -> None:
-        self._caches.pop(request_id, None)
+        """Nothing to forget: what a sequence left is in its blocks, and the scheduler knows who may read them."""
 
     @property
     def kv_tensors(self) -> list[torch.Tensor]:
-        """What is cached at this moment; nothing is held for sequences that are not there."""
-        layers = [layer for cache in self._caches.values() for layer in cache.layers]
-        found = [
-            tensor for layer in layers for tensor in (getattr(layer, "keys", None), getattr(layer, "values", None))
-        ]
-        return [tensor for tensor in found if isinstance(tensor, torch.Tensor)]
+        return self.cache.tensors
 
     def logits(self, batch: Batch) -> torch.Tensor:
         """[wanted rows, vocabulary], in the order of the batch."""
-        return torch.cat([self._forward(chunk) for chunk in batch.chunks])
+        rows: dict[str, torch.Tensor] = {}
+        for group in groups(batch.chunks, self.batching):
+            rows |= self._forward(group)
+        return torch.cat([rows[chunk.request_id] for chunk in batch.chunks])
 
     @torch.inference_mode()
-    def _forward(self, chunk: Chunk) -> torch.Tensor:
-        """The logits of a chunk's wanted rows, [wanted, vocabulary]."""
-        if chunk.start == 0:
-            self._caches[chunk.request_id] = DynamicCache(config=self.model.config)
-        cache = self._caches.get(chunk.request_id)
-        if cache is None or cache.get_seq_length() != chunk.start:
-            raise StepError(f"request {chunk.request_id} continues at {chunk.start}, where its cache does not end")
-        ids = torch.tensor([list(chunk.tokens)], device=self.device)
-        arguments: dict[str, Any] = {self._cache_argument: cache}
+    def _forward(self, group: Sequence[Chunk]) -> dict[str, torch.Tensor]:
+        """One call; the logits of each chunk's wanted rows, [wanted, vocabulary], by request."""
+        spans = [Span(chunk.blocks, 0, chunk.start, chunk.end) for chunk in group]
+        gather = Gather(self.cache, spans, self.device)
+        arguments: dict[str, Any] = {self._cache_argument: gather.layers(), "use_cache": True}
+        if gather.mask is not None:
+            arguments["attention_mask"] = gather.mask
+        if self._takes_positions:
+            arguments["position_ids"] = gather.positions
         if self._keeps_logits:
-            arguments["logits_to_keep"] = max(1, chunk.wanted)  # 0 would keep all
-        output = self.model(input_ids=ids, use_cache=True, **arguments)
-        logits: torch.Tensor = output.logits[0]
-        return logits[len(logits) - chunk.wanted :]
+            arguments["logits_to_keep"] = max(1, *(chunk.wanted for chunk in group))  # 0 would keep all
+        ids = torch.tensor([list(chunk.tokens) for chunk in group], device=self.device)
+        logits: torch.Tensor = self.model(input_ids=ids, **arguments).logits
+        kept = logits.shape[1]
+        return {chunk.request_id: row[kept - chunk.wanted :] for chunk, row in zip(group, logits, strict=True)}
+
+
+def cache_argument(model: PreTrainedModel) -> str:
+    """What the forward call names its cache; transformers 5.24 renamed it, model by model, and warns of the old one."""
+    return "cache" if takes(model, "cache") else "past_key_values"
+
+
+def groups(chunks: Sequence[Chunk], batching: Batching) -> list[list[Chunk]]:
+    """Chunks that share a call: of one number of tokens, and not too far from each other in length."""
+    if batching == "single":
+        return [[chunk] for chunk in chunks]
+    found: list[list[Chunk]] = []
+    last: list[Chunk] = []
+    tokens = 0
+    for chunk in sorted(chunks, key=lambda chunk: (len(chunk.tokens), chunk.end), reverse=True):
+        tokens += chunk.end
+        fits = last and len(chunk.tokens) == len(last[0].tokens)
+        if batching == "equal":
+            fits = fits and chunk.end == last[0].end
+        if not (fits and (len(last) + 1) * last[0].end <= max(SMALL_CALL, MOST_PADDED * tokens)):
+            last, tokens = [], chunk.end
+            found.append(last)
+        last.append(chunk)
+    return found

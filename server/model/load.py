@@ -26,7 +26,7 @@ from quant.headers import ADAPTED, read_checkpoint_headers
 from quant.memory import read_config
 from server.errors import ConfigError, LoadError
 from server.memory.plan import effective_quantization, model_dtype, resolve_device
-from server.records import ModelInfo, ModelSpec
+from server.records import Batching, ModelInfo, ModelSpec
 
 Progress = Callable[[int, int], None]
 """Called with bytes loaded and bytes in all; from the loading thread, many times."""
@@ -44,7 +44,7 @@ class LoadedModel:
     offload: tempfile.TemporaryDirectory[str] | None
     """Where modules that device_map puts on disk are kept; gone with this object."""
 
-    def info(self, max_model_len: int, *, prefix_caching: bool) -> ModelInfo:
+    def info(self, max_model_len: int, *, prefix_caching: bool, batching: Batching) -> ModelInfo:
         return ModelInfo(
             max_model_len=max_model_len,
             vocab_size=self.vocab_size,
@@ -54,6 +54,7 @@ class LoadedModel:
             device=self.device,
             quantization=self.quantization,
             prefix_caching=prefix_caching,
+            batching=batching,
         )
 
     @property

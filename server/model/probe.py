@@ -2,45 +2,49 @@
 
 Some architectures never call the attention they are set to and say nothing; their answers would be wrong without an
 error. So nothing is believed by name. A recorder counts the calls and notes each layer's shapes; then two short
-sequences go through the candidate runner, packed and in chunks, and their logits must be those of the model's own
-attention on each sequence alone.
+sequences go through the candidate runner (proof.py), and their logits must be those of the model's own attention on
+each sequence alone.
 
 Before the runners are tried, and after the model's own logits are known, fuse.py puts kernels of our own into it: what
 it changed is proven by the same comparison.
 
     every layer calls us, and the logits agree     -> PagedRunner
-    else, where the logits agree                   -> CacheRunner
+    else, where a cache over pages can stand in    -> CacheRunner, rows of any lengths side by side
+    else, where it can without padding             -> CacheRunner, rows of one length at a time
+    else, where transformers' own caches agree     -> SingleRunner
     else                                           -> refused, by name, with what was seen
 """
 
 from __future__ import annotations
 
 import logging
-from typing import TYPE_CHECKING, Final
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 import torch
+from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
 
 from server.errors import LoadError
 from server.model.attention import ATTENTION_NAME, CONTEXT_ARGUMENT, Call, LayerShape, PagedCache, register
 from server.model.batch import Batch, Chunk, Draw
-from server.model.cache_runner import CacheRunner
+from server.model.cache_runner import CacheRunner, cache_argument
 from server.model.fuse import fuse
+from server.model.proof import LARGEST_DIFFERENCE, Proof, Provable
 from server.model.runner import PagedRunner, input_device
-from server.records import KV_BLOCK_TOKENS, ModelSpec, SamplingParams
+from server.model.single_runner import SingleRunner
+from server.records import KV_BLOCK_TOKENS, Batching, ModelSpec, SamplingParams
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 log = logging.getLogger(__name__)
 
-ModelRunner = PagedRunner | CacheRunner
+ModelRunner = PagedRunner | CacheRunner | SingleRunner
 
-LARGEST_DIFFERENCE: Final = 0.08
-"""Of probe logits, as |difference| / |expected|. On tiny random models: rounding in bfloat16, and int8 rows that
-round the other way, give up to 0.01; wrong positions (BART) 0.58, looking ahead (BERT) 0.55."""
+Candidate = TypeVar("Candidate", bound=Provable)
 PAGED_LAYER_TYPES: Final = frozenset({"full_attention", "sliding_attention"})
-_LENGTHS: Final = (5, 9)
-_SPLIT: Final = 4
 
 
 class NotPagedError(Exception):
@@ -50,33 +54,19 @@ class NotPagedError(Exception):
 def choose_runner(
     model: PreTrainedModel, spec: ModelSpec, *, blocks: int, max_model_len: int, block_tokens: int = KV_BLOCK_TOKENS
 ) -> ModelRunner:
-    """The runner that gives this model's own logits, proven; the paged one's cache is allocated here.
+    """The runner that gives this model's own logits, proven; its cache is allocated here.
 
-    Raises LoadError for an architecture that neither can serve.
+    Raises LoadError for an architecture that none can serve.
     """
     own_attention = model.config._attn_implementation
-    prompts = _prompts(model, max_model_len)
-    _refuse_unless_causal(model, prompts[-1])
-    expected = _own_logits(model, prompts)
+    proof = Proof.of(model, blocks=blocks, block_tokens=block_tokens, max_model_len=max_model_len)
     fuse(model)
     try:
-        layers = _probe_layers(model, prompts[-1])
-        fuse(model)  # once more: attention can be fused now that it is ours
-        runner = PagedRunner(
-            model,
-            PagedCache(layers, blocks, block_tokens),
-            max_batch_tokens=spec.max_batch_tokens,
-            max_sequences=spec.max_sequences,
-            max_model_len=max_model_len,
-        )
-        difference = _difference(runner, prompts, expected, block_tokens, blocks)
-        if difference <= LARGEST_DIFFERENCE:
-            return runner
-        raise NotPagedError(f"gives other logits in packed batches (relative difference {difference:.2g})")
+        return _paged_runner(model, spec, proof, blocks, max_model_len)
     except NotPagedError as error:
         log.info("%s %s; transformers' cache classes serve it", type(model).__name__, error)
     model.set_attn_implementation(own_attention)
-    return _proven_cache_runner(model, prompts, expected, block_tokens, blocks)
+    return choose_cache_runner(model, proof, blocks=blocks, batch_invariant=spec.batch_invariant)
 
 
 def warm_up(runner: ModelRunner) -> None:
@@ -86,50 +76,60 @@ def warm_up(runner: ModelRunner) -> None:
     runner.release("warm-up")
 
 
-def _proven_cache_runner(
-    model: PreTrainedModel, prompts: list[list[int]], expected: torch.Tensor, block_tokens: int, blocks: int
-) -> CacheRunner:
-    runner = CacheRunner(model)
+def choose_cache_runner(
+    model: PreTrainedModel, proof: Proof, *, blocks: int, batch_invariant: bool
+) -> CacheRunner | SingleRunner:
+    """The same for a model that attends by itself, over a cache of transformers' kind."""
+    layers = _cached_layers(model, proof.prompts[-1])
+    if not layers:
+        log.warning("%s keeps more than keys and values: its sequences run one at a time", type(model).__name__)
+        return first_proven(model, [partial(SingleRunner, model)], proof.difference)
+    cache = PagedCache(layers, blocks, proof.block_tokens)
+    ways: list[Batching] = ["single"] if batch_invariant else ["padded", "equal"]
+    return first_proven(model, [partial(CacheRunner, model, cache, way) for way in ways], proof.difference)
+
+
+def first_proven(
+    model: PreTrainedModel, candidates: Sequence[Callable[[], Candidate]], difference_of: Callable[[Candidate], float]
+) -> Candidate:
+    """The first candidate whose logits are the model's own; raises LoadError, with what was seen of the last one."""
     name = f"architecture {model.config.model_type!r} ({type(model).__name__})"
-    try:
-        difference = _difference(runner, prompts, expected, block_tokens, blocks)
-    except Exception as error:
-        log.exception("%s failed in its probe", name)
-        raise LoadError(f"{name} cannot be served: its probe failed ({type(error).__name__}: {error})") from error
-    if difference > LARGEST_DIFFERENCE:
-        raise LoadError(
+    refusal = LoadError(f"{name} cannot be served")
+    for candidate in candidates:
+        runner = candidate()
+        try:
+            difference = difference_of(runner)
+        except Exception as error:
+            log.warning("%s failed in its probe with batching %r", name, runner.batching, exc_info=error)
+            refusal = LoadError(f"{name} cannot be served: its probe failed ({type(error).__name__}: {error})")
+            continue
+        if difference <= LARGEST_DIFFERENCE:
+            return runner
+        log.warning("%s has other logits with batching %r (difference %.2g)", name, runner.batching, difference)
+        refusal = LoadError(
             f"{name} cannot be served: computed in chunks over a cache, its logits differ from the model's own "
-            f"(relative difference {difference:.2g}); accepted are causal models that transformers can cache"
+            f"(relative difference {difference:.2g}); accepted are models that transformers can cache"
         )
-    return runner
+    raise refusal
 
 
-@torch.inference_mode()
-def _refuse_unless_causal(model: PreTrainedModel, prompt: list[int]) -> None:
-    """Raises LoadError where later tokens change the logits of earlier ones: such a model has no next token."""
-    ids = torch.tensor([prompt], device=input_device(model))
-    short, whole = (model(input_ids=ids[:, :end], use_cache=False).logits[0, 0].float() for end in (1, None))
-    difference = _relative(short, whole)
+def _paged_runner(
+    model: PreTrainedModel, spec: ModelSpec, proof: Proof, blocks: int, max_model_len: int
+) -> PagedRunner:
+    """The paged runner, proven; raises NotPagedError where it is not this model's."""
+    layers = _probe_layers(model, proof.prompts[-1])
+    fuse(model)  # once more: attention can be fused now that it is ours
+    runner = PagedRunner(
+        model,
+        PagedCache(layers, blocks, proof.block_tokens),
+        max_batch_tokens=spec.max_batch_tokens,
+        max_sequences=spec.max_sequences,
+        max_model_len=max_model_len,
+    )
+    difference = proof.difference(runner)
     if difference > LARGEST_DIFFERENCE:
-        raise LoadError(
-            f"architecture {model.config.model_type!r} ({type(model).__name__}) cannot be served: later tokens change "
-            f"the logits of earlier ones (relative difference {difference:.2g}); accepted are causal language models"
-        )
-
-
-@torch.inference_mode()
-def _own_logits(model: PreTrainedModel, prompts: list[list[int]]) -> torch.Tensor:
-    """The last token's logits of each prompt alone, without any cache: [prompts, vocabulary] float32."""
-    device = input_device(model)
-    rows = [model(input_ids=torch.tensor([prompt], device=device), use_cache=False).logits[0, -1] for prompt in prompts]
-    return torch.stack(rows).float()
-
-
-def _prompts(model: PreTrainedModel, max_model_len: int) -> list[list[int]]:
-    """Two prompts of different lengths over the whole vocabulary, the same in every start."""
-    vocabulary = int(model.config.get_text_config().vocab_size)
-    lengths = [min(length, max_model_len) for length in _LENGTHS]
-    return [[(31 * place + 17 * which + 7) * 101 % vocabulary for place in range(n)] for which, n in enumerate(lengths)]
+        raise NotPagedError(f"gives other logits in packed batches (relative difference {difference:.2g})")
+    return runner
 
 
 @torch.inference_mode()
@@ -178,32 +178,25 @@ def _shape(call: Call) -> LayerShape:
     return LayerShape(heads, key_dim, call.value.shape[-1], call.key.dtype, call.key.device)
 
 
-def _difference(
-    runner: ModelRunner, prompts: list[list[int]], expected: torch.Tensor, block_tokens: int, blocks: int
-) -> float:
-    """How far a runner's logits are from the model's own: the first prompt at once, the second in chunks beside it."""
-    needed = -(-max(map(len, prompts)) // block_tokens)
-    if blocks < 2 * needed:  # a cache too small for two: the longer one alone
-        prompts, expected = prompts[-1:], expected[-1:]
-    steps: list[list[Chunk]] = [[], []]
-    draw = Draw(SamplingParams(max_tokens=1, temperature=0.0), seed=0, index=0)
-    for which, prompt in enumerate(prompts):
-        table = list(range(which * needed, (which + 1) * needed))
-        name = f"probe-{which}"
-        if which < len(prompts) - 1 or len(prompt) <= _SPLIT:
-            steps[0].append(Chunk(name, prompt, 0, table, draw))
-        else:
-            steps[0].append(Chunk(name, prompt[:_SPLIT], 0, table, None))
-            steps[1].append(Chunk(name, prompt[_SPLIT:], _SPLIT, table, draw))
-    found = [runner.logits(Batch(tuple(chunks))) for chunks in steps if chunks]
-    for which in range(len(prompts)):
-        runner.release(f"probe-{which}")
-    logits = torch.cat(found).float()
-    return _relative(logits, expected.to(logits.device))
+@torch.inference_mode()
+def _cached_layers(model: PreTrainedModel, prompt: list[int]) -> list[LayerShape]:
+    """What each layer of transformers' own cache keeps per token; none where one keeps anything else."""
+    cache = DynamicCache(config=model.config)
+    ids = torch.tensor([prompt], device=input_device(model))
+    try:
+        model(input_ids=ids, use_cache=True, **{cache_argument(model): cache})
+    except Exception as error:
+        log.warning("%s failed with a cache", type(model).__name__, exc_info=error)
+        return []
+    return cached_shapes(cache, len(prompt))
 
 
-def _relative(found: torch.Tensor, expected: torch.Tensor) -> float:
-    """|found - expected| / |expected|; 0 where the expected ones are not finite, which proves nothing either way."""
-    if not bool(torch.isfinite(expected).all()):
-        return 0.0
-    return float((found - expected).norm() / expected.norm().clamp_min(1e-12))
+def cached_shapes(cache: DynamicCache, tokens: int) -> list[LayerShape]:
+    """Per layer, what a cache that has seen a row of tokens keeps of each; empty where a layer keeps anything else."""
+    layers: list[Any] = cache.layers
+    if any(type(layer) is not DynamicLayer or layer.get_seq_length() != tokens for layer in layers):
+        return []
+    pairs = [(layer.keys, layer.values) for layer in layers]
+    return [
+        LayerShape(keys.shape[1], keys.shape[3], values.shape[3], keys.dtype, keys.device) for keys, values in pairs
+    ]

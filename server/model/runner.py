@@ -18,6 +18,7 @@ import torch
 from server.model.attention import CONTEXT_ARGUMENT, PagedBatch, PagedCache, Segment
 from server.model.batch import SCORED_ROWS, Batch, StepError, StepResult
 from server.model.readout import read_logits
+from server.records import Batching
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 class PagedRunner:
     """A model whose every layer calls server.model.attention, set to it, and its cache."""
 
+    batching: Batching = "packed"
     shares_blocks = True
 
     def __init__(

@@ -368,6 +368,7 @@ def test_models_memory_and_openapi(echo: RunningApp) -> None:
     assert listed["max_model_len"] == 256
     assert listed["quantization"] == {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
     assert listed["prefix_caching"] is True
+    assert listed["batching"] == "packed"
     assert memory["models"][0]["planned"] == {"packed_weights": 4096, "kv_cache": 1024}
     assert memory["devices"] == [{"device": "cpu", "models": 1, "planned": 5120, "measured": 5120, "unaccounted": 880}]
     assert "/v1/chat/completions" in schema["paths"]

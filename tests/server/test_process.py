@@ -168,14 +168,16 @@ def test_a_model_is_loaded_serves_and_shuts_down(engine: Engine, llama: Path) ->
 
 
 @pytest.mark.parametrize(
-    ("architecture", "asked", "caching"), [("llama", True, True), ("llama", False, False), ("bloom", True, False)]
+    ("architecture", "asked", "caching"), [("llama", True, True), ("llama", False, False), ("bloom", True, True)]
 )
-def test_a_prompt_is_found_again_where_that_is_on_and_the_runner_can(
+def test_a_prompt_is_found_again_where_that_is_on(
     engine: Engine, tmp_path: Path, architecture: str, asked: bool, caching: bool
 ) -> None:
     loaded, _ = engine.load(spec(save_tiny(architecture, tmp_path / "model"), prefix_caching=asked))
     assert isinstance(loaded, Loaded), loaded
     assert loaded.info.prefix_caching == caching
+    assert loaded.info.batching == ("packed" if architecture == "llama" else "padded")
+    assert loaded.memory.planned == loaded.memory.measured
     prompt, params = tuple(range(3, 43)), SamplingParams(max_tokens=4, temperature=0.0)
     for name, salt, found in (("a", "", 0), ("b", "", 32), ("c", "another tenant", 0)):
         engine.send(Generate(name, prompt, params, cache_salt=salt))

@@ -10,38 +10,64 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from hypothesis import given
+from hypothesis import strategies as st
 from transformers.models.gptj import modeling_gptj
 
 from quant.config import from_spec
 from server.errors import LoadError
+from server.memory.plan import kv_bytes_per_token
 from server.model.batch import Batch, Chunk, Draw, StepError
-from server.model.cache_runner import CacheRunner
+from server.model.cache_runner import MOST_PADDED, SMALL_CALL, CacheRunner, groups
 from server.model.load import load_model
-from server.model.probe import ModelRunner, choose_runner
+from server.model.probe import ModelRunner, choose_cache_runner, choose_runner
+from server.model.proof import Proof
 from server.model.runner import PagedRunner
-from server.records import KV_BLOCK_TOKENS, Abort, ModelSpec, SamplingParams
+from server.model.single_runner import SingleRunner
+from server.records import KV_BLOCK_TOKENS, Abort, Batching, ModelSpec, SamplingParams
 from tests.server.engines import Engine, generate
 from tests.tiny_models import VOCABULARY, save_tiny, tiny_model
 
 GPTJ_CALLS_THE_INTERFACE = hasattr(modeling_gptj, "ALL_ATTENTION_FUNCTIONS")
 """From transformers 5.24 on."""
 PAGED = ("llama", "mistral", "qwen3", "gpt2", *(("gptj",) if GPTJ_CALLS_THE_INTERFACE else ()))
-CACHED = ("bloom", *(() if GPTJ_CALLS_THE_INTERFACE else ("gptj",)))
-WINDOWED = {"mistral": {"sliding_window": 5}}
+CACHED = (
+    "bloom",
+    "mpt",
+    "falcon",
+    "falcon with alibi",
+    "falcon with groups",
+    *(() if GPTJ_CALLS_THE_INTERFACE else ("gptj",)),
+)
+CHANGES: dict[str, dict[str, object]] = {
+    "mistral": {"sliding_window": 5},
+    "falcon with alibi": {"alibi": True},
+    "falcon with groups": {"new_decoder_architecture": True, "num_kv_heads": 2},
+}
 """Changes to tiny models that exercise what a short test would otherwise not reach."""
 LENGTH = 256
+BLOCKS = 64
+
+
+def tiny(architecture: str, dtype: torch.dtype = torch.float32) -> transformers.PreTrainedModel:
+    return tiny_model(architecture.partition(" ")[0], dtype=dtype, **CHANGES.get(architecture, {}))
 
 
 @cache
 def original(architecture: str) -> transformers.PreTrainedModel:
     """The model as transformers runs it; never handed to a runner."""
-    return tiny_model(architecture, **WINDOWED.get(architecture, {}))
+    return tiny(architecture)
 
 
 @cache
 def runner_for(architecture: str) -> ModelRunner:
-    model = tiny_model(architecture, **WINDOWED.get(architecture, {}))
-    return choose_runner(model, ModelSpec(architecture, ""), blocks=64, max_model_len=LENGTH)
+    return choose_runner(tiny(architecture), ModelSpec(architecture, ""), blocks=BLOCKS, max_model_len=LENGTH)
+
+
+def cache_runner_for(model: transformers.PreTrainedModel, *, batch_invariant: bool = False) -> ModelRunner:
+    """What serves a model that attends by itself, for one that need not."""
+    proof = Proof.of(model, blocks=BLOCKS, block_tokens=KV_BLOCK_TOKENS, max_model_len=LENGTH)
+    return choose_cache_runner(model, proof, blocks=BLOCKS, batch_invariant=batch_invariant)
 
 
 def prompt_of(length: int) -> list[int]:
@@ -63,18 +89,44 @@ def expected(model: transformers.PreTrainedModel, prompt: list[int], count: int)
 
 @pytest.mark.parametrize("architecture", PAGED + CACHED)
 def test_each_architecture_gets_its_runner(architecture: str) -> None:
-    assert type(runner_for(architecture)) is (PagedRunner if architecture in PAGED else CacheRunner)
+    runner = runner_for(architecture)
+    assert (type(runner), runner.batching) == (
+        (PagedRunner, "packed") if architecture in PAGED else (CacheRunner, "padded")
+    )
+    planned = kv_bytes_per_token(runner.model.config, torch.float32) * BLOCKS * KV_BLOCK_TOKENS
+    assert sum(tensor.nbytes for tensor in runner.kv_tensors) == planned
 
 
 @pytest.mark.parametrize("architecture", PAGED + CACHED)
 def test_greedy_is_transformers_generate_alone_and_in_company(architecture: str) -> None:
-    model = original(architecture)
+    check_greedy(runner_for(architecture), original(architecture))
+
+
+@pytest.mark.parametrize("architecture", ["gptj", "llama", "gpt2"])
+def test_a_cache_runner_pads_models_that_take_positions(architecture: str) -> None:
+    runner = cache_runner_for(tiny(architecture))
+    assert (type(runner), runner.batching) == (CacheRunner, "padded")
+    check_greedy(runner, original(architecture))
+
+
+def test_a_batch_invariant_cache_runner_computes_sequences_one_by_one() -> None:
+    runner = cache_runner_for(tiny("bloom"), batch_invariant=True)
+    assert (type(runner), runner.batching, runner.shares_blocks) == (CacheRunner, "single", False)
+    check_greedy(runner, original("bloom"))
+
+
+def test_a_runner_of_single_sequences_answers_as_transformers_does() -> None:
+    check_greedy(SingleRunner(tiny("bloom")), original("bloom"))
+
+
+def check_greedy(runner: ModelRunner, model: transformers.PreTrainedModel) -> None:
+    """Alone, and among neighbours that come and go."""
     prompts = {f"r{i}": prompt_of(length) for i, length in enumerate((1, 3, 17, 40, 70))}
     counts = {name: random.randint(8, 16) for name in prompts}
     answers = {name: expected(model, prompt, counts[name]) for name, prompt in prompts.items()}
     requests = {name: generate(name, prompt, counts[name]) for name, prompt in prompts.items()}
 
-    engine = Engine(runner_for(architecture), max_batch_tokens=24)
+    engine = Engine(runner, max_batch_tokens=24)
     assert engine.serve([requests["r3"]]) == {"r3": answers["r3"]}
     alone = len(engine.reports)
 
@@ -101,7 +153,7 @@ def test_greedy_survives_preemption(architecture: str) -> None:
 
 @pytest.mark.parametrize("architecture", PAGED + CACHED)
 def test_greedy_is_the_same_with_a_beginning_from_the_cache(architecture: str) -> None:
-    """In company, in chunks, while the first one runs and after it has ended; a runner that can't share never does."""
+    """In company, in chunks, while the first one runs and after it has ended."""
     beginning = prompt_of(60)
     prompts = {f"r{i}": beginning[: 60 - 9 * i] + prompt_of(5 + 3 * i) for i in range(4)}
     prompts["again"] = [*prompts["r0"], *expected(original(architecture), prompts["r0"], 12)][:-1]
@@ -114,27 +166,26 @@ def test_greedy_is_the_same_with_a_beginning_from_the_cache(architecture: str) -
         answers.append({name: found[name] for name in prompts})
         computed.append(sum(report.prefill_tokens for report in engine.reports))
         hits = sum(report.prefix_hit_tokens for report in engine.reports)
-        shares = caching and architecture in PAGED
-        assert engine.scheduler.prefix_caching == shares
+        assert engine.scheduler.prefix_caching == caching
         # r1 shares 51 tokens, r2 42, r3 33, all but the last of what "again" has are full blocks: 75 of 76.
-        assert hits == (48 + 32 + 32 + 64 if shares else 0)
+        assert hits == (48 + 32 + 32 + 64 if caching else 0)
         assert engine.reports[-1].kv_blocks_used == 0
     assert (
         answers[0]
         == answers[1]
         == {name: expected(original(architecture), prompt, 12) for name, prompt in prompts.items()}
     )
-    assert computed[1] - computed[0] == (48 + 32 + 32 + 64 if architecture in PAGED else 0)
+    assert computed[1] - computed[0] == 48 + 32 + 32 + 64
 
 
 @pytest.mark.parametrize("quantization", ["nf4-dq", "fp4", "int8"])
-@pytest.mark.parametrize("architecture", ["llama", "qwen3", "bloom"])
+@pytest.mark.parametrize("architecture", ["llama", "qwen3", "bloom", "falcon"])
 def test_quantized_models_answer_as_transformers_does(architecture: str, quantization: str, tmp_path: Path) -> None:
     path = save_tiny(architecture, tmp_path / "model")
     config = from_spec(quantization, compute_dtype=torch.float32)
     model = transformers.AutoModelForCausalLM.from_pretrained(path, quantization_config=config)
     loaded = load_model(ModelSpec("m", str(path), quantization=quantization), lambda *_: None)
-    runner = choose_runner(loaded.model, ModelSpec("m", ""), blocks=64, max_model_len=LENGTH)
+    runner = choose_runner(loaded.model, ModelSpec("m", ""), blocks=BLOCKS, max_model_len=LENGTH)
     prompts = {f"r{i}": prompt_of(length) for i, length in enumerate((1, 9, 33, 50))}
     engine = Engine(runner, max_batch_tokens=24)
     found = engine.serve(
@@ -167,7 +218,7 @@ def test_packed_embeddings_and_offloaded_layers_are_paged(
     quantization = {"load_in_4bit": True} | fields
     spec = ModelSpec("m", str(path), dtype=dtype, device="cpu", device_map=device_map, quantization=quantization)
     alone, served = (load_model(spec, lambda *_: None) for _ in range(2))
-    runner = choose_runner(served.model, spec, blocks=64, max_model_len=LENGTH)
+    runner = choose_runner(served.model, spec, blocks=BLOCKS, max_model_len=LENGTH)
     assert type(runner) is PagedRunner
     prompt = prompt_of(30)
     found = Engine(runner, max_batch_tokens=24).serve([generate("r", prompt, 12)])["r"]
@@ -196,8 +247,10 @@ def same_up_to_a_tie(
         assert float(logits[answer[place]] - logits[found[place]]) < INT8_TIE * float(logits.std())
 
 
-def test_eight_requests_share_forward_passes() -> None:
-    runner = runner_for("llama")
+@pytest.mark.parametrize(("architecture", "prefills"), [("llama", 0), ("bloom", 1)])
+def test_eight_requests_share_forward_passes(architecture: str, prefills: int) -> None:
+    """Packed are prompts and decodes; side by side, four late prompts of one length are one more call."""
+    runner = runner_for(architecture)
     passes = 0
 
     def count(*_: object) -> None:
@@ -209,7 +262,7 @@ def test_eight_requests_share_forward_passes() -> None:
     late = {3: [generate(f"late{i}", prompt_of(4), 10) for i in range(4)]}
     engine.serve([generate(f"r{i}", prompt_of(5), 20) for i in range(8)], late)
     handle.remove()
-    assert passes == sum(report.forward_passes for report in engine.reports) == 20
+    assert passes == sum(report.forward_passes for report in engine.reports) == 20 + prefills
     assert max(report.decode_tokens for report in engine.reports) == 12
     assert len(engine.ends) == 12
 
@@ -241,11 +294,8 @@ BF16_TOLERANCE = 0.02
 
 @pytest.mark.parametrize("architecture", PAGED + CACHED)
 def test_bfloat16_logits_are_near_the_models_own(architecture: str) -> None:
-    changes = WINDOWED.get(architecture, {})
-    own = tiny_model(architecture, dtype=torch.bfloat16, **changes)
-    runner = choose_runner(
-        tiny_model(architecture, dtype=torch.bfloat16, **changes), ModelSpec("m", ""), blocks=8, max_model_len=64
-    )
+    own = tiny(architecture, torch.bfloat16)
+    runner = choose_runner(tiny(architecture, torch.bfloat16), ModelSpec("m", ""), blocks=8, max_model_len=64)
     prompt, table = prompt_of(40), [5, 2, 7]
     with torch.inference_mode():
         wanted = own(input_ids=torch.tensor([prompt])).logits[0].float()
@@ -262,7 +312,7 @@ def test_logits_that_are_not_numbers_end_one_request_only(architecture: str) -> 
     model = tiny_model(architecture, tie_word_embeddings=False)  # a tied head would give everybody the NaN
     with torch.no_grad():
         model.get_input_embeddings().weight[77] = float("nan")
-    engine = Engine(choose_runner(model, ModelSpec("m", ""), blocks=64, max_model_len=LENGTH))
+    engine = Engine(choose_runner(model, ModelSpec("m", ""), blocks=BLOCKS, max_model_len=LENGTH))
     whole = tiny_model(architecture, tie_word_embeddings=False)
     good, answer = [77], [77]
     while 77 in good + answer:
@@ -275,7 +325,7 @@ def test_logits_that_are_not_numbers_end_one_request_only(architecture: str) -> 
 
 
 def test_running_out_of_memory_ends_the_step_and_not_the_engine() -> None:
-    runner = choose_runner(tiny_model("llama"), ModelSpec("m", ""), blocks=64, max_model_len=LENGTH)
+    runner = choose_runner(tiny_model("llama"), ModelSpec("m", ""), blocks=BLOCKS, max_model_len=LENGTH)
     handle = runner.model.register_forward_pre_hook(lambda *_: torch.empty(1 << 55, dtype=torch.uint8) and None)
     engine = Engine(runner)
     engine.serve([generate("a", [5, 6], 4), generate("b", [7], 4)])
@@ -286,8 +336,8 @@ def test_running_out_of_memory_ends_the_step_and_not_the_engine() -> None:
     assert engine.serve([generate("c", [5, 6], 4)])["c"] == expected(original("llama"), [5, 6], 4)
 
 
-def test_a_cache_runner_reports_a_sequence_that_is_not_there() -> None:
-    runner = runner_for("bloom")
+def test_a_runner_of_single_sequences_reports_one_that_is_not_there() -> None:
+    runner = SingleRunner(tiny("bloom"))
     chunk = Chunk("nobody", [5], 3, [0], Draw(SamplingParams(max_tokens=1), 0, 0))
     assert "where its cache does not end" in runner.step(Batch((chunk,))).errors["nobody"]
     with pytest.raises(StepError):
@@ -311,15 +361,44 @@ def test_a_model_that_leaks_between_packed_sequences_is_not_paged() -> None:
     """BART calls the interface in every layer, and ignores position ids; only the logits tell."""
     config = transformers.BartConfig(
         vocab_size=320, d_model=64, decoder_layers=2, decoder_attention_heads=2, decoder_ffn_dim=64,
-        encoder_layers=2, encoder_attention_heads=2, encoder_ffn_dim=64,
+        encoder_layers=2, encoder_attention_heads=2, encoder_ffn_dim=64, forced_eos_token_id=None,
     )  # fmt: skip
     torch.manual_seed(0)
-    model = transformers.BartForCausalLM(config).eval()
-    runner = choose_runner(model, ModelSpec("m", ""), blocks=8, max_model_len=64)
-    assert isinstance(runner, CacheRunner)
+    model, own = (transformers.BartForCausalLM(config).eval() for _ in range(2))
+    own.load_state_dict(model.state_dict())
+    runner = choose_runner(model, ModelSpec("m", ""), blocks=BLOCKS, max_model_len=LENGTH)
+    assert (type(runner), runner.batching) == (CacheRunner, "equal")
+    check_greedy(runner, own)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "bloom", "falcon"])
+def test_what_lies_beyond_a_sequence_is_never_read(architecture: str) -> None:
+    runner = runner_for(architecture)
+    for tensor in runner.kv_tensors:
+        tensor.fill_(float("nan"))
+    check_greedy(runner, original(architecture))
+
+
+CHUNKS = st.lists(st.tuples(st.sampled_from([1, 1, 1, 2, 7, 300]), st.integers(0, 5000)), max_size=40)
+
+
+@given(CHUNKS, st.sampled_from(["padded", "equal", "single"]))
+def test_chunks_share_a_call_within_bounds(sizes: list[tuple[int, int]], batching: Batching) -> None:
+    chunks = [Chunk(str(which), [0] * new, start, (), None) for which, (new, start) in enumerate(sizes)]
+    found = groups(chunks, batching)
+    assert sorted(chunk.request_id for group in found for chunk in group) == sorted(c.request_id for c in chunks)
+    for group in found:
+        assert len({len(chunk.tokens) for chunk in group}) == 1
+        assert batching == "padded" or len({chunk.end for chunk in group}) == 1
+        assert batching != "single" or len(group) == 1
+        width = max(chunk.end for chunk in group)
+        assert len(group) == 1 or len(group) * width <= max(SMALL_CALL, MOST_PADDED * sum(c.end for c in group))
+    if batching == "padded" and len({new for new, _ in sizes}) == 1:
+        total = sum(chunk.end for chunk in chunks)
+        assert len(found) == 1 or len(chunks) * max(c.end for c in chunks) > max(SMALL_CALL, MOST_PADDED * total)
 
 
 def test_the_cache_holds_what_the_probe_saw() -> None:
     runner = runner_for("llama")
     assert [tuple(tensor.shape) for tensor in runner.kv_tensors] == [(64, KV_BLOCK_TOKENS, 2, 32)] * 4
-    assert runner_for("bloom").kv_tensors == []
+    assert [tuple(tensor.shape) for tensor in runner_for("falcon").kv_tensors] == [(64, KV_BLOCK_TOKENS, 1, 32)] * 4

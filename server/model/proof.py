@@ -1,0 +1,113 @@
+"""What a runner has to show before it serves: on two short prompts, the logits that the model's own forward call gives.
+
+The prompts go through the runner side by side, cut so that chunks of several tokens, and single ones, share a step with
+others of their kind that belong to a sequence of another length. Which runners are tried is probe.py's business.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import TYPE_CHECKING, Final, Protocol
+
+import torch
+
+from server.errors import LoadError
+from server.model.batch import Batch, Chunk, Draw
+from server.model.runner import input_device
+from server.records import Batching, SamplingParams
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+LARGEST_DIFFERENCE: Final = 0.08
+"""Of probe logits, as |difference| / |expected|. On tiny random models: rounding in bfloat16, and int8 rows that
+round the other way, give up to 0.01; wrong positions (BART) 0.58, looking ahead (BERT) 0.55."""
+DRAW: Final = Draw(SamplingParams(max_tokens=1, temperature=0.0), seed=0, index=0)
+_LENGTHS: Final = (5, 9)
+_CHUNK: Final = 4
+
+
+class Provable(Protocol):
+    batching: Batching
+
+    def logits(self, batch: Batch) -> torch.Tensor:
+        """[wanted rows, vocabulary], in the order of the batch."""
+        ...
+
+    def release(self, request_id: str) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Proof:
+    prompts: list[list[int]]
+    expected: torch.Tensor
+    """The last token's logits of each prompt alone, without any cache: [prompts, vocabulary] float32."""
+    block_tokens: int
+
+    @classmethod
+    def of(cls, model: PreTrainedModel, *, blocks: int, block_tokens: int, max_model_len: int) -> Proof:
+        """Runs the model as transformers does, on prompts that fit the cache and the context.
+
+        Raises LoadError where later tokens change the logits of earlier ones: such a model has no next token.
+        """
+        prompts = probe_prompts(model, max_model_len)
+        if blocks < len(prompts) * -(-max(map(len, prompts)) // block_tokens):
+            prompts = prompts[-1:]  # a cache too small for two: the longer one alone
+        _refuse_unless_causal(model, prompts[-1])
+        return cls(prompts, _own_logits(model, prompts), block_tokens)
+
+    def difference(self, runner: Provable) -> float:
+        """How far a runner's logits are from the model's own, |difference| / |expected|."""
+        needed = -(-max(map(len, self.prompts)) // self.block_tokens)
+        steps: list[list[Chunk]] = [[], [], []]
+        for which, prompt in enumerate(self.prompts):
+            table = list(range(which * needed, (which + 1) * needed))
+            last = len(prompt) - 1
+            for step, (start, end) in zip(steps, pairwise((0, max(0, last - _CHUNK), last, last + 1)), strict=True):
+                if start < end:
+                    draw = DRAW if start == last else None
+                    step.append(Chunk(f"probe-{which}", prompt[start:end], start, table, draw))
+        return relative(logits_of(runner, steps), self.expected)
+
+
+def logits_of(runner: Provable, steps: Sequence[Sequence[Chunk]]) -> torch.Tensor:
+    """Runs steps one after the other and forgets their sequences; all wanted rows, [rows, vocabulary] float32."""
+    found = [runner.logits(Batch(tuple(step))) for step in steps if step]
+    for request_id in {chunk.request_id for step in steps for chunk in step}:
+        runner.release(request_id)
+    return torch.cat(found).float()
+
+
+def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
+    """|found - expected| / |expected|; 0 where the expected ones are not finite, which proves nothing either way."""
+    if not bool(torch.isfinite(expected).all()):
+        return 0.0
+    return float((found - expected.to(found.device)).norm() / expected.norm().clamp_min(1e-12))
+
+
+def probe_prompts(model: PreTrainedModel, longest: int) -> list[list[int]]:
+    """Two prompts of different lengths over the whole vocabulary, the same in every start."""
+    vocabulary = int(model.config.get_text_config().vocab_size)
+    lengths = [min(length, longest) for length in _LENGTHS]
+    return [[(31 * place + 17 * which + 7) * 101 % vocabulary for place in range(n)] for which, n in enumerate(lengths)]
+
+
+@torch.inference_mode()
+def _refuse_unless_causal(model: PreTrainedModel, prompt: list[int]) -> None:
+    ids = torch.tensor([prompt], device=input_device(model))
+    short, whole = (model(input_ids=ids[:, :end], use_cache=False).logits[0, 0].float() for end in (1, None))
+    difference = relative(short, whole)
+    if difference > LARGEST_DIFFERENCE:
+        raise LoadError(
+            f"architecture {model.config.model_type!r} ({type(model).__name__}) cannot be served: later tokens change "
+            f"the logits of earlier ones (relative difference {difference:.2g}); accepted are causal language models"
+        )
+
+
+@torch.inference_mode()
+def _own_logits(model: PreTrainedModel, prompts: list[list[int]]) -> torch.Tensor:
+    device = input_device(model)
+    rows = [model(input_ids=torch.tensor([prompt], device=device), use_cache=False).logits[0, -1] for prompt in prompts]
+    return torch.stack(rows).float()
