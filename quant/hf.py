@@ -33,6 +33,7 @@ from quant.linear import PackedLinear
 from quant.loading import Deserialize, DeserializeExperts, Place, Quantize, read, tensors_in
 from quant.offload import keep_in_float32, offloaded_modules
 from quant.packed import PackedModule
+from quant.quality import current_meter
 from quant.state import NAMES_4BIT, NAMES_8BIT
 
 logger = logging.getLogger(__name__)
@@ -69,6 +70,8 @@ class HalfbyteQuantizer(HfQuantizer):
         self.failure: QuantError | None = None
         self.is_spread = False
         """The model lies on several devices, so that transformers dispatches it before it lets us report."""
+        self.meter = current_meter()
+        """Told of every tensor that is packed, where somebody measures."""
         self.dtype = torch.float32
         """The model's, which preprocess_model finds out."""
         self._float32_patterns: list[str] = []

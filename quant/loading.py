@@ -23,6 +23,7 @@ from quant.experts import PackedExperts
 from quant.headers import plain_name
 from quant.linear import Linear8bit
 from quant.packed import PackedModule
+from quant.quality import QualityMeter
 from quant.state import PackedWeight
 
 if TYPE_CHECKING:
@@ -67,7 +68,7 @@ class Quantize(_Operation):
         for name, values in input_dict.items():
             value = values[0] if isinstance(values, list) else values
             module, leaf = get_module_from_name(model, name)
-            work = functools.partial(_pack, name, value, module)
+            work = functools.partial(_pack, name, value, module, self.hf_quantizer.meter)
             if isinstance(module, PackedExperts):
                 work = functools.partial(self._pack_stack, name, value, module, leaf)
             results |= self._guarded(name, module, kwargs.get("missing_keys"), work)
@@ -75,6 +76,8 @@ class Quantize(_Operation):
 
     def _pack_stack(self, name: str, value: torch.Tensor, module: PackedExperts, leaf: str) -> dict[str, Any]:
         module.quantize(leaf, value)
+        if self.hf_quantizer.meter is not None:
+            self.hf_quantizer.meter.add_stack(name, module, leaf, value)
         return {name: getattr(module, leaf)}
 
 
@@ -99,7 +102,7 @@ class Deserialize(_Operation):
             module.quantize(tensors["weight"])
         elif set(tensors) == {"weight"} and _holds_values(tensors["weight"], module):
             # Unquantized in a packed file: the module was offloaded when the file was written.
-            _pack(name, tensors["weight"].to(self.hf_quantizer.dtype), module)
+            _pack(name, tensors["weight"].to(self.hf_quantizer.dtype), module, self.hf_quantizer.meter)
         else:
             module.adopt(PackedWeight.from_checkpoint(tensors, name=name.removesuffix(".weight")))
         module._is_hf_initialized = False  # type: ignore[assignment]
@@ -190,7 +193,7 @@ class DeserializeExperts(_Operation):
         return {name: stack}
 
 
-def _pack(name: str, value: torch.Tensor, module: nn.Module) -> dict[str, Any]:
+def _pack(name: str, value: torch.Tensor, module: nn.Module, meter: QualityMeter | None) -> dict[str, Any]:
     """Packs a weight as files hold it where it is; one of another kind of module passes through."""
     if not isinstance(module, PackedModule):
         return {name: value}
@@ -198,6 +201,8 @@ def _pack(name: str, value: torch.Tensor, module: nn.Module) -> dict[str, Any]:
     if tuple(weight.shape) != module.matrix_shape:
         raise CheckpointError(f"tensor {name} has shape {list(weight.shape)}; {list(module.matrix_shape)} is needed")
     module.quantize(weight)
+    if meter is not None and module.is_packed:
+        meter.add(name, module.packed_weight(), weight)
     module._is_hf_initialized = False  # type: ignore[assignment]
     return {name: module.weight}
 

@@ -64,17 +64,17 @@ class LayerMeter:
     def add(self, packed: PackedWeight, original: torch.Tensor | None = None) -> None:
         """One matrix and, where it is known, what it was before (the same shape, any floating dtype)."""
         count = math.prod(packed.shape)
-        self._format = _format(packed)
+        self._format = format_name(packed)
         self._weights += count
         self._bytes += packed_bytes(packed)
         squares = error = 0.0
         for begin, values in _slices(packed):
-            truth = values if original is None else _piece(original, begin, values.numel())
+            truth = values if original is None else original_values(original, begin, values.numel())
             squares += _squares(truth)
             error += 0.0 if original is None else _squares(truth - values)
         limit = OUTLIER_RMS * math.sqrt(squares / count)
         for begin, values in _slices(packed):
-            truth = values if original is None else _piece(original, begin, values.numel())
+            truth = values if original is None else original_values(original, begin, values.numel())
             self._outliers += int((truth.abs() > limit).sum())
         self._squared_weights += squares
         self._squared_error = None if original is None or self._squared_error is None else self._squared_error + error
@@ -174,48 +174,63 @@ def packed_bytes(packed: PackedWeight) -> int:
     return packed.packed.nbytes + packed.absmax.nbytes + nested
 
 
-def _format(packed: PackedWeight) -> str:
+def format_name(packed: PackedWeight) -> str:
+    """nf4, fp4, nf4-dq, fp4-dq or int8."""
     if not isinstance(packed, Packed4bit):
         return "int8"
     return packed.quant_type if packed.nested is None else f"{packed.quant_type}-dq"
 
 
-def _slices(packed: PackedWeight) -> Iterator[tuple[int, torch.Tensor]]:
-    """The weight's values in float32, flat, with the position of each slice's first value."""
-    count = math.prod(packed.shape)
+def value_alignment(packed: PackedWeight) -> int:
+    """packed_values can begin at multiples of so many values: whole blocks, or whole rows."""
+    return packed.blocksize if isinstance(packed, Packed4bit) else packed.shape[-1]
+
+
+def packed_values(packed: PackedWeight, begin: int, count: int) -> torch.Tensor:
+    """`count` values of a packed matrix from flat position `begin`, a multiple of its value_alignment, in float32.
+
+    Fewer where the matrix ends, and with int8 whole rows: what `count` has beyond them is left out, but for the first.
+    """
     if isinstance(packed, Packed4bit):
-        absmax = packed.absmax if packed.nested is None else packed.nested.decode(packed.absmax)
-        codes = packed.codes
-        for begin in range(0, count, _SLICE):
-            size = min(_SLICE, count - begin)
-            first = begin // packed.blocksize
-            yield (
-                begin,
-                ops.dequantize_4bit(
-                    codes[begin // 2 : begin // 2 + formats.packed_bytes(size)],
-                    absmax[first : first + formats.block_count(size, packed.blocksize)],
-                    packed.quant_type,
-                    packed.blocksize,
-                    [size],
-                    torch.float32,
-                ),
-            )
-    elif isinstance(packed, Packed8bit):
-        rows, columns = packed.shape
-        step = max(1, _SLICE // columns)
-        for row in range(0, rows, step):
-            part = slice(row, row + step)
-            values = ops.dequantize_8bit(packed.packed[part], packed.row_absmax[part], torch.float32)
-            yield row * columns, values.flatten()
+        size = min(count, math.prod(packed.shape) - begin)
+        first = begin // packed.blocksize
+        absmax = _absmax(packed, first, first + formats.block_count(size, packed.blocksize))
+        codes = packed.codes[begin // 2 : begin // 2 + formats.packed_bytes(size)]
+        return ops.dequantize_4bit(codes, absmax, packed.quant_type, packed.blocksize, [size], torch.float32)
+    if not isinstance(packed, Packed8bit):
+        raise TypeError(f"a {type(packed).__name__} has no known values; accepted are Packed4bit and Packed8bit")
+    columns = packed.shape[-1]
+    rows = slice(begin // columns, begin // columns + max(1, count // columns))
+    return ops.dequantize_8bit(packed.packed[rows], packed.row_absmax[rows], torch.float32).flatten()
 
 
-def _piece(original: torch.Tensor, begin: int, count: int) -> torch.Tensor:
+def _absmax(packed: Packed4bit, first: int, end: int) -> torch.Tensor:
+    """The float32 statistics of some blocks; of a second level only the groups that they lie in are decoded."""
+    nested = packed.nested
+    if nested is None:
+        return packed.absmax[first:end]
+    group = first // nested.blocksize
+    start = group * nested.blocksize
+    groups = nested.absmax[group : -(-end // nested.blocksize)]
+    return dataclasses.replace(nested, absmax=groups).decode(packed.absmax[start:end])[first - start :]
+
+
+def original_values(original: torch.Tensor, begin: int, count: int) -> torch.Tensor:
     """`count` values of a matrix from flat position `begin`, in float32; only the rows they lie in are copied."""
     columns = original.shape[-1]
     first, last = begin // columns, (begin + count - 1) // columns
     rows = original.detach()[first : last + 1].to(torch.float32).reshape(-1)
     offset = begin - first * columns
     return rows[offset : offset + count]
+
+
+def _slices(packed: PackedWeight) -> Iterator[tuple[int, torch.Tensor]]:
+    """The weight's values in float32, flat, with the position of each slice's first value."""
+    begin = 0
+    while begin < math.prod(packed.shape):
+        values = packed_values(packed, begin, _SLICE)
+        yield begin, values
+        begin += values.numel()
 
 
 def _squares(values: torch.Tensor) -> float:

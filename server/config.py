@@ -196,6 +196,10 @@ class ServerSettings(Settings):
     restart_stuck: bool = Field(
         default=False, description="Kill a stuck engine and start it again, instead of only saying that it is stuck."
     )
+    vllm_metrics: bool = Field(
+        default=False,
+        description="Show what vLLM measures too under vLLM's names as well, for tools that know only those.",
+    )
     log_level: LogLevel = Field(default="info", description="debug, info, warning or error.")
 
     @field_validator("host")

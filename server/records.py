@@ -175,12 +175,31 @@ class MemoryReport(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     measured: dict[str, int]
     process: dict[str, int]
     """The engine process as the system sees it: rss_anonymous, rss_file, peak_anonymous, ... in bytes."""
+    device_capacity: int = 0
+    """All memory of a CUDA device; 0 for the CPU, whose memory the HTTP process sees itself."""
+
+
+class GroupQuality(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What quantizing cost the layers that have the same place in their block, sampled while they were loaded."""
+
+    group: str
+    """Such as self_attn.q_proj."""
+    format: str
+    """nf4, nf4-dq, fp4, fp4-dq or int8."""
+    relative_error: float
+    """Root of squared error over squared weights."""
+    outlier_share: float
+    """Part of the weights that are outliers of their matrix, 0 to 1."""
 
 
 class Loaded(Record, frozen=True):
     info: ModelInfo
     memory: MemoryReport
     load_seconds: float
+    kv_blocks: int = 0
+    """Blocks of KV_BLOCK_TOKENS tokens that the cache has."""
+    quality: tuple[GroupQuality, ...] = ()
+    """Empty where nothing was quantized here: no quantization, or a checkpoint that was quantized before."""
 
 
 class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
@@ -235,6 +254,8 @@ class StepReport(Record, frozen=True):
     """Prompt tokens of requests that took part for the first time and were looked for in the cache."""
     prefix_hit_tokens: int = 0
     """How many of those were found, and not computed."""
+    preemptions: int = 0
+    """Sequences that gave up their blocks for this step and wait again."""
 
 
 ToEngine = LoadModel | Generate | Abort | Shutdown

@@ -31,6 +31,7 @@ ALLOWED: dict[str, set[str]] = {
     "server.api": {
         "server.config",
         "server.engine.client",
+        "server.engine.stream",
         "server.engine.supervisor",
         "server.errors",
         "server.memory.machine",
@@ -53,7 +54,7 @@ ALLOWED: dict[str, set[str]] = {
     "server.engine.supervisor": {"server.engine.client", "server.errors", "server.metrics", "server.records"},
     "server.engine.client": {"server.engine.stream", "server.errors", "server.metrics", "server.records"},
     "server.engine.stream": {"server.errors", "server.metrics", "server.records"},
-    "server.metrics": {"server.records"},
+    "server.metrics": {"server.errors", "server.records"},
     "server.text": {"server.errors", "server.sentences"},
     "server.engine.process": {
         "server.engine.loop",

@@ -15,6 +15,7 @@ from server.api.choice import ScoredToken
 from server.api.generation import Prompt, TextJob, encode_text
 from server.api.respond import Choice, Format, options, respond
 from server.api.service import Service, get_service
+from server.api.tracing import origin_of
 from server.api.wire import ChatRequest
 from server.errors import RequestError
 from server.text.tokenizer import Spelling
@@ -27,6 +28,7 @@ async def create_chat_completion(
     request: Request, body: ChatRequest, service: Annotated[Service, Depends(get_service)]
 ) -> Response:
     """Answers a chat. Refused with 400 (a field), 404 (the model), 429 (full), 503 (the engine)."""
+    origin = origin_of(request)
     model = service.model(body.model)
 
     async def encode() -> list[Prompt]:
@@ -40,7 +42,7 @@ async def create_chat_completion(
         return [Prompt(await encode_text(model, text, add_special_tokens=False), text)]
 
     request_id = f"chatcmpl-{uuid.uuid4().hex}"
-    job = TextJob(model, request_id, 1, encode, options(body, body.limit))
+    job = TextJob(model, request_id, 1, encode, options(body, body.limit), origin)
     scored = body.wanted_logprobs is not None
     return await respond(request, job, body, ChatFormat(request_id, body.model, scored=scored))
 

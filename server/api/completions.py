@@ -14,6 +14,7 @@ from server.api.choice import ScoredToken
 from server.api.generation import Prompt, TextJob, encode_text
 from server.api.respond import Choice, Format, options, respond
 from server.api.service import Service, get_service
+from server.api.tracing import origin_of
 from server.api.wire import DEFAULT_COMPLETION_TOKENS, CompletionRequest
 
 router = APIRouter()
@@ -24,6 +25,7 @@ async def create_completion(
     request: Request, body: CompletionRequest, service: Annotated[Service, Depends(get_service)]
 ) -> Response:
     """Continues each prompt. Refused with 400 (a field), 404 (the model), 429 (full), 503 (the engine)."""
+    origin = origin_of(request)
     model = service.model(body.model)
 
     async def encode() -> list[Prompt]:
@@ -36,7 +38,7 @@ async def create_completion(
 
     request_id = f"cmpl-{uuid.uuid4().hex}"
     limit = DEFAULT_COMPLETION_TOKENS if body.max_tokens is None else body.max_tokens
-    job = TextJob(model, request_id, len(body.prompt), encode, options(body, limit, echo=bool(body.echo)))
+    job = TextJob(model, request_id, len(body.prompt), encode, options(body, limit, echo=bool(body.echo)), origin)
     scored = body.wanted_logprobs is not None
     return await respond(request, job, body, CompletionFormat(request_id, body.model, scored=scored))
 

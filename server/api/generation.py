@@ -16,6 +16,7 @@ import msgspec
 
 from server.api.choice import ChoiceText, Piece, ScoredToken, prompt_tokens
 from server.api.served import ServedModel
+from server.engine.stream import Origin
 from server.errors import EngineUnavailableError, OverloadedError, RequestError
 from server.records import ModelInfo, SamplingParams, TokenLogprobs
 from server.text.bad_words import bad_word_ids
@@ -63,8 +64,10 @@ class TextJob:
         count: int,
         encode: Callable[[], Awaitable[list[Prompt]]],
         options: Options,
+        origin: Origin,
     ) -> None:
         self._model = model
+        self._origin = origin
         self._id = request_id
         self._count = count * options.choices
         self._encode = encode
@@ -76,6 +79,15 @@ class TextJob:
 
     async def pieces(self) -> AsyncGenerator[Piece, None]:
         """Pieces of all choices as they come. Closing the generator aborts what still runs. Raises RequestError."""
+        try:
+            async with contextlib.aclosing(self._pieces()) as pieces:
+                async for piece in pieces:
+                    yield piece
+        except RequestError as error:
+            self._model.metrics.failed(error)
+            raise
+
+    async def _pieces(self) -> AsyncGenerator[Piece, None]:
         timeout = self._model.timeout if self._options.timeout is None else self._options.timeout
         self._deadline = None if timeout is None else time.monotonic() + timeout
         with self._place():
@@ -100,11 +112,8 @@ class TextJob:
             try:
                 model.engine.require_ready()
                 stack.enter_context(model.admission.enter(self._count))
-            except OverloadedError:
-                model.metrics.rejected("overloaded")
-                raise
-            except EngineUnavailableError:
-                model.metrics.rejected("unavailable")
+            except (OverloadedError, EngineUnavailableError) as error:
+                model.metrics.rejected(error)
                 raise
             yield
 
@@ -130,6 +139,7 @@ class TextJob:
             priority=options.priority,
             deadline=self._deadline,
             cache_salt=options.cache_salt,
+            origin=self._origin,
         ) as stream:
             async for output in stream:
                 logprobs += output.prompt_logprobs

@@ -26,6 +26,7 @@ from server.errors import (
     RequestError,
 )
 from server.metrics import Metrics
+from server.metrics.catalog import HTTP_DURATION, HTTP_IN_FLIGHT, HTTP_REQUESTS
 from server.sentences import listed, shown
 
 OPEN_PATHS: Final = frozenset({"/livez", "/startupz", "/readyz", "/health"})
@@ -43,9 +44,9 @@ class HttpMetrics:
 
     def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
         self._app = app
-        self._requests = metrics.counters["http_requests"]
-        self._seconds = metrics.histograms["http_request_duration_seconds"]
-        self._in_flight = metrics.gauges["http_requests_in_flight"]
+        self._requests = metrics.of(HTTP_REQUESTS)
+        self._seconds = metrics.of(HTTP_DURATION)
+        self._in_flight = metrics.of(HTTP_IN_FLIGHT)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":

@@ -13,7 +13,9 @@ from server.api.served import ServedModel
 from server.config import ModelConfig, ServerConfig
 from server.engine.client import SHUTTING_DOWN, Cut, engine_command
 from server.errors import EngineUnavailableError
+from server.memory import machine
 from server.metrics import Metrics
+from server.metrics.vllm import VllmNames
 
 
 class Service:
@@ -22,6 +24,9 @@ class Service:
     def __init__(self, config: ServerConfig, command: Callable[[int], list[str]] = engine_command) -> None:
         self.config = config
         self.metrics = Metrics()
+        self.metrics.watch_machine(machine.capacity, machine.available)
+        if config.vllm_metrics:
+            VllmNames(self.metrics)
         self.started = False
         self.draining = False
         self._fleet = Fleet(config, self.metrics, command)

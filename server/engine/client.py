@@ -24,7 +24,7 @@ from typing import Final, Literal, NamedTuple
 
 import msgspec
 
-from server.engine.stream import OutputStream
+from server.engine.stream import Origin, OutputStream
 from server.errors import EngineUnavailableError, LoadError, ServerError, load_failure
 from server.metrics import ModelMetrics
 from server.records import (
@@ -108,6 +108,11 @@ class EngineClient:
         return len(self._requests)
 
     @property
+    def owed_requests(self) -> int:
+        """How many the engine has not reported the end of, whether somebody still waits for it or not."""
+        return len(self._owed)
+
+    @property
     def process_id(self) -> int | None:
         return self._process.pid if self._process else None
 
@@ -171,13 +176,15 @@ class EngineClient:
         priority: int = 0,
         deadline: float | None = None,
         cache_salt: str = "",
+        origin: Origin | None = None,
     ) -> OutputStream:
         """Sends a request, whose parts are those of Generate; the outputs come from the stream, which must be closed.
+        Its times count from its origin, or from now.
 
         Raises EngineUnavailableError when the engine is not ready.
         """
         self.require_ready()
-        stream = OutputStream(request_id, len(prompt), self._metrics, self._forget)
+        stream = OutputStream(request_id, len(prompt), self._metrics, self._forget, origin)
         self._requests[request_id] = stream
         if not self._owed:
             self._moved = time.monotonic()

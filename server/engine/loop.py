@@ -152,4 +152,5 @@ class EngineLoop:
             kv_blocks_cached=scheduler.pool.cached,
             prefix_query_tokens=scheduler.queried_tokens,
             prefix_hit_tokens=scheduler.hit_tokens,
+            preemptions=len(scheduler.preempted),
         )

@@ -36,6 +36,7 @@ from server.records import (
     LENGTH_PREFIX_BYTES,
     SCRATCH_PREFIX,
     FailureKind,
+    GroupQuality,
     Loaded,
     LoadFailed,
     LoadModel,
@@ -200,11 +201,16 @@ def load_engine(spec: ModelSpec, connection: Connection) -> EngineLoop:
         planned=plan.components,
         measured=measure(loaded.model, runner.kv_tensors),
         process=process_memory(),
+        device_capacity=torch.cuda.mem_get_info(loaded.device)[1] if loaded.device != "cpu" else 0,
     )
     _phase(connection, "ready")
     connection.serving = True
     info = loaded.info(plan.max_model_len, prefix_caching=scheduler.prefix_caching, batching=runner.batching)
-    connection.send(Loaded(info=info, memory=memory, load_seconds=time.monotonic() - started))
+    quality = tuple(
+        GroupQuality(one.group, one.format, one.relative_error, one.outlier_share) for one in loaded.quality
+    )
+    seconds = time.monotonic() - started
+    connection.send(Loaded(info, memory, load_seconds=seconds, kv_blocks=pool.total, quality=quality))
     return loop
 
 

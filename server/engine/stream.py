@@ -5,11 +5,22 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from types import TracebackType
 
 from server.errors import DeadlineExceededError, EngineFaultError, RequestError, ServerError
 from server.metrics import ModelMetrics
 from server.records import FinishReason, SequenceOutput
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where a request came from, as far as its times and traces go."""
+
+    arrived: float = field(default_factory=time.monotonic)
+    """When, by time.monotonic: before templates and tokenizer, which its client waits for too."""
+    trace_id: str | None = None
+    """The trace that its client records it in; examples in the histograms of request times point there."""
 
 
 class OutputStream:
@@ -19,18 +30,24 @@ class OutputStream:
     """
 
     def __init__(
-        self, request_id: str, prompt_tokens: int, metrics: ModelMetrics, forget: Callable[[str, bool], None]
+        self,
+        request_id: str,
+        prompt_tokens: int,
+        metrics: ModelMetrics,
+        forget: Callable[[str, bool], None],
+        origin: Origin | None = None,
     ) -> None:
         self.request_id = request_id
         self.tokens = 0
         self._forget = forget
         self._metrics = metrics
         self._outputs: asyncio.Queue[SequenceOutput | ServerError] = asyncio.Queue()
-        self._started = time.monotonic()
-        self._last_token: float | None = None
+        self._prompt_tokens = prompt_tokens
+        self._origin = origin or Origin()
+        self._first_token: float | None = None
+        self._last_token = 0.0
         self._reason: FinishReason | None = None
         self._closed = False
-        metrics.admitted(prompt_tokens)
 
     def __aiter__(self) -> OutputStream:
         return self
@@ -57,10 +74,11 @@ class OutputStream:
         """Called by the client as outputs arrive; times are taken here, however late the consumer is."""
         if isinstance(output, SequenceOutput) and output.token_ids:
             now, count = time.monotonic(), len(output.token_ids)
-            if self._last_token is None:
-                self._metrics.first_token(now - self._started)
+            if self._first_token is None:
+                self._first_token = now
+                self._metrics.first_token(now - self._origin.arrived, self._prompt_tokens, self._origin.trace_id)
             else:
-                self._metrics.next_token((now - self._last_token) / count)
+                self._metrics.next_tokens(now - self._last_token, count)
             self._last_token = now
             self.tokens += count
             self._metrics.generated(count)
@@ -72,7 +90,14 @@ class OutputStream:
             return
         self._closed = True
         self._forget(self.request_id, self._reason is None)
-        self._metrics.finished(self._reason or reason, self.tokens, time.monotonic() - self._started)
+        self._count(self._reason or reason)
+
+    def _count(self, reason: FinishReason) -> None:
+        trace_id = self._origin.trace_id
+        seconds = time.monotonic() - self._origin.arrived
+        self._metrics.finished(reason, self._prompt_tokens, self.tokens, seconds, trace_id)
+        if reason in ("stop", "length") and self._first_token is not None and self.tokens > 1:
+            self._metrics.paced((self._last_token - self._first_token) / (self.tokens - 1), trace_id)
 
     def __enter__(self) -> OutputStream:
         return self

@@ -17,7 +17,7 @@ from typing import Final, Literal, get_args
 
 from server.engine.client import SHUTTING_DOWN, Cut, DeathReason, EngineClient, engine_command
 from server.errors import ConfigError, EngineUnavailableError, ServerError
-from server.metrics import ModelMetrics
+from server.metrics import ModelMetrics, Watched
 from server.records import Loaded, LoadProgress, ModelSpec
 
 log = logging.getLogger(__name__)
@@ -27,6 +27,7 @@ ModelState = Literal["loading", "ready", "stuck", "restarting", "dead", "stoppin
 dead: it is not started again. stopping: the server ends, or the model is unloaded."""
 RestartReason = DeathReason | Literal["load"]
 """How the life before ended; load: it did not get as far as to be ready."""
+_RESTART_REASONS: Final = tuple(reason for kind in get_args(RestartReason) for reason in get_args(kind))
 LONGEST_RETRY_SECONDS: Final = 600
 _LONGEST_LOOK_SECONDS: Final = 1.0
 
@@ -92,7 +93,12 @@ class Supervisor:
         self._load_seconds: float | None = None
         self.parting = ""
         """Why it is stopping, as a refused request is told."""
-        metrics.watch(get_args(ModelState), lambda: self.state, lambda: self.client.stalled_seconds)
+        watched = Watched(
+            state=lambda: self.state,
+            stalled=lambda: self.client.stalled_seconds,
+            owed=lambda: self.client.owed_requests,
+        )
+        metrics.watch(watched, get_args(ModelState), _RESTART_REASONS)
 
     async def start(self) -> None:
         """Starts the first engine; returns at once, loading goes on by itself. Raises LoadError."""

@@ -18,6 +18,7 @@ from quant import memory as weights
 from quant.config import PRESETS, BitsAndBytesConfig, from_spec
 from quant.headers import TensorHeader, checkpoint_files, read_checkpoint_headers
 from server.errors import ConfigError, DoesNotFitError
+from server.memory import machine
 from server.memory.ledger import KV_CACHE
 from server.records import KV_BLOCK_TOKENS, ModelSpec
 
@@ -116,7 +117,10 @@ def free_bytes(device: str) -> int:
     """Bytes a new model may take: the CUDA device's free memory, or the machine's, or what the control group leaves."""
     if device.startswith("cuda"):
         return int(torch.cuda.mem_get_info(device)[0])
-    return min([_meminfo_available(), *_cgroup_headroom()])
+    available = machine.available()
+    if available is None:
+        raise ConfigError("the memory of this machine is unknown: /proc/meminfo has no MemAvailable")
+    return available
 
 
 @dataclass(frozen=True, slots=True)
@@ -239,23 +243,3 @@ def _nearest(spec: ModelSpec, facts: _Facts, plan: Plan) -> list[str]:
         if candidate.peak_bytes <= plan.available_bytes:
             fits.append((candidate.peak_bytes, f"quantization {name} with max_model_len {SMALLEST_CONTEXT}"))
     return [max(fits)[1]] if fits else []
-
-
-def _meminfo_available() -> int:
-    for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
-        if line.startswith("MemAvailable:"):
-            return int(line.split()[1]) * 1024
-    raise ConfigError("the memory of this machine is unknown: /proc/meminfo has no MemAvailable")
-
-
-def _cgroup_headroom() -> list[int]:
-    """What the control group's limit leaves, in version 2 or 1 of its files; empty where there is no limit."""
-    headroom = []
-    for limit_file, usage_file in (
-        ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
-        ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
-    ):
-        limit, usage = Path(limit_file), Path(usage_file)
-        if limit.is_file() and usage.is_file() and (text := limit.read_text().strip()).isdigit():
-            headroom.append(max(0, int(text) - int(usage.read_text())))
-    return headroom

@@ -24,6 +24,7 @@ import quant  # noqa: F401  importing it makes transformers load bitsandbytes' f
 from quant.errors import CheckpointError, QuantError
 from quant.headers import ADAPTED, read_checkpoint_headers
 from quant.memory import read_config
+from quant.quality import GroupReport, measured
 from server.errors import ConfigError, LoadError
 from server.memory.plan import effective_quantization, model_dtype, resolve_device
 from server.records import Batching, ModelInfo, ModelSpec
@@ -43,6 +44,8 @@ class LoadedModel:
     """The effective config as its JSON dictionary; empty where nothing is quantized."""
     offload: tempfile.TemporaryDirectory[str] | None
     """Where modules that device_map puts on disk are kept; gone with this object."""
+    quality: tuple[GroupReport, ...] = ()
+    """What quantizing cost; empty where nothing was quantized while loading."""
 
     def info(self, max_model_len: int, *, prefix_caching: bool, batching: Batching) -> ModelInfo:
         return ModelInfo(
@@ -106,7 +109,7 @@ def load_model(spec: ModelSpec, progress: Progress) -> LoadedModel:
         arguments["key_mapping"] = {re.escape(ADAPTED): "."}  # what quant does by itself where anything is quantized
     if spec.quantization is not None and quantization is not None:
         arguments["quantization_config"] = quantization
-    with _reporting(progress, sizes), _explained(spec):
+    with _reporting(progress, sizes), _explained(spec), measured() as meter:
         found: Any = transformers.AutoModelForCausalLM.from_pretrained(directory, **arguments)
     model, loading = found  # a pair, because of output_loading_info
     _refuse_gaps(directory, loading)
@@ -117,6 +120,7 @@ def load_model(spec: ModelSpec, progress: Progress) -> LoadedModel:
         device=device,
         quantization={} if quantization is None else quantization.to_dict(),
         offload=offload,
+        quality=tuple(meter.groups()),
     )
 
 

@@ -383,8 +383,8 @@ def test_metrics_count_what_happened(echo: RunningApp) -> None:
     assert echo.metric("prompt_tokens_total", model="echo") == before + 4
     assert 'halfbyte_memory_bytes{component="packed_weights",device="cpu",model="echo"} 4096.0' in text
     assert 'halfbyte_memory_unaccounted_bytes{device="cpu"} 880.0' in text
-    assert 'halfbyte_model_info{architecture="ScriptedForCausalLM",device="cpu",dtype="float32",' in text
-    assert 'quantization="nf4"} 1.0' in text
+    assert 'architecture="ScriptedForCausalLM",bnb_4bit_activations="",' in text
+    assert 'quantization="nf4",quantize_embeddings=""} 1.0' in text
     assert 'route="/v1/completions",status="200"' in text
     assert "/nope" not in text
     assert "_created" not in text

@@ -236,3 +236,17 @@ def test_shutdown_stops_an_idle_loop_and_a_stray_abort_makes_no_step() -> None:
     bench.inbox.put(Shutdown())
     bench.loop.run()
     assert bench.reports == []
+
+
+@pytest.mark.parametrize(("blocks", "crowded"), [(200, False), (13, True)])
+def test_reports_count_who_gave_up_blocks(blocks: int, crowded: bool) -> None:
+    bench = Bench(blocks=blocks)
+    for number in range(4):
+        bench.generate(f"r{number}", [number + 1] * 30, 60)
+    bench.loop.run()
+    preemptions = sum(report.preemptions for report in bench.reports)
+    # Whoever is preempted takes part for the first time once more, as the prefix cache is asked again.
+    asked = sum(report.prefix_query_tokens > 0 for report in bench.reports)
+    assert (preemptions > 0) == crowded
+    assert asked <= 4 + preemptions
+    assert all(len(bench.answer(f"r{number}")) == 60 for number in range(4))

@@ -144,6 +144,8 @@ def test_a_model_is_loaded_serves_and_shuts_down(engine: Engine, llama: Path) ->
     assert (loaded.info.max_model_len, loaded.info.dtype, loaded.info.device) == (512, "float32", "cpu")
     assert loaded.info.quantization == {}
     assert loaded.memory.planned == loaded.memory.measured
+    assert loaded.kv_blocks * KV_BLOCK_TOKENS >= loaded.info.max_model_len
+    assert loaded.quality == (), "nothing was quantized"
 
     prompts = {f"r{i}": [random.randrange(3, VOCABULARY) for _ in range(random.randint(1, 30))] for i in range(4)}
     for name, prompt in prompts.items():
@@ -198,6 +200,9 @@ def test_quantized_the_plan_is_what_is_measured(llama: Path, quantization: str) 
     assert isinstance(loaded, Loaded)
     assert loaded.memory.planned == loaded.memory.measured
     assert loaded.memory.measured["packed_weights"] > 0
+    groups = {quality.group: quality for quality in loaded.quality}
+    assert {"self_attn.q_proj", "mlp.down_proj"} <= set(groups)
+    assert all(quality.format == quantization and 0 < quality.relative_error < 1 for quality in loaded.quality)
     tokens = -(-3 * 37 // KV_BLOCK_TOKENS) * KV_BLOCK_TOKENS
     assert loaded.memory.measured["kv_cache"] == tokens * 2 * 2 * 2 * 32 * 4
     assert loaded.info.quantization["load_in_8bit"] == (quantization == "int8")

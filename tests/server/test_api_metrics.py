@@ -1,0 +1,120 @@
+"""GET /metrics in front of scripted engines: what it answers, what it costs, and whose trace it names."""
+
+from __future__ import annotations
+
+import httpx
+import pytest
+from prometheus_client.openmetrics import parser as openmetrics
+from prometheus_client.parser import text_string_to_metric_families
+
+from server.api.tracing import trace_id
+from tests.server.conftest import RunningApp, ServeScript, wait_for
+
+TRACE = "4bf92f3577b34da6a3ce929d0e0e4736"
+SPAN = "00f067aa0ba902b7"
+OPENMETRICS = "application/openmetrics-text; version=1.0.0; charset=utf-8"
+
+
+def complete(running: RunningApp, **headers: str) -> None:
+    body = {"model": "echo", "prompt": "abc", "max_tokens": 3}
+    with running.client(headers=headers) as client:
+        client.post("/v1/completions", json=body).raise_for_status()
+
+
+@pytest.mark.parametrize(
+    ("accept", "content_type"),
+    [
+        ("", "text/plain; version=0.0.4; charset=utf-8"),
+        ("*/*", "text/plain; version=0.0.4; charset=utf-8"),
+        ("application/openmetrics-text;version=1.0.0;q=0.5,text/plain;version=0.0.4;q=0.3", OPENMETRICS),
+    ],
+)
+def test_the_format_follows_the_accept_header(echo: RunningApp, accept: str, content_type: str) -> None:
+    with echo.client() as client:
+        response = client.get("/metrics", headers={"Accept": accept})
+    assert response.headers["Content-Type"].startswith(content_type)
+    parse = (
+        openmetrics.text_string_to_metric_families if "openmetrics" in content_type else text_string_to_metric_families
+    )
+    assert "halfbyte_requests" in {family.name for family in parse(response.text)}
+
+
+def test_a_sampled_trace_becomes_an_exemplar(serve_scripts: ServeScript) -> None:
+    with serve_scripts({"echo": {}}) as running:
+        complete(running, traceparent=f"00-{'ab' * 16}-{SPAN}-00")
+        complete(running, traceparent=f"00-{TRACE}-{SPAN}-01")
+        with running.client(headers={"Accept": OPENMETRICS}) as client:
+            page = client.get("/metrics").text
+    for family in openmetrics.text_string_to_metric_families(page):
+        if family.name == "halfbyte_time_to_first_token_seconds":
+            found = [sample.exemplar.labels for sample in family.samples if sample.exemplar is not None]
+            assert found == [{"trace_id": TRACE}]
+            break
+    else:
+        pytest.fail("there is no time to the first token")
+
+
+@pytest.mark.parametrize(
+    ("header", "found"),
+    [
+        (f"00-{TRACE}-{SPAN}-01", TRACE),
+        (f"cc-{TRACE}-{SPAN}-03-what-comes-later", TRACE),
+        (f"00-{TRACE}-{SPAN}-00", None),
+        (f"ff-{TRACE}-{SPAN}-01", None),
+        (f"00-{'0' * 32}-{SPAN}-01", None),
+        (f"00-{TRACE}-{'0' * 16}-01", None),
+        (f"00-{TRACE.upper()}-{SPAN}-01", None),
+        ("", None),
+        ("00-" * 1000, None),
+    ],
+)
+def test_trace_ids_are_those_of_well_formed_sampled_headers(header: str, found: str | None) -> None:
+    assert trace_id(header) == found
+
+
+def test_a_scrape_is_answered_while_the_engine_hangs(serve_scripts: ServeScript) -> None:
+    with serve_scripts({"echo": {"hang_after_steps": 1}}) as running, running.client() as client:
+        body = {"model": "echo", "prompt": "abc", "max_tokens": 100, "stream": True}
+        with client.stream("POST", "/v1/completions", json=body) as response:
+            assert response.status_code == 200
+            assert "halfbyte_engine_steps_total" in client.get("/metrics").text
+            # What comes now waits in the socket: the engine never reads it, nor that its client has gone.
+            with pytest.raises(httpx.ReadTimeout):
+                client.post("/v1/completions", json=body, timeout=0.5)
+            page = client.get("/metrics").text
+        assert 'halfbyte_requests_running{model="echo"} 1.0' in page
+        assert 'halfbyte_requests_waiting{model="echo"} 1.0' in page
+
+
+def test_errors_are_counted_by_their_code(serve_scripts: ServeScript) -> None:
+    with serve_scripts({"echo": {"fault": "broken"}}) as running, running.client() as client:
+        body = {"model": "echo", "prompt": "abc"}
+        assert client.post("/v1/completions", json=body).status_code == 500
+        assert client.post("/v1/completions", json=body | {"prompt": "a" * 1000}).status_code == 400
+        assert client.post("/v1/completions", json=body | {"model": "other"}).status_code == 404
+        assert running.metric("request_errors_total", model="echo", error="engine_error") == 1
+        assert running.metric("request_errors_total", model="echo", error="invalid_request_error") == 1
+        assert running.metric("requests_total", model="echo", finish_reason="error") == 1
+
+
+def test_times_count_from_the_request_and_tokens_from_their_step(serve_scripts: ServeScript) -> None:
+    with serve_scripts({"echo": {"step_seconds": 0.02}}) as running:
+        complete(running)
+        wait_for(lambda: running.metric("requests_total", model="echo", finish_reason="length") == 1)
+        assert running.metric("prompt_tokens_total", model="echo") == running.metric(
+            "request_prompt_tokens_sum", model="echo"
+        )
+        assert running.metric("inter_token_latency_seconds_count", model="echo") == 2
+        assert running.metric("request_time_per_output_token_seconds_count", model="echo") == 1
+        per_token = running.metric("request_time_per_output_token_seconds_sum", model="echo")
+        assert running.metric("inter_token_latency_seconds_sum", model="echo") == pytest.approx(2 * per_token)
+        first = running.metric("time_to_first_token_seconds_sum", model="echo")
+        assert first >= 0.02
+        assert running.metric("request_duration_seconds_sum", model="echo") >= first + 2 * per_token
+
+
+def test_vllms_names_are_there_when_asked_for(serve_scripts: ServeScript, echo: RunningApp) -> None:
+    with serve_scripts({"echo": {}}, vllm_metrics=True) as running, running.client() as client:
+        assert 'vllm:num_requests_running{engine="0",model_name="echo"}' in client.get("/metrics").text
+    with echo.client() as client:
+        assert "vllm:" not in client.get("/metrics").text
