@@ -27,6 +27,7 @@ from quant.memory import read_config
 from quant.quality import GroupReport, measured
 from server.errors import ConfigError, LoadError
 from server.memory.plan import effective_quantization, model_dtype, resolve_device
+from server.model.mapped import let_go
 from server.records import Batching, ModelInfo, ModelSpec
 
 Progress = Callable[[int, int], None]
@@ -113,6 +114,7 @@ def load_model(spec: ModelSpec, progress: Progress) -> LoadedModel:
         found: Any = transformers.AutoModelForCausalLM.from_pretrained(directory, **arguments)
     model, loading = found  # a pair, because of output_loading_info
     _refuse_gaps(directory, loading)
+    let_go(model)
     progress(sum(sizes.values()), sum(sizes.values()))
     return LoadedModel(
         model=model.eval().requires_grad_(False),
