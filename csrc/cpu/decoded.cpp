@@ -27,18 +27,24 @@ constexpr int64_t kRowsPerWave = 1024;  // where rows are those of experts
 // measured (benchmarks/results/linear_speed.md).
 constexpr int64_t kDecodingSteps = 8;
 
-const DecodedWay& way_for(const DecodedCall& call) {
+// Tiles take as long for one row as for many, and vectors less for these few: memory is what they wait for.
+constexpr int64_t kRowsOnVectors = 3;
+
+// For a pass of so many rows.
+const DecodedWay& way_for(const DecodedCall& call, int64_t rows) {
 #ifdef HB_X86
-    if (level() >= kAmx && call.x_dtype == HB_BFLOAT16) return kOnTiles;
+    const bool may_take_vectors = rows <= kRowsOnVectors && !call.batch_invariant && has_avx512();
+    if (level() >= kAmx && call.x_dtype == HB_BFLOAT16 && !may_take_vectors) return kOnTiles;
 #endif
-    (void)call;
+    (void)call, (void)rows;
     return kOnVectors;
 }
 
 struct Pass {
     int64_t expert;
+    const DecodedWay* way;
     DecodedRows rows;
-    int64_t steps;  // of a unit
+    int64_t steps;  // of a row of the weight
 };
 
 // Passes over the rows of x, one expert's after the other's.
@@ -47,9 +53,11 @@ class Passes {
     explicit Passes(const DecodedCalls& calls) : calls_(calls) { step_to_rows(); }
     bool is_done() const { return expert_ == calls_.experts; }
     int64_t next_count() const { return std::min(end() - first_, kRowsPerPass); }
+    const DecodedWay& next_way() const { return way_for(calls_.at[0], next_count()); }
+    int64_t next_x_bytes() const { return next_way().x_bytes(calls_.at[0], next_count()); }
     Pass take() {
         const int64_t count = next_count();
-        const Pass pass = {expert_, {first_, count, nullptr}, count + kDecodingSteps};
+        const Pass pass = {expert_, &next_way(), {first_, count, nullptr}, count + kDecodingSteps};
         first_ += count;
         step_to_rows();
         return pass;
@@ -69,6 +77,20 @@ int64_t rows_per_wave(const DecodedCalls& calls) {
     return std::min(calls.at[0].M, calls.ends == nullptr ? kRowsPerPass : kRowsPerWave);
 }
 
+// The ways that passes of a call may go: that of many rows, and that of few.
+template <typename Size>
+int64_t most_of_ways(const DecodedCall& call, const Size& size) {
+    return std::max(size(way_for(call, kRowsPerPass)), size(way_for(call, std::min(call.M, kRowsOnVectors))));
+}
+
+// Room for a wave's x. Where rows are those of experts, any number of passes may go either way.
+int64_t wave_bytes(const DecodedCalls& calls) {
+    const DecodedCall& call = calls.at[0];
+    const int64_t rows = rows_per_wave(calls);
+    if (calls.ends == nullptr) return way_for(call, rows).x_bytes(call, rows);
+    return most_of_ways(call, [&](const DecodedWay& way) { return way.x_bytes(call, rows); });
+}
+
 template <typename T>
 void advance(const T*& pointer, int64_t elements) {
     if (pointer != nullptr) pointer += elements;
@@ -79,10 +101,13 @@ void advance(const void*& pointer, int64_t bytes) {
 }
 
 // Of one thread, enough for each of the calls.
-int64_t scratch_bytes_of(const DecodedCalls& calls, const DecodedWay& way) {
+int64_t scratch_bytes_of(const DecodedCalls& calls) {
     const int64_t rows = std::min(calls.at[0].M, kRowsPerPass);
     int64_t most = 0;
-    for (int64_t i = 0; i < calls.count; ++i) most = std::max(most, way.scratch_bytes(calls.at[i], rows));
+    for (int64_t i = 0; i < calls.count; ++i) {
+        const DecodedCall& call = calls.at[i];
+        most = std::max(most, most_of_ways(call, [&](const DecodedWay& way) { return way.scratch_bytes(call, rows); }));
+    }
     return most;
 }
 
@@ -106,58 +131,68 @@ void for_ranges(int64_t count, const Size& size, int64_t begin, int64_t end, con
 // Passes that are loaded, then run, together.
 struct Wave {
     const DecodedCalls& calls;
-    const DecodedWay& way;
     Pass passes[kRowsPerWave];
     int64_t count, rows;
-    int64_t units;  // of one pass
 
-    Wave(const DecodedCalls& all, const DecodedWay& chosen) : calls(all), way(chosen), count(0), rows(0), units(0) {
-        for (int64_t i = 0; i < calls.count; ++i) units += units_of(i);
+    explicit Wave(const DecodedCalls& all) : calls(all), count(0), rows(0) {}
+
+    static int64_t units_of(const DecodedCall& call, const DecodedWay& way) {
+        return ceil_div(call.N, way.weight_rows);
     }
 
-    int64_t units_of(int64_t call) const { return ceil_div(calls.at[call].N, way.weight_rows); }
-
-    void fill(Passes& all, char* x) {
+    // As many passes as `bytes` hold at x, one at least.
+    void fill(Passes& all, char* x, int64_t bytes) {
         const int64_t most = rows_per_wave(calls);
+        const char* const end = x + bytes;
         count = rows = 0;
-        while (!all.is_done() && rows + all.next_count() <= most) {
+        while (!all.is_done() && rows + all.next_count() <= most && all.next_x_bytes() <= end - x) {
+            const int64_t taken = all.next_x_bytes();
             Pass& pass = passes[count++] = all.take();
             pass.rows.x = x;
             rows += pass.rows.count;
-            x += way.x_bytes(calls.at[0], pass.rows.count);
+            x += taken;
         }
     }
 
     void load(int64_t threads) const {
         const DecodedCall& first = calls.at[0];
-        const auto pieces = [&](int64_t i) { return way.x_pieces(first, passes[i].rows.count); };
+        const auto pieces = [&](int64_t i) { return passes[i].way->x_pieces(first, passes[i].rows.count); };
         int64_t all = 0;
         for (int64_t i = 0; i < count; ++i) all += pieces(i);
         parallel_for(threads_for(threads, rows * first.K), all, [&](int64_t, int64_t begin, int64_t end) {
-            for_ranges(count, pieces, begin, end,
-                       [&](int64_t i, int64_t from, int64_t to) { way.load_x(first, passes[i].rows, from, to); });
+            for_ranges(count, pieces, begin, end, [&](int64_t i, int64_t from, int64_t to) {
+                passes[i].way->load_x(first, passes[i].rows, from, to);
+            });
         });
     }
 
     void run(int64_t threads, char* scratch, int64_t scratch_bytes) const {
-        const auto steps = [&](int64_t i) { return units * passes[i].steps; };
+        const auto steps = [&](int64_t i) { return units(passes[i]) * unit_steps(passes[i]); };
         int64_t all = 0;
         for (int64_t i = 0; i < count; ++i) all += steps(i);
         parallel_for(threads, all, [&](int64_t part, int64_t begin, int64_t end) {
             for_ranges(count, steps, begin, end, [&](int64_t i, int64_t from, int64_t to) {
                 // A unit is whose range has its first step.
-                const int64_t own = passes[i].steps;
+                const int64_t own = unit_steps(passes[i]);
                 run_units(passes[i], ceil_div(from, own), ceil_div(to, own), scratch + part * scratch_bytes);
             });
         });
     }
 
+    int64_t unit_steps(const Pass& pass) const { return pass.steps * pass.way->weight_rows; }
+
+    int64_t units(const Pass& pass) const {
+        int64_t all = 0;
+        for (int64_t i = 0; i < calls.count; ++i) all += units_of(calls.at[i], *pass.way);
+        return all;
+    }
+
     void run_units(const Pass& pass, int64_t begin, int64_t end, char* scratch) const {
         for_ranges(
-            calls.count, [&](int64_t i) { return units_of(i); }, begin, end,
+            calls.count, [&](int64_t i) { return units_of(calls.at[i], *pass.way); }, begin, end,
             [&](int64_t i, int64_t from, int64_t to) {
                 const DecodedCall call = moved(calls.at[i], calls.strides, pass.expert * calls.count);
-                way.run(call, pass.rows, from, to, scratch);
+                pass.way->run(call, pass.rows, from, to, scratch);
             });
     }
 };
@@ -176,20 +211,18 @@ DecodedCall moved(DecodedCall call, const MatrixStrides& strides, int64_t matric
 }
 
 int64_t decoded_workspace(const DecodedCalls& calls, int64_t threads) {
-    const DecodedWay& way = way_for(calls.at[0]);
-    return way.x_bytes(calls.at[0], rows_per_wave(calls)) + threads_of(calls, threads) * scratch_bytes_of(calls, way);
+    return wave_bytes(calls) + threads_of(calls, threads) * scratch_bytes_of(calls);
 }
 
 void run_decoded(const DecodedCalls& calls, int64_t most_threads, void* workspace) {
-    const DecodedWay& way = way_for(calls.at[0]);
-    const int64_t threads = threads_of(calls, most_threads), scratch_bytes = scratch_bytes_of(calls, way);
+    const int64_t threads = threads_of(calls, most_threads), scratch_bytes = scratch_bytes_of(calls);
+    const int64_t x_bytes = wave_bytes(calls);
     char* const x = static_cast<char*>(workspace);
-    char* const scratch = x + way.x_bytes(calls.at[0], rows_per_wave(calls));
-    Wave wave(calls, way);
+    Wave wave(calls);
     for (Passes passes(calls); !passes.is_done();) {
-        wave.fill(passes, x);
+        wave.fill(passes, x, x_bytes);
         wave.load(threads);
-        wave.run(threads, scratch, scratch_bytes);
+        wave.run(threads, x + x_bytes, scratch_bytes);
     }
 }
 

@@ -18,12 +18,16 @@ namespace hb {
 
 namespace {
 
-const Kernels8& kernels() {
+// Rows of x that tiles are not worth their filling for.
+constexpr int64_t kRowsOnVectors = 4;
+
+const Kernels8& kernels_for(const hb_linear8_args& a) {
 #ifdef HB_X86
-    if (level() >= kAmx) return kLinear8Amx;
+    if (level() >= kAmx && (a.M > kRowsOnVectors || !has_avx512())) return kLinear8Amx;
     if (has_avx512()) return kLinear8Avx512;
     if (level() >= kAvx2) return kLinear8Avx2;
 #endif
+    (void)a;
     return kLinear8Baseline;
 }
 
@@ -42,7 +46,7 @@ struct Layout {
           stride((ceil_div(a.K, 64) | 1) * 64),
           words(ceil_div(a.K, kWord)),
           threads(threads_for_matmul(a.call.threads, a.M, columns, a.K)),
-          blocks(kernels().interleave == nullptr ? 0 : rows, a.K),
+          blocks(kernels_for(a).interleave == nullptr ? 0 : rows, a.K, kFewPanelRows),
           absmax_at(rows * stride),
           counts_at(absmax_at + round_up(rows * 4, 64)),
           outliers_at(counts_at + round_up(rows * 4, 64)),
@@ -63,7 +67,7 @@ T* at(const hb_linear8_args& a, int64_t offset) {
 void split_rows(const Job8& job, const Layout& layout, int64_t threads) {
     parallel_for(threads, job.rows, [&](int64_t part, int64_t begin, int64_t end) {
         float* const values = at<float>(*job.args, layout.values_at + part * round_up(job.args->K * 4, 64));
-        for (int64_t slot = begin; slot < end; ++slot) kernels().split_row(job, slot, values);
+        for (int64_t slot = begin; slot < end; ++slot) kernels_for(*job.args).split_row(job, slot, values);
     });
     for (int64_t word = 0; word < job.words; ++word) {
         job.any_outlier[word] = 0;
@@ -72,10 +76,10 @@ void split_rows(const Job8& job, const Layout& layout, int64_t threads) {
 }
 
 void interleave_rows(Job8& job, int64_t threads) {
-    job.blocks = TileBlocks(job.rows, job.args->K);
+    job.blocks = TileBlocks(job.rows, job.args->K, kFewPanelRows);
     const int64_t pieces = job.blocks.pieces();
     parallel_for(threads, job.blocks.blocks * pieces, [&](int64_t, int64_t begin, int64_t end) {
-        for (int64_t i = begin; i < end; ++i) kernels().interleave(job, i / pieces, i % pieces);
+        for (int64_t i = begin; i < end; ++i) kernels_for(*job.args).interleave(job, i / pieces, i % pieces);
     });
 }
 
@@ -84,7 +88,7 @@ void run_tiles(const Job8* jobs, int64_t count, int64_t begin, int64_t end, floa
     for (int64_t i = 0, first = 0; i < count && first < end; ++i) {
         const int64_t tiles = ceil_div(jobs[i].args->N, kTileColumns);
         const int64_t from = std::max(begin - first, int64_t{0}), to = std::min(end - first, tiles);
-        if (from < to) kernels().run(jobs[i], from, to, scratch);
+        if (from < to) kernels_for(*jobs[i].args).run(jobs[i], from, to, scratch);
         first += tiles;
     }
 }
@@ -105,7 +109,7 @@ Job8 shared_job(const hb_linear8_args& a, const Layout& layout) {
     if (a.outlier_rule == HB_OUTLIERS_BATCH) {
         uint64_t* const batch = at<uint64_t>(a, layout.batch_at);
         parallel_for(threads_for(layout.threads, a.M * a.K), job.words,
-                     [&](int64_t, int64_t begin, int64_t end) { kernels().mark_columns(job, begin, end, batch); });
+                     [&](int64_t, int64_t begin, int64_t end) { kernels_for(a).mark_columns(job, begin, end, batch); });
         job.batch_outliers = batch;
     }
     return job;
@@ -120,7 +124,7 @@ void run_int8(const hb_linear8_args* items, int64_t count, const Layout& layout)
         job.rows = std::min(first.M - job.first_row, kRowsPerPass);
         const int64_t row_threads = threads_for(layout.threads, job.rows * first.K);
         split_rows(job, layout, row_threads);
-        if (kernels().interleave != nullptr) interleave_rows(job, row_threads);
+        if (kernels_for(first).interleave != nullptr) interleave_rows(job, row_threads);
         Job8 jobs[HB_MAX_GROUP];
         for (int64_t i = 0; i < count; ++i) {
             jobs[i] = job;

@@ -26,10 +26,10 @@ struct Tiled8 : Linear8<Isa> {
 
     static void interleave_rows(const Job8& job, int64_t block, int64_t piece) {
         const int64_t bytes = job.blocks.piece_bytes(piece), columns = job.blocks.columns;
-        alignas(64) char rows[kTileRows * kPanelStride];
+        alignas(64) char rows[kTileRows * kRowStride];
         for (int64_t r = 0; r < columns; ++r) {
             const int64_t row = block * columns + r;
-            char* const to = rows + r * kPanelStride;
+            char* const to = rows + r * kRowStride;
             if (row < job.rows) {
                 memcpy(to, job.codes + row * job.stride + piece * kStretchBytes, static_cast<size_t>(bytes));
             } else {
@@ -39,46 +39,76 @@ struct Tiled8 : Linear8<Isa> {
         interleave<Isa>(rows, columns, bytes, job.tiles + job.blocks.at(block, piece));
     }
 
-    // Stretch `piece` of weight rows [n, n + rows), and zeros up to a whole tile; the next panel's are fetched.
-    static void fill_panel(const hb_linear8_args& a, int64_t n, int64_t rows, int64_t piece, int64_t bytes,
-                           char* panel) {
-        const int64_t k = piece * kStretchBytes, count = a.K - k < bytes ? a.K - k : bytes;
-        for (int64_t i = 0; i < rows; ++i, panel += kPanelStride) {
-            const int8_t* const codes = a.codes + (n + i) * a.K + k;
-            for (int64_t at = 0; at < count; at += 64) __builtin_prefetch(codes + rows * a.K + at, 0, 2);
-            memcpy(panel, codes, static_cast<size_t>(count));
-            memset(panel + count, 0, static_cast<size_t>(bytes - count));
-        }
-        const int64_t missing = (kTileRows - rows % kTileRows) % kTileRows;
-        memset(panel, 0, static_cast<size_t>(missing * kPanelStride));
-    }
-
     struct Scratch {
-        char* panel;
+        char* panels;
         int32_t* sums;
         int64_t* exact;  // where rows are so long that int32 does not hold their sums, else null
         Scratch(const Job8& job, char* from)
-            : panel(from),
-              sums(reinterpret_cast<int32_t*>(from + job.blocks.panel_rows() * kPanelStride)),
+            : panels(from),
+              sums(reinterpret_cast<int32_t*>(from + kPanels * job.blocks.panel_bytes())),
               exact(job.args->K > kExactTerms8 ? reinterpret_cast<int64_t*>(sums + job.blocks.sums()) : nullptr) {}
     };
 
-    // Weight rows [n, n + rows) against all of x.
-    static void add_up(const Job8& job, int64_t n, int64_t rows, const Scratch& scratch) {
-        const hb_linear8_args& a = *job.args;
-        const int64_t pieces = job.blocks.pieces();
-        const int64_t count = (rows + kTileRows - 1) / kTileRows * kTileRows * job.blocks.blocks * job.blocks.columns;
-        if (a.K == 0) memset(scratch.sums, 0, static_cast<size_t>(count) * sizeof(int32_t));
-        if (scratch.exact != nullptr) memset(scratch.exact, 0, static_cast<size_t>(count) * sizeof(int64_t));
-        for (int64_t piece = 0; piece < pieces; ++piece) {
-            fill_panel(a, n, rows, piece, job.blocks.piece_bytes(piece), scratch.panel);
-            TileProduct<Isa>::multiply_all(job.blocks, scratch.panel, rows, job.tiles, piece, piece % kExactPieces == 0,
-                                           reinterpret_cast<char*>(scratch.sums));
-            if (scratch.exact != nullptr && (piece % kExactPieces == kExactPieces - 1 || piece == pieces - 1)) {
-                for (int64_t i = 0; i < count; ++i) scratch.exact[i] += scratch.sums[i];
+    // What TileProduct asks for.
+    struct Work {
+        const Job8& job;
+        const Scratch& scratch;
+        float* const totals;
+        float* const unpacked;
+        const bool has_outliers;
+        int64_t k = 0, count = 0;  // of the stretch that is being filled
+
+        void begin(const Stretch& at) {
+            k = at.piece * kStretchBytes;
+            count = job.args->K - k < kStretchBytes ? job.args->K - k : kStretchBytes;
+        }
+
+        // Where rows are multiplied as they lie, the next ones are fetched; else they are copied, and others fetched.
+        HB_INLINE void fill(const Stretch& at, int64_t i, char* to) {
+            const hb_linear8_args& a = *job.args;
+            const int8_t* const codes = a.codes + (at.n + i) * a.K + k;
+            const int64_t ahead = lie_well(at) ? 0 : kFewPanelRows * a.K;
+            for (int64_t c = 0; c < count; c += 64) __builtin_prefetch(codes + ahead + c, 0, 2);
+            if (ahead == 0) return;
+            const int64_t whole = count / kTileRowBytes * kTileRowBytes;
+            for (int64_t c = 0; c < whole; c += kTileRowBytes) memcpy(to + c, codes + c, kTileRowBytes);
+            memcpy(to + whole, codes + whole, static_cast<size_t>(count - whole));
+            memset(to + count, 0, static_cast<size_t>(kStretchBytes - count));
+        }
+
+        // Few rows of x meet each line of the weight once, so that copying it would not pay.
+        bool lie_well(const Stretch& at) const {
+            return job.blocks.keeps_sums() && job.args->K % kTileRowBytes == 0 && at.rows % kTileRows == 0;
+        }
+        const char* where(const Stretch& at) const {
+            const int64_t first = at.n * job.args->K + at.piece * kStretchBytes;
+            return lie_well(at) ? reinterpret_cast<const char*>(job.args->codes) + first : nullptr;
+        }
+        int64_t stride() const { return job.args->K; }
+
+        bool is_new(int64_t piece) const { return piece % kExactPieces == 0; }
+        bool is_wanted(int64_t piece) const {
+            return piece + 1 >= job.blocks.pieces() || piece % kExactPieces == kExactPieces - 1;
+        }
+
+        void take(const Stretch& at, const char*) {
+            if (scratch.exact != nullptr) add_exact(at);
+            if (at.piece + 1 < job.blocks.pieces()) return;
+            for (int64_t i = 0; i < at.rows; i += kTileColumns) {
+                const int64_t columns = at.rows - i < kTileColumns ? at.rows - i : kTileColumns;
+                if (has_outliers) Base::add_outliers(job, at.n + i, columns, totals, unpacked);
+                finish_columns(job, scratch, at.n + i, i, columns, totals);
             }
         }
-    }
+
+        void add_exact(const Stretch& at) {
+            const int64_t tiles = (at.rows + kTileRows - 1) / kTileRows * job.blocks.blocks;
+            const bool is_first = at.piece < kExactPieces;
+            for (int64_t i = 0; i < tiles * kTileRows * job.blocks.columns; ++i) {
+                scratch.exact[i] = (is_first ? 0 : scratch.exact[i]) + scratch.sums[i];
+            }
+        }
+    };
 
     // Rows of x of block `b`, weight rows [i, i + columns) of the panel: their sums, transposed, as float32.
     static void load_sums(const Job8& job, const Scratch& scratch, int64_t b, int64_t i, int64_t columns, float* out) {
@@ -133,15 +163,9 @@ struct Tiled8 : Linear8<Isa> {
         bool has_outliers = false;
         for (int64_t word = 0; word < job.words; ++word) has_outliers |= job.any_outlier[word] != 0;
         const int64_t last = end * kTileColumns < a.N ? end * kTileColumns : a.N;
-        for (int64_t n = begin * kTileColumns; n < last; n += job.blocks.panel_rows()) {
-            const int64_t left = last - n, rows = left < job.blocks.panel_rows() ? left : job.blocks.panel_rows();
-            add_up(job, n, rows, scratch);
-            for (int64_t i = 0; i < rows; i += kTileColumns) {
-                const int64_t columns = rows - i < kTileColumns ? rows - i : kTileColumns;
-                if (has_outliers) Base::add_outliers(job, n + i, columns, totals, unpacked);
-                finish_columns(job, scratch, n + i, i, columns, totals);
-            }
-        }
+        Work work{job, scratch, totals, unpacked, has_outliers};
+        TileProduct<Isa>::run(job.blocks, job.tiles, begin * kTileColumns, last, scratch.panels,
+                              reinterpret_cast<char*>(scratch.sums), work);
     }
 };
 

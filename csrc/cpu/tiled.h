@@ -1,8 +1,7 @@
 // Products of bfloat16 activations with weights that are decoded on the way, on tiles: what tiled.cpp, the way to
 // multiply where the level has them, and the variants share.
 //
-// One way for every number of rows of x: decoding costs more than multiplying up to sixteen rows does, so few rows have
-// nothing to gain from another way, and all rows are added up in one order.
+// All rows are added up in one order, however many they are: decoding costs more than multiplying up to 32 rows does.
 #pragma once
 
 #include <stdint.h>
@@ -39,9 +38,9 @@ extern const TiledVariants kTiledAmx;
 
 // The parts of one thread's scratch, in bytes; each is a multiple of 64.
 struct TiledScratch {
-    int64_t panel, absmax, sums;
+    int64_t panels, absmax, sums;
     TiledScratch(const TileBlocks& blocks, const DecodedCall& call);
-    HB_INLINE int64_t bytes() const { return panel + absmax + sums; }
+    HB_INLINE int64_t bytes() const { return panels + absmax + sums; }
 };
 
 }  // namespace hb

@@ -57,9 +57,9 @@ struct Tiled {
     static void load_x(const TiledJob& job, int64_t block, int64_t piece) {
         const DecodedCall& a = *job.call;
         const int64_t bytes = job.blocks.piece_bytes(piece), columns = job.blocks.columns;
-        alignas(64) char rows[kTileRows * kPanelStride];
+        alignas(64) char rows[kTileRows * kRowStride];
         for (int64_t r = 0; r < columns; ++r) {
-            uint16_t* const to = reinterpret_cast<uint16_t*>(rows + r * kPanelStride);
+            uint16_t* const to = reinterpret_cast<uint16_t*>(rows + r * kRowStride);
             const int64_t row = block * columns + r;
             if (row < job.rows) {
                 const uint16_t* const x = static_cast<const uint16_t*>(a.x) + (job.first_row + row) * a.K;
@@ -73,62 +73,57 @@ struct Tiled {
 
     // --- decoding into the panel ----------------------------------------------------------------------------------
 
-    // What follows decodes values [k, k + count) of weight row n, padded with zeros to whole groups.
+    // What follows decodes `count` values of a weight row, padded with zeros to whole groups, and fetches as many codes
+    // that lie at `next`.
 
-    static void decode_int8(const DecodedCall& a, int64_t n, int64_t k, int64_t count, int64_t ahead, uint16_t* out) {
-        const uint8_t* const codes = a.weight.codes + n * a.K + k;
-        for (int64_t i = 0; i < count; i += kGroup) {
+    static void decode_int8(const uint8_t* codes, int64_t count, const uint8_t* next, char* to) {
+        for (int64_t i = 0; i < count; i += kGroup, to += 2 * kTileRowBytes) {
             uint8_t tail[kGroup] = {};
             const uint8_t* some = codes + i;
-            __builtin_prefetch(some + ahead, 0, 2);
+            __builtin_prefetch(next + i, 0, 2);
             if (count - i < kGroup) {
                 memcpy(tail, some, static_cast<size_t>(count - i));
                 some = tail;
             }
-            store_group(some, Table{}, out + i);
+            store_group(some, Table{}, to);
         }
     }
 
-    // A row that begins with a block. absmax: of the block that k is in. Sizes of blocks are powers of two, so that one
-    // begins at k or holds the whole stretch.
-    static void decode_aligned(const DecodedCall& a, int64_t n, int64_t k, int64_t count, const float* absmax,
-                               int64_t ahead, uint16_t* out) {
-        const Table base = Isa::table(a.weight.format == HB_NF4 ? kNf4Values.at : kFp4Values.at);
-        const uint8_t* const packed = a.weight.codes + (n * a.K + k) / kCodes;
-        const int64_t run = count < a.weight.blocksize ? count : a.weight.blocksize;
+    // Whole groups, `block` values under each absmax. Sizes of blocks are powers of two, so that a block begins with
+    // the stretch or holds all of it. Two groups of 4-bit codes are a line, which is fetched once.
+    static HB_INLINE void decode_blocks(const uint8_t* packed, int64_t count, int64_t block, const Table& base,
+                                        const float* absmax, const uint8_t* next, char* to) {
         for (int64_t i = 0; i < count; ++absmax) {
             const Table table = Isa::scaled(base, *absmax);
-            for (const int64_t end = i + run; i < end; i += kGroup) {
-                __builtin_prefetch(packed + i / kCodes + ahead, 0, 2);
-                store_group(packed + i / kCodes, table, out + i);
+            for (const int64_t end = i + block; i < end;
+                 i += kGroup, packed += kGroup / kCodes, to += 2 * kTileRowBytes) {
+                if (i % (2 * kGroup) == 0) __builtin_prefetch(next + i / kCodes, 0, 2);
+                store_group(packed, table, to);
             }
         }
     }
 
     // Wherever the row begins and its blocks end, by way of float32 values in the natural order.
-    static void decode_anyhow(const DecodedCall& a, int64_t n, int64_t k, int64_t count, const float* absmax,
-                              uint16_t* out) {
+    static HB_NOINLINE void decode_anyhow(const DecodedCall& a, int64_t n, int64_t k, int64_t count,
+                                          const float* absmax, char* to) {
         float values[kStretch];
         uint16_t rounded[kStretch];
         decode4(pair_table(a.weight.format), a.weight.codes, absmax, a.weight.blocksize, n * a.K + k, count, values);
         for (int64_t i = 0; i < count; ++i) rounded[i] = to_bfloat(values[i]);
-        regroup(rounded, count, (count + kGroup - 1) / kGroup * kGroup, out);
+        regroup(rounded, count, (count + kGroup - 1) / kGroup * kGroup, reinterpret_cast<uint16_t*>(to));
     }
 
-    static HB_INLINE void store_group(const uint8_t* codes, const Table& table, uint16_t* out) {
+    // A group is two lines of a row.
+    static HB_INLINE void store_group(const uint8_t* codes, const Table& table, char* to) {
         Vector first, second;
         Isa::decode(codes, table, first, second);
-        Isa::store(out, first);
-        Isa::store(out + kHalf, second);
-    }
-
-    static bool is_aligned(const DecodedCall& a) {
-        return a.K % a.weight.blocksize == 0 && a.weight.blocksize % kGroup == 0;
+        Isa::store(reinterpret_cast<uint16_t*>(to), first);
+        Isa::store(reinterpret_cast<uint16_t*>(to + kTileRowBytes), second);
     }
 
     // The absmax of rows [n, n + rows) from their first block on: where they lie, or in `room`.
     static const float* absmax_of(const DecodedCall& a, int64_t n, int64_t rows, float* room) {
-        if (Isa::kIsInt8 || a.K == 0) return nullptr;
+        if (a.K == 0) return room;
         const AbsmaxSource& source = a.weight.absmax;
         const int64_t first = n * a.K / a.weight.blocksize, last = ((n + rows) * a.K - 1) / a.weight.blocksize;
         if (source.nested_absmax == nullptr) return static_cast<const float*>(source.absmax) + first;
@@ -136,49 +131,78 @@ struct Tiled {
         return room;
     }
 
-    // Stretch `piece` of weight rows [n, n + rows), and zeros up to a whole tile. While few rows are decoded at a time
-    // each lies apart in memory, so that the processor does not see what comes next: the next panel's are fetched.
-    static void fill_panel(const DecodedCall& a, int64_t n, int64_t rows, int64_t piece, const float* absmax,
-                           char* panel) {
-        const int64_t k = piece * kStretch, count = values_in(a, piece), ahead = rows * a.K / kCodes;
-        for (int64_t i = 0; i < rows; ++i, panel += kPanelStride) {
-            uint16_t* const out = reinterpret_cast<uint16_t*>(panel);
-            if constexpr (Isa::kIsInt8) {
-                decode_int8(a, n + i, k, count, ahead, out);
-            } else {
-                const int64_t blocksize = a.weight.blocksize, first = n * a.K / blocksize;
-                const float* const own = absmax + (((n + i) * a.K + k) / blocksize - first);
-                if (is_aligned(a)) {
-                    decode_aligned(a, n + i, k, count, own, ahead, out);
-                } else {
-                    decode_anyhow(a, n + i, k, count, own, out);
-                }
+    // --- the whole: weight rows [begin, end) x kTileRows ----------------------------------------------------------
+
+    // What TileProduct asks for.
+    struct Work {
+        const TiledJob& job;
+        float* const room;  // for the absmax of a panel
+        Table table{};
+        bool is_aligned = false;                // rows begin with a block and are whole groups
+        int64_t row_bytes = 0, row_blocks = 0;  // of an aligned row, or one of int8
+
+        const float* absmax = nullptr;  // of the panel's first block
+        // Of the stretch that is being filled: its values, and where the next aligned row's codes and absmax are.
+        int64_t k = 0, count = 0, block = 0;
+        const uint8_t* codes = nullptr;
+        const float* scales = nullptr;
+
+        Work(const TiledJob& of, float* absmax_room) : job(of), room(absmax_room), row_bytes(of.call->K / kCodes) {
+            if constexpr (!Isa::kIsInt8) {
+                const int64_t K = of.call->K, blocksize = of.call->weight.blocksize;
+                table = Isa::table(of.call->weight.format == HB_NF4 ? kNf4Values.at : kFp4Values.at);
+                is_aligned = K % blocksize == 0 && blocksize % kGroup == 0;
+                row_blocks = K / blocksize;
             }
         }
-        const int64_t missing = (kTileRows - rows % kTileRows) % kTileRows;
-        memset(panel, 0, static_cast<size_t>(missing * kPanelStride));
-    }
 
-    // --- the whole: weight rows [begin, end) x kTileRows ----------------------------------------------------------
+        void begin(const Stretch& at) {
+            const DecodedCall& a = *job.call;
+            k = at.piece * kStretch;
+            count = values_in(a, at.piece);
+            codes = a.weight.codes + (at.n * a.K + k) / kCodes;
+            if constexpr (!Isa::kIsInt8) {
+                if (at.piece == 0) absmax = absmax_of(a, at.n, at.rows, room);
+                scales = absmax + k / a.weight.blocksize;
+                block = count < a.weight.blocksize ? count : a.weight.blocksize;
+            }
+        }
+
+        HB_INLINE void fill(const Stretch& at, int64_t i, char* to) {
+            // Each row lies apart in memory, so that the processor does not see what comes next: a panel ahead.
+            const uint8_t* const next = codes + kFewPanelRows * row_bytes;
+            if constexpr (Isa::kIsInt8) {
+                decode_int8(codes, count, next, to);
+            } else if (!is_aligned) {
+                const int64_t blocksize = job.call->weight.blocksize, K = job.call->K, n = at.n + i;
+                const float* const own = absmax + ((n * K + k) / blocksize - at.n * K / blocksize);
+                return decode_anyhow(*job.call, n, k, count, own, to);
+            } else {
+                if (block == kGroup) {
+                    decode_blocks(codes, count, kGroup, table, scales, next, to);
+                } else {
+                    decode_blocks(codes, count, block, table, scales, next, to);
+                }
+                scales += row_blocks;
+            }
+            codes += row_bytes;
+        }
+
+        static const char* where(const Stretch&) { return nullptr; }
+        static int64_t stride() { return 0; }
+        bool is_new(int64_t piece) const { return piece == 0; }
+        bool is_wanted(int64_t piece) const { return piece + 1 >= job.blocks.pieces(); }
+        void take(const Stretch& at, const char* sums) { finish(job, at.n, at.rows, sums); }
+    };
 
     static void run(const TiledJob& job, int64_t begin, int64_t end, char* scratch) {
         const DecodedCall& a = *job.call;
         const TileScope<typename Isa::Tiles> scope(job.blocks.columns);
         const TiledScratch parts(job.blocks, a);
-        char* const panel = scratch;
-        float* const room = reinterpret_cast<float*>(scratch + parts.panel);
-        char* const sums = scratch + parts.panel + parts.absmax;
+        Work work(job, reinterpret_cast<float*>(scratch + parts.panels));
         const int64_t last = end * kTileRows < a.N ? end * kTileRows : a.N;
-        for (int64_t n = begin * kTileRows; n < last; n += job.blocks.panel_rows()) {
-            const int64_t left = last - n, rows = left < job.blocks.panel_rows() ? left : job.blocks.panel_rows();
-            const float* const absmax = absmax_of(a, n, rows, room);
-            if (a.K == 0) memset(sums, 0, static_cast<size_t>(parts.sums));
-            for (int64_t piece = 0; piece < job.blocks.pieces(); ++piece) {
-                fill_panel(a, n, rows, piece, absmax, panel);
-                TileProduct<Isa>::multiply_all(job.blocks, panel, rows, job.x, piece, piece == 0, sums);
-            }
-            finish(job, n, rows, sums);
-        }
+        TileProduct<Isa>::run(job.blocks, job.x, begin * kTileRows, last, scratch,
+                              scratch + parts.panels + parts.absmax, work);
     }
 
     // Transposed, bias on top and rounded: sums -> out[first_row ..][n .. n + columns].
