@@ -200,6 +200,9 @@ class ServerSettings(Settings):
         default=False,
         description="Show what vLLM measures too under vLLM's names as well, for tools that know only those.",
     )
+    evict_idle: bool = Field(
+        default=False, description="Unload idle models, least recently used first, for one that is loaded and needs it."
+    )
     log_level: LogLevel = Field(default="info", description="debug, info, warning or error.")
 
     @field_validator("host")

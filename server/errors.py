@@ -27,7 +27,11 @@ LoadFailed record, because the HTTP process must not import torch.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import ClassVar
+
+from server.records import LoadFailed, Shortage
 
 
 class ServerError(Exception):
@@ -51,9 +55,13 @@ class UnusableCheckpointError(LoadError):
 
 
 class DoesNotFitError(LoadError):
-    """The plan's bytes are more than the device has; the message carries the arithmetic."""
+    """The plan's bytes are more than the device has; the message carries the arithmetic, `shortage` its result."""
 
     exit_code = 3
+
+    def __init__(self, message: str, shortage: Shortage | None = None) -> None:
+        super().__init__(message)
+        self.shortage = shortage
 
 
 class RequestError(ServerError):
@@ -64,6 +72,8 @@ class RequestError(ServerError):
     code: ClassVar[str | None] = None
     retry_after: int | None = None
     """Whole seconds after which the same request may succeed, where that can be told."""
+    details: Mapping[str, str | int] = MappingProxyType({})
+    """What a program may want to read of the message."""
 
     def __init__(self, message: str, *, param: str | None = None) -> None:
         super().__init__(message)
@@ -167,23 +177,33 @@ class DeadlineExceededError(RequestError):
 
 
 class InsufficientMemoryError(RequestError):
-    """The plan's bytes are more than there are; nothing was allocated."""
+    """The plan's bytes are more than there are; nothing was allocated. `details` has the numbers."""
 
     status = 507
     kind = "insufficient_memory_error"
     code = "does_not_fit"
 
+    def __init__(self, message: str, shortage: Shortage | None) -> None:
+        super().__init__(message)
+        if shortage is not None:
+            self.details = {
+                "device": shortage.device,
+                "needed_bytes": shortage.needed,
+                "available_bytes": shortage.available,
+            }
+
 
 _LOAD_FAILURES: dict[str, type[ServerError]] = {
     "config": ConfigError,
     "checkpoint": UnusableCheckpointError,
-    "does_not_fit": DoesNotFitError,
 }
 
 
-def load_failure(kind: str, message: str) -> ServerError:
-    """The error that a LoadFailed record stands for; its class carries the exit code."""
-    return _LOAD_FAILURES.get(kind, LoadError)(message)
+def load_failure(record: LoadFailed) -> ServerError:
+    """The error that a record stands for; its class carries the exit code."""
+    if record.kind == "does_not_fit":
+        return DoesNotFitError(record.message, record.shortage)
+    return _LOAD_FAILURES.get(record.kind, LoadError)(record.message)
 
 
 def load_refusal(error: ServerError) -> RequestError:
@@ -196,5 +216,5 @@ def load_refusal(error: ServerError) -> RequestError:
         case UnusableCheckpointError():
             return ModelRefusedError(str(error))
         case DoesNotFitError():
-            return InsufficientMemoryError(str(error))
+            return InsufficientMemoryError(str(error), error.shortage)
     return ModelFailedError(str(error))

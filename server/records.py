@@ -3,8 +3,8 @@
 Every message is one frozen msgspec struct, encoded as MessagePack in a length-prefixed frame over a socketpair.
 Nothing here is ever pickled, and nothing here imports torch: both processes import this file.
 
-    HTTP -> engine    LoadModel, then any of Generate, Abort, Shutdown
-    engine -> HTTP    LoadProgress*, then LoadFailed or Loaded, then StepReport*
+    HTTP -> engine    LoadModel, RoomGranted for each RoomWanted, then any of Generate, Abort, Shutdown
+    engine -> HTTP    LoadProgress*, RoomWanted and Planned among them, then LoadFailed or Loaded, then StepReport*
 """
 
 from __future__ import annotations
@@ -23,6 +23,8 @@ SCRATCH_PREFIX: Final = "halfbyte-engine-"
 removes it: a process that is killed can't."""
 KV_BLOCK_TOKENS: Final = 16
 """Tokens in one block of the KV cache: the plan counts whole blocks, the engine hands them out."""
+CPU: Final = "cpu"
+"""What the machine's own memory is called among the devices."""
 MAX_TIMEOUT_SECONDS: Final = 86400.0
 """The longest time that a request may be given, or ask for."""
 MAX_TOP_LOGPROBS: Final = 20
@@ -145,10 +147,44 @@ class LoadProgress(Record, frozen=True):
     bytes_total: int = 0
 
 
+class Shortage(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What a plan needs of a device and what there is for it, in bytes."""
+
+    device: str
+    needed: int
+    available: int
+    """What is free, without what is promised to others."""
+
+
+class RoomWanted(Record, frozen=True):
+    """Sent before a plan is made; the answer is RoomGranted."""
+
+    shortage: Shortage | None = None
+    """Why the plan did not fit that was made of the answer before."""
+
+
+class RoomGranted(Record, frozen=True):
+    promised: dict[str, dict[str, int]]
+    """By device and model: bytes that are free and that somebody else is going to take."""
+    more: bool
+    """Whether it is worth asking again with a shortage."""
+
+
+class Planned(Record, frozen=True):
+    """The plan fits, and is carried out from now on. Bytes by device, those the process has taken already included."""
+
+    peak: dict[str, int]
+    """At most, while loading."""
+    kept: dict[str, int]
+    """Afterwards."""
+
+
 class LoadFailed(Record, frozen=True):
     kind: FailureKind
     message: str
     """One sentence: what was wrong, with the value, and what would be accepted."""
+    shortage: Shortage | None = None
+    """Where it does not fit."""
 
 
 class ModelInfo(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -258,8 +294,8 @@ class StepReport(Record, frozen=True):
     """Sequences that gave up their blocks for this step and wait again."""
 
 
-ToEngine = LoadModel | Generate | Abort | Shutdown
-FromEngine = LoadProgress | LoadFailed | Loaded | StepReport
+ToEngine = LoadModel | RoomGranted | Generate | Abort | Shutdown
+FromEngine = LoadProgress | RoomWanted | Planned | LoadFailed | Loaded | StepReport
 
 _encoder = msgspec.msgpack.Encoder()
 _to_engine: msgspec.msgpack.Decoder[ToEngine] = msgspec.msgpack.Decoder(ToEngine)

@@ -38,13 +38,14 @@ async def load_model(
     Refused with 400 (the entry), 409 (the name), 422 (the checkpoint), 507 (the memory); 500 when its engine failed.
     """
     try:
-        model = await service.load_model(load_entry(entry, "the request body", service.config.folder))
+        model, evicted = await service.load_model(load_entry(entry, "the request body", service.config.folder))
     except RequestError:
         raise
     except ServerError as error:
         raise load_refusal(error) from error
     loaded = model.client.loaded
-    return JSONResponse(describe(model) | _measured(loaded), status_code=201)
+    answer = describe(model) | _measured(loaded) | {"evicted": [_returned(one) for one in evicted]}
+    return JSONResponse(answer, status_code=201)
 
 
 @router.delete("/admin/models/{name:path}")

@@ -31,6 +31,10 @@ class Admission:
         """Set while no request is open."""
         self.empty.set()
 
+    def touch(self) -> None:
+        """Counts as a use."""
+        self.used = self._clock()
+
     @contextmanager
     def enter(self, count: int = 1) -> Iterator[None]:
         """Holds `count` places while the block runs; raises OverloadedError when they are not free, and RequestError
@@ -53,7 +57,7 @@ class Admission:
             yield
         finally:
             self.open -= count
-            self.used = self._clock()
+            self.touch()
             self._ends.extend([self.used] * count)
             if not self.open:
                 self.empty.set()

@@ -33,7 +33,8 @@ INTERNAL: Final = {
 
 def error_body(error: RequestError) -> dict[str, Any]:
     """The JSON object that clients of OpenAI's API expect for an error."""
-    return {"error": {"message": error.message, "type": error.kind, "param": error.param, "code": error.code}}
+    fields: dict[str, Any] = {"message": error.message, "type": error.kind, "param": error.param, "code": error.code}
+    return {"error": fields | dict(error.details)}
 
 
 def error_response(error: RequestError) -> JSONResponse:

@@ -13,14 +13,16 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from server.api.eviction import Idle, choose
 from server.api.served import ServedModel
 from server.config import ModelConfig, ServerConfig, thread_share
 from server.engine.client import SHUTTING_DOWN, Cut
+from server.engine.room import Room
 from server.engine.supervisor import Supervision, Supervisor
-from server.errors import EngineUnavailableError, ModelExistsError, ModelNotFoundError
+from server.errors import DoesNotFitError, EngineUnavailableError, ModelExistsError, ModelNotFoundError
 from server.memory.machine import ProcessBytes, machine_available, process_bytes
 from server.metrics import Metrics, ModelMetrics
-from server.records import Loaded, ModelSpec
+from server.records import Loaded, ModelSpec, Shortage
 from server.sentences import listed, shown
 
 log = logging.getLogger(__name__)
@@ -48,6 +50,9 @@ class Fleet:
         self._config = config
         self._metrics = metrics
         self._command = command
+        self._room = Room(self._make_room)
+        self._evicted: dict[str, list[Unloaded]] = {}
+        """For whom something may be evicted, and what was."""
         self._loading: dict[str, asyncio.Task[Loaded]] = {}
         self._unloading: dict[str, asyncio.Task[Unloaded]] = {}
 
@@ -61,7 +66,7 @@ class Fleet:
                 param="name",
             )
         config, metrics = self._config, ModelMetrics(self._metrics, spec.name)
-        engine = Supervisor(spec, metrics, supervision(config), command=self._command)
+        engine = Supervisor(spec, metrics, supervision(config), command=self._command, room=self._room)
         model = ServedModel(spec, metrics, engine, config.max_queued_requests, config.request_timeout_seconds)
         self.models[spec.name] = model
         return model
@@ -73,13 +78,14 @@ class Fleet:
             raise ModelNotFoundError(f"there is no model {shown(name)} here; {here}", param="model")
         return self.models[name]
 
-    async def load(self, entry: ModelConfig) -> ServedModel:
-        """A new model, ready to serve. It goes on loading when the caller is cancelled.
+    async def load(self, entry: ModelConfig) -> tuple[ServedModel, list[Unloaded]]:
+        """A new model, ready to serve, and what was evicted for it. It goes on loading when the caller is cancelled.
 
         Raises ModelExistsError at once, the ServerError that kept it from loading later.
         """
         model = self.add(entry.spec(thread_share(len(self.models) + 1)))
         log.info("loading %r from %s", model.name, model.spec.path)
+        evicted = self._evicted[model.name] = []
         task = self.start(model)
         try:
             await asyncio.shield(task)
@@ -87,7 +93,10 @@ class Fleet:
             if not task.cancelled():
                 raise
             raise EngineUnavailableError(model.engine.parting) from None
-        return model
+        except DoesNotFitError as error:
+            names = listed(repr(one.name) for one in evicted)
+            raise DoesNotFitError(f"{error}; evicted were {names}", error.shortage) if evicted else error from None
+        return model, evicted
 
     def start(self, model: ServedModel) -> asyncio.Task[Loaded]:
         """The task that loads a model that was added; if it fails or is cancelled, the model is gone."""
@@ -106,20 +115,23 @@ class Fleet:
             raise
         finally:
             del self._loading[model.name]
+            self._evicted.pop(model.name, None)
 
     async def unload(self, name: str, within: float) -> Unloaded:
         """Ends a model: what runs may finish within so many seconds, then is cut; returns when its process is gone.
 
         Who asks while somebody else's unload is under way gets the same answer. Raises ModelNotFoundError.
         """
-        model = self.find(name)
-        task = self._unloading.get(name)
+        return await asyncio.shield(self._begin_unload(self.find(name), within))
+
+    def _begin_unload(self, model: ServedModel, within: float) -> asyncio.Task[Unloaded]:
+        task = self._unloading.get(model.name)
         if task is None:
-            model.engine.retire(f"model {name!r} is being unloaded")
-            task = asyncio.create_task(self._unload(model, within), name=f"unload {name}")
-            self._unloading[name] = task
+            model.engine.retire(f"model {model.name!r} is being unloaded")
+            task = asyncio.create_task(self._unload(model, within), name=f"unload {model.name}")
+            self._unloading[model.name] = task
             task.add_done_callback(_look_at)
-        return await asyncio.shield(task)
+        return task
 
     async def _unload(self, model: ServedModel, within: float) -> Unloaded:
         started = time.monotonic()
@@ -141,6 +153,23 @@ class Fleet:
         seconds = time.monotonic() - started
         log.info("unloaded %r in %.1f s, %d requests and their %d tokens were cut", model.name, seconds, *cut)
         return Unloaded(model.name, seconds, cut, held, before, after)
+
+    async def _make_room(self, asking: str, shortage: Shortage) -> bool:
+        """Evicts what makes room for a model that is loaded by a request; no server evicts one that it starts with."""
+        evicted = self._evicted.get(asking)
+        if evicted is None or not self._config.evict_idle:
+            return False
+        idle = [
+            Idle(model.name, model.admission.used, held)
+            for model in self.models.values()
+            if model.idle and (held := model.engine.claim.held_bytes(shortage.device))
+        ]
+        chosen = choose(idle, shortage.needed - shortage.available)
+        if chosen:
+            log.info("evicting %s for %r", listed(repr(one.name) for one in chosen), asking)
+        tasks = [self._begin_unload(self.models[one.name], 0) for one in chosen]
+        evicted += await asyncio.gather(*map(asyncio.shield, tasks))
+        return bool(chosen)
 
     async def _remove(self, model: ServedModel, why: str) -> None:
         """Ends the engine, then forgets the model; in this order, so that its name stays taken until then."""

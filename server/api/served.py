@@ -45,6 +45,7 @@ class ServedModel:
         self._tokenizer, self.template = await asyncio.to_thread(self._load_text)
         loaded = await self.engine.wait_loaded()
         self.ready = True
+        self.admission.touch()
         log.info("model %r is ready after %.1f s", self.name, loaded.load_seconds)
         return loaded
 
@@ -68,6 +69,11 @@ class ServedModel:
         if not self.ready or self.state == "stopping":
             return None
         return self.state == "ready"
+
+    @property
+    def idle(self) -> bool:
+        """Whether it serves and nobody is served."""
+        return self.state == "ready" and not self.admission.open
 
     @property
     def info(self) -> ModelInfo:

@@ -53,8 +53,11 @@ class Service:
             await asyncio.gather(*tasks, return_exceptions=True)
         self.started = not self.draining
 
-    async def load_model(self, entry: ModelConfig) -> ServedModel:
-        """One model more; raises EngineUnavailableError while the server drains, and what Fleet.load raises."""
+    async def load_model(self, entry: ModelConfig) -> tuple[ServedModel, list[Unloaded]]:
+        """One model more, and what was evicted for it.
+
+        Raises EngineUnavailableError while the server drains, and what Fleet.load raises.
+        """
         self._refuse_draining()
         return await self._fleet.load(entry)
 

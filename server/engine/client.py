@@ -24,6 +24,7 @@ from typing import Final, Literal, NamedTuple
 
 import msgspec
 
+from server.engine.room import Claim, Room
 from server.engine.stream import Origin, OutputStream
 from server.errors import EngineUnavailableError, LoadError, ServerError, load_failure
 from server.metrics import ModelMetrics
@@ -38,8 +39,11 @@ from server.records import (
     LoadModel,
     LoadProgress,
     ModelSpec,
+    Planned,
     Record,
+    RoomWanted,
     SamplingParams,
+    Shortage,
     Shutdown,
     StepReport,
     decode_from_engine,
@@ -79,6 +83,7 @@ class EngineClient:
         metrics: ModelMetrics,
         *,
         command: Callable[[int], list[str]] = engine_command,
+        claim: Claim | None = None,
     ) -> None:
         self.spec = spec
         self.state: EngineState = "loading"
@@ -86,6 +91,8 @@ class EngineClient:
         self.loaded: Loaded | None = None
         self._metrics = metrics
         self._command = command
+        self._claim = claim or Room().claim(spec.name)
+        self._asking: asyncio.Task[None] | None = None
         self.death: DeathReason | None = None
         self._requests: dict[str, OutputStream] = {}
         self._owed: set[str] = set()
@@ -138,6 +145,7 @@ class EngineClient:
         finally:
             theirs.close()
         self._load_result = asyncio.get_running_loop().create_future()
+        self._claim.begin(self._process.pid)
         self._send(LoadModel(self.spec))
         self._reading = asyncio.create_task(self._read(reader), name=f"engine {self.spec.name}")
 
@@ -219,6 +227,7 @@ class EngineClient:
         await process.wait()
         if self._reading is not None:
             await asyncio.gather(self._reading, return_exceptions=True)
+        self._claim.ended()
         await asyncio.to_thread(self._remove_scratch)
 
     def kill(self, number: int = signal.SIGKILL) -> None:
@@ -288,14 +297,19 @@ class EngineClient:
                     record = LoadProgress(record.phase, self.progress.bytes_loaded, self.progress.bytes_total)
                 self.progress = record
                 self._metrics.loading(record)
+            case RoomWanted(shortage=shortage):
+                self._asking = asyncio.create_task(self._ask(shortage), name=f"room {self.spec.name}")
+            case Planned():
+                self._claim.planned(record)
             case Loaded():
+                self._claim.loaded(record.memory)
                 self.loaded = record
                 self.state = "ready"
                 self.progress = LoadProgress("ready", self.progress.bytes_total, self.progress.bytes_total)
                 self._metrics.loaded(record)
                 self._settle(record)
-            case LoadFailed(kind=kind, message=message):
-                self._settle(load_failure(kind, message))
+            case LoadFailed():
+                self._settle(load_failure(record))
             case StepReport(outputs=outputs):
                 self._moved = time.monotonic()
                 self._metrics.step(record)
@@ -305,6 +319,9 @@ class EngineClient:
                     stream = self._requests.get(output.request_id)
                     if stream is not None:  # else it was aborted a moment ago
                         stream.deliver(output)
+
+    async def _ask(self, shortage: Shortage | None) -> None:
+        self._send(await self._claim.ask(shortage))
 
     def _settle(self, result: Loaded | ServerError) -> None:
         future = self._load_result
@@ -320,6 +337,8 @@ class EngineClient:
         """The process has closed its end: finds out how it ended, and tells everyone who waits."""
         if self._writer is not None:
             self._writer.close()
+        if self._asking is not None:
+            self._asking.cancel()
         if not self._parting and not await self._gone_within(_KILL_SECONDS):
             self.kill()
             await self._gone_within(_KILL_SECONDS)
@@ -334,6 +353,7 @@ class EngineClient:
             stream.deliver(self._unavailable())
         if not self._parting:  # else the process may still run; shutdown waits for it
             await asyncio.to_thread(self._remove_scratch)
+            self._claim.ended()
         self._ended.set()
 
     def _how_it_ended(self) -> str:

@@ -15,7 +15,7 @@ from collections.abc import Callable
 from server.engine.scheduler import Scheduler
 from server.errors import RequestError
 from server.model.batch import Batch, Runner, StepError, StepResult, failure_sentence
-from server.records import Abort, Generate, LoadModel, SequenceOutput, Shutdown, StepReport, ToEngine
+from server.records import Abort, Generate, LoadModel, RoomGranted, SequenceOutput, Shutdown, StepReport, ToEngine
 
 log = logging.getLogger(__name__)
 
@@ -76,7 +76,7 @@ class EngineLoop:
                 ended = self._scheduler.abort(request_id)
                 if ended is not None:
                     self._ended(ended)
-            case LoadModel() | Shutdown():
+            case LoadModel() | RoomGranted() | Shutdown():
                 log.error("a %s record arrived in the middle of serving and was dropped", type(record).__name__)
 
     def _ended(self, output: SequenceOutput) -> None:

@@ -32,6 +32,7 @@ from server.engine.loop import EngineLoop
 from server.engine.scheduler import Scheduler
 from server.errors import ConfigError, DoesNotFitError, LoadError
 from server.records import (
+    CPU,
     KV_BLOCK_TOKENS,
     LENGTH_PREFIX_BYTES,
     SCRATCH_PREFIX,
@@ -44,7 +45,11 @@ from server.records import (
     LoadProgress,
     MemoryReport,
     ModelSpec,
+    Planned,
     Record,
+    RoomGranted,
+    RoomWanted,
+    Shortage,
     Shutdown,
     ToEngine,
     decode_to_engine,
@@ -53,6 +58,7 @@ from server.records import (
 )
 
 if TYPE_CHECKING:
+    from server.memory.plan import Plan
     from server.model.load import LoadedModel
 
 log = logging.getLogger(__name__)
@@ -93,6 +99,14 @@ class Connection:
             self._socket.sendall(encode_frame(record))
         except OSError:
             self.leave(EXIT_FINE)  # the other end is gone, which the reader is about to learn too
+
+    def ask(self, wanted: RoomWanted) -> RoomGranted:
+        """The answer; it may take as long as others load."""
+        self.send(wanted)
+        answer = self.inbox.get()
+        if not isinstance(answer, RoomGranted):
+            raise LoadError(f"the HTTP process answered a RoomWanted with a {type(answer).__name__}")
+        return answer
 
     def leave(self, code: int) -> NoReturn:
         """Ends the process from whichever thread, without the interpreter's farewell to gigabytes of tensors."""
@@ -172,7 +186,6 @@ def load_engine(spec: ModelSpec, connection: Connection) -> EngineLoop:
 
     from quant.native import set_batch_invariant
     from server.memory.ledger import measure, process_memory
-    from server.memory.plan import make_plan
     from server.model.load import check_path, load_model
     from server.model.probe import choose_runner, warm_up
 
@@ -181,7 +194,7 @@ def load_engine(spec: ModelSpec, connection: Connection) -> EngineLoop:
     set_batch_invariant(spec.batch_invariant)
     check_path(spec)
     _phase(connection, "plan")
-    plan = make_plan(spec)
+    plan = plan_in_turn(spec, connection)
     pool = BlockPool(plan.kv_tokens // KV_BLOCK_TOKENS)
     scheduler = Scheduler(
         pool,
@@ -214,6 +227,36 @@ def load_engine(spec: ModelSpec, connection: Connection) -> EngineLoop:
     return loop
 
 
+def plan_in_turn(spec: ModelSpec, connection: Connection) -> Plan:
+    """The plan, once it is this engine's turn and what others have been promised is left to them."""
+    from server.memory.ledger import process_memory
+    from server.memory.plan import make_plan
+
+    shortage: Shortage | None = None
+    while True:
+        granted = connection.ask(RoomWanted(shortage))
+        promised = {device: sum(models.values()) for device, models in granted.promised.items()}
+        try:
+            plan = make_plan(spec, promised=promised)
+        except DoesNotFitError as error:
+            if granted.more and error.shortage is not None:
+                shortage = error.shortage
+                continue
+            raise DoesNotFitError(f"{error}{_promises(granted, error.shortage)}", error.shortage) from error
+        own = process_memory().get("rss_anonymous", 0) if plan.device == CPU else 0
+        connection.send(Planned({plan.device: own + plan.peak_bytes}, {plan.device: own + plan.total_bytes}))
+        return plan
+
+
+def _promises(granted: RoomGranted, shortage: Shortage | None) -> str:
+    """What a refusal adds where memory looks free and is not."""
+    models = granted.promised.get(shortage.device, {}) if shortage is not None else {}
+    if not models:
+        return ""
+    parts = ", ".join(f"{name!r} {size:,}" for name, size in models.items())
+    return f"; what other models have been promised and have not taken yet does not count as free: {parts}"
+
+
 def explain(error: Exception, spec: ModelSpec) -> LoadFailed:
     """An error of loading as the record that the HTTP process shows: its kind, and one sentence without a traceback."""
     try:
@@ -226,7 +269,7 @@ def explain(error: Exception, spec: ModelSpec) -> LoadFailed:
         case ConfigError() | QuantConfigError():
             kind = "config"
         case DoesNotFitError():
-            kind = "does_not_fit"
+            return LoadFailed("does_not_fit", _one_line(error), error.shortage)
         case LoadError() | CheckpointError():
             kind = "checkpoint"
         case QuantError():

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Final, Literal, get_args
 
 from server.engine.client import SHUTTING_DOWN, Cut, DeathReason, EngineClient, engine_command
+from server.engine.room import Room
 from server.errors import ConfigError, EngineUnavailableError, ServerError
 from server.metrics import ModelMetrics, Watched
 from server.records import Loaded, LoadProgress, ModelSpec
@@ -76,11 +77,13 @@ class Supervisor:
         rules: Supervision | None = None,
         *,
         command: Callable[[int], list[str]] = engine_command,
+        room: Room | None = None,
     ) -> None:
         self.spec = spec
         self.rules = rules or Supervision()
         self._metrics = metrics
         self._command = command
+        self.claim = (room or Room()).claim(spec.name)
         self.client = self._next_life()
         self._state: Literal["first", "serving", "restarting", "dead", "stopping"] = "first"
         self._down = asyncio.Event()
@@ -176,6 +179,7 @@ class Supervisor:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         await self.client.shutdown(self.parting)
+        self.claim.drop()
 
     def kill(self) -> Cut:
         """Ends the engine at once and for good; says what that cuts."""
@@ -185,7 +189,7 @@ class Supervisor:
         return cut
 
     def _next_life(self) -> EngineClient:
-        return EngineClient(self.spec, self._metrics, command=self._command)
+        return EngineClient(self.spec, self._metrics, command=self._command, claim=self.claim)
 
     def _now_serving(self) -> None:
         self._become("serving")
@@ -246,6 +250,7 @@ class Supervisor:
     def _give_up(self, why: str) -> None:
         self._become("dead")
         self._given_up = True
+        self.claim.drop()
         log.error("model %r is not started again%s", self.spec.name, f": {why}" if why else "")
 
     async def _watch(self) -> None:

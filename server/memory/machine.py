@@ -40,6 +40,11 @@ def process_bytes(pid: int, proc: Path = Path("/proc")) -> ProcessBytes | None:
     return ProcessBytes(found["Pss"], found.get("Rss", 0), found.get("Anonymous", 0))
 
 
+def anonymous_bytes(pid: int, proc: Path = Path("/proc")) -> int | None:
+    """The same, of a process's memory in RAM, from a counter: cheap however large the process is."""
+    return _fields(proc / str(pid) / "status").get("RssAnon")
+
+
 def machine_available(meminfo: Path = _MEMINFO) -> int | None:
     """MemAvailable: what new work may take before the machine swaps, page cache that can be dropped included."""
     return _fields(meminfo).get("MemAvailable")

@@ -6,6 +6,7 @@ the first step of every load and behind `halfbyte plan`. It measures nothing: le
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -20,7 +21,7 @@ from quant.headers import TensorHeader, checkpoint_files, read_checkpoint_header
 from server.errors import ConfigError, DoesNotFitError
 from server.memory import machine
 from server.memory.ledger import KV_CACHE
-from server.records import KV_BLOCK_TOKENS, ModelSpec
+from server.records import KV_BLOCK_TOKENS, ModelSpec, Shortage
 
 DTYPES: Final = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 KV_SHARE: Final = 0.25
@@ -54,17 +55,23 @@ class Plan:
         return self.total_bytes + self.loading_bytes
 
 
-def make_plan(spec: ModelSpec, available_bytes: int | None = None) -> Plan:
+def make_plan(
+    spec: ModelSpec, available_bytes: int | None = None, *, promised: Mapping[str, int] | None = None
+) -> Plan:
     """The plan of one model as configured; `available_bytes` stands in for what the device has free.
+
+    `promised` are bytes by device that are free, and not for this model.
 
     Raises DoesNotFitError with the arithmetic and the nearest configurations that would fit; ConfigError for a bad
     value; the errors of `quant` for a checkpoint or a quantization config that is not accepted.
     """
     facts = _read_facts(spec)
     available = available_bytes if available_bytes is not None else free_bytes(facts.device)
+    available = max(0, available - (promised or {}).get(facts.device, 0))
     plan = _plan(spec, facts, facts.config, available)
     if plan.peak_bytes > available:
-        raise DoesNotFitError(_refusal(spec, facts, plan))
+        shortage = Shortage(plan.device, plan.peak_bytes, available)
+        raise DoesNotFitError(_refusal(spec, facts, plan), shortage)
     return plan
 
 

@@ -16,6 +16,7 @@ as ModelSpec.quantization:
     {"garbage_after_steps": N}    sends a frame that is no record
     {"litter": NAME}              leaves a file of that name in its temporary directory
     {"lives": [FILE, [SCRIPT, ...]]}  the first engine with this FILE does the first script, the next one the next, ...
+    {"plan": {"device": D, "capacity": C, "peak": P, "kept": K}}  asks for P bytes on a device that has C
     {"max_model_len": N}, {"eos": [ids]}, {"vocab_size": N}
 """
 
@@ -41,8 +42,11 @@ from server.records import (
     LoadProgress,
     MemoryReport,
     ModelInfo,
+    Planned,
     Record,
+    RoomWanted,
     SequenceOutput,
+    Shortage,
     Shutdown,
     StepReport,
     TokenLogprobs,
@@ -109,6 +113,8 @@ class Engine:
             self.script = one_of_many_lives(*self.script["lives"])
         if "litter" in self.script:
             Path(tempfile.gettempdir(), self.script["litter"]).write_bytes(b"gigabytes")
+        if "plan" in self.script:
+            self.plan(**self.script["plan"])
         self.send(LoadProgress("weights", 0, 1000))
         if "fail" in self.script:
             self.send(LoadFailed(*self.script["fail"]))
@@ -138,6 +144,20 @@ class Engine:
             process={"rss_anonymous": 6000},
         )
         self.send(Loaded(info, memory, 0.25))
+
+    def plan(self, device: str, capacity: int, peak: int, kept: int) -> None:
+        shortage = None
+        while True:
+            self.send(RoomWanted(shortage))
+            granted = self.receive()
+            available = capacity - sum(granted.promised.get(device, {}).values())
+            shortage = Shortage(device, peak, available)
+            if peak <= available:
+                break
+            if not granted.more:
+                self.send(LoadFailed("does_not_fit", f"it needs {peak} bytes, but {available} are free", shortage))
+                sys.exit(1)
+        self.send(Planned({device: peak}, {device: kept}))
 
     def serve(self) -> None:
         while True:

@@ -329,3 +329,88 @@ def test_loads_and_unloads_of_one_name_at_once(running: RunningApp, model_path: 
     assert series_of(running, "second") == []
     assert load(running, entry(model_path)).status_code == 201
     assert complete(running).status_code == 200
+
+
+def plan(peak: int, kept: int | None = None, capacity: int = 100) -> dict[str, Any]:
+    """A script that plans for a device of so many bytes, of which nobody is seen to take any."""
+    return {"plan": {"device": "test:0", "capacity": capacity, "peak": peak, "kept": peak if kept is None else kept}}
+
+
+def used(running: RunningApp, *names: str) -> None:
+    for name in names:
+        assert complete(running, model=name).status_code == 200
+
+
+def test_what_does_not_fit_is_507_with_the_numbers(serve_scripts: ServeScript, model_path: Path) -> None:
+    with serve_scripts({"first": plan(70, 60)}, **SETTINGS) as running:
+        refused = load(running, entry(model_path, **plan(50)))
+        assert refused.status_code == 507
+        assert refused.json()["error"] == {
+            "message": "it needs 50 bytes, but 40 are free",
+            "type": "insufficient_memory_error",
+            "param": None,
+            "code": "does_not_fit",
+            "device": "test:0",
+            "needed_bytes": 50,
+            "available_bytes": 40,
+        }
+        assert load(running, entry(model_path, **plan(40))).status_code == 201
+        assert served(running) == {"first": "ready", "second": "ready"}
+        unload(running, "first")
+        assert load(running, entry(model_path, "third", **plan(60))).status_code == 201, "its promise went with it"
+        assert load(running, entry(model_path, "fourth", **plan(1))).status_code == 507
+
+
+def test_a_model_that_starts_again_keeps_its_room(serve_scripts: ServeScript, model_path: Path) -> None:
+    with serve_scripts({"first": plan(60)}, restart_pause_seconds=1.5, **SETTINGS) as running:
+        model = running.service.models["first"]
+        model.client.kill()
+        wait_for(lambda: model.state == "restarting")
+        assert load(running, entry(model_path, **plan(41))).status_code == 507
+        wait_for(lambda: model.state == "ready")
+        used(running, "first")
+
+
+def test_at_the_start_the_models_share_what_there_is(serve_scripts: ServeScript) -> None:
+    """In the order of the file, and none is evicted for another."""
+    scripts = {"first": plan(60), "second": plan(41), "third": plan(10)}
+    with serve_scripts(scripts, wait=False, evict_idle=True) as running:
+        wait_for(lambda: running.failures)
+        assert [str(error) for error in running.failures] == ["it needs 41 bytes, but 40 are free"]
+        assert running.failures[0].exit_code == 3
+
+
+def test_loads_at_once_are_not_promised_the_same_bytes(serve_scripts: ServeScript, model_path: Path) -> None:
+    with serve_scripts({"first": plan(1)}, **SETTINGS) as running, ThreadPoolExecutor(8) as pool:
+        bodies = [entry(model_path, f"m{number}", **plan(30)) for number in range(6)]
+        statuses = sorted(answer.status_code for answer in pool.map(lambda body: load(running, body), bodies))
+        assert statuses == [201, 201, 201, 507, 507, 507]
+        assert len(served(running)) == 4
+
+
+def test_idle_models_are_evicted_as_many_as_needed(serve_scripts: ServeScript, model_path: Path) -> None:
+    scripts = {name: plan(20) | {"step_seconds": 0.01, "max_model_len": 100_000} for name in ("a", "b", "c", "d")}
+    with serve_scripts(scripts, evict_idle=True, **SETTINGS) as running:
+        used(running, "c", "a", "b", "d")
+        with in_background(complete, running, model="c", max_tokens=90_000, timeout=20) as busy:
+            wait_for(lambda: running.service.models["c"].client.open_work.tokens)
+            answer = load(running, entry(model_path, **plan(55)))
+            assert answer.status_code == 201, answer.text
+            evicted = answer.json()["evicted"]
+            assert [one["name"] for one in evicted] == ["a", "b"], "c is oldest, and has a request"
+            assert all(one["process"]["anonymous"] > 2**20 for one in evicted)
+            assert served(running) == {"c": "ready", "d": "ready", "second": "ready"}
+            assert series_of(running, "a") == []
+            refused = load(running, entry(model_path, "third", **plan(85)))
+            assert refused.status_code == 507
+            assert served(running) == {"c": "ready", "d": "ready", "second": "ready"}, "in vain none is evicted"
+            running.call(lambda: running.service.models["c"].client.end_requests("enough"))
+            assert busy.result().status_code == 503
+        assert load(running, entry(model_path, "third", **plan(85))).json()["evicted"] != []
+        assert set(served(running)) <= {"d", "third"}
+
+
+def test_without_the_setting_nothing_is_evicted(serve_scripts: ServeScript, model_path: Path) -> None:
+    with serve_scripts({"first": plan(60)}, **SETTINGS) as running:
+        assert load(running, entry(model_path, **plan(41))).status_code == 507
+        assert served(running) == {"first": "ready"}

@@ -13,7 +13,7 @@ from rich.console import Console
 from quant.errors import CheckpointError, QuantConfigError
 from server.errors import ConfigError, DoesNotFitError
 from server.memory import ledger, plan, table
-from server.records import ModelSpec
+from server.records import ModelSpec, Shortage
 from tests.tiny_models import save_tiny
 
 GIB = 2**30
@@ -47,6 +47,18 @@ def test_what_does_not_fit_says_what_would(path: str) -> None:
         plan.make_plan(ModelSpec("m", path, kv_cache_tokens=512), whole.peak_bytes - 1)
     assert f"{whole.peak_bytes:,}" in str(caught.value)
     assert f"{whole.peak_bytes - 1:,}" in str(caught.value)
+
+
+def test_what_is_promised_to_others_is_not_free(path: str) -> None:
+    spec = ModelSpec("m", path, kv_cache_tokens=512)
+    whole = plan.make_plan(spec, GIB)
+    assert plan.make_plan(spec, GIB, promised={"cpu": GIB - whole.peak_bytes, "cuda:0": GIB}).components
+    with pytest.raises(DoesNotFitError) as caught:
+        plan.make_plan(spec, GIB, promised={"cpu": GIB - whole.peak_bytes + 1})
+    assert caught.value.shortage == Shortage("cpu", whole.peak_bytes, whole.peak_bytes - 1)
+    with pytest.raises(DoesNotFitError) as none:
+        plan.make_plan(spec, promised={"cpu": 2**60})
+    assert none.value.shortage == Shortage("cpu", whole.peak_bytes, 0)
 
 
 def test_a_format_is_offered_where_a_shorter_context_is_not_enough(path: str) -> None:

@@ -22,6 +22,7 @@ import transformers
 from quant.errors import QuantError
 from server.engine.process import Connection, explain, load_engine
 from server.errors import ServerError
+from server.memory.machine import anonymous_bytes
 from server.records import (
     KV_BLOCK_TOKENS,
     LENGTH_PREFIX_BYTES,
@@ -33,7 +34,10 @@ from server.records import (
     LoadModel,
     LoadProgress,
     ModelSpec,
+    Planned,
     Record,
+    RoomGranted,
+    RoomWanted,
     SamplingParams,
     SequenceOutput,
     Shutdown,
@@ -45,6 +49,7 @@ from server.records import (
 from tests.tiny_models import VOCABULARY, save_tiny
 
 SECONDS = 120
+NOTHING_PROMISED = RoomGranted({}, more=False)
 
 
 class Engine:
@@ -81,8 +86,11 @@ class Engine:
     def load(self, spec: ModelSpec) -> tuple[Loaded | LoadFailed, list[LoadProgress]]:
         self.send(LoadModel(spec))
         progress: list[LoadProgress] = []
-        while isinstance(record := self.receive(), LoadProgress):
-            progress.append(record)
+        while isinstance(record := self.receive(), LoadProgress | RoomWanted | Planned):
+            if isinstance(record, LoadProgress):
+                progress.append(record)
+            elif isinstance(record, RoomWanted):
+                self.send(NOTHING_PROMISED)
         assert isinstance(record, Loaded | LoadFailed)
         return record, progress
 
@@ -190,12 +198,47 @@ def test_a_prompt_is_found_again_where_that_is_on(
     assert next(engine.outputs()).finish_reason == "timeout"
 
 
+def test_what_is_promised_to_others_is_left_to_them(engine: Engine, llama: Path) -> None:
+    engine.send(LoadModel(spec(llama)))
+    while not isinstance(record := engine.receive(), RoomWanted):
+        assert isinstance(record, LoadProgress)
+    assert record.shortage is None
+    engine.send(RoomGranted({"cpu": {"a": 2**59, "b": 2**59}, "cuda:0": {"c": 5}}, more=True))
+    again = engine.receive()
+    assert isinstance(again, RoomWanted)
+    assert again.shortage is not None
+    assert (again.shortage.device, again.shortage.available) == ("cpu", 0)
+    engine.send(RoomGranted({"cpu": {"a": 2**60}}, more=False))
+    failed = engine.receive()
+    assert isinstance(failed, LoadFailed), failed
+    assert failed.kind == "does_not_fit"
+    assert failed.shortage == again.shortage
+    assert failed.message.endswith(f"have not taken yet does not count as free: 'a' {2**60:,}")
+    assert engine.wait() == 1
+
+
+def test_the_process_takes_no_more_than_it_was_promised(engine: Engine, llama: Path) -> None:
+    engine.send(LoadModel(spec(llama, kv_cache_tokens=2**16)))
+    planned: Planned | None = None
+    while not isinstance(record := engine.receive(), Loaded):
+        if isinstance(record, RoomWanted):
+            engine.send(NOTHING_PROMISED)
+        elif isinstance(record, Planned):
+            planned = record
+    assert planned is not None
+    assert planned.kept["cpu"] <= planned.peak["cpu"]
+    held = anonymous_bytes(engine.process.pid)
+    assert held is not None
+    # The interpreter imports and compiles a little more while it loads; the cache alone is 128 MiB.
+    assert abs(held - planned.kept["cpu"]) < sum(record.memory.planned.values()) / 2
+
+
 @pytest.mark.parametrize("quantization", ["nf4-dq", "int8"])
 def test_quantized_the_plan_is_what_is_measured(llama: Path, quantization: str) -> None:
     changes = {"quantization": quantization, "kv_cache_tokens": None, "max_sequences": 3, "max_model_len": 37}
     ours, theirs = socket.socketpair()
     with ours, theirs:
-        load_engine(spec(llama, threads=None, **changes), Connection(theirs))
+        load_engine(spec(llama, threads=None, **changes), granted(theirs))
         *_, loaded = records_in(ours)
     assert isinstance(loaded, Loaded)
     assert loaded.memory.planned == loaded.memory.measured
@@ -206,6 +249,13 @@ def test_quantized_the_plan_is_what_is_measured(llama: Path, quantization: str) 
     tokens = -(-3 * 37 // KV_BLOCK_TOKENS) * KV_BLOCK_TOKENS
     assert loaded.memory.measured["kv_cache"] == tokens * 2 * 2 * 2 * 32 * 4
     assert loaded.info.quantization["load_in_8bit"] == (quantization == "int8")
+
+
+def granted(end: socket.socket) -> Connection:
+    """A connection whose other side has answered already."""
+    connection = Connection(end)
+    connection.inbox.put(NOTHING_PROMISED)
+    return connection
 
 
 def records_in(end: socket.socket) -> list[FromEngine]:
@@ -337,7 +387,7 @@ def test_what_does_not_load_becomes_one_sentence(
     path = damaged(llama, tmp_path / "model", damage)
     ours, theirs = socket.socketpair()
     with ours, theirs, pytest.raises((ServerError, QuantError)) as raised:
-        load_engine(spec(path, **changes), Connection(theirs))
+        load_engine(spec(path, **changes), granted(theirs))
     failed = explain(raised.value, spec(path))
     assert failed.kind == kind, failed
     assert words in failed.message

@@ -313,7 +313,7 @@ def test_retry_after_is_the_pause_that_is_left_and_the_time_that_loading_took() 
         async with supervised(rules, load_seconds=2.0) as supervisor:
             assert supervisor.client.process_id is not None
             os.kill(supervisor.client.process_id, signal.SIGKILL)
-            await until(lambda: supervisor.state == "restarting")
+            await until(lambda: supervisor._state == "restarting")  # `state` says so before the pause has begun
             after = supervisor.retry_after()
             assert after is not None
             assert 50 < after <= 50 + supervisor._load_seconds + 1  # type: ignore[operator]
