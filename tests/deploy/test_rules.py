@@ -77,6 +77,16 @@ def test_the_unit_tests_notice_an_alert_that_never_fires(alert: Rule, tmp_path: 
     assert alert.name in result.stdout + result.stderr
 
 
+def test_the_docs_list_the_alerts() -> None:
+    page = (PROMETHEUS.parent.parent / "docs" / "dashboards.md").read_text()
+    found = dict(re.findall(r"^\| `(Halfbyte\w+)` \| (\w+) \|", page, re.MULTILINE))
+    severities = {}
+    for path in RULES:
+        for group in yaml.safe_load(path.read_text())["groups"]:
+            severities |= {rule["alert"]: rule["labels"]["severity"] for rule in group["rules"] if "alert" in rule}
+    assert found == severities
+
+
 @pytest.mark.parametrize("rule", rules(), ids=lambda rule: rule.name)
 def test_every_name_exists(rule: Rule) -> None:
     known = exposed_names() | {record.name for record in RECORDS}
