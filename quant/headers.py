@@ -54,6 +54,8 @@ class TensorHeader:
     shape: tuple[int, ...]
     nbytes: int
     file: Path
+    offset: int
+    """Of its first byte in the file."""
 
 
 def read_checkpoint_headers(directory: Path) -> dict[str, TensorHeader]:
@@ -133,7 +135,7 @@ def _read_file(file: Path) -> Iterator[TensorHeader]:
     for name, entry in content.items():
         if name == "__metadata__":
             continue
-        begin, end, header = _entry(file, name, entry)
+        begin, end, header = _entry(file, name, entry, 8 + length)
         if end > data_bytes:
             raise CheckpointError(
                 f"{file} is truncated: tensor {name!r} ends at byte {end} of the data, but the file holds {data_bytes}"
@@ -146,7 +148,7 @@ def _read_file(file: Path) -> Iterator[TensorHeader]:
         raise CheckpointError(f"{file} holds {data_bytes} bytes of data, but its tensors end at byte {end_of_data}")
 
 
-def _entry(file: Path, name: str, entry: Any) -> tuple[int, int, TensorHeader]:
+def _entry(file: Path, name: str, entry: Any, data: int) -> tuple[int, int, TensorHeader]:
     try:
         dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
         begin, end = offsets
@@ -167,4 +169,4 @@ def _entry(file: Path, name: str, entry: Any) -> tuple[int, int, TensorHeader]:
         raise CheckpointError(
             f"{file}: tensor {name!r} ({dtype}, shape {shape}) needs {nbytes} bytes, but its offsets span {end - begin}"
         )
-    return begin, end, TensorHeader(name, dtype, tuple(shape), nbytes, file)
+    return begin, end, TensorHeader(name, dtype, tuple(shape), nbytes, file, data + begin)

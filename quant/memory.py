@@ -9,7 +9,8 @@ needs are not here but in server/memory.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -25,6 +26,7 @@ from quant.formats import NESTED_BLOCKSIZE
 from quant.headers import TensorHeader, plain_name, read_checkpoint_headers
 from quant.offload import is_offloaded
 from quant.packed import PackedModule
+from quant.tied import untie_what_differs
 
 if TYPE_CHECKING:
     from torch import nn
@@ -59,14 +61,16 @@ def read_config(directory: Path) -> transformers.PretrainedConfig:
 
 
 def meta_model(config: transformers.PretrainedConfig, dtype: torch.dtype) -> transformers.PreTrainedModel:
-    """The causal language model of a config on the meta device: every shape and dtype, no byte of weights."""
+    """The language model of a config on the meta device: every shape and dtype, no byte of weights."""
+    is_encoder_decoder = getattr(config, "is_encoder_decoder", False)
+    builder = transformers.AutoModelForSeq2SeqLM if is_encoder_decoder else transformers.AutoModelForCausalLM
     try:
         with torch.device("meta"):
-            model: transformers.PreTrainedModel = transformers.AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
-                config, dtype=dtype, trust_remote_code=False
-            )
+            model: transformers.PreTrainedModel = builder.from_config(config, dtype=dtype, trust_remote_code=False)  # type: ignore[no-untyped-call]
     except ValueError as error:
-        raise CheckpointError(f"architecture {config.model_type!r} is not a causal language model: {error}") from error
+        raise CheckpointError(
+            f"architecture {config.model_type!r} is neither a causal language model nor an encoder-decoder: {error}"
+        ) from error
     return model
 
 
@@ -79,8 +83,9 @@ def predict_weights(
     `dtype` is that of everything else. Tied tensors count once. What `device_map` (a dictionary; a name like "auto" is
     not worked out) offloads takes nothing: its weights are brought for each forward pass.
     """
-    model = meta_model(read_config(directory), dtype)
-    return predict_meta(model, config, dtype, read_checkpoint_headers(directory), device_map)
+    model, headers = meta_model(read_config(directory), dtype), read_checkpoint_headers(directory)
+    untie_what_differs(model, headers)
+    return predict_meta(model, config, dtype, headers, device_map)
 
 
 def predict_meta(
@@ -91,9 +96,49 @@ def predict_meta(
     device_map: object = None,
 ) -> Counter[str]:
     """The same for a model on the meta device; layers whose statistics are in `headers` are quantized in the file."""
+    lies_away = is_offloaded(device_map)
+    return by_component(
+        portion
+        for portion in predict_tensors(model, config, dtype, headers, device_map)
+        if portion.is_buffer or not lies_away(portion.name)
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Portion:
+    """What one tensor of the model becomes in memory."""
+
+    name: str
+    """As the model calls it; a tied one by its first name."""
+    component_bytes: Mapping[str, int]
+    arriving_bytes: int
+    """Before it is quantized: in the model's dtype, or as it is packed in a file already."""
+    is_buffer: bool
+
+    @property
+    def nbytes(self) -> int:
+        return sum(self.component_bytes.values())
+
+
+def by_component(portions: Iterable[Portion]) -> Counter[str]:
+    """Their bytes by component, in the order in which tables show them."""
+    bytes_of: Counter[str] = Counter()
+    for portion in portions:
+        bytes_of.update(portion.component_bytes)
+    return _ordered(bytes_of)
+
+
+def predict_tensors(
+    model: transformers.PreTrainedModel,
+    config: BitsAndBytesConfig | None,
+    dtype: torch.dtype,
+    headers: Mapping[str, TensorHeader] | None = None,
+    device_map: object = None,
+) -> Iterator[Portion]:
+    """Every parameter and buffer of a model on the meta device, tied ones once, wherever `device_map` puts them."""
     headers = {plain_name(name): header for name, header in (headers or {}).items()}
     kinds = modules_to_quantize(model, config, device_map) if config is not None else {}
-    lies_away = is_offloaded(device_map)
+    is_widened = is_offloaded(device_map if config is not None and config.llm_int8_enable_fp32_cpu_offload else None)
     experts = find_experts(model) if config is not None else {}
     if any(name.endswith((".weight.absmax", ".SCB")) for name in headers) and not are_packed_in(headers):
         experts = {}  # a packed file that holds its experts unquantized
@@ -101,28 +146,29 @@ def predict_meta(
     first_of = {name: first for first, members in groups.items() for name in members}
     stacks = {f"{name}.{projection.leaf}": projection for name in experts for projection in experts[name]}
     plan = model._get_dtype_plan(dtype)
-    bytes_of: Counter[str] = Counter()
     for name, tensor in _distinct_tensors(model):
         module, _, leaf = name.rpartition(".")
         module = first_of.get(module, module)  # a tied tensor is found under any of its names
         if module in kinds and leaf == "embed_scale":
             continue  # a packed embedding holds its scale as a number
-        if lies_away(name) and isinstance(tensor, torch.nn.Parameter):
-            continue
-        if config is not None and name in stacks and module in kinds:
-            bytes_of.update(_bytes_of_stack(stacks[name], config.for_module(module) or config))
-            continue
         own = config.for_module(module) if config is not None and leaf == "weight" and module in kinds else None
-        if own is None:
+        arriving = tensor.nbytes
+        if config is not None and name in stacks and module in kinds:
+            found = _bytes_of_stack(stacks[name], config.for_module(module) or config)
+        elif own is None:
+            is_parameter = isinstance(tensor, torch.nn.Parameter)
             kept = _kept_dtype(name, tensor, plan)
-            bytes_of[unquantized(kept)] += tensor.numel() * kept.itemsize
+            if is_parameter and kept in (torch.float16, torch.bfloat16) and is_widened(name):
+                kept = torch.float32
+            found = {unquantized(kept): tensor.numel() * kept.itemsize}
         elif _is_prequantized(headers, module):
-            bytes_of.update(_bytes_in_file(headers, module))
+            found = _bytes_in_file(headers, module)
+            arriving = sum(found.values())
         elif kinds[module] == "4bit":
-            bytes_of.update(_bytes_of_4bit(tensor.numel(), own))
+            found = _bytes_of_4bit(tensor.numel(), own)
         else:
-            bytes_of.update(_bytes_of_8bit(tensor.shape, own, transposed=_is_transposed(model, module)))
-    return _ordered(bytes_of)
+            found = _bytes_of_8bit(tensor.shape, own, transposed=_is_transposed(model, module))
+        yield Portion(name, found, arriving, is_buffer=not isinstance(tensor, torch.nn.Parameter))
 
 
 def measure_weights(model: nn.Module) -> Counter[str]:

@@ -28,15 +28,39 @@ def offloaded_modules(device_map: object) -> list[str]:
 def is_offloaded(device_map: object) -> Callable[[str], bool]:
     """Whether a module or tensor of this name lies beside the main device: the map's longest matching entry decides."""
     away = set(offloaded_modules(device_map))
-    if not away or not isinstance(device_map, Mapping):
+    if not away:
         return lambda name: False
-    entries = sorted(device_map, key=len, reverse=True)
+    entry_of = _entries(device_map)
+    return lambda name: entry_of(name) in away
 
-    def lies_away(name: str) -> bool:
-        found = next((entry for entry in entries if entry == "" or f"{name}.".startswith(f"{entry}.")), None)
-        return found in away
 
-    return lies_away
+def device_of(device_map: object, main: str) -> Callable[[str], str]:
+    """Where a module or tensor of this name lies, as torch spells it ("cpu", "cuda:1") or "disk".
+
+    `main` is where everything lies without a map, and what the map does not name.
+    """
+    if not isinstance(device_map, Mapping):
+        return lambda name: main
+    entry_of = _entries(device_map)
+    places = {entry: spelled(device) for entry, device in device_map.items()}
+
+    def place(name: str) -> str:
+        entry = entry_of(name)
+        return main if entry is None else places[entry]
+
+    return place
+
+
+def spelled(device: object) -> str:
+    """A device of a map as torch spells it: 1 and "cuda" are "cuda:1" and "cuda:0"."""
+    place = f"cuda:{device}" if isinstance(device, int) else _place(device)
+    return "cuda:0" if place == "cuda" else place
+
+
+def _entries(device_map: object) -> Callable[[str], str | None]:
+    """The entry of a map that decides for a name; None where there is none."""
+    entries = sorted(device_map, key=len, reverse=True) if isinstance(device_map, Mapping) else []
+    return lambda name: next((entry for entry in entries if entry == "" or f"{name}.".startswith(f"{entry}.")), None)
 
 
 def keep_in_float32(model: nn.Module, device_map: object, is_float32: Callable[[str], bool]) -> None:

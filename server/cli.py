@@ -30,7 +30,7 @@ from server.config import (
     ServerSettings,
     load_config,
 )
-from server.errors import ConfigError, LoadError, ServerError
+from server.errors import ConfigError, DoesNotFitError, LoadError, ServerError
 
 if TYPE_CHECKING:
     from quant.convert import Result
@@ -106,10 +106,12 @@ def _plan(
         plans = [make_plan(spec) for spec in config.specs()]
     if as_json:
         typer.echo(plan_json(plans))
-        return
-    console = Console()
-    for plan in plans:
-        print_plan(plan, console)
+    else:
+        console = Console()
+        for plan in plans:
+            print_plan(plan, console)
+    if not all(plan.fits for plan in plans):
+        raise typer.Exit(DoesNotFitError.exit_code)
 
 
 @contextmanager

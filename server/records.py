@@ -25,6 +25,8 @@ KV_BLOCK_TOKENS: Final = 16
 """Tokens in one block of the KV cache: the plan counts whole blocks, the engine hands them out."""
 CPU: Final = "cpu"
 """What the machine's own memory is called among the devices."""
+DISK: Final = "disk"
+"""Where a device map may put what is brought for each forward pass."""
 MAX_TIMEOUT_SECONDS: Final = 86400.0
 """The longest time that a request may be given, or ask for."""
 MAX_TOP_LOGPROBS: Final = 20
@@ -226,6 +228,87 @@ class GroupQuality(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Root of squared error over squared weights."""
     outlier_share: float
     """Part of the weights that are outliers of their matrix, 0 to 1."""
+
+
+class DevicePlan(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What a model will need of one device ("cpu", "cuda:0", "disk"), in bytes."""
+
+    device: str
+    components: dict[str, int]
+    """While it serves at its configured limits; the names are those of server/memory/components.py."""
+    loading_bytes: int
+    """Held at most beside weights and runtime while loading, and given back before the cache is allocated."""
+    peak_bytes: int
+    """The larger of the two: loading, and serving at the limits."""
+    available_bytes: int
+    """What is free for the model. What the planning process itself holds counts as free: an engine's runtime context,
+    which is among the components, takes its place."""
+
+    @property
+    def total_bytes(self) -> int:
+        return sum(self.components.values())
+
+    @property
+    def fits(self) -> bool:
+        return self.peak_bytes <= self.available_bytes
+
+
+class Alternative(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A configuration near the planned one that fits."""
+
+    changes: dict[str, Any]
+    """Keys of models.yaml and their values."""
+    peak_bytes: int
+    """On the main device."""
+
+
+class Plan(Record, frozen=True):
+    """What one model will need, before anything is loaded."""
+
+    model: str
+    architecture: str
+    parameters: int
+    """Numbers in the weights, tied ones once."""
+    quantization: str
+    dtype: str
+    devices: tuple[DevicePlan, ...]
+    """The main device first: the one that computes."""
+    checkpoint_bytes: int
+    """Of its files; 0 where there is only a config.json."""
+    max_model_len: int
+    max_sequences: int
+    max_batch_tokens: int
+    kv_tokens: int
+    kv_bytes_per_token: int
+    """Over all layers and devices."""
+    longest_context: int
+    """Tokens of the longest sequence that fits beside all but the cache, up to the model's own limit; 0: none."""
+    most_sequences: int
+    """Sequences of max_model_len tokens that fit in the same room at once."""
+    nearest: tuple[Alternative, ...] = ()
+    """Where it does not fit: the nearest configurations that would."""
+
+    @property
+    def fits(self) -> bool:
+        return all(device.fits for device in self.devices)
+
+    @property
+    def device(self) -> str:
+        return self.devices[0].device
+
+    @property
+    def components(self) -> dict[str, int]:
+        """Those of the main device."""
+        return self.devices[0].components
+
+    def document(self) -> dict[str, Any]:
+        """As JSON shows it: its fields, and what follows from them."""
+        devices = [
+            msgspec.to_builtins(device) | {"total_bytes": device.total_bytes, "fits": device.fits}
+            for device in self.devices
+        ]
+        fields = {name: getattr(self, name) for name in self.__struct_fields__}
+        return fields | {"devices": devices, "nearest": msgspec.to_builtins(self.nearest), "fits": self.fits}
 
 
 class Loaded(Record, frozen=True):

@@ -22,6 +22,7 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, NoReturn
 
@@ -33,9 +34,11 @@ from server.engine.scheduler import Scheduler
 from server.errors import ConfigError, DoesNotFitError, LoadError
 from server.records import (
     CPU,
+    DISK,
     KV_BLOCK_TOKENS,
     LENGTH_PREFIX_BYTES,
     SCRATCH_PREFIX,
+    DevicePlan,
     FailureKind,
     GroupQuality,
     Loaded,
@@ -45,6 +48,7 @@ from server.records import (
     LoadProgress,
     MemoryReport,
     ModelSpec,
+    Plan,
     Planned,
     Record,
     RoomGranted,
@@ -58,7 +62,6 @@ from server.records import (
 )
 
 if TYPE_CHECKING:
-    from server.memory.plan import Plan
     from server.model.load import LoadedModel
 
 log = logging.getLogger(__name__)
@@ -185,6 +188,7 @@ def load_engine(spec: ModelSpec, connection: Connection) -> EngineLoop:
     import torch  # here, because it takes a second or more, in which end-of-file must already be heard
 
     from quant.native import set_batch_invariant
+    from server.memory.components import exact
     from server.memory.ledger import measure, process_memory
     from server.model.load import check_path, load_model
     from server.model.probe import choose_runner, warm_up
@@ -211,7 +215,7 @@ def load_engine(spec: ModelSpec, connection: Connection) -> EngineLoop:
     loop = EngineLoop(scheduler, runner, connection.inbox, connection.send, vocab_size=loaded.vocab_size)
     memory = MemoryReport(
         device=loaded.device,
-        planned=plan.components,
+        planned=exact(plan.components),
         measured=measure(loaded.model, runner.kv_tensors),
         process=process_memory(),
         device_capacity=torch.cuda.mem_get_info(loaded.device)[1] if loaded.device != "cpu" else 0,
@@ -229,23 +233,40 @@ def load_engine(spec: ModelSpec, connection: Connection) -> EngineLoop:
 
 def plan_in_turn(spec: ModelSpec, connection: Connection) -> Plan:
     """The plan, once it is this engine's turn and what others have been promised is left to them."""
+    from server.memory.components import RUNTIME_CONTEXT
     from server.memory.ledger import process_memory
-    from server.memory.plan import make_plan
+    from server.memory.plan import make_plan, require_fit
 
+    runtime: int | None = None
     shortage: Shortage | None = None
     while True:
         granted = connection.ask(RoomWanted(shortage))
         promised = {device: sum(models.values()) for device, models in granted.promised.items()}
+        plan = make_plan(spec, promised=promised, runtime_bytes=runtime)
+        runtime = next(device.components[RUNTIME_CONTEXT] for device in plan.devices if device.device == CPU)
         try:
-            plan = make_plan(spec, promised=promised)
+            require_fit(plan)
         except DoesNotFitError as error:
             if granted.more and error.shortage is not None:
                 shortage = error.shortage
                 continue
             raise DoesNotFitError(f"{error}{_promises(granted, error.shortage)}", error.shortage) from error
-        own = process_memory().get("rss_anonymous", 0) if plan.device == CPU else 0
-        connection.send(Planned({plan.device: own + plan.peak_bytes}, {plan.device: own + plan.total_bytes}))
+        held = {CPU: process_memory().get("rss_anonymous", 0)}
+        devices = [device for device in plan.devices if device.device != DISK]
+        connection.send(
+            Planned(
+                {device.device: _taken(device.peak_bytes, device, held) for device in devices},
+                {device.device: _taken(device.total_bytes, device, held) for device in devices},
+            )
+        )
         return plan
+
+
+def _taken(size: int, device: DevicePlan, held: Mapping[str, int]) -> int:
+    """What of a device will be in use: as planned, with what the process holds now in the place of its runtime."""
+    from server.memory.components import RUNTIME_CONTEXT
+
+    return size - device.components.get(RUNTIME_CONTEXT, 0) + held.get(device.device, 0)
 
 
 def _promises(granted: RoomGranted, shortage: Shortage | None) -> str:

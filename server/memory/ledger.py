@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING, Final
 import torch
 
 from quant.memory import measure_weights
+from server.memory.components import KV_CACHE
 
 if TYPE_CHECKING:
     from torch import nn
 
-KV_CACHE: Final = "kv_cache"
 _KIB: Final = 1024
 _STATUS: Final = {
     "RssAnon": "rss_anonymous",

@@ -26,7 +26,7 @@ from quant.headers import ADAPTED, read_checkpoint_headers
 from quant.memory import read_config
 from quant.quality import GroupReport, measured
 from server.errors import ConfigError, LoadError
-from server.memory.plan import effective_quantization, model_dtype, resolve_device
+from server.memory.facts import effective_quantization, model_dtype, resolve_device
 from server.model.mapped import let_go
 from server.records import Batching, ModelInfo, ModelSpec
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 
 import quant
 from quant import memory
@@ -100,6 +101,24 @@ def test_tied_embeddings_count_once(tmp_path: Path, tied: bool) -> None:
     model = load(path, None, torch.float32)
     assert predicted == memory.measure_weights(model)
     assert sum(predicted.values()) == sum(t.nbytes for t in {id(t): t for t in all_tensors(model)}.values())
+
+
+@pytest.mark.parametrize("quantization", [None, "nf4"])
+@pytest.mark.parametrize("changed", [0.0, 1.0])
+def test_tables_that_files_hold_twice_count_twice(tmp_path: Path, changed: float, quantization: str | None) -> None:
+    """The config ties them, the files do not: transformers loads both, unless they are the same."""
+    path = save_tiny("llama", tmp_path, tie_word_embeddings=True)
+    tensors = load_file(path / "model.safetensors")
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"] + changed
+    save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
+    config = None if quantization is None else from_spec(quantization)
+    predicted = memory.predict_weights(path, config, torch.float32)
+    assert predicted == memory.measure_weights(load(path, config, torch.float32))
+    tied = memory.predict_weights(
+        save_tiny("llama", tmp_path / "tied", tie_word_embeddings=True), config, torch.float32
+    )
+    table = tensors["lm_head.weight"].nbytes
+    assert sum(predicted.values()) == sum(tied.values()) + (table if changed else 0)
 
 
 def all_tensors(model: torch.nn.Module) -> list[torch.Tensor]:

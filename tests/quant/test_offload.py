@@ -20,6 +20,7 @@ from torch import nn
 from quant import BitsAndBytesConfig, memory
 from quant.linear import PackedLinear
 from quant.offload import is_offloaded, keep_in_float32
+from server.memory.components import exact
 from server.memory.plan import make_plan
 from server.records import ModelSpec
 from tests.tiny_models import auto_class, save_tiny, tiny_config, tiny_inputs
@@ -200,8 +201,14 @@ def test_memory_is_predicted_to_the_byte(
         device_map=MAPS[architecture],
         quantization=fields,
     )
-    plan = make_plan(spec).components
-    assert {name: size for name, size in plan.items() if name != "kv_cache"} == dict(predicted)
+    plan = make_plan(spec)
+    of_weights = exact(plan.components)
+    del of_weights["kv_cache"]
+    assert of_weights == dict(predicted)
+    (disk,) = (device for device in plan.devices if device.device == "disk")
+    brought = [value for name, value in loaded_weights(model).items() if model.get_parameter(name).is_meta]
+    assert disk.total_bytes == sum(value.nbytes for value in brought) > 0
+    assert disk.available_bytes > 0
 
 
 def test_maps_with_an_accelerator_are_planned(tmp_path: Path) -> None:

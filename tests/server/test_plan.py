@@ -1,11 +1,13 @@
-"""The plan: arithmetic, limits, refusals with the numbers, and the two ways it is shown."""
+"""The plan: arithmetic, limits, devices, what would fit instead, and the two ways it is shown."""
 
 from __future__ import annotations
 
 import json
 import mmap
 from pathlib import Path
+from typing import Any
 
+import msgspec
 import pytest
 import torch
 from rich.console import Console
@@ -13,10 +15,16 @@ from rich.console import Console
 from quant.errors import CheckpointError, QuantConfigError
 from server.errors import ConfigError, DoesNotFitError
 from server.memory import ledger, plan, table
-from server.records import ModelSpec, Shortage
+from server.memory.activations import activation_bytes
+from server.memory.components import exact
+from server.memory.facts import read_facts
+from server.memory.nearest import SMALLEST_CONTEXT, SMALLEST_STEP, in_words
+from server.records import Alternative, ModelSpec, Plan, Shortage
 from tests.tiny_models import save_tiny
 
 GIB = 2**30
+KV_PER_TOKEN = 512
+"""Of the tiny Llama: two layers, two key-value heads of 32, keys and values, two bytes each."""
 
 
 @pytest.fixture(scope="module")
@@ -24,49 +32,150 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(save_tiny("llama", tmp_path_factory.mktemp("llama"), dtype=torch.bfloat16))
 
 
+def planned(path: str, available: int = GIB, **fields: Any) -> Plan:
+    """A plan whose process takes nothing, so that its figures are the same in each run."""
+    return plan.make_plan(ModelSpec("m", path, **fields), available, runtime_bytes=0)
+
+
+def configured(path: str, alternative: Alternative, **fields: Any) -> dict[str, Any]:
+    """The fields of a spec with an alternative's changes."""
+    changes = dict(alternative.changes)
+    if "kv_cache" in changes:
+        changes["kv_cache_tokens"] = changes.pop("kv_cache")["tokens"]
+    return fields | changes
+
+
 def test_kv_cache_arithmetic(path: str) -> None:
-    """Two layers, two key-value heads of 32, keys and values, two bytes each: 512 bytes a token."""
-    made = plan.make_plan(ModelSpec("m", path, max_model_len=100, kv_cache_tokens=300), GIB)
-    assert made.kv_bytes_per_token == 2 * 2 * 2 * 32 * 2
-    assert made.components["kv_cache"] == 304 * 512  # whole blocks of 16 tokens
+    made = planned(path, max_model_len=100, kv_cache_tokens=300)
+    assert made.kv_bytes_per_token == 2 * 2 * 2 * 32 * 2 == KV_PER_TOKEN
+    assert made.components["kv_cache"] == 304 * KV_PER_TOKEN  # whole blocks of 16 tokens
     assert made.max_model_len == 100
-    assert made.total_bytes == sum(made.components.values())
+    (device,) = made.devices
+    assert device.total_bytes == sum(made.components.values()) == device.peak_bytes
+
+
+def test_the_runtime_is_a_component_of_the_cpu(path: str) -> None:
+    without = planned(path, kv_cache_tokens=512)
+    having = plan.make_plan(ModelSpec("m", path, kv_cache_tokens=512), GIB, runtime_bytes=12345)
+    assert having.components["runtime_context"] == 12345
+    assert having.devices[0].total_bytes == without.devices[0].total_bytes + 12345
+    measured = plan.make_plan(ModelSpec("m", path, kv_cache_tokens=512), GIB)
+    assert measured.components["runtime_context"] > 50_000_000  # torch alone is more
+
+
+def test_loading_may_be_the_peak(path: str) -> None:
+    """A cache of one block and steps of one token leave the embedding, read and in the making, as the largest."""
+    made = planned(path, max_model_len=16, kv_cache_tokens=16, max_batch_tokens=1, max_sequences=1)
+    weights = sum(size for name, size in made.components.items() if name.startswith("unquantized"))
+    (device,) = made.devices
+    assert device.loading_bytes == 2 * 320 * 128 * 2  # the vocabulary's rows
+    assert device.peak_bytes == weights + device.loading_bytes > device.total_bytes
 
 
 def test_cache_is_bounded_by_sequences_and_by_memory(path: str) -> None:
-    roomy = plan.make_plan(ModelSpec("m", path, max_sequences=3), 100 * GIB)
+    roomy = planned(path, 100 * GIB, max_sequences=3)
     assert roomy.kv_tokens == 3 * 512
-    weights = sum(size for name, size in roomy.components.items() if name != "kv_cache")
-    tight = plan.make_plan(ModelSpec("m", path, max_sequences=64), weights + roomy.loading_bytes + 4 * 1000 * 512)
-    assert tight.kv_tokens == 1008  # whole blocks of 16
+    others = roomy.devices[0].total_bytes - roomy.components["kv_cache"]
+    workspace_of_more = (64 - 3) * 512 // 16 * 8
+    logits_of_more = planned(path, 100 * GIB, max_sequences=64).components["activations"]
+    others += workspace_of_more + logits_of_more - roomy.components["activations"]
+    tight = planned(path, others + 4 * 1000 * KV_PER_TOKEN, max_sequences=64)
+    assert tight.kv_tokens == 1008  # a quarter of the room, in whole blocks of 16
+    assert tight.most_sequences == 4000 // 512
+    assert tight.longest_context == 512  # the model's own limit
+    assert tight.fits
 
 
-def test_what_does_not_fit_says_what_would(path: str) -> None:
-    whole = plan.make_plan(ModelSpec("m", path, kv_cache_tokens=512), GIB)
-    with pytest.raises(DoesNotFitError, match="max_model_len") as caught:
-        plan.make_plan(ModelSpec("m", path, kv_cache_tokens=512), whole.peak_bytes - 1)
-    assert f"{whole.peak_bytes:,}" in str(caught.value)
-    assert f"{whole.peak_bytes - 1:,}" in str(caught.value)
+def test_activations_grow_with_the_step_and_not_with_the_cache(path: str) -> None:
+    """Of a step of many tokens the MLP is the widest: gate, up, down and a product, beside three residual rows."""
+    large, small = planned(path, max_batch_tokens=4096), planned(path, max_batch_tokens=2048)
+    assert large.components["activations"] == 4096 * 2 * (192 + 192 + 128 + 192 + 3 * 128)
+    assert large.components["activations"] == 2 * small.components["activations"]
+    assert planned(path, kv_cache_tokens=4096).components["activations"] == small.components["activations"]
+
+
+def test_activations_of_few_tokens_are_the_logits(path: str) -> None:
+    facts = read_facts(ModelSpec("m", path))
+    one, two = (activation_bytes(facts.meta, torch.bfloat16, rows, rows) for rows in (1, 2))
+    assert two == 2 * one > 320 * 4
 
 
 def test_what_is_promised_to_others_is_not_free(path: str) -> None:
     spec = ModelSpec("m", path, kv_cache_tokens=512)
-    whole = plan.make_plan(spec, GIB)
-    assert plan.make_plan(spec, GIB, promised={"cpu": GIB - whole.peak_bytes, "cuda:0": GIB}).components
+    needed = plan.make_plan(spec, GIB, runtime_bytes=0).devices[0].peak_bytes
+    for free in (needed, needed - 1, 0):
+        promised = {"cpu": GIB - free, "cuda:0": GIB}
+        made = plan.make_plan(spec, GIB, runtime_bytes=0, promised=promised)
+        assert made.fits == (free == needed)
+        if not made.fits:
+            with pytest.raises(DoesNotFitError) as caught:
+                plan.require_fit(made)
+            assert caught.value.shortage == Shortage("cpu", needed, free)
+    (device,) = plan.make_plan(spec, promised={"cpu": 2**60}).devices
+    assert device.available_bytes == 0
+
+
+@pytest.mark.parametrize("tokens", [None, 512, 5000])
+def test_what_does_not_fit_says_what_would(path: str, tokens: int | None) -> None:
+    fields: dict[str, Any] = {"kv_cache_tokens": tokens}
+    needed = planned(path, 100 * GIB, max_model_len=512, kv_cache_tokens=tokens or 512).devices[0].peak_bytes
+    made = planned(path, needed - 1, **fields)
+    assert not made.fits
+    assert made.nearest
+    for alternative in made.nearest:
+        again = planned(path, needed - 1, **configured(path, alternative, **fields))
+        assert again.fits, alternative
+        assert again.devices[0].peak_bytes == alternative.peak_bytes
     with pytest.raises(DoesNotFitError) as caught:
-        plan.make_plan(spec, GIB, promised={"cpu": GIB - whole.peak_bytes + 1})
-    assert caught.value.shortage == Shortage("cpu", whole.peak_bytes, whole.peak_bytes - 1)
-    with pytest.raises(DoesNotFitError) as none:
-        plan.make_plan(spec, promised={"cpu": 2**60})
-    assert none.value.shortage == Shortage("cpu", whole.peak_bytes, 0)
+        plan.require_fit(made)
+    for figure in (needed, needed - 1):
+        assert f"{figure:,}" in str(caught.value)
+    assert in_words(made.nearest[0]) in str(caught.value)
 
 
-def test_a_format_is_offered_where_a_shorter_context_is_not_enough(path: str) -> None:
-    needs = plan.make_plan(ModelSpec("m", path, quantization="int8", max_model_len=256, kv_cache_tokens=256), GIB)
-    with pytest.raises(DoesNotFitError, match="quantization int8"):
-        plan.make_plan(ModelSpec("m", path), needs.peak_bytes)
+def test_the_nearest_is_the_smallest_step_away(path: str) -> None:
+    """One block too few: a context of one block less. Too little for the steps: smaller ones. Then another format."""
+    whole = planned(path, kv_cache_tokens=512, quantization="int8")
+    first = planned(path, whole.devices[0].peak_bytes - 1, kv_cache_tokens=512, quantization="int8").nearest[0]
+    assert first.changes == {"max_model_len": 496, "kv_cache": {"tokens": 496}}
+    without_steps = whole.devices[0].peak_bytes - whole.components["activations"]
+    smaller = planned(path, without_steps + 400_000, quantization="int8").nearest[0]
+    assert smaller.changes["max_batch_tokens"] == SMALLEST_STEP
+    assert "quantization" not in smaller.changes
+
+
+def test_a_format_is_offered_where_less_is_not_enough(path: str) -> None:
+    least = {"max_model_len": SMALLEST_CONTEXT, "max_batch_tokens": SMALLEST_STEP, "max_sequences": 4}
+    needs = planned(path, quantization="int8", kv_cache_tokens=SMALLEST_CONTEXT, **least)
+    (offer,) = planned(path, needs.devices[0].peak_bytes).nearest
+    assert offer.changes == {"quantization": "int8"} | {key: least[key] for key in offer.changes if key in least}
+    assert planned(path, 1000).nearest == ()
     with pytest.raises(DoesNotFitError, match="no other configuration"):
-        plan.make_plan(ModelSpec("m", path), 1000)
+        plan.require_fit(planned(path, 1000))
+
+
+def test_quantized_files_are_offered_in_no_other_format(path: str, tmp_path: Path) -> None:
+    from quant.convert import quantize_checkpoint
+
+    quantize_checkpoint(Path(path), tmp_path / "nf4", "nf4")
+    made = planned(str(tmp_path / "nf4"))
+    assert made.quantization == "nf4"
+    offers = planned(str(tmp_path / "nf4"), made.devices[0].peak_bytes - made.components["kv_cache"]).nearest
+    assert all("quantization" not in offer.changes for offer in offers)
+
+
+def test_offers_in_words() -> None:
+    embeddings = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "quantize_embeddings": True}
+    cases = {
+        "max_model_len 512": {"max_model_len": 512},
+        "quantization int8 with max_model_len 9 and kv_cache.tokens 16": {
+            "quantization": "int8",
+            "max_model_len": 9,
+            "kv_cache": {"tokens": 16},
+        },
+        "quantization nf4 and its quantize_embeddings true": {"quantization": embeddings},
+    }
+    assert [in_words(Alternative(changes, 1)) for changes in cases.values()] == list(cases)
 
 
 @pytest.mark.parametrize(
@@ -76,6 +185,7 @@ def test_a_format_is_offered_where_a_shorter_context_is_not_enough(path: str) ->
         ({"max_model_len": 100, "kv_cache_tokens": 99}, ConfigError, "too few"),
         ({"dtype": "int4"}, ConfigError, "int4"),
         ({"device": "tpu"}, ConfigError, "tpu"),
+        ({"device_map": "everywhere"}, ConfigError, "everywhere"),
         ({"quantization": "nf5"}, QuantConfigError, "nf5"),
         ({"path": "/nowhere"}, CheckpointError, "config.json"),
     ],
@@ -86,17 +196,62 @@ def test_bad_values(path: str, changes: dict[str, object], error: type[Exception
         plan.make_plan(ModelSpec(**fields), GIB)  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("quantization", [None, "nf4-dq", "int8"])
+@pytest.mark.parametrize("device_map", ["auto", "balanced", "sequential", "cpu", {"": "cpu"}])
+def test_device_maps_of_one_device_change_nothing(path: str, device_map: Any, quantization: str | None) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("with an accelerator transformers uses it")
+    assert planned(path, device_map=device_map, quantization=quantization) == planned(path, quantization=quantization)
+
+
+def test_two_accelerators_are_planned_apart(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each has its layers' weights and cache; the process lives on the CPU, where one layer waits in float32."""
+    monkeypatch.setattr(plan, "free_bytes", lambda device: GIB)
+    spread = {"": 0, "model.layers.1": 1}
+    made = planned(path, device_map=spread, kv_cache_tokens=512)
+    first, second, host = made.devices
+    assert (first.device, second.device, host.device) == ("cuda:0", "cuda:1", "cpu")
+    assert first.components["kv_cache"] == second.components["kv_cache"] == 512 * KV_PER_TOKEN // 2
+    layer = 2 * 128 * 128 + 2 * 128 * 64 + 3 * 128 * 192 + 2 * 128
+    assert exact(second.components) == {"unquantized_bfloat16": 2 * layer, "kv_cache": 512 * KV_PER_TOKEN // 2}
+    assert host.components == {"runtime_context": 0}
+
+    away = {"": "cuda:0", "model.layers.1": "cpu"}
+    fields = {"load_in_8bit": True, "llm_int8_enable_fp32_cpu_offload": True}
+    main, host = planned(path, device_map=away, kv_cache_tokens=512, quantization=fields).devices
+    assert exact(host.components) == {"unquantized_float32": 4 * layer}
+    assert main.components["kv_cache"] == 512 * KV_PER_TOKEN
+
+
+def test_the_first_device_that_lacks_room_is_named(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plan, "free_bytes", lambda device: 1000 if device == "cuda:1" else GIB)
+    made = planned(path, device_map={"": 0, "model.layers.1": 1})
+    with pytest.raises(DoesNotFitError, match="on cuda:1"):
+        plan.require_fit(made)
+
+
 def test_json_and_table_carry_the_same_figures(path: str) -> None:
-    made = plan.make_plan(ModelSpec("m", path, quantization="nf4-dq"), GIB)
-    (entry,) = json.loads(table.plan_json([made]))["models"]
-    assert entry["components"] == made.components
-    assert entry["quantization"] == "nf4-dq"
-    console = Console(width=120, record=True, quiet=False, file=Path("/dev/null").open("w"))  # noqa: SIM115
-    table.print_plan(made, console)
-    text = console.export_text()
-    console.file.close()
-    for size in (*made.components.values(), made.total_bytes):
-        assert f"{size:,}" in text
+    for available in (GIB, 700_000):
+        made = planned(path, available, quantization="nf4-dq")
+        (entry,) = json.loads(table.plan_json([made]))["models"]
+        (device,) = entry["devices"]
+        assert device["components"] == made.components
+        assert device["total_bytes"] == made.devices[0].total_bytes
+        assert (entry["quantization"], entry["fits"]) == ("nf4-dq", made.fits)
+        assert [offer["changes"] for offer in entry["nearest"]] == [offer.changes for offer in made.nearest]
+        console = Console(width=120, record=True, quiet=False, file=Path("/dev/null").open("w"))  # noqa: SIM115
+        table.print_plan(made, console)
+        text = console.export_text()
+        console.file.close()
+        for size in (*made.components.values(), device["total_bytes"], device["peak_bytes"]):
+            assert f"{size:,}" in text
+        assert ("does not fit" in text) != made.fits
+        assert all(in_words(offer) in text for offer in made.nearest)
+
+
+def test_a_plan_survives_the_boundary(path: str) -> None:
+    made = planned(path, 700_000)
+    assert msgspec.msgpack.decode(msgspec.msgpack.encode(made), type=Plan) == made
 
 
 def test_process_memory_is_what_the_kernel_says(tmp_path: Path) -> None:

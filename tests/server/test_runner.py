@@ -16,7 +16,7 @@ from transformers.models.gptj import modeling_gptj
 
 from quant.config import from_spec
 from server.errors import LoadError
-from server.memory.plan import kv_bytes_per_token
+from server.memory.kv import kv_bytes_per_token
 from server.model.batch import Batch, Chunk, Draw, StepError
 from server.model.cache_runner import MOST_PADDED, SMALL_CALL, CacheRunner, groups
 from server.model.load import load_model

@@ -1,0 +1,72 @@
+"""How much memory a step takes while it runs, at the configured limits: an estimate from the shapes of a meta model.
+
+A step's largest moment is in one block of a layer (its attention, its MLP, its experts) or at the logits. In a block,
+what its linear layers give lives beside the input and the residual stream, and a product of the widest of them beside
+those. At the logits every sequence has a row of the vocabulary, in the model's dtype and in what the sampler makes of
+it. docs/memory.md holds the estimate beside what was measured.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from typing import Any, Final
+
+import torch
+import transformers
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from quant.experts import find_experts
+
+RESIDUALS: Final = 3
+"""Rows of the hidden size beside a block's own: the residual stream, the block's input, and its norm's."""
+SAMPLING_BYTES: Final = 48
+"""Per logit of a row that is sampled with top_p: scores, probabilities and their order in float32, int64 and float64
+(server/model/sampler.py, filters.py)."""
+
+
+def activation_bytes(model: transformers.PreTrainedModel, dtype: torch.dtype, tokens: int, rows: int) -> int:
+    """Bytes of a step of `tokens` tokens at its largest moment, where `rows` of them have logits that are sampled."""
+    text = model.config.get_text_config(decoder=True)
+    widest = max(_block_widths(model, text).values(), default=0)
+    in_blocks = tokens * (RESIDUALS * int(text.hidden_size) + widest) * dtype.itemsize
+    at_logits = tokens * int(text.hidden_size) * dtype.itemsize
+    at_logits += rows * int(text.vocab_size) * (dtype.itemsize + SAMPLING_BYTES)
+    return max(in_blocks, at_logits)
+
+
+def _block_widths(model: transformers.PreTrainedModel, text: Any) -> dict[str, int]:
+    """Per module with linear layers of its own: numbers per token of all they give, and of the widest input once."""
+    outputs: dict[str, int] = defaultdict(int)
+    inputs: dict[str, int] = defaultdict(int)
+    head: Any = model.get_output_embeddings()  # type: ignore[no-untyped-call]
+    for name, module in model.named_modules():
+        if module is head:
+            continue
+        shape = _shape(module)
+        if shape is not None:
+            block = name.rpartition(".")[0]
+            outputs[block] += shape[0]
+            inputs[block] = max(inputs[block], shape[1])
+    chosen = _experts_per_token(text)
+    for name, projections in find_experts(model).items():
+        widths = [len(projection.names) * projection.rows for projection in projections]
+        outputs[name] = chosen * sum(widths)
+        inputs[name] = chosen * max(projection.columns for projection in projections)
+    return {block: outputs[block] + inputs[block] for block in outputs}
+
+
+def _shape(module: nn.Module) -> tuple[int, int] | None:
+    """[outputs, inputs] of a linear layer."""
+    if isinstance(module, nn.Linear):
+        return module.out_features, module.in_features
+    if isinstance(module, Conv1D):
+        return int(module.weight.shape[1]), int(module.weight.shape[0])
+    return None
+
+
+def _experts_per_token(text: Any) -> int:
+    for name in ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "top_k_experts"):
+        if getattr(text, name, None):
+            return int(getattr(text, name))
+    return 1

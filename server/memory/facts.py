@@ -1,0 +1,161 @@
+"""What a model's files and its entry in models.yaml say together: read once, used for every candidate configuration.
+
+The loading uses the same functions for dtype, quantization and device, so that a plan and a load can't differ in them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+import transformers
+
+from quant import memory as weights
+from quant.config import BitsAndBytesConfig, from_spec
+from quant.headers import INDEX_FILE, SINGLE_FILE, TensorHeader, checkpoint_files, read_checkpoint_headers
+from quant.hf import HalfbyteQuantizer
+from quant.offload import is_offloaded, spelled
+from quant.tied import untie_what_differs
+from server.errors import ConfigError
+from server.records import ModelSpec
+
+DTYPES: Final = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+WORKED_OUT: Final = ("auto", "balanced", "balanced_low_0", "sequential")
+"""Device maps that transformers works out from the memory it finds."""
+
+
+@dataclass(frozen=True, slots=True)
+class Facts:
+    """The same model under any quantization, context and cache."""
+
+    device: str
+    """The main one, which computes."""
+    device_map: Mapping[str, Any] | None
+    """As transformers would work it out; None where all is on the main device."""
+    dtype: torch.dtype
+    hf_config: transformers.PretrainedConfig
+    quantization: BitsAndBytesConfig | None
+    meta: transformers.PreTrainedModel
+    headers: dict[str, TensorHeader]
+    """Empty where there is only a config.json: shapes are known all the same."""
+    checkpoint_bytes: int
+    prequantized: bool
+
+
+def read_facts(spec: ModelSpec) -> Facts:
+    """Raises ConfigError for a value of the spec, and the errors of `quant` for files that are not accepted."""
+    directory = Path(spec.path)
+    hf_config = weights.read_config(directory)
+    dtype = model_dtype(spec, hf_config)
+    quantization = effective_quantization(spec, hf_config, dtype)
+    has_weights = (directory / INDEX_FILE).exists() or (directory / SINGLE_FILE).exists()
+    files = checkpoint_files(directory) if has_weights else []
+    headers = read_checkpoint_headers(directory) if has_weights else {}
+    meta = weights.meta_model(hf_config, dtype)
+    untie_what_differs(meta, headers)
+    device_map = _device_map(spec, hf_config, dtype, quantization, files)
+    return Facts(
+        device=resolve_device(spec) if device_map is None else _main_device(spec, device_map),
+        device_map=device_map,
+        dtype=dtype,
+        hf_config=hf_config,
+        quantization=quantization,
+        meta=meta,
+        headers=headers,
+        checkpoint_bytes=sum(file.stat().st_size for file in files),
+        prequantized=getattr(hf_config, "quantization_config", None) is not None,
+    )
+
+
+def model_dtype(spec: ModelSpec, config: transformers.PretrainedConfig) -> torch.dtype:
+    """The dtype of what is not quantized: the spec's, or with "auto" the checkpoint's own (float32 if it has none)."""
+    if spec.dtype == "auto":
+        own = getattr(config, "dtype", None)
+        return own if isinstance(own, torch.dtype) else torch.float32
+    if spec.dtype not in DTYPES:
+        raise ConfigError(f"model {spec.name!r}: dtype is {spec.dtype!r}; accepted are auto, {', '.join(DTYPES)}")
+    return DTYPES[spec.dtype]
+
+
+def effective_quantization(
+    spec: ModelSpec, config: transformers.PretrainedConfig, dtype: torch.dtype
+) -> BitsAndBytesConfig | None:
+    """The spec's quantization, or the checkpoint's own where the spec has none; a preset computes in `dtype`.
+
+    A checkpoint that is quantized already cannot be quantized again; asking for it is refused.
+    """
+    own = getattr(config, "quantization_config", None)
+    if own is None:
+        return from_spec(spec.quantization, compute_dtype=dtype)
+    if spec.quantization is not None:
+        raise ConfigError(
+            f"model {spec.name!r} is quantized in its files already, and quantization is {spec.quantization!r}; "
+            "leave quantization out to serve what the files hold"
+        )
+    fields = own if isinstance(own, dict) else own.to_dict()
+    config_in_files: BitsAndBytesConfig = BitsAndBytesConfig.from_dict(fields)
+    return config_in_files
+
+
+def resolve_device(spec: ModelSpec) -> str:
+    """auto is the first CUDA device where there is one, else the CPU."""
+    if spec.device == "auto":
+        return "cuda:0" if torch.cuda.is_available() else "cpu"
+    if spec.device == "cpu":
+        return "cpu"
+    if spec.device.partition(":")[0] == "cuda":
+        if not torch.cuda.is_available():
+            raise ConfigError(
+                f"model {spec.name!r}: device is {spec.device!r}, but no CUDA device is here; use cpu or auto"
+            )
+        return spec.device if ":" in spec.device else "cuda:0"
+    raise ConfigError(f"model {spec.name!r}: device is {spec.device!r}; accepted are auto, cpu, cuda and cuda:N")
+
+
+def describe(config: BitsAndBytesConfig | None) -> str:
+    """A quantization in a word: the preset's name it equals in format, or "none"."""
+    if config is None:
+        return "none"
+    if config.load_in_8bit:
+        return "int8"
+    return f"{config.bnb_4bit_quant_type}{'-dq' if config.bnb_4bit_use_double_quant else ''}"
+
+
+def _main_device(spec: ModelSpec, device_map: Mapping[str, Any]) -> str:
+    """The first device of a map that is not merely where weights wait."""
+    lies_away = is_offloaded(device_map)
+    main = next((spelled(device) for name, device in device_map.items() if not lies_away(name)), None)
+    return resolve_device(spec) if main is None else main
+
+
+def _device_map(
+    spec: ModelSpec,
+    hf_config: transformers.PretrainedConfig,
+    dtype: torch.dtype,
+    quantization: BitsAndBytesConfig | None,
+    files: list[Path],
+) -> Mapping[str, Any] | None:
+    given = spec.device_map
+    if not isinstance(given, str):
+        return given
+    if given not in WORKED_OUT:
+        try:
+            return {"": spelled(torch.device(given))}
+        except RuntimeError as error:
+            raise ConfigError(
+                f"model {spec.name!r}: device_map is {given!r}; accepted are {', '.join(WORKED_OUT)}, a device, or a "
+                "mapping of modules to devices"
+            ) from error
+    from transformers.integrations.accelerate import _get_device_map  # accelerate takes a while to import
+
+    model = weights.meta_model(hf_config, dtype)
+    quantizer = None if quantization is None else HalfbyteQuantizer(quantization)
+    if quantizer is not None:
+        quantizer.preprocess_model(
+            model=model, dtype=dtype, device_map=given, checkpoint_files=list(map(str, files)), use_kernels=False
+        )
+    worked_out: Mapping[str, Any] = _get_device_map(model, given, None, quantizer)
+    return worked_out

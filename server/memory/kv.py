@@ -1,0 +1,60 @@
+"""Bytes of keys and values per token: the one place that derives them from a config.
+
+What is predicted here is what server/model/attention.py allocates by shapes that a probe forward saw. Transformers'
+cache classes, which serve architectures that never call our attention, hold the same per cached token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+
+
+def layer_bytes_per_token(config: transformers.PretrainedConfig, dtype: torch.dtype) -> int:
+    """Keys and values of one token in one layer.
+
+    In an encoder-decoder a token has them in one of two places of a decoder layer: those it is generated as in its
+    self-attention, those it is read as in its attention to the encoder. So the figure holds for prompt and answer.
+    """
+    text = config.get_text_config(decoder=True)
+    heads = kv_heads(text)
+    key, value = _head_sizes(text)
+    return heads * (key + value) * dtype.itemsize
+
+
+def kv_layers(config: transformers.PretrainedConfig) -> int:
+    """Layers that keep keys and values."""
+    text = config.get_text_config(decoder=True)
+    return int(getattr(text, "num_decoder_layers", None) or text.num_hidden_layers)
+
+
+def kv_bytes_per_token(config: transformers.PretrainedConfig, dtype: torch.dtype) -> int:
+    """Keys and values of one token over all layers."""
+    return kv_layers(config) * layer_bytes_per_token(config, dtype)
+
+
+def layer_devices(model: nn.Module, layers: int, device_of: Callable[[str], str]) -> list[str]:
+    """Where each layer keeps its keys and values: with its weights, by the first list of modules of that length."""
+    for name, module in model.named_modules():
+        if isinstance(module, nn.ModuleList) and len(module) == layers and "encoder" not in name.split("."):
+            return [device_of(f"{name}.{index}") for index in range(layers)]
+    return [device_of("")] * layers
+
+
+def kv_heads(text: Any) -> int:
+    """Heads of keys and values that are cached: as many as of queries unless the config says otherwise."""
+    if getattr(text, "multi_query", False) and not getattr(text, "new_decoder_architecture", False):
+        return 1  # Falcon; its newer architecture has groups, but caches every head
+    return int(getattr(text, "num_key_value_heads", None) or text.num_attention_heads)
+
+
+def _head_sizes(text: Any) -> tuple[int, int]:
+    """Numbers in one head's key and value. Latent attention (DeepSeek) is cached expanded, as it is computed."""
+    if getattr(text, "kv_lora_rank", None):
+        return int(text.qk_nope_head_dim + text.qk_rope_head_dim), int(text.v_head_dim)
+    size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    return int(size), int(size)

@@ -1,0 +1,183 @@
+"""The arithmetic of a plan: from what the files say and one configuration to bytes by device and component.
+
+It decides nothing: what follows where it does not fit is nearest.py's, what is free host and driver say (plan.py).
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Final
+
+import transformers
+
+from quant.config import BitsAndBytesConfig
+from quant.memory import Portion, by_component, predict_tensors
+from quant.offload import device_of
+from server.errors import ConfigError
+from server.memory.activations import activation_bytes
+from server.memory.components import ACTIVATIONS, KV_CACHE, RUNTIME_CONTEXT, WORKSPACE
+from server.memory.facts import Facts, describe
+from server.memory.kv import kv_layers, layer_bytes_per_token, layer_devices
+from server.memory.workspace import workspace_bytes
+from server.records import CPU, DISK, KV_BLOCK_TOKENS, DevicePlan, ModelSpec, Plan
+
+KV_SHARE: Final = 0.25
+"""Part of what everything else leaves free that the KV cache takes, where `kv_cache.tokens` does not say."""
+UNBOUNDED_CONTEXT: Final = 2048
+"""Longest sequence of a model without positions of its own (ALiBi) and without a `seq_length`."""
+
+
+@dataclass(frozen=True, slots=True)
+class Room:
+    """What there is to fill."""
+
+    available_bytes: Mapping[str, int]
+    """By device; a device that is not named has nothing."""
+    runtime_bytes: int
+    """Of the engine's process before loading, on the CPU."""
+
+
+@dataclass(frozen=True, slots=True)
+class Weights:
+    """A model's tensors under one quantization, by device."""
+
+    quantization: BitsAndBytesConfig | None
+    portions: Mapping[str, list[Portion]]
+
+    @property
+    def devices(self) -> list[str]:
+        return list(self.portions)
+
+
+def weights_by_device(facts: Facts, quantization: BitsAndBytesConfig | None) -> Weights:
+    """Where every tensor of the model goes, main device first. Buffers always go to the main device."""
+    place = device_of(facts.device_map, facts.device)
+    portions: dict[str, list[Portion]] = {facts.device: []}
+    for portion in predict_tensors(facts.meta, quantization, facts.dtype, facts.headers, facts.device_map):
+        device = facts.device if portion.is_buffer else place(portion.name)
+        portions.setdefault(device, []).append(portion)
+    portions.setdefault(CPU, [])  # wherever a model computes, its process lives here
+    return Weights(quantization, portions)
+
+
+def plan_for(spec: ModelSpec, facts: Facts, weights: Weights, room: Room) -> Plan:
+    """The needs of one configuration. Raises ConfigError where its numbers contradict each other or the model."""
+    limit = context_limit(facts.hf_config)
+    length = _length(spec, limit)
+    kv_per_token = _kv_per_token(facts, weights)
+    fixed = {device: _without_cache(spec, facts, weights, device, length, room) for device in weights.devices}
+    kv_room = _kv_room(fixed, kv_per_token, room)
+    tokens = _kv_tokens(spec, length, kv_room)
+    devices = []
+    for device, components in fixed.items():
+        if kv_per_token[device]:
+            components = components | {KV_CACHE: tokens * kv_per_token[device]}
+        devices.append(_device_plan(device, components, weights.portions[device], facts, room))
+    return Plan(
+        model=spec.name,
+        architecture=type(facts.meta).__name__,
+        parameters=sum(parameter.numel() for parameter in facts.meta.parameters()),
+        quantization=describe(weights.quantization),
+        dtype=str(facts.dtype).removeprefix("torch."),
+        devices=tuple(devices),
+        checkpoint_bytes=facts.checkpoint_bytes,
+        max_model_len=length,
+        max_sequences=spec.max_sequences,
+        max_batch_tokens=spec.max_batch_tokens,
+        kv_tokens=tokens,
+        kv_bytes_per_token=sum(kv_per_token.values()),
+        longest_context=min(limit, kv_room),
+        most_sequences=kv_room // whole_blocks(length),
+    )
+
+
+def context_limit(config: transformers.PretrainedConfig) -> int:
+    """Positions the model was made for."""
+    text = config.get_text_config(decoder=True)
+    for name in ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length"):
+        value = getattr(text, name, None)
+        if isinstance(value, int) and value > 0:
+            return value
+    return UNBOUNDED_CONTEXT
+
+
+def whole_blocks(tokens: int) -> int:
+    """Tokens of the blocks that hold so many."""
+    return -(-tokens // KV_BLOCK_TOKENS) * KV_BLOCK_TOKENS
+
+
+def _length(spec: ModelSpec, limit: int) -> int:
+    if spec.max_model_len is not None and spec.max_model_len > limit:
+        raise ConfigError(
+            f"model {spec.name!r}: max_model_len is {spec.max_model_len}, but the model was made for {limit} positions"
+        )
+    return spec.max_model_len or limit
+
+
+def _kv_per_token(facts: Facts, weights: Weights) -> Counter[str]:
+    """Bytes of one token by device. Layers whose weights are brought for each pass keep their cache where they run."""
+    place = device_of(facts.device_map, facts.device)
+    homes = layer_devices(facts.meta, kv_layers(facts.hf_config), place)
+    is_offload = facts.device != CPU
+    per_layer = layer_bytes_per_token(facts.hf_config, facts.dtype)
+    found = Counter(dict.fromkeys(weights.devices, 0))
+    for home in homes:
+        found[facts.device if home == DISK or (home == CPU and is_offload) else home] += per_layer
+    return found
+
+
+def _without_cache(
+    spec: ModelSpec, facts: Facts, weights: Weights, device: str, length: int, room: Room
+) -> dict[str, int]:
+    components = dict(by_component(weights.portions[device]))
+    if device == DISK:
+        return components
+    if device == CPU:
+        components[RUNTIME_CONTEXT] = room.runtime_bytes
+    if device == facts.device or device not in (CPU, DISK):
+        tokens = min(spec.max_batch_tokens, spec.max_sequences * length)
+        rows = min(spec.max_sequences, tokens)
+        components[WORKSPACE] = workspace_bytes(spec, length)
+        components[ACTIVATIONS] = activation_bytes(facts.meta, facts.dtype, tokens, rows)
+    return components
+
+
+def _kv_room(fixed: Mapping[str, Mapping[str, int]], kv_per_token: Mapping[str, int], room: Room) -> int:
+    """Tokens, in whole blocks, of the largest cache that fits beside everything else on every device."""
+    fitting = [
+        max(0, room.available_bytes.get(device, 0) - sum(components.values())) // kv_per_token[device]
+        for device, components in fixed.items()
+        if kv_per_token[device]
+    ]
+    return min(fitting, default=0) // KV_BLOCK_TOKENS * KV_BLOCK_TOKENS
+
+
+def _kv_tokens(spec: ModelSpec, length: int, kv_room: int) -> int:
+    """As configured, or a share of the room: one full-length sequence at least, no more than can ever be in use."""
+    tokens = spec.kv_cache_tokens
+    if tokens is None:
+        tokens = min(spec.max_sequences * length, max(length, int(kv_room * KV_SHARE)))
+    elif tokens < length:
+        raise ConfigError(
+            f"model {spec.name!r}: kv_cache.tokens is {tokens}, too few for one sequence of max_model_len {length}"
+        )
+    return whole_blocks(tokens)
+
+
+def _device_plan(
+    device: str, components: dict[str, int], portions: list[Portion], facts: Facts, room: Room
+) -> DevicePlan:
+    largest = max((portion.arriving_bytes for portion in portions), default=0)
+    if device == facts.device:
+        largest = max(largest, *(header.nbytes for header in facts.headers.values()), 0)
+    loading = 0 if device == DISK else 2 * largest  # once as read and once in the making
+    before_cache = sum(by_component(portions).values()) + components.get(RUNTIME_CONTEXT, 0)
+    return DevicePlan(
+        device=device,
+        components=components,
+        loading_bytes=loading,
+        peak_bytes=max(before_cache + loading, sum(components.values())),
+        available_bytes=room.available_bytes.get(device, 0),
+    )
