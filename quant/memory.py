@@ -60,17 +60,21 @@ def read_config(directory: Path) -> transformers.PretrainedConfig:
     return config
 
 
+def auto_class(config: transformers.PretrainedConfig) -> Any:
+    """The transformers class that builds and loads the language model of a config: causal, or an encoder-decoder."""
+    return transformers.AutoModelForSeq2SeqLM if config.is_encoder_decoder else transformers.AutoModelForCausalLM
+
+
 def meta_model(config: transformers.PretrainedConfig, dtype: torch.dtype) -> transformers.PreTrainedModel:
     """The language model of a config on the meta device: every shape and dtype, no byte of weights."""
-    is_encoder_decoder = getattr(config, "is_encoder_decoder", False)
-    builder = transformers.AutoModelForSeq2SeqLM if is_encoder_decoder else transformers.AutoModelForCausalLM
     try:
         with torch.device("meta"):
-            model: transformers.PreTrainedModel = builder.from_config(config, dtype=dtype, trust_remote_code=False)  # type: ignore[no-untyped-call]
+            model: transformers.PreTrainedModel = auto_class(config).from_config(
+                config, dtype=dtype, trust_remote_code=False
+            )
     except ValueError as error:
-        raise CheckpointError(
-            f"architecture {config.model_type!r} is neither a causal language model nor an encoder-decoder: {error}"
-        ) from error
+        kind = "an encoder-decoder for text" if config.is_encoder_decoder else "a causal language model"
+        raise CheckpointError(f"architecture {config.model_type!r} is not {kind}: {error}") from error
     return model
 
 

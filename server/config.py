@@ -100,7 +100,9 @@ class ModelConfig(Settings):
         default=None, description="Where modules go, as transformers takes it: a name or a mapping."
     )
     max_model_len: Annotated[int, Field(ge=1, le=2**24)] | None = Field(
-        default=None, description="Longest prompt plus completion in tokens; without it the model's own limit."
+        default=None,
+        description="Longest prompt plus completion in tokens (an encoder-decoder's: of each); without it the model's "
+        "own limit.",
     )
     kv_cache: KvCacheConfig = Field(default=KvCacheConfig(), description="The KV cache's size: {tokens: N}.")
     max_batch_tokens: Annotated[int, Field(ge=1, le=2**20)] = Field(

@@ -57,7 +57,8 @@ class ModelSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """auto, cpu, cuda or cuda:N."""
     device_map: str | dict[str, str | int] | None = None
     max_model_len: int | None = None
-    """Longest prompt plus completion, in tokens; None takes the model's own limit."""
+    """Longest prompt plus completion, in tokens (an encoder-decoder's: longest of each); None takes the model's own
+    limit."""
     kv_cache_tokens: int | None = None
     """Tokens the KV cache holds over all sequences; None lets the plan choose."""
     max_batch_tokens: int = 2048
@@ -123,7 +124,7 @@ class SamplingParams(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class Generate(Record, frozen=True):
     request_id: str
     prompt: tuple[int, ...]
-    """Token ids; 1 <= len(prompt), len(prompt) + max_tokens <= ModelInfo.max_model_len."""
+    """Token ids; 1 <= len(prompt), max_tokens <= ModelInfo.room(len(prompt))."""
     sampling: SamplingParams
     priority: int = 0
     """Lower is served earlier."""
@@ -131,6 +132,9 @@ class Generate(Record, frozen=True):
     """When the request ends at the latest, by time.monotonic, which the processes of a machine share."""
     cache_salt: str = ""
     """Whose cached beginnings may be used, and who may use this one's; all without a salt share theirs."""
+    encoder_tokens: int = 0
+    """How many tokens of the prompt an encoder reads, the first ones: the answer continues the others alone. The engine
+    sets it."""
 
 
 class Abort(Record, frozen=True):
@@ -203,6 +207,19 @@ class ModelInfo(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     prefix_caching: bool = False
     """Whether beginnings are found in the cache: it was configured, and the model's runner can."""
     batching: Batching = "packed"
+    decoder_prompt_tokens: int = 0
+    """0 where answers continue their prompt. An encoder-decoder's begin after so many tokens that nobody sees, and
+    prompt and answer have `max_model_len` each."""
+
+    @property
+    def is_encoder_decoder(self) -> bool:
+        return self.decoder_prompt_tokens > 0
+
+    def room(self, prompt_tokens: int) -> int:
+        """How many tokens may be generated after a prompt; 0 or less where it is too long for any."""
+        if self.is_encoder_decoder and prompt_tokens <= self.max_model_len:
+            return self.max_model_len - self.decoder_prompt_tokens
+        return self.max_model_len - prompt_tokens
 
 
 class MemoryReport(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -276,6 +293,8 @@ class Plan(Record, frozen=True):
     checkpoint_bytes: int
     """Of its files; 0 where there is only a config.json."""
     max_model_len: int
+    sequence_tokens: int
+    """How many tokens the longest sequence caches: max_model_len, or of an encoder-decoder twice as many."""
     max_sequences: int
     max_batch_tokens: int
     kv_tokens: int

@@ -27,6 +27,17 @@ CONFIGS: dict[str, dict[str, object]] = {
     "bloom": {"hidden_size": 128, "n_head": 4, "n_layer": 2},
     "gptj": {"n_embd": 128, "n_head": 4, "n_layer": 2, "rotary_dim": 16, "n_positions": 256},
     "gpt2": {"n_embd": 128, "n_head": 4, "n_layer": 2, "n_positions": 256},
+    "t5": {
+        "d_model": 128,
+        "d_kv": 32,
+        "d_ff": 192,
+        "num_layers": 2,
+        "num_heads": 4,
+        "decoder_start_token_id": 1,
+        "initializer_factor": 0.5,  # its own start is wide already
+        "feed_forward_proj": "gated-gelu",  # as Flan-T5 has it
+        "tie_word_embeddings": False,
+    },
 }
 """The architectures that most tests go over."""
 
@@ -46,16 +57,18 @@ MORE_CONFIGS: dict[str, dict[str, object]] = {
     "gpt_neox": _TWO_LAYERS | {"hidden_size": 128, "intermediate_size": 192, "num_attention_heads": 4},
     "falcon": _TWO_LAYERS | {"hidden_size": 128, "num_attention_heads": 4},
     "mpt": {"d_model": 128, "n_heads": 4, "n_layers": 2, "max_seq_len": 256, "expansion_ratio": 2},
-    "t5": {
+    "bart": {
         "d_model": 128,
-        "d_kv": 32,
-        "d_ff": 192,
-        "num_layers": 2,
-        "num_heads": 4,
-        "decoder_start_token_id": 1,
-        "initializer_factor": 0.5,  # its own start is wide already
-        "feed_forward_proj": "gated-gelu",  # as Flan-T5 has it
-        "tie_word_embeddings": False,
+        "encoder_layers": 2,
+        "decoder_layers": 2,
+        "encoder_attention_heads": 4,
+        "decoder_attention_heads": 4,
+        "encoder_ffn_dim": 192,
+        "decoder_ffn_dim": 192,
+        "max_position_embeddings": 256,
+        "decoder_start_token_id": 2,
+        "forced_bos_token_id": 5,
+        "forced_eos_token_id": None,
     },
     "mixtral": _TWO_LAYERS | _LLAMA_LIKE | {"num_local_experts": 4, "num_experts_per_tok": 2},
     "qwen3_moe": _TWO_LAYERS
@@ -86,7 +99,7 @@ MORE_CONFIGS: dict[str, dict[str, object]] = {
         "image_seq_length": IMAGE_TOKENS,
     },
 }
-"""The others: mixtures of experts, an encoder-decoder, a vision-language model, and relatives of the first."""
+"""The others: mixtures of experts, another encoder-decoder, a vision-language model, and relatives of the first."""
 
 
 def tiny_config(architecture: str, **changes: object) -> transformers.PretrainedConfig:
@@ -101,18 +114,28 @@ def tiny_config(architecture: str, **changes: object) -> transformers.Pretrained
 
 def auto_class(architecture: str) -> Any:
     """The transformers class that builds and loads a model of this architecture with its head."""
-    return {"t5": transformers.AutoModelForSeq2SeqLM, "llava": transformers.AutoModelForImageTextToText}.get(
-        architecture, transformers.AutoModelForCausalLM
-    )
+    return {
+        "t5": transformers.AutoModelForSeq2SeqLM,
+        "bart": transformers.AutoModelForSeq2SeqLM,
+        "llava": transformers.AutoModelForImageTextToText,
+    }.get(architecture, transformers.AutoModelForCausalLM)
 
 
 def tiny_inputs(architecture: str, rows: int = 2, length: int = 9) -> dict[str, torch.Tensor]:
-    """Random arguments of forward and generate: tokens [rows, length], and an image per row where the model sees."""
+    """Random arguments of forward and generate: tokens [rows, length], and an image per row where the model sees.
+
+    Encoder-decoders take tokens of an answer beside them: `answered`.
+    """
     tokens = torch.randint(3, 259, (rows, length))
     if architecture != "llava":
         return {"input_ids": tokens}
     tokens[:, 1 : 1 + IMAGE_TOKENS] = IMAGE_TOKEN
     return {"input_ids": tokens, "pixel_values": torch.randn(rows, 3, 28, 28)}
+
+
+def answered(model: transformers.PreTrainedModel, tokens: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Random arguments of a forward call alone: what an encoder-decoder's decoder reads, [rows, 5]; else nothing."""
+    return {"decoder_input_ids": tokens.roll(1)[:, :5]} if model.config.is_encoder_decoder else {}
 
 
 def tiny_model(

@@ -174,21 +174,13 @@ def sampling(
 
     Raises RequestError when prompt and completion are longer than the context, and for tokens the model has not.
     """
-    room = info.max_model_len - len(prompt)
-    if not prompt:
-        raise RequestError("the prompt has no tokens; accepted is at least 1", param="prompt")
-    if room < 1:
+    if options.echo and info.is_encoder_decoder:
         raise RequestError(
-            f"the prompt has {len(prompt)} tokens, and the model's context holds {info.max_model_len}; "
-            "accepted is a prompt that leaves room for at least 1 token",
-            param="prompt",
+            f"'echo' is true, and answers of an encoder-decoder ({info.architecture}) do not continue their prompt; "
+            "accepted is false",
+            param="echo",
         )
-    if options.limit is not None and options.limit > room:
-        raise RequestError(
-            f"the prompt has {len(prompt)} tokens and max_tokens is {options.limit}, together "
-            f"{len(prompt) + options.limit}, and the model's context holds {info.max_model_len}",
-            param="max_tokens",
-        )
+    room = _room(prompt, options, info)
     limit = room if options.limit is None else options.limit
     if options.sampling.min_tokens > limit:
         raise RequestError(
@@ -210,6 +202,31 @@ def sampling(
     _check_ids("stop_token_ids", asked.stop_token_ids, info)
     _check_a_token_is_left(params)
     return params
+
+
+def _room(prompt: Sequence[int], options: Options, info: ModelInfo) -> int:
+    """How many tokens may follow the prompt; raises RequestError where that is none, or fewer than are asked for."""
+    room = info.room(len(prompt))
+    if not prompt:
+        raise RequestError("the prompt has no tokens; accepted is at least 1", param="prompt")
+    if room < 1:
+        accepted = (
+            f"of at most {info.max_model_len}" if info.is_encoder_decoder else "that leaves room for at least 1 token"
+        )
+        raise RequestError(
+            f"the prompt has {len(prompt)} tokens, and the model's context holds {info.max_model_len}; "
+            f"accepted is a prompt {accepted}",
+            param="prompt",
+        )
+    if options.limit is not None and options.limit > room:
+        together = f", together {len(prompt) + options.limit}, and the model's context holds {info.max_model_len}"
+        alone = f"; an answer of this encoder-decoder may have {room}, whatever its prompt is"
+        raise RequestError(
+            f"the prompt has {len(prompt)} tokens and max_tokens is {options.limit}"
+            + (alone if info.is_encoder_decoder else together),
+            param="max_tokens",
+        )
+    return room
 
 
 def _check_ids(field: str, tokens: Sequence[int], info: ModelInfo) -> None:

@@ -42,4 +42,5 @@ def describe(model: ServedModel) -> dict[str, Any]:
         "quantization": info.quantization if info else None,
         "prefix_caching": info.prefix_caching if info else None,
         "batching": info.batching if info else None,
+        "encoder_decoder": info.is_encoder_decoder if info else None,
     }

@@ -12,6 +12,8 @@ import queue
 import time
 from collections.abc import Callable
 
+import msgspec
+
 from server.engine.scheduler import Scheduler
 from server.errors import RequestError
 from server.model.batch import Batch, Runner, StepError, StepResult, failure_sentence
@@ -67,7 +69,7 @@ class EngineLoop:
             case Generate(request_id=request_id):
                 try:
                     self._check_tokens(record)
-                    self._scheduler.add(record, time.monotonic())
+                    self._scheduler.add(self._as_the_runner_has_it(record), time.monotonic())
                     self._arrived[request_id] = time.perf_counter()
                 except RequestError as error:
                     refusal = SequenceOutput(request_id, finish_reason="error", error=error.message, refused=True)
@@ -91,6 +93,16 @@ class EngineLoop:
             bad = next((token for token in tokens if not 0 <= token < self._vocab_size), None)
             if bad is not None:
                 raise RequestError(f"the {where} token id {bad}; accepted are 0 to {self._vocab_size - 1}")
+
+    def _as_the_runner_has_it(self, request: Generate) -> Generate:
+        """With what the answer begins after, where it does not continue its prompt."""
+        beginning = self._runner.decoder_prompt
+        if not beginning:
+            return request
+        if request.sampling.prompt_logprobs is not None:
+            raise RequestError("an encoder-decoder has no logprobs of its prompt; accepted is to ask for none")
+        prompt = request.prompt + beginning
+        return msgspec.structs.replace(request, prompt=prompt, encoder_tokens=len(request.prompt))
 
     def _step(self) -> None:
         started = time.perf_counter()

@@ -204,7 +204,7 @@ def load_engine(spec: ModelSpec, connection: Connection) -> EngineLoop:
         pool,
         max_batch_tokens=spec.max_batch_tokens,
         max_sequences=spec.max_sequences,
-        max_model_len=plan.max_model_len,
+        max_model_len=plan.sequence_tokens,
         prefix_caching=spec.prefix_caching,
     )
     loaded = connection.loaded = load_model(spec, _Progress(connection))
@@ -222,7 +222,12 @@ def load_engine(spec: ModelSpec, connection: Connection) -> EngineLoop:
     )
     _phase(connection, "ready")
     connection.serving = True
-    info = loaded.info(plan.max_model_len, prefix_caching=scheduler.prefix_caching, batching=runner.batching)
+    info = loaded.info(
+        plan.max_model_len,
+        prefix_caching=scheduler.prefix_caching,
+        batching=runner.batching,
+        decoder_prompt_tokens=len(runner.decoder_prompt),
+    )
     quality = tuple(
         GroupQuality(one.group, one.format, one.relative_error, one.outlier_share) for one in loaded.quality
     )

@@ -149,7 +149,7 @@ class Scheduler:
             arrived=now,
             rank=(now + PRIORITY_SECONDS * request.priority, self._added),
             names=self._names.start(request.cache_salt),
-            history=History.needed(request.sampling, request.prompt),
+            history=History.needed(request.sampling, request.prompt[request.encoder_tokens :]),
         )
         self._added += 1
         self._sequences[request.request_id] = sequence
@@ -368,6 +368,7 @@ def _chunk(sequence: Sequence, count: int) -> Chunk:
         start=sequence.computed,
         blocks=sequence.blocks[:],
         draw=draw,
+        encoder_tokens=sequence.request.encoder_tokens,
         score=_score(sequence, end),
     )
 

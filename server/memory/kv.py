@@ -37,6 +37,11 @@ def kv_bytes_per_token(config: transformers.PretrainedConfig, dtype: torch.dtype
     return kv_layers(config) * layer_bytes_per_token(config, dtype)
 
 
+def texts_per_sequence(config: transformers.PretrainedConfig) -> int:
+    """How many texts of at most max_model_len tokens a sequence caches: an encoder-decoder's prompt and its answer."""
+    return 2 if config.is_encoder_decoder else 1
+
+
 def layer_devices(model: nn.Module, layers: int, device_of: Callable[[str], str]) -> list[str]:
     """Where each layer keeps its keys and values: with its weights, by the first list of modules of that length."""
     for name, module in model.named_modules():

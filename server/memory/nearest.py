@@ -89,7 +89,8 @@ def _cache(spec: ModelSpec, plan: Plan, context: int) -> dict[str, Any]:
     context = min(plan.max_model_len, context)
     changes: dict[str, Any] = {} if context == plan.max_model_len else {"max_model_len": context}
     if spec.kv_cache_tokens is not None:
-        tokens = context if changes else max(1, plan.most_sequences) * whole_blocks(context)
+        sequence = plan.sequence_tokens // plan.max_model_len * context
+        tokens = sequence if changes else max(1, plan.most_sequences) * whole_blocks(sequence)
         changes["kv_cache"] = {"tokens": min(spec.kv_cache_tokens, tokens)}
     return changes
 

@@ -19,7 +19,7 @@ from server.errors import ConfigError
 from server.memory.activations import activation_bytes
 from server.memory.components import ACTIVATIONS, KV_CACHE, RUNTIME_CONTEXT, WORKSPACE
 from server.memory.facts import Facts, describe
-from server.memory.kv import kv_layers, layer_bytes_per_token, layer_devices
+from server.memory.kv import kv_layers, layer_bytes_per_token, layer_devices, texts_per_sequence
 from server.memory.workspace import workspace_bytes
 from server.records import CPU, DISK, KV_BLOCK_TOKENS, DevicePlan, ModelSpec, Plan
 
@@ -69,7 +69,8 @@ def plan_for(spec: ModelSpec, facts: Facts, weights: Weights, room: Room) -> Pla
     kv_per_token = _kv_per_token(facts, weights)
     fixed = {device: _without_cache(spec, facts, weights, device, length, room) for device in weights.devices}
     kv_room = _kv_room(fixed, kv_per_token, room)
-    tokens = _kv_tokens(spec, length, kv_room)
+    texts = texts_per_sequence(facts.hf_config)
+    tokens = _kv_tokens(spec, length, texts * length, kv_room)
     devices = []
     for device, components in fixed.items():
         if kv_per_token[device]:
@@ -84,12 +85,13 @@ def plan_for(spec: ModelSpec, facts: Facts, weights: Weights, room: Room) -> Pla
         devices=tuple(devices),
         checkpoint_bytes=facts.checkpoint_bytes,
         max_model_len=length,
+        sequence_tokens=texts * length,
         max_sequences=spec.max_sequences,
         max_batch_tokens=spec.max_batch_tokens,
         kv_tokens=tokens,
         kv_bytes_per_token=sum(kv_per_token.values()),
-        longest_context=min(limit, kv_room),
-        most_sequences=kv_room // whole_blocks(length),
+        longest_context=min(limit, kv_room // texts),
+        most_sequences=kv_room // whole_blocks(texts * length),
     )
 
 
@@ -138,6 +140,8 @@ def _without_cache(
         components[RUNTIME_CONTEXT] = room.runtime_bytes
     if device == facts.device or device not in (CPU, DISK):
         tokens = min(spec.max_batch_tokens, spec.max_sequences * length)
+        if facts.hf_config.is_encoder_decoder:
+            tokens += length  # a prompt that came in chunks is computed at once
         rows = min(spec.max_sequences, tokens)
         components[WORKSPACE] = workspace_bytes(spec, length)
         components[ACTIVATIONS] = activation_bytes(facts.meta, facts.dtype, tokens, rows)
@@ -154,14 +158,15 @@ def _kv_room(fixed: Mapping[str, Mapping[str, int]], kv_per_token: Mapping[str, 
     return min(fitting, default=0) // KV_BLOCK_TOKENS * KV_BLOCK_TOKENS
 
 
-def _kv_tokens(spec: ModelSpec, length: int, kv_room: int) -> int:
+def _kv_tokens(spec: ModelSpec, length: int, sequence: int, kv_room: int) -> int:
     """As configured, or a share of the room: one full-length sequence at least, no more than can ever be in use."""
     tokens = spec.kv_cache_tokens
     if tokens is None:
-        tokens = min(spec.max_sequences * length, max(length, int(kv_room * KV_SHARE)))
-    elif tokens < length:
+        tokens = min(spec.max_sequences * sequence, max(sequence, int(kv_room * KV_SHARE)))
+    elif tokens < sequence:
         raise ConfigError(
-            f"model {spec.name!r}: kv_cache.tokens is {tokens}, too few for one sequence of max_model_len {length}"
+            f"model {spec.name!r}: kv_cache.tokens is {tokens}, too few for one sequence of max_model_len {length}, "
+            f"which caches up to {sequence}"
         )
     return whole_blocks(tokens)
 

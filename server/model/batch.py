@@ -67,6 +67,8 @@ class Chunk(msgspec.Struct, frozen=True):
     """None while the chunk does not reach the sequence's last token."""
     score: Score | None = None
     """None where no prompt token's logprob hangs on this chunk."""
+    encoder_tokens: int = 0
+    """How many of the sequence's first tokens an encoder reads; the others are a decoder's."""
 
     @property
     def scored(self) -> int:
@@ -150,6 +152,8 @@ class StepResult:
 class Runner(Protocol):
     """Computes batches. It knows sequences by request id and cache blocks, and nothing of queues or sockets."""
 
+    decoder_prompt: tuple[int, ...]
+    """What an encoder-decoder's answers begin after, in the place of their prompt; empty for all others."""
     batching: Batching
     shares_blocks: bool
     """Whether what it caches is in the blocks, all of it, so that another sequence may go on from full ones."""

@@ -33,6 +33,8 @@ MOST_PADDED: Final = 2
 
 
 class CacheRunner:
+    decoder_prompt: tuple[int, ...] = ()
+
     def __init__(self, model: PreTrainedModel, cache: PagedCache, batching: Batching) -> None:
         """batching: which chunks share a call; "padded", "equal" lengths only, or "single"."""
         self.model = model
@@ -51,7 +53,7 @@ class CacheRunner:
         for part in batch.passes(SCORED_ROWS):
             rows: dict[str, torch.Tensor] = {}
             alive = [chunk for chunk in part.chunks if chunk.request_id not in result.errors]
-            for group in groups(alive, self.batching):
+            for group in self._calls(alive):
                 result.forward_passes += 1
                 try:
                     with memory_guard(sum(len(chunk.tokens) for chunk in group)):
@@ -76,9 +78,13 @@ class CacheRunner:
     def logits(self, batch: Batch) -> torch.Tensor:
         """[wanted rows, vocabulary], in the order of the batch."""
         rows: dict[str, torch.Tensor] = {}
-        for group in groups(batch.chunks, self.batching):
+        for group in self._calls(batch.chunks):
             rows |= self._forward(group)
-        return torch.cat([rows[chunk.request_id] for chunk in batch.chunks])
+        return torch.cat([rows[chunk.request_id] for chunk in batch.chunks if chunk.request_id in rows])
+
+    def _calls(self, chunks: Sequence[Chunk]) -> list[list[Chunk]]:
+        """The chunks of each forward call."""
+        return groups(chunks, self.batching)
 
     @torch.inference_mode()
     def _forward(self, group: Sequence[Chunk]) -> dict[str, torch.Tensor]:
@@ -109,14 +115,20 @@ def groups(chunks: Sequence[Chunk], batching: Batching) -> list[list[Chunk]]:
         return [[chunk] for chunk in chunks]
     found: list[list[Chunk]] = []
     last: list[Chunk] = []
-    tokens = 0
-    for chunk in sorted(chunks, key=lambda chunk: (len(chunk.tokens), chunk.end), reverse=True):
-        tokens += chunk.end
+    tokens = most_encoded = 0
+    for chunk in sorted(chunks, key=lambda chunk: (len(chunk.tokens), decoded(chunk)), reverse=True):
+        tokens, most_encoded = tokens + chunk.end, max(most_encoded, chunk.encoder_tokens)
         fits = last and len(chunk.tokens) == len(last[0].tokens)
         if batching == "equal":
-            fits = fits and chunk.end == last[0].end
-        if not (fits and (len(last) + 1) * last[0].end <= max(SMALL_CALL, MOST_PADDED * tokens)):
-            last, tokens = [], chunk.end
+            fits = fits and decoded(chunk) == decoded(last[0])
+        columns = (len(last) + 1) * (decoded(last[0]) + most_encoded) if fits else 0
+        if not fits or columns > max(SMALL_CALL, MOST_PADDED * tokens):
+            last, tokens, most_encoded = [], chunk.end, chunk.encoder_tokens
             found.append(last)
         last.append(chunk)
     return found
+
+
+def decoded(chunk: Chunk) -> int:
+    """How many tokens of its sequence the chunk's last one sees in self-attention."""
+    return chunk.end - chunk.encoder_tokens

@@ -19,10 +19,10 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 import torch
-from transformers import Cache
+from transformers import Cache, DynamicCache
 from transformers.cache_utils import DynamicLayer
 
-from server.model.attention import PagedCache
+from server.model.attention import LayerShape, PagedCache
 
 Indices = npt.NDArray[np.int64]
 
@@ -40,7 +40,7 @@ class Span(NamedTuple):
 
 
 class Gather:
-    """Where the rows of one call lie in the cache; all layers share it. Every row writes the same number of tokens."""
+    """Where the rows of one call lie in the cache; all layers share it. Every row writes as many tokens, maybe none."""
 
     def __init__(self, cache: PagedCache, spans: Sequence[Span], device: torch.device) -> None:
         self._cache = cache
@@ -87,15 +87,23 @@ class Gather:
         return store.view(-1, dim).index_select(0, indices).view(self.rows, heads, self.width, dim)
 
 
-class GatheredLayer(DynamicLayer):
+class GatheredLayer(DynamicLayer):  # type: ignore[no-untyped-call]
     """One layer of a cache that lives for one forward call."""
 
     def __init__(self, gather: Gather, keys: torch.Tensor, values: torch.Tensor) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.is_initialized = True
+        self.is_initialized = True  # all that the classes above set beside keys and values
         self._gather = gather
         self._stores = keys, values
         self._length = gather.past
+
+    @property
+    def keys(self) -> torch.Tensor:  # type: ignore[override]  # elsewhere an attribute; cross-attention reads it
+        """A copy of all tokens' keys, [rows, heads, width, dim]."""
+        return self._gather.read(self._stores[0])
+
+    @property
+    def values(self) -> torch.Tensor:  # type: ignore[override]
+        return self._gather.read(self._stores[1])
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
@@ -105,7 +113,9 @@ class GatheredLayer(DynamicLayer):
         self._gather.write(keys, key_states)
         self._gather.write(values, value_states)
         self._length = self._gather.width
-        return self._gather.read(keys), self._gather.read(values)
+        if self._gather.past == 0:  # all that there is
+            return key_states, value_states
+        return self.keys, self.values
 
     def get_seq_length(self) -> int:
         return self._length
@@ -120,3 +130,14 @@ def _slots(span: Span, width: int, block_tokens: int) -> Indices:
     blocks: Indices = np.asarray(span.blocks, dtype=np.int64)
     slots: Indices = blocks[positions // block_tokens] * block_tokens + positions % block_tokens
     return slots
+
+
+def cached_shapes(cache: DynamicCache, tokens: int) -> list[LayerShape]:
+    """Per layer, what a cache that has seen a row of tokens keeps of each; empty where a layer keeps anything else."""
+    layers: list[Any] = cache.layers
+    if any(type(layer) is not DynamicLayer or layer.get_seq_length() != tokens for layer in layers):
+        return []
+    pairs = [(layer.keys, layer.values) for layer in layers]
+    return [
+        LayerShape(keys.shape[1], keys.shape[3], values.shape[3], keys.dtype, keys.device) for keys, values in pairs
+    ]

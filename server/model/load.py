@@ -23,7 +23,7 @@ from transformers.utils import logging as transformers_logging
 import quant  # noqa: F401  importing it makes transformers load bitsandbytes' formats with our layers
 from quant.errors import CheckpointError, QuantError
 from quant.headers import ADAPTED, read_checkpoint_headers
-from quant.memory import read_config
+from quant.memory import auto_class, read_config
 from quant.quality import GroupReport, measured
 from server.errors import ConfigError, LoadError
 from server.memory.facts import effective_quantization, model_dtype, resolve_device
@@ -48,7 +48,9 @@ class LoadedModel:
     quality: tuple[GroupReport, ...] = ()
     """What quantizing cost; empty where nothing was quantized while loading."""
 
-    def info(self, max_model_len: int, *, prefix_caching: bool, batching: Batching) -> ModelInfo:
+    def info(
+        self, max_model_len: int, *, prefix_caching: bool, batching: Batching, decoder_prompt_tokens: int
+    ) -> ModelInfo:
         return ModelInfo(
             max_model_len=max_model_len,
             vocab_size=self.vocab_size,
@@ -59,6 +61,7 @@ class LoadedModel:
             quantization=self.quantization,
             prefix_caching=prefix_caching,
             batching=batching,
+            decoder_prompt_tokens=decoder_prompt_tokens,
         )
 
     @property
@@ -90,7 +93,6 @@ def load_model(spec: ModelSpec, progress: Progress) -> LoadedModel:
     check_path(spec)
     directory = Path(spec.path)
     config = read_config(directory)
-    refuse_by_config(config)
     dtype = model_dtype(spec, config)
     device = resolve_device(spec)
     quantization = effective_quantization(spec, config, dtype)
@@ -111,7 +113,7 @@ def load_model(spec: ModelSpec, progress: Progress) -> LoadedModel:
     if spec.quantization is not None and quantization is not None:
         arguments["quantization_config"] = quantization
     with _reporting(progress, sizes), _explained(spec), measured() as meter:
-        found: Any = transformers.AutoModelForCausalLM.from_pretrained(directory, **arguments)
+        found: Any = auto_class(config).from_pretrained(directory, **arguments)
     model, loading = found  # a pair, because of output_loading_info
     _refuse_gaps(directory, loading)
     let_go(model)
@@ -124,14 +126,6 @@ def load_model(spec: ModelSpec, progress: Progress) -> LoadedModel:
         offload=offload,
         quality=tuple(meter.groups()),
     )
-
-
-def refuse_by_config(config: transformers.PretrainedConfig) -> None:
-    """Raises LoadError for what no runner here can serve, before a byte of it is loaded."""
-    if getattr(config, "is_encoder_decoder", False):
-        raise LoadError(
-            f"architecture {config.model_type!r} is an encoder-decoder; accepted are causal language models"
-        )
 
 
 def _eos_token_ids(model: transformers.PreTrainedModel) -> tuple[int, ...]:

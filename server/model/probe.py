@@ -13,25 +13,26 @@ it changed is proven by the same comparison.
     else, where it can without padding             -> CacheRunner, rows of one length at a time
     else, where transformers' own caches agree     -> SingleRunner
     else                                           -> refused, by name, with what was seen
+
+Encoder-decoders have a probe and a runner of their own (encoder_probe.py).
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any, Final, TypeVar
+from typing import TYPE_CHECKING, Final
 
 import torch
 from transformers import DynamicCache
-from transformers.cache_utils import DynamicLayer
 
-from server.errors import LoadError
 from server.model.attention import ATTENTION_NAME, CONTEXT_ARGUMENT, Call, LayerShape, PagedCache, register
 from server.model.batch import Batch, Chunk, Draw
 from server.model.cache_runner import CacheRunner, cache_argument
+from server.model.encoder_probe import choose_encoder_decoder_runner
 from server.model.fuse import fuse
-from server.model.proof import LARGEST_DIFFERENCE, Proof, Provable
+from server.model.gather import cached_shapes
+from server.model.proof import LARGEST_DIFFERENCE, Proof, first_proven
 from server.model.runner import PagedRunner, input_device
 from server.model.single_runner import SingleRunner
 from server.records import KV_BLOCK_TOKENS, Batching, ModelSpec, SamplingParams
@@ -43,7 +44,6 @@ log = logging.getLogger(__name__)
 
 ModelRunner = PagedRunner | CacheRunner | SingleRunner
 
-Candidate = TypeVar("Candidate", bound=Provable)
 PAGED_LAYER_TYPES: Final = frozenset({"full_attention", "sliding_attention"})
 
 
@@ -58,6 +58,14 @@ def choose_runner(
 
     Raises LoadError for an architecture that none can serve.
     """
+    if model.config.is_encoder_decoder:
+        return choose_encoder_decoder_runner(
+            model,
+            blocks=blocks,
+            block_tokens=block_tokens,
+            max_model_len=max_model_len,
+            batch_invariant=spec.batch_invariant,
+        )
     own_attention = model.config._attn_implementation
     proof = Proof.of(model, blocks=blocks, block_tokens=block_tokens, max_model_len=max_model_len)
     fuse(model)
@@ -72,7 +80,8 @@ def choose_runner(
 def warm_up(runner: ModelRunner) -> None:
     """One small step that draws: what is set up at a first use (threads, kernels, the sampler) is set up now."""
     draw = Draw(SamplingParams(max_tokens=1, top_p=0.9), seed=0, index=0)
-    runner.step(Batch((Chunk("warm-up", (0,), 0, (0,), draw),)))
+    beginning = runner.decoder_prompt
+    runner.step(Batch((Chunk("warm-up", (0, *beginning), 0, (0,), draw, encoder_tokens=1 if beginning else 0),)))
     runner.release("warm-up")
 
 
@@ -87,30 +96,6 @@ def choose_cache_runner(
     cache = PagedCache(layers, blocks, proof.block_tokens)
     ways: list[Batching] = ["single"] if batch_invariant else ["padded", "equal"]
     return first_proven(model, [partial(CacheRunner, model, cache, way) for way in ways], proof.difference)
-
-
-def first_proven(
-    model: PreTrainedModel, candidates: Sequence[Callable[[], Candidate]], difference_of: Callable[[Candidate], float]
-) -> Candidate:
-    """The first candidate whose logits are the model's own; raises LoadError, with what was seen of the last one."""
-    name = f"architecture {model.config.model_type!r} ({type(model).__name__})"
-    refusal = LoadError(f"{name} cannot be served")
-    for candidate in candidates:
-        runner = candidate()
-        try:
-            difference = difference_of(runner)
-        except Exception as error:
-            log.warning("%s failed in its probe with batching %r", name, runner.batching, exc_info=error)
-            refusal = LoadError(f"{name} cannot be served: its probe failed ({type(error).__name__}: {error})")
-            continue
-        if difference <= LARGEST_DIFFERENCE:
-            return runner
-        log.warning("%s has other logits with batching %r (difference %.2g)", name, runner.batching, difference)
-        refusal = LoadError(
-            f"{name} cannot be served: computed in chunks over a cache, its logits differ from the model's own "
-            f"(relative difference {difference:.2g}); accepted are models that transformers can cache"
-        )
-    raise refusal
 
 
 def _paged_runner(
@@ -189,14 +174,3 @@ def _cached_layers(model: PreTrainedModel, prompt: list[int]) -> list[LayerShape
         log.warning("%s failed with a cache", type(model).__name__, exc_info=error)
         return []
     return cached_shapes(cache, len(prompt))
-
-
-def cached_shapes(cache: DynamicCache, tokens: int) -> list[LayerShape]:
-    """Per layer, what a cache that has seen a row of tokens keeps of each; empty where a layer keeps anything else."""
-    layers: list[Any] = cache.layers
-    if any(type(layer) is not DynamicLayer or layer.get_seq_length() != tokens for layer in layers):
-        return []
-    pairs = [(layer.keys, layer.values) for layer in layers]
-    return [
-        LayerShape(keys.shape[1], keys.shape[3], values.shape[3], keys.dtype, keys.device) for keys, values in pairs
-    ]

@@ -6,10 +6,11 @@ others of their kind that belong to a sequence of another length. Which runners 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import logging
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import TYPE_CHECKING, Final, Protocol
+from typing import TYPE_CHECKING, Final, Protocol, TypeVar
 
 import torch
 
@@ -27,6 +28,9 @@ round the other way, give up to 0.01; wrong positions (BART) 0.58, looking ahead
 DRAW: Final = Draw(SamplingParams(max_tokens=1, temperature=0.0), seed=0, index=0)
 _LENGTHS: Final = (5, 9)
 _CHUNK: Final = 4
+Candidate = TypeVar("Candidate", bound="Provable")
+
+log = logging.getLogger(__name__)
 
 
 class Provable(Protocol):
@@ -70,6 +74,30 @@ class Proof:
                     draw = DRAW if start == last else None
                     step.append(Chunk(f"probe-{which}", prompt[start:end], start, table, draw))
         return relative(logits_of(runner, steps), self.expected)
+
+
+def first_proven(
+    model: PreTrainedModel, candidates: Sequence[Callable[[], Candidate]], difference_of: Callable[[Candidate], float]
+) -> Candidate:
+    """The first candidate whose logits are the model's own; raises LoadError, with what was seen of the last one."""
+    name = f"architecture {model.config.model_type!r} ({type(model).__name__})"
+    refusal = LoadError(f"{name} cannot be served")
+    for candidate in candidates:
+        runner = candidate()
+        try:
+            difference = difference_of(runner)
+        except Exception as error:
+            log.warning("%s failed in its probe with batching %r", name, runner.batching, exc_info=error)
+            refusal = LoadError(f"{name} cannot be served: its probe failed ({type(error).__name__}: {error})")
+            continue
+        if difference <= LARGEST_DIFFERENCE:
+            return runner
+        log.warning("%s has other logits with batching %r (difference %.2g)", name, runner.batching, difference)
+        refusal = LoadError(
+            f"{name} cannot be served: computed in chunks over a cache, its logits differ from the model's own "
+            f"(relative difference {difference:.2g}); accepted are models that transformers can cache"
+        )
+    raise refusal
 
 
 def logits_of(runner: Provable, steps: Sequence[Sequence[Chunk]]) -> torch.Tensor:

@@ -28,6 +28,7 @@ class PagedRunner:
     """A model whose every layer calls server.model.attention, set to it, and its cache."""
 
     batching: Batching = "packed"
+    decoder_prompt: tuple[int, ...] = ()
     shares_blocks = True
 
     def __init__(

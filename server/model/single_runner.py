@@ -28,6 +28,7 @@ log = logging.getLogger(__name__)
 
 class SingleRunner:
     batching: Batching = "single"
+    decoder_prompt: tuple[int, ...] = ()
     shares_blocks = False
     """A cache belongs to a request: no other begins where it ends."""
 

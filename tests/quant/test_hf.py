@@ -17,7 +17,6 @@ import transformers
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import AutoModelForCausalLM
 from transformers.quantizers import auto
 
 import quant
@@ -27,8 +26,9 @@ from quant.conversion import modules_to_quantize
 from quant.errors import CheckpointError, QuantConfigError
 from quant.hf import METHODS, OFFLOAD_REFUSED, HalfbyteQuantizer
 from quant.linear import PackedLinear
+from quant.memory import auto_class, read_config
 from quant.offload import offloaded_modules
-from tests.tiny_models import CONFIGS, save_tiny, tiny_model
+from tests.tiny_models import CONFIGS, answered, save_tiny, tiny_model
 
 NF4_DQ = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
 FORMATS: dict[str, dict[str, object]] = {
@@ -55,7 +55,7 @@ def _quiet() -> Iterator[None]:
 def load(path: Path, config: BitsAndBytesConfig | None = None, **how: object) -> transformers.PreTrainedModel:
     if config is not None:  # None itself would tell transformers to forget what the file says
         how["quantization_config"] = config
-    return AutoModelForCausalLM.from_pretrained(path, **how)
+    return auto_class(read_config(path)).from_pretrained(path, **how)
 
 
 def prompt() -> torch.Tensor:
@@ -64,7 +64,7 @@ def prompt() -> torch.Tensor:
 
 def logits(model: transformers.PreTrainedModel, tokens: torch.Tensor) -> torch.Tensor:
     with torch.no_grad():
-        result: torch.Tensor = model(tokens).logits
+        result: torch.Tensor = model(tokens, **answered(model, tokens)).logits
     return result
 
 

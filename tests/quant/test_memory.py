@@ -24,7 +24,7 @@ def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPath
 
 def load(path: Path, config: quant.BitsAndBytesConfig | None, dtype: torch.dtype) -> torch.nn.Module:
     options = {"quantization_config": config} if config is not None else {}
-    return transformers.AutoModelForCausalLM.from_pretrained(path, dtype=dtype, **options)  # type: ignore[no-any-return]
+    return memory.auto_class(memory.read_config(path)).from_pretrained(path, dtype=dtype, **options)  # type: ignore[no-any-return]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from server.model.batch import Batch, Chunk, StepError, StepResult
-from server.records import TokenLogprobs
+from server.records import Batching, TokenLogprobs
 
 VOCABULARY = 1000
 
@@ -44,6 +44,8 @@ def read_out(chunk: Chunk, tokens: Sequence[int], result: StepResult) -> None:
 
 
 class ScriptedRunner:
+    batching: Batching = "packed"
+    decoder_prompt: tuple[int, ...] = ()
     shares_blocks = False
 
     def __init__(self) -> None:
@@ -80,6 +82,8 @@ class PagedScriptedRunner:
     A step that fails, as a whole or for one request, leaves garbage where it wrote.
     """
 
+    batching: Batching = "packed"
+    decoder_prompt: tuple[int, ...] = ()
     shares_blocks = True
 
     def __init__(self, block_tokens: int) -> None:

@@ -136,6 +136,7 @@ class Engine:
             device="cpu",
             quantization={"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"},
             prefix_caching=True,
+            decoder_prompt_tokens=self.script.get("decoder_prompt_tokens", 0),
         )
         memory = MemoryReport(
             device="cpu",

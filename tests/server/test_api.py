@@ -369,6 +369,7 @@ def test_models_memory_and_openapi(echo: RunningApp) -> None:
     assert listed["quantization"] == {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
     assert listed["prefix_caching"] is True
     assert listed["batching"] == "packed"
+    assert listed["encoder_decoder"] is False
     assert memory["models"][0]["planned"] == {"packed_weights": 4096, "kv_cache": 1024}
     assert memory["devices"] == [{"device": "cpu", "models": 1, "planned": 5120, "measured": 5120, "unaccounted": 880}]
     assert "/v1/chat/completions" in schema["paths"]

@@ -12,7 +12,7 @@ from server.api.generation import Options, nth_choice, sampling
 from server.api.wire import ChatRequest, CompletionRequest, Sampling
 from server.errors import RequestError
 from server.records import ModelInfo, SamplingParams
-from tests.server.conftest import RunningApp
+from tests.server.conftest import RunningApp, ServeScript
 from tests.server.test_api import chat, complete, events
 
 DOCS = Path(__file__).parent.parent.parent / "docs" / "api.md"
@@ -219,3 +219,19 @@ def test_every_field_that_is_honoured_is_documented(model: type[Sampling]) -> No
     documented = set(re.findall(r"^\| `(\w+)`", DOCS.read_text(), re.MULTILINE)) | {"max_completion_tokens"}
     honoured = {name for name, field in model.model_fields.items() if field.json_schema_extra is None}
     assert honoured - documented == set()
+
+
+def test_an_encoder_decoders_prompt_and_answer_have_a_context_each(serve_scripts: ServeScript) -> None:
+    with serve_scripts({"t5": {"max_model_len": 32, "decoder_prompt_tokens": 1}}) as running:
+        found = complete(running, model="t5", prompt="a" * 32, max_tokens=31).json()
+        assert found["usage"]["total_tokens"] == 63
+        for body, param, words in (
+            ({"prompt": "a" * 33}, "prompt", "33 tokens, and the model's context holds 32; accepted is a prompt of at"),
+            ({"prompt": "a", "max_tokens": 32}, "max_tokens", "may have 31, whatever its prompt is"),
+            ({"prompt": "a", "echo": True}, "echo", "do not continue their prompt"),
+            ({"prompt": "a", "echo": True, "logprobs": 1}, "echo", "do not continue their prompt"),
+        ):
+            refused = complete(running, **({"model": "t5", "max_tokens": 4} | body))
+            assert refused.status_code == 400
+            assert refused.json()["error"]["param"] == param
+            assert words in refused.json()["error"]["message"]

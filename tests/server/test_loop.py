@@ -250,3 +250,18 @@ def test_reports_count_who_gave_up_blocks(blocks: int, crowded: bool) -> None:
     assert (preemptions > 0) == crowded
     assert asked <= 4 + preemptions
     assert all(len(bench.answer(f"r{number}")) == 60 for number in range(4))
+
+
+def test_an_answer_that_does_not_continue_its_prompt_has_a_beginning_of_its_own() -> None:
+    bench = Bench()
+    bench.runner.decoder_prompt = (7, 8)
+    bench.generate("a", [1, 2, 3], 4)
+    scored = SamplingParams(max_tokens=4, prompt_logprobs=0)
+    bench.inbox.put(Generate("b", (1, 2), scored))
+    bench.loop.run()
+    first, second, *_ = [batch.chunks[0] for batch in bench.runner.batches]
+    assert (list(first.tokens), first.encoder_tokens) == ([1, 2, 3, 7, 8], 3)
+    assert (len(second.tokens), second.start, second.encoder_tokens) == (1, 5, 3)
+    assert bench.answer("a") == expected_answer([1, 2, 3, 7, 8], 4)
+    assert bench.end("b").refused
+    assert "logprobs of its prompt" in str(bench.end("b").error)

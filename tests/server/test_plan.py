@@ -100,6 +100,24 @@ def test_activations_of_few_tokens_are_the_logits(path: str) -> None:
     assert two == 2 * one > 320 * 4
 
 
+def test_an_encoder_decoder_caches_prompt_and_answer(tmp_path: Path) -> None:
+    """Three decoder layers, four heads of 32, keys and values, four bytes each; two texts of 100 tokens."""
+    path = str(save_tiny("t5", tmp_path, num_decoder_layers=3))
+    made = planned(path, max_model_len=100, max_sequences=3)
+    assert made.kv_bytes_per_token == 3 * 2 * 4 * 32 * 4
+    assert (made.max_model_len, made.sequence_tokens, made.kv_tokens) == (100, 200, 608)
+    with pytest.raises(ConfigError, match="which caches up to 200"):
+        planned(path, max_model_len=100, kv_cache_tokens=199)
+    wide = planned(path, kv_cache_tokens=8192, max_sequences=1)
+    tight = planned(path, wide.devices[0].peak_bytes - 4096 * wide.kv_bytes_per_token, kv_cache_tokens=8192)
+    assert not tight.fits
+    assert tight.nearest
+    for alternative in tight.nearest:
+        fields = {key: value for key, value in alternative.changes.items() if key != "kv_cache"}
+        cache = alternative.changes.get("kv_cache", {}).get("tokens", 8192)
+        assert cache >= 2 * fields.get("max_model_len", tight.max_model_len)
+
+
 def test_what_is_promised_to_others_is_not_free(path: str) -> None:
     spec = ModelSpec("m", path, kv_cache_tokens=512)
     needed = plan.make_plan(spec, GIB, runtime_bytes=0).devices[0].peak_bytes

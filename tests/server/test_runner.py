@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 from functools import cache
 from itertools import pairwise
 from pathlib import Path
@@ -14,19 +13,25 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers.models.gptj import modeling_gptj
 
-from quant.config import from_spec
+from quant.config import BitsAndBytesConfig, from_spec
+from quant.linear import PackedLinear
 from server.errors import LoadError
 from server.memory.kv import kv_bytes_per_token
+from server.memory.ledger import measure
+from server.memory.plan import make_plan
 from server.model.batch import Batch, Chunk, Draw, StepError
 from server.model.cache_runner import MOST_PADDED, SMALL_CALL, CacheRunner, groups
+from server.model.encoder_decoder import EncoderDecoderRunner
+from server.model.encoder_probe import decoder_prompt
 from server.model.load import load_model
 from server.model.probe import ModelRunner, choose_cache_runner, choose_runner
 from server.model.proof import Proof
 from server.model.runner import PagedRunner
 from server.model.single_runner import SingleRunner
-from server.records import KV_BLOCK_TOKENS, Abort, Batching, ModelSpec, SamplingParams
+from server.records import KV_BLOCK_TOKENS, Batching, ModelSpec, SamplingParams
 from tests.server.engines import Engine, generate
-from tests.tiny_models import VOCABULARY, save_tiny, tiny_model
+from tests.server.greedy import check_greedy, expected, prompt_of
+from tests.tiny_models import auto_class, save_tiny, tiny_model
 
 GPTJ_CALLS_THE_INTERFACE = hasattr(modeling_gptj, "ALL_ATTENTION_FUNCTIONS")
 """From transformers 5.24 on."""
@@ -39,12 +44,23 @@ CACHED = (
     "falcon with groups",
     *(() if GPTJ_CALLS_THE_INTERFACE else ("gptj",)),
 )
+ENCODER_DECODERS = ("t5", "t5 with a deeper encoder", "bart")
 CHANGES: dict[str, dict[str, object]] = {
     "mistral": {"sliding_window": 5},
+    "bloom": {"tie_word_embeddings": False},
+    "bart": {"tie_word_embeddings": False},
     "falcon with alibi": {"alibi": True},
+    "t5": {"initializer_factor": 2.0},
+    "t5 with a deeper encoder": {
+        "initializer_factor": 2.0,
+        "num_layers": 3,
+        "num_decoder_layers": 2,
+        "feed_forward_proj": "relu",
+    },
     "falcon with groups": {"new_decoder_architecture": True, "num_kv_heads": 2},
 }
-"""Changes to tiny models that exercise what a short test would otherwise not reach."""
+"""Changes to tiny models that exercise what a short test would otherwise not reach. (transformers itself fails to
+generate with a decoder of more layers than the encoder.)"""
 LENGTH = 256
 BLOCKS = 64
 
@@ -70,34 +86,21 @@ def cache_runner_for(model: transformers.PreTrainedModel, *, batch_invariant: bo
     return choose_cache_runner(model, proof, blocks=BLOCKS, batch_invariant=batch_invariant)
 
 
-def prompt_of(length: int) -> list[int]:
-    return [random.randrange(3, VOCABULARY) for _ in range(length)]
+def runner_kind(architecture: str) -> tuple[type[ModelRunner], Batching]:
+    if architecture in ENCODER_DECODERS:
+        return EncoderDecoderRunner, "equal" if architecture == "bart" else "padded"
+    return (PagedRunner, "packed") if architecture in PAGED else (CacheRunner, "padded")
 
 
-@torch.inference_mode()
-def expected(model: transformers.PreTrainedModel, prompt: list[int], count: int) -> list[int]:
-    """transformers' own greedy answer, past any end-of-sequence token."""
-    model.generation_config.eos_token_id = None  # else generate would take it up again
-    ids = torch.tensor([prompt])
-    found = model.generate(
-        ids,
-        attention_mask=torch.ones_like(ids),
-        generation_config=transformers.GenerationConfig(max_new_tokens=count, do_sample=False, pad_token_id=0),
-    )
-    return list(found[0, len(prompt) :].tolist())
-
-
-@pytest.mark.parametrize("architecture", PAGED + CACHED)
+@pytest.mark.parametrize("architecture", PAGED + CACHED + ENCODER_DECODERS)
 def test_each_architecture_gets_its_runner(architecture: str) -> None:
     runner = runner_for(architecture)
-    assert (type(runner), runner.batching) == (
-        (PagedRunner, "packed") if architecture in PAGED else (CacheRunner, "padded")
-    )
+    assert (type(runner), runner.batching) == runner_kind(architecture)
     planned = kv_bytes_per_token(runner.model.config, torch.float32) * BLOCKS * KV_BLOCK_TOKENS
     assert sum(tensor.nbytes for tensor in runner.kv_tensors) == planned
 
 
-@pytest.mark.parametrize("architecture", PAGED + CACHED)
+@pytest.mark.parametrize("architecture", PAGED + CACHED + ENCODER_DECODERS)
 def test_greedy_is_transformers_generate_alone_and_in_company(architecture: str) -> None:
     check_greedy(runner_for(architecture), original(architecture))
 
@@ -119,28 +122,7 @@ def test_a_runner_of_single_sequences_answers_as_transformers_does() -> None:
     check_greedy(SingleRunner(tiny("bloom")), original("bloom"))
 
 
-def check_greedy(runner: ModelRunner, model: transformers.PreTrainedModel) -> None:
-    """Alone, and among neighbours that come and go."""
-    prompts = {f"r{i}": prompt_of(length) for i, length in enumerate((1, 3, 17, 40, 70))}
-    counts = {name: random.randint(8, 16) for name in prompts}
-    answers = {name: expected(model, prompt, counts[name]) for name, prompt in prompts.items()}
-    requests = {name: generate(name, prompt, counts[name]) for name, prompt in prompts.items()}
-
-    engine = Engine(runner, max_batch_tokens=24)
-    assert engine.serve([requests["r3"]]) == {"r3": answers["r3"]}
-    alone = len(engine.reports)
-
-    neighbours = [generate(f"n{i}", prompt_of(random.randint(1, 30)), 20, temperature=1.0) for i in range(4)]
-    later = {2: [requests["r1"], neighbours[2]], 4: [requests["r4"], Abort("n0")], 7: [requests["r2"], neighbours[3]]}
-    found = engine.serve([requests["r0"], *neighbours[:2], requests["r3"]], later)
-    assert {name: found[name] for name in prompts} == answers
-    assert engine.ends["n0"] == ("abort", None)
-    mixed = [report for report in engine.reports[alone:] if report.prefill_tokens and report.decode_tokens]
-    assert len(mixed) >= 3, "chunks of prompts were computed beside decodes"
-    assert engine.reports[-1].kv_blocks_used == 0
-
-
-@pytest.mark.parametrize("architecture", ["llama", "bloom"])
+@pytest.mark.parametrize("architecture", ["llama", "bloom", "t5"])
 def test_greedy_survives_preemption(architecture: str) -> None:
     model = original(architecture)
     prompts = {f"r{i}": prompt_of(30) for i in range(4)}
@@ -179,11 +161,11 @@ def test_greedy_is_the_same_with_a_beginning_from_the_cache(architecture: str) -
 
 
 @pytest.mark.parametrize("quantization", ["nf4-dq", "fp4", "int8"])
-@pytest.mark.parametrize("architecture", ["llama", "qwen3", "bloom", "falcon"])
+@pytest.mark.parametrize("architecture", ["llama", "qwen3", "bloom", "falcon", "t5"])
 def test_quantized_models_answer_as_transformers_does(architecture: str, quantization: str, tmp_path: Path) -> None:
-    path = save_tiny(architecture, tmp_path / "model")
+    path = save_tiny(architecture, tmp_path / "model", **CHANGES.get(architecture, {}))
     config = from_spec(quantization, compute_dtype=torch.float32)
-    model = transformers.AutoModelForCausalLM.from_pretrained(path, quantization_config=config)
+    model = auto_class(architecture).from_pretrained(path, quantization_config=config)
     loaded = load_model(ModelSpec("m", str(path), quantization=quantization), lambda *_: None)
     runner = choose_runner(loaded.model, ModelSpec("m", ""), blocks=BLOCKS, max_model_len=LENGTH)
     prompts = {f"r{i}": prompt_of(length) for i, length in enumerate((1, 9, 33, 50))}
@@ -198,6 +180,23 @@ def test_quantized_models_answer_as_transformers_does(architecture: str, quantiz
             same_up_to_a_tie(model, prompt, found[name], answer)
         else:
             assert found[name] == answer
+
+
+@pytest.mark.parametrize("skips", [None, ["decoder", "lm_head", "wo"]])
+def test_a_packed_checkpoint_of_t5_is_served_with_the_skip_list_in_it(skips: list[str] | None, tmp_path: Path) -> None:
+    source = save_tiny("t5", tmp_path / "source", **CHANGES["t5"])
+    config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_use_double_quant=True, llm_int8_skip_modules=skips)
+    model = auto_class("t5").from_pretrained(source, quantization_config=config)
+    model.save_pretrained(tmp_path / "packed")
+    spec = ModelSpec("m", str(tmp_path / "packed"), max_model_len=64, kv_cache_tokens=BLOCKS * KV_BLOCK_TOKENS)
+    loaded = load_model(spec, lambda *_: None)
+    packed = [name for name, module in loaded.model.named_modules() if isinstance(module, PackedLinear)]
+    assert packed
+    assert not any(name.endswith(".wo") for name in packed)
+    assert any(name.startswith("decoder") for name in packed) == (skips is None)
+    runner = choose_runner(loaded.model, spec, blocks=BLOCKS, max_model_len=64)
+    assert measure(loaded.model, runner.kv_tensors).items() <= make_plan(spec).components.items()
+    check_greedy(runner, model)
 
 
 LLAMA = ("model.embed_tokens", "model.layers.0", "model.layers.1", "model.norm", "model.rotary_emb", "lm_head")
@@ -243,11 +242,19 @@ def same_up_to_a_tie(
     different = [place for place, (ours, theirs) in enumerate(zip(found, answer, strict=True)) if ours != theirs]
     if different:
         place = different[0]
-        logits = model(input_ids=torch.tensor([prompt + answer[:place]]), use_cache=False).logits[0, -1]
+        logits = next_logits(model, prompt, answer[:place])
         assert float(logits[answer[place]] - logits[found[place]]) < INT8_TIE * float(logits.std())
 
 
-@pytest.mark.parametrize(("architecture", "prefills"), [("llama", 0), ("bloom", 1)])
+def next_logits(model: transformers.PreTrainedModel, prompt: list[int], answer: list[int]) -> torch.Tensor:
+    """The model's own logits of the token that follows."""
+    if not model.config.is_encoder_decoder:
+        return model(input_ids=torch.tensor([prompt + answer]), use_cache=False).logits[0, -1]
+    ids, answered = (torch.tensor([tokens]) for tokens in (prompt, [*decoder_prompt(model), *answer]))
+    return model(input_ids=ids, decoder_input_ids=answered, use_cache=False).logits[0, -1]
+
+
+@pytest.mark.parametrize(("architecture", "prefills"), [("llama", 0), ("bloom", 1), ("t5", 1)])
 def test_eight_requests_share_forward_passes(architecture: str, prefills: int) -> None:
     """Packed are prompts and decodes; side by side, four late prompts of one length are one more call."""
     runner = runner_for(architecture)
@@ -336,12 +343,52 @@ def test_running_out_of_memory_ends_the_step_and_not_the_engine() -> None:
     assert engine.serve([generate("c", [5, 6], 4)])["c"] == expected(original("llama"), [5, 6], 4)
 
 
+def test_prompts_of_an_encoder_that_are_not_numbers_end_their_own_requests() -> None:
+    model = tiny("t5")
+    with torch.no_grad():
+        model.encoder.final_layer_norm.register_forward_hook(
+            lambda _, arguments, given: given.fill_(float("nan")) if given.shape[1] == 3 else given
+        )
+    engine = Engine(choose_runner(model, ModelSpec("m", ""), blocks=BLOCKS, max_model_len=LENGTH))
+    prompt = prompt_of(12)
+    found = engine.serve([generate("good", prompt, 10), generate("bad", [5, 77, 9], 10)])
+    assert "not finite" in str(engine.ends["bad"][1])
+    assert found["good"] == expected(original("t5"), prompt, 10)
+
+
+def test_an_encoder_decoder_shares_no_beginnings_and_scores_no_prompts() -> None:
+    engine = Engine(runner_for("t5"))
+    prompt = prompt_of(40)
+    found = engine.serve([generate(name, prompt, 5) for name in "ab"] + [generate("c", prompt, 5, prompt_logprobs=0)])
+    assert not engine.scheduler.prefix_caching
+    assert found["a"] == found["b"] == expected(original("t5"), prompt, 5)
+    assert "an encoder-decoder has no logprobs of its prompt" in str(engine.ends["c"][1])
+
+
+def test_penalties_and_bad_words_of_an_encoder_decoder_look_at_its_answer_alone() -> None:
+    model, prompt = original("t5"), prompt_of(30)
+    plain = expected(model, prompt, 12)
+    beginning = decoder_prompt(model)[0]
+    words = [[plain[0]], [plain[3], plain[4]], [prompt[-1], plain[1]], [beginning, plain[2]]]
+    asked: list[tuple[dict[str, object], dict[str, object]]] = [
+        ({"repetition_penalty": 1.7}, {"repetition_penalty": 1.7}),
+        ({"bad_words": tuple(map(tuple, words))}, {"bad_words_ids": words}),
+    ]
+    prompt = [*prompt, *plain]  # words of the answer are in the prompt
+    engine = Engine(runner_for("t5"))
+    found = engine.serve([generate(f"r{i}", prompt, 12, **ours) for i, (ours, _) in enumerate(asked)])
+    for which, (_, theirs) in enumerate(asked):
+        assert found[f"r{which}"] == expected(model, prompt, 12, **theirs)
+
+
 def test_a_runner_of_single_sequences_reports_one_that_is_not_there() -> None:
     runner = SingleRunner(tiny("bloom"))
     chunk = Chunk("nobody", [5], 3, [0], Draw(SamplingParams(max_tokens=1), 0, 0))
     assert "where its cache does not end" in runner.step(Batch((chunk,))).errors["nobody"]
     with pytest.raises(StepError):
         runner.logits(Batch((chunk,)))
+    with pytest.raises(StepError, match="where it was not left"):
+        runner_for("t5").step(Batch((Chunk("nobody", [5], 3, [0], chunk.draw, encoder_tokens=4),)))
 
 
 def test_a_model_that_looks_ahead_is_refused_by_name() -> None:
@@ -362,16 +409,20 @@ def test_a_model_that_leaks_between_packed_sequences_is_not_paged() -> None:
     config = transformers.BartConfig(
         vocab_size=320, d_model=64, decoder_layers=2, decoder_attention_heads=2, decoder_ffn_dim=64,
         encoder_layers=2, encoder_attention_heads=2, encoder_ffn_dim=64, forced_eos_token_id=None,
+        tie_word_embeddings=False,
     )  # fmt: skip
     torch.manual_seed(0)
     model, own = (transformers.BartForCausalLM(config).eval() for _ in range(2))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(4.0 if parameter.dim() > 1 else 1.0)
     own.load_state_dict(model.state_dict())
     runner = choose_runner(model, ModelSpec("m", ""), blocks=BLOCKS, max_model_len=LENGTH)
     assert (type(runner), runner.batching) == (CacheRunner, "equal")
     check_greedy(runner, own)
 
 
-@pytest.mark.parametrize("architecture", ["llama", "bloom", "falcon"])
+@pytest.mark.parametrize("architecture", ["llama", "bloom", "falcon", "t5"])
 def test_what_lies_beyond_a_sequence_is_never_read(architecture: str) -> None:
     runner = runner_for(architecture)
     for tensor in runner.kv_tensors:
