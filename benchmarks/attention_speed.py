@@ -88,8 +88,8 @@ def measure(
 ) -> Result:
     """Alternating runs of both, after one of each that is not counted."""
     batch, call = make_batch(sequences, rows, cached, heads, dtype)
-    stores = batch.cache.keys[0], batch.cache.values[0]
-    sides = (lambda: batch.attend_at_once(call, *stores), lambda: batch.attend_in_torch(call, *stores))
+    (stores,) = batch.cache.layers
+    sides = (lambda: batch.attend_at_once(call, stores), lambda: batch.attend_in_torch(call, stores))
     for side in sides:
         side()
     times: tuple[list[float], list[float]] = ([], [])

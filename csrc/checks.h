@@ -46,11 +46,16 @@ inline hb_status check_shape(int64_t rows, int64_t columns, int64_t* count) {
 }
 
 inline int64_t dtype_bytes(int64_t dtype) {
-    return dtype == HB_FLOAT32 ? 4 : 2;
+    return dtype == HB_FLOAT32 ? 4 : dtype == HB_INT8 ? 1 : 2;
 }
 
 inline hb_status check_dtype(int64_t dtype) {
     return fail_unless(dtype == HB_FLOAT32 || dtype == HB_FLOAT16 || dtype == HB_BFLOAT16, HB_BAD_DTYPE);
+}
+
+// What a cache keeps keys and values in.
+inline hb_status check_store_dtype(int64_t dtype) {
+    return dtype == HB_INT8 ? HB_OK : check_dtype(dtype);
 }
 
 inline hb_status check_format(int64_t format) {
@@ -299,15 +304,22 @@ inline hb_status check_strides(int64_t rows, int64_t row_stride, int64_t heads, 
     return fail_unless(of_rows <= HB_MAX_ELEMENTS - of_heads - size, HB_BAD_SHAPE);
 }
 
+// Of what a head has in a cache: a key, a value, two scales.
+inline int64_t largest_size(int64_t D, int64_t E) {
+    const int64_t larger = D > E ? D : E;
+    return larger > 2 ? larger : 2;
+}
+
 inline hb_status check_attention_shape(const hb_paged_attention_args* a) {
     HB_REQUIRE(check_call(a == nullptr ? nullptr : &a->call, sizeof *a));
     HB_REQUIRE(check_dtype(a->dtype));
+    HB_REQUIRE(check_store_dtype(a->store_dtype));
     HB_REQUIRE(fail_unless(a->D >= 1 && a->D <= HB_MAX_HEAD_DIM && a->E >= 1 && a->E <= HB_MAX_HEAD_DIM, HB_BAD_SHAPE));
     HB_REQUIRE(fail_unless(a->G >= 1 && a->H >= a->G && a->H % a->G == 0 && a->block_tokens >= 1, HB_BAD_SHAPE));
     const bool good_scale = a->scale >= -1e30 && a->scale <= 1e30;
     const bool good_cap = a->softcap == 0 || (a->softcap >= 1e-30 && a->softcap <= 1e30);
     HB_REQUIRE(fail_unless(good_scale && good_cap && a->window >= 0, HB_BAD_OPTION));
-    const int64_t larger = a->D > a->E ? a->D : a->E;
+    const int64_t larger = largest_size(a->D, a->E);
     int64_t count = 0;
     HB_REQUIRE(check_shape(a->H, larger, &count));
     HB_REQUIRE(check_shape(a->T, count, &count));
@@ -322,10 +334,11 @@ inline hb_status check_attention_shape(const hb_paged_attention_args* a) {
 
 inline hb_status check(const hb_paged_attention_args* a) {
     HB_REQUIRE(check_attention_shape(a));
-    const int64_t bytes = dtype_bytes(a->dtype);
+    const int64_t bytes = dtype_bytes(a->dtype), store_bytes = dtype_bytes(a->store_dtype);
     HB_REQUIRE(check_tensor(a->query, a->T, bytes));
-    HB_REQUIRE(check_tensor(a->keys, a->T, bytes));
-    HB_REQUIRE(check_tensor(a->values, a->T, bytes));
+    HB_REQUIRE(check_tensor(a->keys, a->T, store_bytes));
+    HB_REQUIRE(check_tensor(a->values, a->T, store_bytes));
+    if (a->store_dtype == HB_INT8) HB_REQUIRE(check_tensor(a->scales, a->T, sizeof(float)));
     HB_REQUIRE(check_tensor(a->tables, a->T, sizeof(int64_t)));
     HB_REQUIRE(check_tensor(a->offsets, a->T, sizeof(int64_t)));
     HB_REQUIRE(check_tensor(a->starts, a->T, sizeof(int64_t)));
@@ -386,8 +399,10 @@ inline hb_status check(const hb_add_args* a) {
 inline hb_status check(const hb_cache_write_args* a) {
     HB_REQUIRE(check_call(a == nullptr ? nullptr : &a->call, sizeof *a));
     HB_REQUIRE(check_dtype(a->dtype));
+    HB_REQUIRE(check_store_dtype(a->store_dtype));
     HB_REQUIRE(fail_unless(a->D >= 0 && a->D <= HB_MAX_HEAD_DIM && a->E >= 0 && a->E <= HB_MAX_HEAD_DIM, HB_BAD_SHAPE));
-    const int64_t larger = a->D > a->E ? a->D : a->E, bytes = dtype_bytes(a->dtype);
+    const int64_t bytes = dtype_bytes(a->dtype), store_bytes = dtype_bytes(a->store_dtype);
+    const int64_t larger = largest_size(a->D, a->E);
     int64_t heads = 0, count = 0;
     HB_REQUIRE(check_shape(a->G, larger, &heads));
     HB_REQUIRE(check_shape(a->T, heads, &count));
@@ -398,8 +413,9 @@ inline hb_status check(const hb_cache_write_args* a) {
     HB_REQUIRE(check_tensor(a->key, a->D, bytes));
     HB_REQUIRE(check_tensor(a->value, a->E, bytes));
     HB_REQUIRE(check_tensor(a->slots, a->T, sizeof(int64_t)));
-    HB_REQUIRE(check_tensor(a->keys, a->D, bytes));
-    return check_tensor(a->values, a->E, bytes);
+    if (a->store_dtype == HB_INT8) HB_REQUIRE(check_tensor(a->scales, 1, sizeof(float)));
+    HB_REQUIRE(check_tensor(a->keys, a->D, store_bytes));
+    return check_tensor(a->values, a->E, store_bytes);
 }
 
 }  // namespace hb

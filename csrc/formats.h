@@ -103,6 +103,8 @@ constexpr Table<int8_t, 16> kFp4Int8 = make_int8_table(kFp4Values, kFp4Int8Unit)
 constexpr int64_t kSmallestBlocksize = 32;
 constexpr int64_t kLargestBlocksize = 4096;
 constexpr float kInt8Max = 127.0f;
+// Heads of keys and values in int8 that hold nothing this large are kept as zeros: no scale is subnormal.
+constexpr float kSmallestStored = 0x1p-64f;
 // Two int8 codes multiplied stand for this times both maxima.
 constexpr float kInt8ProductScale = static_cast<float>(1.0 / (127.0 * 127.0));
 // What a code of such a table times an int8 code of x stands for, times both maxima: of NF4, of FP4.

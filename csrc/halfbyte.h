@@ -25,7 +25,7 @@ extern "C" {
 #define HB_API __attribute__((visibility("default")))
 
 /* Goes up with every change of a struct, a code or a meaning in this file. */
-#define HB_ABI_VERSION 5
+#define HB_ABI_VERSION 6
 /* Required alignment of a workspace. */
 #define HB_WORKSPACE_ALIGNMENT 64
 /* The largest number of elements that any tensor may have. */
@@ -60,8 +60,8 @@ enum {
     HB_STATUS_COUNT = 18
 };
 
-/* Dtypes of values. */
-enum { HB_FLOAT32 = 0, HB_FLOAT16 = 1, HB_BFLOAT16 = 2 };
+/* Dtypes of values; HB_INT8 is one of a cache's keys and values alone. */
+enum { HB_FLOAT32 = 0, HB_FLOAT16 = 1, HB_BFLOAT16 = 2, HB_INT8 = 3 };
 /* 4-bit formats. */
 enum { HB_NF4 = 0, HB_FP4 = 1 };
 /* Who decides that an activation is an outlier: the value alone, or its column over all M rows; or all of them are, so
@@ -307,7 +307,10 @@ HB_API hb_status hb_linear8_group_workspace(const hb_linear8_args* items, int64_
  * What offsets, starts and tables say is checked by who reads them. The CPU library answers HB_BAD_SEQUENCE. On a
  * device nobody can be told in time: there a row that no sequence has, that stands outside its table, or that sees a
  * block which is not in the cache becomes NaN, and no such block is read. Launches depend on shapes and options alone,
- * so a CUDA graph of them serves other tables; a table may be wider than any of its sequences needs. */
+ * so a CUDA graph of them serves other tables; a table may be wider than any of its sequences needs.
+ *
+ * Keys and values have a dtype of their own. In HB_INT8 each head of a position has a scale beside its codes, one for
+ * the key and one for the value: what it holds is code * scale, as hb_cache_write puts it. */
 typedef struct hb_paged_attention_args {
     hb_call call;
     const void* query;         /* [T, H, D], strides below; each head's D values are contiguous */
@@ -315,7 +318,9 @@ typedef struct hb_paged_attention_args {
     int64_t query_head_stride; /* elements between two heads of a row */
     const void* keys;          /* [blocks, block_tokens, G, D] */
     const void* values;        /* [blocks, block_tokens, G, E] */
-    int64_t dtype;             /* of query, keys, values and out: HB_FLOAT32, HB_FLOAT16 or HB_BFLOAT16 */
+    int64_t store_dtype;       /* of keys and values: HB_FLOAT32, HB_FLOAT16, HB_BFLOAT16 or HB_INT8 */
+    const float* scales;       /* [blocks, block_tokens, G, 2] of keys and values in HB_INT8; else ignored */
+    int64_t dtype;             /* of query and out: HB_FLOAT32, HB_FLOAT16 or HB_BFLOAT16 */
     int64_t T;                 /* rows in the batch */
     int64_t H;                 /* query heads, a multiple of G */
     int64_t G;                 /* kv heads */
@@ -393,8 +398,12 @@ typedef struct hb_add_args {
 } hb_add_args;
 HB_API hb_status hb_add(const hb_add_args* args);
 
-/* New rows of keys and values to their places in a paged cache: keys[slots[t], g, d] = key[t, g, d], and values alike.
- * A row whose slot is not in the cache is left out. No two rows may have one slot. */
+/* New rows of keys and values to their places in a paged cache: keys[slots[t], g, d] = key[t, g, d], and values alike,
+ * rounded to the cache's dtype. A row whose slot is not in the cache is left out. No two rows may have one slot.
+ *
+ * In HB_INT8, with absmax the largest magnitude of a head's values: scale = absmax / 127, and a code is
+ * value * (1 / absmax * 127) to nearest, ties to even, all in float32. A head whose absmax is below 2^-64 gets zeros
+ * and the scale 0; one with a NaN or an infinity gets zeros and the scale NaN, which makes what reads it NaN. */
 typedef struct hb_cache_write_args {
     hb_call call;
     const void* key;           /* [T, G, D], strides below; each head's D values are contiguous */
@@ -403,15 +412,17 @@ typedef struct hb_cache_write_args {
     const void* value;         /* [T, G, E], likewise */
     int64_t value_row_stride;  /* elements */
     int64_t value_head_stride; /* elements */
-    int64_t dtype;             /* of all four tensors */
+    int64_t dtype;             /* of key and value: HB_FLOAT32, HB_FLOAT16 or HB_BFLOAT16 */
     int64_t T;                 /* rows */
     int64_t G;                 /* kv heads */
     int64_t D;                 /* values of a key, at most HB_MAX_HEAD_DIM */
     int64_t E;                 /* values of a value, at most HB_MAX_HEAD_DIM */
     const int64_t* slots;      /* [T] block * block_tokens + place in the block */
     int64_t slot_count;        /* blocks * block_tokens */
+    int64_t store_dtype;       /* of keys and values: any dtype */
     void* keys;                /* out [slot_count, G, D] */
     void* values;              /* out [slot_count, G, E] */
+    float* scales;             /* out [slot_count, G, 2] of keys and values in HB_INT8; else ignored */
 } hb_cache_write_args;
 HB_API hb_status hb_cache_write(const hb_cache_write_args* args);
 

@@ -203,6 +203,7 @@ def check_paged_attention(
     window: int,
     softcap: float,
     sinks: torch.Tensor | None,
+    scales: torch.Tensor | None,
 ) -> None:
     """Shapes, dtypes and options of attention over a paged cache; what the tables say is for who reads them."""
     check_values("query", query)
@@ -211,14 +212,13 @@ def check_paged_attention(
     for name, store in (("keys", keys), ("values", values)):
         if store.dim() != 4 or min(store.shape[1:]) < 1:
             raise ShapeError(f"{name} have shape {list(store.shape)}; they must be [blocks, block_tokens, G, size].")
-        if store.dtype != query.dtype:
-            raise ShapeError(f"{name} have dtype {store.dtype} but query has {query.dtype}; they must have one.")
         check_same_device(name, store, "query", query)
     if keys.shape[:3] != values.shape[:3] or keys.shape[3] != query.shape[2]:
         raise ShapeError(
             f"query, keys and values have shapes {list(query.shape)}, {list(keys.shape)} and {list(values.shape)}; "
             "they must be [T, H, D], [blocks, block_tokens, G, D] and [blocks, block_tokens, G, E]."
         )
+    check_stores(keys, values, scales)
     if query.shape[1] % keys.shape[2]:
         raise ShapeError(f"query has {query.shape[1]} heads; it must be a multiple of the keys' {keys.shape[2]}.")
     if tables.dim() != 2 or tables.dtype != torch.int64:
@@ -239,6 +239,24 @@ def check_paged_attention(
         if sinks.dim() != 1 or sinks.shape[0] != query.shape[1]:
             raise ShapeError(f"sinks have shape {list(sinks.shape)}; they must be [{query.shape[1]}], one per head.")
         check_same_device("sinks", sinks, "query", query)
+
+
+def check_stores(keys: torch.Tensor, values: torch.Tensor, scales: torch.Tensor | None) -> None:
+    """The dtypes of a cache's keys [blocks, block_tokens, G, D] and values, and the scales beside them in int8."""
+    if keys.dtype not in formats.STORE_DTYPES:
+        accepted = ", ".join(str(dtype) for dtype in formats.STORE_DTYPES)
+        raise ShapeError(f"keys have dtype {keys.dtype}; accepted are {accepted}.")
+    if values.dtype != keys.dtype:
+        raise ShapeError(f"values have dtype {values.dtype} but keys have {keys.dtype}; they must have one.")
+    if (keys.dtype == torch.int8) != (scales is not None):
+        found = "are missing" if scales is None else "are given"
+        raise ShapeError(f"scales {found} and keys have dtype {keys.dtype}; int8 has scales, no other dtype does.")
+    if scales is None:
+        return
+    shape = [*keys.shape[:3], 2]
+    if scales.dtype != torch.float32 or list(scales.shape) != shape:
+        raise ShapeError(f"scales are {scales.dtype} {list(scales.shape)}; they must be torch.float32 {shape}.")
+    check_same_device("scales", scales, "keys", keys)
 
 
 def check_rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> None:
@@ -280,9 +298,14 @@ def check_rotary(query: torch.Tensor, key: torch.Tensor, cos: torch.Tensor, sin:
 
 
 def check_cache_write(
-    key: torch.Tensor, value: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, slots: torch.Tensor
+    key: torch.Tensor,
+    value: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    slots: torch.Tensor,
+    scales: torch.Tensor | None,
 ) -> None:
-    """Raises ShapeError unless these are [T, G, D], [T, G, E], stores for them in their dtype, and int64 [T]."""
+    """Raises ShapeError unless these are [T, G, D], [T, G, E], stores for them, int64 [T], and int8's scales."""
     check_values("key", key)
     if key.dim() != 3 or key.stride(2) != 1:
         raise ShapeError(f"key has shape {list(key.shape)}; [tokens, heads, head size] with adjacent values is needed")
@@ -298,8 +321,10 @@ def check_cache_write(
         raise ShapeError(f"values has shape {list(values.shape)}; it must have the blocks of keys, {list(keys.shape)}")
     if slots.dtype != torch.int64 or tuple(slots.shape) != (T,) or not slots.is_contiguous():
         raise ShapeError(f"slots is {slots.dtype} {list(slots.shape)}; a contiguous int64 [{T}] is needed")
-    for name, tensor in (("value", value), ("keys", keys), ("values", values)):
-        if tensor.dtype != key.dtype:
-            raise ShapeError(f"{name} has dtype {tensor.dtype}; the key's, {key.dtype}, is needed")
+    if value.dtype != key.dtype:
+        raise ShapeError(f"value has dtype {value.dtype}; the key's, {key.dtype}, is needed")
+    check_stores(keys, values, scales)
+    if scales is not None and not scales.is_contiguous():
+        raise ShapeError("scales are not contiguous; what is written must be")
     for name, tensor in (("value", value), ("keys", keys), ("values", values), ("slots", slots)):
         check_same_device(name, tensor, "key", key)

@@ -97,8 +97,8 @@ class Chain:
         """ops.cache_write of key [rows, G, D] and value [rows, G, E]; the struct, without slots and cache."""
         keys, values = key.new_empty(0, 0, *key.shape[1:]), value.new_empty(0, 0, *value.shape[1:])
         slots = torch.zeros(self.rows, dtype=torch.int64)
-        arguments.check_cache_write(key, value, keys, values, slots)
-        return self._add("hb_cache_write", **native.cache_write_fields(key, value, keys, values, slots))
+        arguments.check_cache_write(key, value, keys, values, slots, None)
+        return self._add("hb_cache_write", **native.cache_write_fields(key, value, keys, values, slots, None))
 
     def attention(self, heads: int, size: int) -> tuple[int, torch.Tensor]:
         """A place for ops.paged_attention, to be filled by `Run.set_step`, and its out [rows, heads, size]."""

@@ -37,14 +37,16 @@ class DirectAttention:
         window: int = 0,
         softcap: float = 0.0,
         sinks: torch.Tensor | None = None,
+        scales: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """[T, H, D] over [blocks, block_tokens, G, D] and [.., E] -> [T, H, E]. Raises ShapeError and NativeError."""
         keys, values, sinks = native.ready(keys), native.ready(values), native.ready_or_none(sinks)
+        scales = native.ready_or_none(scales)
         if query.stride(2) != 1 or query.data_ptr() % query.element_size():
             query = query.clone(memory_format=torch.contiguous_format)
         out = query.new_empty((query.shape[0], query.shape[1], values.shape[3]))
         status = self._function(
-            ctypes.byref(self.arguments_for(query, keys, values, out, scale, window, softcap, sinks))
+            ctypes.byref(self.arguments_for(query, keys, values, out, scale, window, softcap, sinks, scales))
         )
         if status:
             self._kernels.check_status(_ENTRY, status)
@@ -60,21 +62,24 @@ class DirectAttention:
         window: int,
         softcap: float,
         sinks: torch.Tensor | None,
+        scales: torch.Tensor | None,
     ) -> Any:
         """The struct of such a call, good until the next one; all but `query` contiguous. Raises ShapeError."""
         threads = native.thread_count()
         stores = (keys.shape, values.shape, keys.dtype, values.dtype)
-        of_sinks = None if sinks is None else (sinks.shape, sinks.dtype)
-        key = (query.shape, query.dtype, stores, scale, window, softcap, of_sinks, threads)  # what the checks look at
+        others = [None if tensor is None else (tensor.shape, tensor.dtype) for tensor in (sinks, scales)]
+        key = (query.shape, query.dtype, stores, scale, window, softcap, *others, threads)  # what the checks look at
         args: Any = self._prepared.get(key)
         if args is None:
-            args = self._prepare(query, keys, values, scale, window, softcap, sinks, threads)
+            args = self._prepare(query, keys, values, scale, window, softcap, sinks, scales, threads)
             self._prepared[key] = args
         args.query = query.data_ptr()
         args.query_row_stride, args.query_head_stride, _ = query.stride()
         args.keys, args.values, args.out = keys.data_ptr(), values.data_ptr(), out.data_ptr()
         if sinks is not None:
             args.sinks = sinks.data_ptr()
+        if scales is not None:
+            args.scales = scales.data_ptr()
         call = args.call
         call.workspace = WORKSPACE.at_least(call.workspace_bytes)
         return args
@@ -88,12 +93,13 @@ class DirectAttention:
         window: int,
         softcap: float,
         sinks: torch.Tensor | None,
+        scales: torch.Tensor | None,
         threads: int,
     ) -> ctypes.Structure:
         """Everything but a layer's own pointers, checked as ops.paged_attention checks it."""
         tables = self._tables
         arguments.check_paged_attention(
-            query, keys, values, tables, self._offsets, self._starts, scale, window, softcap, sinks
+            query, keys, values, tables, self._offsets, self._starts, scale, window, softcap, sinks, scales
         )
         T, H, D = query.shape
         blocks, block_tokens, G, E = values.shape
@@ -102,6 +108,7 @@ class DirectAttention:
             _ENTRY,
             query_row_stride=row_stride,
             query_head_stride=head_stride,
+            store_dtype=native.STORE_CODES[keys.dtype],
             dtype=native.DTYPE_CODES[query.dtype],
             T=T,
             H=H,

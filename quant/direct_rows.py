@@ -73,13 +73,18 @@ def rotate(query: torch.Tensor, key: torch.Tensor, cos: torch.Tensor, sin: torch
 
 
 def cache_write(
-    key: torch.Tensor, value: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, slots: torch.Tensor
+    key: torch.Tensor,
+    value: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    slots: torch.Tensor,
+    scales: torch.Tensor | None = None,
 ) -> None:
     """ops.cache_write. Raises ShapeError."""
-    arguments.check_cache_write(key, value, keys, values, slots)
+    arguments.check_cache_write(key, value, keys, values, slots, scales)
     entry, template = _entry("hb_cache_write")
     args = type(template).from_buffer_copy(template)
-    for name, field in native.cache_write_fields(key, value, keys, values, slots).items():
+    for name, field in native.cache_write_fields(key, value, keys, values, slots, scales).items():
         setattr(args, name, field.data_ptr() if isinstance(field, torch.Tensor) else field)
     args.call.threads = native.thread_count()
     entry(args)

@@ -11,6 +11,7 @@ first one in the high nibble; an odd count ends with the code of zero in the las
 
 8 bits, blockwise (for absmax itself, "double quantization"): absmax - offset in blocks of 256, through `DYNAMIC_MAP`.
 8 bits, rowwise (LLM.int8): value = code * row_absmax / 127.
+8 bits of a KV cache: one scale per token and kv head, for the key and for the value each: value = code * scale (kv.py).
 
 Sources: NF4 from QLoRA (arXiv 2305.14314); the FP4 code order, the thresholds and the dynamic map as bitsandbytes
 checkpoints use them.
@@ -36,6 +37,10 @@ ACTIVATION_GROUP: Final = 64
 """Columns of a row of activations that are rounded to int8 together."""
 VALUE_DTYPES: Final = (torch.float32, torch.float16, torch.bfloat16)
 """The dtypes of values that operators take and give."""
+STORE_DTYPES: Final = (*VALUE_DTYPES, torch.int8)
+"""The dtypes in which a cache keeps keys and values."""
+SMALLEST_STORED: Final = 2.0**-64
+"""A head of a key or value in int8 whose magnitudes are all smaller is kept as zeros: no scale is subnormal."""
 
 
 @dataclasses.dataclass(frozen=True)

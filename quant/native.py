@@ -20,9 +20,11 @@ import torch
 from quant import formats, pages, reference
 from quant.errors import NativeError
 
-ABI_VERSION: Final = 5
+ABI_VERSION: Final = 6
 MAX_THREADS: Final = 1024
 DTYPE_CODES: Final = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+STORE_CODES: Final = {**DTYPE_CODES, torch.int8: 3}
+"""Of what a cache keeps keys and values in."""
 FORMAT_CODES: Final = {"nf4": 0, "fp4": 1}
 CUDA_KERNEL_CODES: Final = {"mma": 0, "hopper": 1}
 OUTLIER_CODES: Final = {"value": 0, "batch": 1, "all": 2}
@@ -99,8 +101,8 @@ STRUCTS: Final = {
     "hb_linear8": _struct("Linear8", "*x x_dtype M N K *codes *absmax %threshold outlier_rule *bias bias_dtype *out"),
     "hb_paged_attention": _struct(
         "PagedAttention",
-        "*query query_row_stride query_head_stride *keys *values dtype T H G D E blocks block_tokens"
-        " *tables S max_blocks *offsets *starts %scale window %softcap *sinks sinks_dtype *out",
+        "*query query_row_stride query_head_stride *keys *values store_dtype *scales dtype T H G D E blocks"
+        " block_tokens *tables S max_blocks *offsets *starts %scale window %softcap *sinks sinks_dtype *out",
     ),
     "hb_rms_norm": _struct("RmsNorm", "*x dtype M K *weight %eps *out"),
     "hb_swiglu": _struct("Swiglu", "*gate *up dtype n *out"),
@@ -109,7 +111,7 @@ STRUCTS: Final = {
     "hb_cache_write": _struct(
         "CacheWrite",
         "*key key_row_stride key_head_stride *value value_row_stride value_head_stride dtype T G D E"
-        " *slots slot_count *keys *values",
+        " *slots slot_count store_dtype *keys *values *scales",
     ),
 }
 """The argument struct of each entry."""
@@ -594,11 +596,12 @@ class Kernels:
         window: int,
         softcap: float,
         sinks: torch.Tensor | None,
+        scales: torch.Tensor | None,
     ) -> torch.Tensor:
         if query.stride(2) != 1 or min(query.stride()) < 0 or query.data_ptr() % query.element_size():
             query = query.clone(memory_format=torch.contiguous_format)
         keys, values, tables = ready(keys), ready(values), ready(tables)
-        offsets, starts, sinks = ready(offsets), ready(starts), ready_or_none(sinks)
+        offsets, starts, sinks, scales = ready(offsets), ready(starts), ready_or_none(sinks), ready_or_none(scales)
         T, H, D = query.shape
         blocks, block_tokens, G, E = values.shape
         out = torch.empty((T, H, E), dtype=query.dtype, device=query.device)
@@ -610,6 +613,8 @@ class Kernels:
             query_head_stride=query.stride(1),
             keys=keys,
             values=values,
+            store_dtype=STORE_CODES[keys.dtype],
+            scales=scales,
             dtype=DTYPE_CODES[query.dtype],
             T=T,
             H=H,
@@ -664,13 +669,24 @@ class Kernels:
         return turned[0], turned[1]
 
     def cache_write(
-        self, key: torch.Tensor, value: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, slots: torch.Tensor
+        self,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        slots: torch.Tensor,
+        scales: torch.Tensor | None,
     ) -> None:
-        self.call("hb_cache_write", key.device, **cache_write_fields(key, value, keys, values, slots))
+        self.call("hb_cache_write", key.device, **cache_write_fields(key, value, keys, values, slots, scales))
 
 
 def cache_write_fields(
-    key: torch.Tensor, value: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, slots: torch.Tensor
+    key: torch.Tensor,
+    value: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    slots: torch.Tensor,
+    scales: torch.Tensor | None,
 ) -> dict[str, Any]:
     """The fields of hb_cache_write's struct for checked tensors; the caller keeps them."""
     T, G, D = key.shape
@@ -688,8 +704,10 @@ def cache_write_fields(
         "E": value.shape[2],
         "slots": slots,
         "slot_count": keys.shape[0] * keys.shape[1],
+        "store_dtype": STORE_CODES[keys.dtype],
         "keys": keys,
         "values": values,
+        "scales": scales,
     }
 
 

@@ -47,11 +47,11 @@ _SCHEMAS: Final = (
     "dequantize_8bit(Tensor CB, Tensor SCB, ScalarType dtype) -> Tensor",
     "linear_8bit(Tensor x, Tensor CB, Tensor SCB, float threshold, str outliers, Tensor? bias) -> Tensor",
     "paged_attention(Tensor query, Tensor keys, Tensor values, Tensor tables, Tensor offsets, Tensor starts,"
-    " float scale, int window, float softcap, Tensor? sinks) -> Tensor",
+    " float scale, int window, float softcap, Tensor? sinks, Tensor? scales) -> Tensor",
     "rms_norm(Tensor x, Tensor weight, float eps) -> Tensor",
     "swiglu(Tensor gate, Tensor up) -> Tensor",
     "rotary(Tensor query, Tensor key, Tensor cos, Tensor sin) -> (Tensor, Tensor)",
-    "cache_write(Tensor key, Tensor value, Tensor(a!) keys, Tensor(b!) values, Tensor slots) -> ()",
+    "cache_write(Tensor key, Tensor value, Tensor(a!) keys, Tensor(b!) values, Tensor slots, Tensor(c!)? scales) -> ()",
 )
 NAMES: Final = tuple(schema.partition("(")[0] for schema in _SCHEMAS)
 """The operators, for tests that go over all of them."""
@@ -278,11 +278,13 @@ def paged_attention(
     window: int = 0,
     softcap: float = 0.0,
     sinks: torch.Tensor | None = None,
+    scales: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Causal attention of a packed batch over a paged cache that holds the batch's own keys and values already.
 
     query: [T, H, D] float32 / float16 / bfloat16, any strides. keys: [blocks, block_tokens, G, D] and values:
-    [blocks, block_tokens, G, E] in query's dtype; head h reads kv head h // (H // G). Sequence s owns rows offsets[s]
+    [blocks, block_tokens, G, E], of one dtype, float32 / float16 / bfloat16, or int8 with scales: float32 [blocks,
+    block_tokens, G, 2], as cache_write makes them. Head h reads kv head h // (H // G). Sequence s owns rows offsets[s]
     to offsets[s + 1] (int64 [S + 1]), the first of them at position starts[s] (int64 [S]), and its position p lies in
     block tables[s, p // block_tokens] (int64 [S, n]); entries of positions that no row sees may hold anything. A row
     sees the positions up to its own, or the last `window` of them. softcap c turns a score x into c * tanh(x / c);
@@ -293,7 +295,9 @@ def paged_attention(
     """
     return cast(
         torch.Tensor,
-        torch.ops.halfbyte.paged_attention(query, keys, values, tables, offsets, starts, scale, window, softcap, sinks),
+        torch.ops.halfbyte.paged_attention(
+            query, keys, values, tables, offsets, starts, scale, window, softcap, sinks, scales
+        ),
     )
 
 
@@ -328,15 +332,22 @@ def rotary(
 
 
 def cache_write(
-    key: torch.Tensor, value: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, slots: torch.Tensor
+    key: torch.Tensor,
+    value: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    slots: torch.Tensor,
+    scales: torch.Tensor | None = None,
 ) -> None:
     """New rows of keys and values to their places in a paged cache, which is changed.
 
-    key: [T, G, D], value: [T, G, E]; keys: [blocks, block_tokens, G, D] and values: [.., E], contiguous, of the same
-    dtype, float32 / float16 / bfloat16; slots: int64 [T], block * block_tokens + place, all different. A row whose slot
-    is not in the cache is left out. No gradients. Raises ShapeError.
+    key: [T, G, D], value: [T, G, E], float32 / float16 / bfloat16; keys: [blocks, block_tokens, G, D] and values:
+    [.., E], contiguous, of one dtype, which rows are rounded to: one of those, or int8 with scales: contiguous float32
+    [blocks, block_tokens, G, 2], where each head's scale goes, the key's and the value's (quant/kv.py says how). slots:
+    int64 [T], block * block_tokens + place, all different. A row whose slot is not in the cache is left out. No
+    gradients. Raises ShapeError.
     """
-    torch.ops.halfbyte.cache_write(key, value, keys, values, slots)
+    torch.ops.halfbyte.cache_write(key, value, keys, values, slots, scales)
 
 
 # --- kernels: check, then run -----------------------------------------------------------------------------------------
@@ -621,16 +632,26 @@ def _fake_rotary(
 
 
 def _cache_write(
-    key: torch.Tensor, value: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, slots: torch.Tensor
+    key: torch.Tensor,
+    value: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    slots: torch.Tensor,
+    scales: torch.Tensor | None,
 ) -> None:
-    arguments.check_cache_write(key, value, keys, values, slots)
-    _run("cache_write", key.device, key, value, keys, values, slots)
+    arguments.check_cache_write(key, value, keys, values, slots, scales)
+    _run("cache_write", key.device, key, value, keys, values, slots, scales)
 
 
 def _fake_cache_write(
-    key: torch.Tensor, value: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, slots: torch.Tensor
+    key: torch.Tensor,
+    value: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    slots: torch.Tensor,
+    scales: torch.Tensor | None,
 ) -> None:
-    arguments.check_cache_write(key, value, keys, values, slots)
+    arguments.check_cache_write(key, value, keys, values, slots, scales)
 
 
 # --- gradients: to activations and bias, none to packed weights -------------------------------------------------------

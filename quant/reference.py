@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
-from quant import formats
+from quant import formats, kv
 
 # A float32 block maximum below this has no finite reciprocal worth using; both it and the values are scaled up by
 # SUBNORMAL_SCALE first, which is exact.
@@ -281,6 +281,7 @@ def paged_attention(
     window: int = 0,
     softcap: float = 0.0,
     sinks: torch.Tensor | None = None,
+    scales: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Each sequence's keys and values gathered from its blocks, scores and softmax in float32, rounded once."""
     block_tokens, kv_heads = keys.shape[1:3]
@@ -291,6 +292,9 @@ def paged_attention(
         first = max(0, start - window + 1) // block_tokens * block_tokens if window else 0
         blocks = table[first // block_tokens : -(-length // block_tokens)]
         key, value = (store[blocks].flatten(0, 1)[: length - first].float() for store in (keys, values))
+        if scales is not None:
+            both = scales[blocks].flatten(0, 1)[: length - first]
+            key, value = (kv.dequantize_heads(x, both[..., i], torch.float32) for i, x in enumerate((key, value)))
         grouped = query[begin:end].float().reshape(end - begin, kv_heads, -1, query.shape[2])  # [rows, G, H / G, D]
         scores = torch.einsum("rgjd,kgd->gjrk", grouped, key) * scale
         if softcap:
@@ -361,12 +365,22 @@ def rotary(
 
 
 def cache_write(
-    key: torch.Tensor, value: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, slots: torch.Tensor
+    key: torch.Tensor,
+    value: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    slots: torch.Tensor,
+    scales: torch.Tensor | None = None,
 ) -> None:
     """Rows to their slots, but for those whose slot is not in the cache."""
     is_there = (slots >= 0) & (slots < keys.shape[0] * keys.shape[1])
-    for rows, store in ((key, keys), (value, values)):
-        store.view(-1, *store.shape[2:])[slots[is_there]] = rows[is_there]
+    places = slots[is_there]
+    for which, (rows, store) in enumerate(((key, keys), (value, values))):
+        found = rows[is_there]
+        if scales is not None:
+            found, of_heads = kv.quantize_heads(found)
+            scales.view(-1, *scales.shape[2:])[places, :, which] = of_heads
+        store.view(-1, *store.shape[2:])[places] = found.to(store.dtype)
 
 
 _ONE_THREADS_PIECE = 1 << 15

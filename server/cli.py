@@ -22,6 +22,7 @@ from server.app import product_version, run
 from server.config import (
     ALL_KEYS,
     ENVIRONMENT_PREFIX,
+    KV_CACHE_KEYS,
     SECRET_KEYS,
     SINGLE_MODEL_KEYS,
     KvCacheConfig,
@@ -50,7 +51,7 @@ def _help(key: str) -> str:
     special = {
         "config": "A models.yaml: several models, each with its own settings.",
         "model": "A local transformers checkpoint; without it, the demo model.",
-        "kv_cache_tokens": KvCacheConfig.model_fields["tokens"].description,
+        **{name: KvCacheConfig.model_fields[key].description for name, key in KV_CACHE_KEYS.items()},
     }
     if key in special:
         return special[key] or ""

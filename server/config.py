@@ -80,6 +80,10 @@ class KvCacheConfig(Settings):
     tokens: Annotated[int, Field(ge=1, le=2**40)] | None = Field(
         default=None, description="Tokens the KV cache holds over all sequences; without it the plan chooses."
     )
+    dtype: Literal["auto", "float32", "bfloat16", "float16", "int8"] = Field(
+        default="auto",
+        description="What the KV cache keeps keys and values in; int8 takes half of what 16 bits take.",
+    )
 
 
 class ModelConfig(Settings):
@@ -104,7 +108,7 @@ class ModelConfig(Settings):
         description="Longest prompt plus completion in tokens (an encoder-decoder's: of each); without it the model's "
         "own limit.",
     )
-    kv_cache: KvCacheConfig = Field(default=KvCacheConfig(), description="The KV cache's size: {tokens: N}.")
+    kv_cache: KvCacheConfig = Field(default=KvCacheConfig(), description="The KV cache: {tokens: N, dtype: int8}.")
     max_batch_tokens: Annotated[int, Field(ge=1, le=2**20)] = Field(
         default=2048, description="Tokens one engine step computes at most."
     )
@@ -149,6 +153,7 @@ class ModelConfig(Settings):
             device_map=self.device_map,
             max_model_len=self.max_model_len,
             kv_cache_tokens=self.kv_cache.tokens,
+            kv_cache_dtype=self.kv_cache.dtype,
             max_batch_tokens=self.max_batch_tokens,
             max_sequences=self.max_sequences,
             prefix_caching=self.prefix_caching,
@@ -279,7 +284,8 @@ def thread_share(engines: int) -> int:
 
 SERVER_KEYS: Final = tuple(ServerSettings.model_fields)
 MODEL_KEYS: Final = tuple(ModelConfig.model_fields)
-SINGLE_MODEL_KEYS: Final = ("model", *(k for k in MODEL_KEYS if k not in ("path", "kv_cache")), "kv_cache_tokens")
+KV_CACHE_KEYS: Final = {f"kv_cache_{key}": key for key in KvCacheConfig.model_fields}
+SINGLE_MODEL_KEYS: Final = ("model", *(k for k in MODEL_KEYS if k not in ("path", "kv_cache")), *KV_CACHE_KEYS)
 """What flags and variables offer for one model: MODEL is its path, --kv-cache-tokens its kv_cache.tokens."""
 ALL_KEYS: Final = ("config", *SERVER_KEYS, *SINGLE_MODEL_KEYS)
 SECRET_KEYS: Final = frozenset({"api_keys", "admin_key"})
@@ -371,9 +377,10 @@ def _models(entries: list[dict[str, _Value]], single: dict[str, _Value], source:
     overrides = dict(single)
     if "model" in overrides:
         overrides["path"] = overrides.pop("model")
-    if "kv_cache_tokens" in overrides:
-        tokens = overrides.pop("kv_cache_tokens")
-        overrides["kv_cache"] = _Value({"tokens": tokens.raw}, tokens.origin)
+    own = {key: overrides.pop(name) for name, key in KV_CACHE_KEYS.items() if name in overrides}
+    if own:
+        origins = ", ".join(value.origin for value in own.values())
+        overrides["kv_cache"] = _Value({key: value.raw for key, value in own.items()}, origins)
     if not entries:
         entries = [{}]
         if "path" not in overrides:

@@ -61,6 +61,9 @@ class ModelSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     limit."""
     kv_cache_tokens: int | None = None
     """Tokens the KV cache holds over all sequences; None lets the plan choose."""
+    kv_cache_dtype: str = "auto"
+    """What the KV cache keeps keys and values in: auto (as the model computes them), float32, bfloat16, float16 or
+    int8."""
     max_batch_tokens: int = 2048
     """Tokens one step computes at most (prefill chunks and decodes together)."""
     max_sequences: int = 64

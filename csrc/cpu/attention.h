@@ -7,6 +7,9 @@
 // A score adds its products over d = 1, 0, 3, 2, 5, 4 ...: within each pair the odd one first, each sum rounded, which
 // is what AVX-512's bfloat16 instruction does. Outputs add theirs over keys in the same order. Tiles and spans begin at
 // fixed positions, so nothing that a row computes depends on who else is in the tile. Scores are in powers of two.
+//
+// Of a cache in int8 codes are packed, which every dtype holds exactly. A score is multiplied with its key's scale, and
+// a weight with its value's once it has been counted: nothing is multiplied for each value, or rounded more than once.
 #pragma once
 
 #include <stdint.h>
@@ -28,7 +31,8 @@ constexpr float kRoundToInteger = 0x1.8p23f;  // added and taken away again, it 
 
 // One call's sizes and options, as the inner part needs them.
 struct Shape {
-    int64_t dtype;
+    int64_t dtype;  // of queries and outputs
+    int64_t store;  // of keys and values
     int64_t D, E;
     int64_t padded_d;      // D rounded up to whole pairs
     int64_t padded_e;      // E rounded up to whole lanes
@@ -38,11 +42,12 @@ struct Shape {
     float cap;    // soft cap as a score; ignored unless is_capped
 };
 
-// Where the keys and values of a tile's 64 positions are, for the first kv head of an item; null for positions that are
-// not to be read. The offsets, in bytes, lead to another head.
+// Where the keys and values of a tile's 64 positions are, for the first kv head of an item, and their scales where they
+// have some; null for positions that are not to be read. The offsets, in bytes, lead to another head.
 struct TileRows {
     const char* keys[kTileKeys];
     const char* values[kTileKeys];
+    const float* scales[kTileKeys];
     int64_t key_offset = 0;
     int64_t value_offset = 0;
 
@@ -50,9 +55,16 @@ struct TileRows {
     const char* value(int64_t place) const { return values[place] == nullptr ? nullptr : values[place] + value_offset; }
 };
 
+// The scales of a tile's keys and values; zeros for positions that are not to be read.
+struct TileScales {
+    float keys[kTileKeys];
+    float values[kTileKeys];
+};
+
 // Up to kBlockVectors query vectors, what they may see of the tile, and their running softmax.
 struct Block {
     int64_t vectors;
+    const TileScales* scales;      // null unless keys and values are int8
     const char* queries;           // [vectors] of Shape::vector_bytes
     int64_t begin[kBlockVectors];  // positions of the tile that a vector sees: begin .. end - 1, empty if end <= begin
     int64_t end[kBlockVectors];
@@ -63,7 +75,7 @@ struct Block {
 
 // One way to do the inner part. Packed sizes are those of float32, whatever the variant keeps there.
 struct Variant {
-    bool keeps_pairs;  // queries, keys and values stay bfloat16, two to a 32-bit lane
+    bool keeps_pairs;  // queries, keys and values are bfloat16, two to a 32-bit lane
     // Fills keys [padded_d, 64] and values [64, padded_e], zeros where a row is null; `next` is fetched meanwhile.
     void (*pack)(const Shape& shape, const TileRows& rows, const TileRows& next, float* keys, float* values);
     // Scores, weights and outputs of one block over one packed tile.
@@ -74,7 +86,7 @@ const Variant& baseline();
 // As Variant::pack, for AVX-512: everything as float32, or bfloat16 in pairs.
 void pack_floats_avx512(const Shape& shape, const TileRows& rows, const TileRows& next, float* keys, float* values);
 void pack_pairs_avx512(const Shape& shape, const TileRows& rows, const TileRows& next, float* keys, float* values);
-// The variant that this CPU runs fastest.
-const Variant& fastest(int64_t dtype, int64_t D);
+// The variant that this CPU runs fastest, for queries of `dtype` over keys and values of `store`.
+const Variant& fastest(int64_t dtype, int64_t store, int64_t D);
 
 }  // namespace hb::attention

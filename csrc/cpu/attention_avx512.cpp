@@ -155,7 +155,8 @@ HB_AVX512 inline void rescale(const Shape& shape, const Block& block, int64_t ve
     block.maxima[vector] = maximum;
 }
 
-// Sums of products -> weights against the running maximum, in place; as bfloat16 in the first half if `Kind` is Pairs.
+// Sums of products -> weights against the running maximum, in place, times the values' scales in int8; as bfloat16 in
+// the first half if `Kind` is Pairs.
 template <typename Kind>
 HB_AVX512 void weigh(const Shape& shape, const Block& block, int64_t vector, float* row) {
     const __m512 nothing = _mm512_set1_ps(-INFINITY);
@@ -163,12 +164,17 @@ HB_AVX512 void weigh(const Shape& shape, const Block& block, int64_t vector, flo
     const __m512i begin = _mm512_set1_epi32(static_cast<int32_t>(block.begin[vector]));
     const __m512i end = _mm512_set1_epi32(static_cast<int32_t>(block.end[vector]));
     __m512 scores[kTileLanes];
+    __mmask16 seen[kTileLanes];
     for (int j = 0; j < kTileLanes; ++j) {
-        scores[j] = _mm512_mul_ps(_mm512_loadu_ps(row + j * kLanes), _mm512_set1_ps(shape.scale));
+        scores[j] = _mm512_loadu_ps(row + j * kLanes);
+        if (block.scales != nullptr) {
+            scores[j] = _mm512_mul_ps(scores[j], _mm512_loadu_ps(block.scales->keys + j * kLanes));
+        }
+        scores[j] = _mm512_mul_ps(scores[j], _mm512_set1_ps(shape.scale));
         if (shape.is_capped) scores[j] = cap_of(scores[j], shape.cap);
         const __m512i place = _mm512_add_epi32(places, _mm512_set1_epi32(static_cast<int32_t>(j * kLanes)));
-        const __mmask16 seen = _mm512_cmpge_epi32_mask(place, begin) & _mm512_cmplt_epi32_mask(place, end);
-        scores[j] = _mm512_mask_mov_ps(nothing, seen, scores[j]);
+        seen[j] = _mm512_cmpge_epi32_mask(place, begin) & _mm512_cmplt_epi32_mask(place, end);
+        scores[j] = _mm512_mask_mov_ps(nothing, seen[j], scores[j]);
     }
     const float largest =
         _mm512_reduce_max_ps(_mm512_max_ps(_mm512_max_ps(scores[0], scores[1]), _mm512_max_ps(scores[2], scores[3])));
@@ -178,12 +184,17 @@ HB_AVX512 void weigh(const Shape& shape, const Block& block, int64_t vector, flo
     __m512 weights[kTileLanes];
     for (int j = 0; j < kTileLanes; ++j) {
         weights[j] = exp2_of(_mm512_sub_ps(scores[j], _mm512_set1_ps(maximum)));
-        if (shape.dtype == HB_BFLOAT16) weights[j] = _mm512_castsi512_ps(round_to_bfloat(weights[j]));
+        __m512 factors = weights[j];
+        if (block.scales != nullptr) {  // zero, whatever the scale is, where nothing is seen
+            factors = _mm512_maskz_mul_ps(seen[j], factors, _mm512_loadu_ps(block.scales->values + j * kLanes));
+        }
+        if (shape.dtype == HB_BFLOAT16) factors = _mm512_castsi512_ps(round_to_bfloat(factors));
+        if (block.scales == nullptr) weights[j] = factors;
         if (Kind::kWidth == 2) {
-            const __m512i high = _mm512_srli_epi32(_mm512_castps_si512(weights[j]), 16);
+            const __m512i high = _mm512_srli_epi32(_mm512_castps_si512(factors), 16);
             _mm256_storeu_si256(reinterpret_cast<__m256i*>(row + j * kLanes / 2), _mm512_cvtepi32_epi16(high));
         } else {
-            _mm512_storeu_ps(row + j * kLanes, weights[j]);
+            _mm512_storeu_ps(row + j * kLanes, factors);
         }
     }
     const __m512 sum = _mm512_add_ps(_mm512_add_ps(weights[0], weights[1]), _mm512_add_ps(weights[2], weights[3]));
@@ -215,10 +226,11 @@ HB_AVX512 void attend(const Shape& shape, const float* keys, const float* values
 
 }  // namespace
 
-const Variant& fastest(int64_t dtype, int64_t D) {
+const Variant& fastest(int64_t dtype, int64_t store, int64_t D) {
     static constexpr Variant kFloats = {false, pack_floats_avx512, attend<Floats>};
     static constexpr Variant kPairs = {true, pack_pairs_avx512, attend<Pairs>};
-    if (dtype == HB_BFLOAT16 && D % 2 == 0 && level() == kAvx512Bf16) return kPairs;
+    const bool are_pairs = dtype == HB_BFLOAT16 && D % 2 == 0 && (store == HB_BFLOAT16 || store == HB_INT8);
+    if (are_pairs && level() == kAvx512Bf16) return kPairs;
     return has_avx512() ? kFloats : baseline();
 }
 
@@ -228,7 +240,7 @@ const Variant& fastest(int64_t dtype, int64_t D) {
 
 namespace hb::attention {
 
-const Variant& fastest(int64_t, int64_t) {
+const Variant& fastest(int64_t, int64_t, int64_t) {
     return baseline();
 }
 

@@ -26,17 +26,17 @@ HB_INLINE void store(const Lanes& lanes, float* to) {
 
 // --- packing --------------------------------------------------------------------------------------------------------
 
-void load_row(const char* row, int64_t dtype, int64_t count, int64_t padded, float* out) {
+void load_row(const char* row, int64_t store, int64_t count, int64_t padded, float* out) {
     const int64_t there = row == nullptr ? 0 : count;
-    load_floats(row, dtype, 0, there, out);
+    load_floats(row, store, 0, there, out);
     memset(out + there, 0, static_cast<size_t>(padded - there) * sizeof(float));
 }
 
 void pack(const Shape& shape, const TileRows& rows, const TileRows&, float* keys, float* values) {
     float row[HB_MAX_HEAD_DIM];
     for (int64_t key = 0; key < kTileKeys; ++key) {
-        load_row(rows.value(key), shape.dtype, shape.E, shape.padded_e, values + key * shape.padded_e);
-        load_row(rows.key(key), shape.dtype, shape.D, shape.padded_d, row);
+        load_row(rows.value(key), shape.store, shape.E, shape.padded_e, values + key * shape.padded_e);
+        load_row(rows.key(key), shape.store, shape.D, shape.padded_d, row);
         for (int64_t d = 0; d < shape.padded_d; ++d) keys[d * kTileKeys + key] = row[d];
     }
 }
@@ -139,11 +139,16 @@ HB_INLINE void larger(const Lanes& a, const Lanes& b, Lanes& out) {
     out = a > b ? a : b;
 }
 
-// Sums of products -> scores, -inf where nothing is seen; returns the largest.
-HB_CLONES float score(const Shape& shape, int64_t begin, int64_t end, float* row) {
+// Sums of products -> scores, -inf where nothing is seen; returns the largest. `scales` of keys, or null.
+HB_CLONES float score(const Shape& shape, const float* scales, int64_t begin, int64_t end, float* row) {
     Lanes scores[kTileLanes];
     for (int j = 0; j < kTileLanes; ++j) {
         load(row + j * kLanes, scores[j]);
+        if (scales != nullptr) {
+            Lanes lanes;
+            load(scales + j * kLanes, lanes);
+            scores[j] *= lanes;
+        }
         scores[j] *= shape.scale;
         if (shape.is_capped) cap_of(scores[j], shape.cap);
         store(scores[j], row + j * kLanes);
@@ -178,6 +183,22 @@ HB_CLONES void rescale(const Shape& shape, const Block& block, int64_t vector, f
     block.maxima[vector] = maximum;
 }
 
+// Weights of a tile in int8, whose sum is known, -> what its codes are multiplied with: times the value's scale, and
+// zero, whatever that is, where nothing is seen.
+HB_CLONES void weigh_values(const float* scales, int64_t begin, int64_t end, bool rounds, float* row) {
+    for (int j = 0; j < kTileLanes; ++j) {
+        Lanes weights, lanes;
+        load(row + j * kLanes, weights);
+        load(scales + j * kLanes, lanes);
+        weights *= lanes;
+        if (rounds) round_to_bfloat(weights);
+        store(weights, row + j * kLanes);
+    }
+    for (int64_t place = 0; place < kTileKeys; ++place) {
+        if (place < begin || place >= end) row[place] = 0;
+    }
+}
+
 // Scores -> weights against the maximum, in place, and their sum.
 HB_CLONES void weigh(float maximum, bool rounds, float* row, float* sums) {
     Lanes weights[kTileLanes];
@@ -195,18 +216,21 @@ HB_CLONES void weigh(float maximum, bool rounds, float* row, float* sums) {
 
 void attend(const Shape& shape, const float* keys, const float* values, const Block& block) {
     float rows[kBlockVectors][kTileKeys] = {};
+    const bool is_int8 = block.scales != nullptr, rounds = shape.dtype == HB_BFLOAT16;
     const int64_t stride = shape.vector_bytes / static_cast<int64_t>(sizeof(float));
     multiply(block.vectors, kTileKeys, rows[0], kTileKeys, reinterpret_cast<const float*>(block.queries), stride, keys,
              kTileKeys, 0, shape.padded_d);
     int64_t begin = kTileKeys, end = 0;
     for (int64_t vector = 0; vector < block.vectors; ++vector) {
-        const float largest = score(shape, block.begin[vector], block.end[vector], rows[vector]);
+        const int64_t first = block.begin[vector], last = block.end[vector];
+        const float largest = score(shape, is_int8 ? block.scales->keys : nullptr, first, last, rows[vector]);
         if (!(largest <= block.maxima[vector])) rescale(shape, block, vector, largest);
         // A vector that has seen nothing yet keeps -inf, against which no difference has a meaning.
         const float maximum = block.maxima[vector] == -INFINITY ? 0.0f : block.maxima[vector];
-        weigh(maximum, shape.dtype == HB_BFLOAT16, rows[vector], block.sums + vector * kLanes);
-        begin = block.begin[vector] < begin ? block.begin[vector] : begin;
-        end = block.end[vector] > end ? block.end[vector] : end;
+        weigh(maximum, rounds && !is_int8, rows[vector], block.sums + vector * kLanes);
+        if (is_int8) weigh_values(block.scales->values, first, last, rounds, rows[vector]);
+        begin = first < begin ? first : begin;
+        end = last > end ? last : end;
     }
     // Weights outside are zero, and adding nothing changes no bit.
     multiply(block.vectors, shape.padded_e, block.outputs, shape.padded_e, rows[0], kTileKeys, values, shape.padded_e,

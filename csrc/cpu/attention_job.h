@@ -52,8 +52,9 @@ struct Job {
 
     explicit Job(const hb_paged_attention_args& args)
         : a(args),
-          variant(fastest(args.dtype, args.D)),
-          shape{args.dtype, args.D, args.E, round_up(args.D, 2), round_up(args.E, kLanes), 0, args.softcap > 0, 0, 0},
+          variant(fastest(args.dtype, args.store_dtype, args.D)),
+          shape{args.dtype, args.store_dtype, args.D, args.E, round_up(args.D, 2), round_up(args.E, kLanes),
+                0,          args.softcap > 0, 0,      0},
           group(args.H / args.G),
           item_vectors(least(kItemVectors, args.T > args.S ? (args.T - args.S + 1) * group : args.H)),
           spans(args.max_blocks * args.block_tokens / kSpanKeys + 1) {

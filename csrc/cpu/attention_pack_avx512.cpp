@@ -1,5 +1,6 @@
 // Packing a tile of keys and values for attention_avx512.cpp: keys transposed in registers, sixteen by sixteen, values
-// widened or paired, the next tile fetched meanwhile. See attention.h for what comes out.
+// widened or paired, the next tile fetched meanwhile. See attention.h for what comes out. Codes in int8 are transposed
+// four to a lane and widened then, which takes half of what transposing pairs does.
 #include <string.h>
 
 #include "attention.h"
@@ -9,6 +10,8 @@
 #ifdef HB_X86
 
 #include <immintrin.h>
+
+#include "vectors_avx512.h"
 
 namespace hb::attention {
 
@@ -120,11 +123,99 @@ HB_AVX512 void pack_floats(const Shape& shape, const TileRows& rows, const TileR
     }
 }
 
+// --- int8 -----------------------------------------------------------------------------------------------------------
+
+// 64 codes of a row from `first` on, zeros beyond `count` and for a null row.
+HB_AVX512BW inline __m512i load_codes(const char* row, int64_t first, int64_t count) {
+    if (row == nullptr) return _mm512_setzero_si512();
+    const __mmask64 there = count - first < 64 ? (uint64_t{1} << (count - first)) - 1 : ~uint64_t{0};
+    return _mm512_maskz_loadu_epi8(there, row + first);
+}
+
+// Code `Which` of each lane's four.
+template <int Which>
+HB_AVX512BW inline __m512 widen(__m512i lanes) {
+    return _mm512_cvtepi32_ps(_mm512_srai_epi32(_mm512_slli_epi32(lanes, 24 - 8 * Which), 24));
+}
+
+// Two codes a lane as bfloat16, which holds them in its upper bits: the first below.
+HB_AVX512BW inline __m512i pair_up(__m512 first, __m512 second) {
+    return _mm512_or_si512(_mm512_srli_epi32(_mm512_castps_si512(first), 16), _mm512_castps_si512(second));
+}
+
+struct ToFloats {
+    static constexpr int64_t kWidth = 1;
+    HB_AVX512BW static void expand(__m512i lanes, __m512i* out) {
+        out[0] = _mm512_castps_si512(widen<0>(lanes)), out[1] = _mm512_castps_si512(widen<1>(lanes));
+        out[2] = _mm512_castps_si512(widen<2>(lanes)), out[3] = _mm512_castps_si512(widen<3>(lanes));
+    }
+};
+
+struct ToPairs {
+    static constexpr int64_t kWidth = 2;
+    HB_AVX512BW static void expand(__m512i lanes, __m512i* out) {
+        out[0] = pair_up(widen<0>(lanes), widen<1>(lanes)), out[1] = pair_up(widen<2>(lanes), widen<3>(lanes));
+    }
+};
+
+template <typename To>
+HB_AVX512BW void pack_key_codes(const Shape& shape, const TileRows& rows, const TileRows& next, float* keys) {
+    constexpr int64_t kOut = 4 / To::kWidth;  // lanes that four codes become
+    const int64_t depth = shape.padded_d / To::kWidth;
+    for (int64_t key = 0; key < kTileKeys; key += kLanes) {
+        for (int64_t first = 0; first < shape.D; first += 4 * kLanes) {
+            __m512i lanes[kLanes];
+            for (int i = 0; i < kLanes; ++i) {
+                lanes[i] = load_codes(rows.key(key + i), first, shape.D);
+                fetch(next.key(key + i), first);
+            }
+            transpose(lanes);
+            for (int64_t i = 0; i < kLanes && first + i * 4 < shape.padded_d; ++i) {
+                __m512i out[kOut];
+                To::expand(lanes[i], out);
+                const int64_t at = (first + i * 4) / To::kWidth;
+                for (int64_t j = 0; j < kOut && at + j < depth; ++j) {
+                    _mm512_storeu_si512(keys + (at + j) * kTileKeys + key, out[j]);
+                }
+            }
+        }
+    }
+}
+
+// 16 codes of a value from `first` on.
+HB_AVX512BW inline __m512 load_value(const char* row, int64_t first, int64_t count) {
+    return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(
+        _mm512_castsi512_si128(load_codes(row, first, count - first < kLanes ? count : first + kLanes))));
+}
+
+HB_AVX512BW void pack_value_codes(const Shape& shape, const TileRows& rows, const TileRows& next, float* values) {
+    for (int64_t key = 0; key < kTileKeys; ++key) {
+        for (int64_t first = 0; first < shape.E; first += kLanes) {
+            _mm512_storeu_ps(values + key * shape.padded_e + first, load_value(rows.value(key), first, shape.E));
+            if (first % 64 == 0) fetch(next.value(key), first);
+        }
+    }
+}
+
+HB_AVX512BW void pack_value_code_pairs(const Shape& shape, const TileRows& rows, const TileRows& next, float* values) {
+    for (int64_t key = 0; key < kTileKeys; key += 2) {
+        for (int64_t first = 0; first < shape.E; first += kLanes) {
+            const __m512 even = load_value(rows.value(key), first, shape.E);
+            const __m512 odd = load_value(rows.value(key + 1), first, shape.E);
+            _mm512_storeu_si512(values + key / 2 * shape.padded_e + first, pair_up(even, odd));
+            if (first % 64 == 0) fetch(next.value(key), first), fetch(next.value(key + 1), first);
+        }
+    }
+}
+
 }  // namespace
 
 HB_AVX512 void pack_floats_avx512(const Shape& shape, const TileRows& rows, const TileRows& next, float* keys,
                                   float* values) {
-    switch (shape.dtype) {
+    switch (shape.store) {
+        case HB_INT8:
+            pack_key_codes<ToFloats>(shape, rows, next, keys);
+            return pack_value_codes(shape, rows, next, values);
         case HB_FLOAT32:
             return pack_floats<HB_FLOAT32>(shape, rows, next, keys, values);
         case HB_FLOAT16:
@@ -137,6 +228,10 @@ HB_AVX512 void pack_floats_avx512(const Shape& shape, const TileRows& rows, cons
 // Pairs of d become one lane of keys, pairs of keys one lane of values.
 HB_AVX512 void pack_pairs_avx512(const Shape& shape, const TileRows& rows, const TileRows& next, float* keys,
                                  float* values) {
+    if (shape.store == HB_INT8) {
+        pack_key_codes<ToPairs>(shape, rows, next, keys);
+        return pack_value_code_pairs(shape, rows, next, values);
+    }
     pack_keys(rows, next, shape.D / 2, shape.D / 2, LoadWords(), keys);
     for (int64_t key = 0; key < kTileKeys; key += 2) {
         for (int64_t first = 0; first < shape.E; first += kLanes) {

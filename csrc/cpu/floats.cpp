@@ -21,6 +21,10 @@ HB_CLONES void floats_to_bfloats(const float* in, int64_t count, uint16_t* out) 
     for (int64_t i = 0; i < count; ++i) out[i] = to_bfloat(in[i]);
 }
 
+HB_CLONES void codes_to_floats(const int8_t* in, int64_t count, float* out) {
+    for (int64_t i = 0; i < count; ++i) out[i] = static_cast<float>(in[i]);
+}
+
 HB_CLONES void multiply(float* values, const float* factors, int64_t count) {
     for (int64_t i = 0; i < count; ++i) values[i] *= factors[i];
 }
@@ -33,6 +37,8 @@ void load_floats(const void* tensor, int64_t dtype, int64_t first, int64_t count
         memcpy(out, static_cast<const float*>(tensor) + first, static_cast<size_t>(count) * sizeof(float));
     } else if (dtype == HB_FLOAT16) {
         halves_to_floats(static_cast<const uint16_t*>(tensor) + first, count, out);
+    } else if (dtype == HB_INT8) {
+        codes_to_floats(static_cast<const int8_t*>(tensor) + first, count, out);
     } else {
         bfloats_to_floats(static_cast<const uint16_t*>(tensor) + first, count, out);
     }

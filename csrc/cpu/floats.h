@@ -53,7 +53,7 @@ HB_INLINE uint16_t to_bfloat(float value) {
     return static_cast<uint16_t>((bits & 0x7fffffffu) > 0x7f800000u ? 0x7fc0u : rounded);
 }
 
-// `count` values starting at element `first` of a tensor of `dtype`, as float32.
+// `count` values starting at element `first` of a tensor of `dtype`, as float32; of HB_INT8, the codes.
 void load_floats(const void* tensor, int64_t dtype, int64_t first, int64_t count, float* out);
 
 // The other way, each value rounded once.

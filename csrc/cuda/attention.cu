@@ -178,6 +178,7 @@ extern "C" hb_status hb_paged_attention(const hb_paged_attention_args* args) {
     using namespace hb;
     HB_REQUIRE(check(args));
     const hb_paged_attention_args& a = *args;
+    HB_REQUIRE(fail_unless(a.store_dtype == a.dtype, HB_NO_KERNEL));
     HB_REQUIRE(fail_unless(a.T == 0 || a.S > 0, HB_BAD_SEQUENCE));
     AttentionPlan plan = {};
     HB_REQUIRE(plan_attention(a, &plan));

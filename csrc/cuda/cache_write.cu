@@ -68,6 +68,7 @@ extern "C" hb_status hb_cache_write(const hb_cache_write_args* args) {
     using namespace hb;
     HB_REQUIRE(check(args));
     const hb_cache_write_args& a = *args;
+    HB_REQUIRE(fail_unless(a.store_dtype == a.dtype, HB_NO_KERNEL));
     if (a.T == 0) return HB_OK;
     if (whole_pieces(a)) {
         launch_words<uint4>(a);

@@ -13,9 +13,24 @@ import torch
 import transformers
 from torch import nn
 
+from quant.kv import DTYPES, head_bytes
+from server.errors import ConfigError
+from server.records import ModelSpec
+
+
+def kv_dtype(spec: ModelSpec, computed: torch.dtype) -> torch.dtype:
+    """What the cache keeps keys and values in: the spec's, or with "auto" the dtype they are computed in."""
+    if spec.kv_cache_dtype == "auto":
+        return computed
+    if spec.kv_cache_dtype not in DTYPES:
+        raise ConfigError(
+            f"model {spec.name!r}: kv_cache.dtype is {spec.kv_cache_dtype!r}; accepted are auto, {', '.join(DTYPES)}"
+        )
+    return DTYPES[spec.kv_cache_dtype]
+
 
 def layer_bytes_per_token(config: transformers.PretrainedConfig, dtype: torch.dtype) -> int:
-    """Keys and values of one token in one layer.
+    """Keys and values of one token in one layer of a cache of this dtype, the scales of int8 included.
 
     In an encoder-decoder a token has them in one of two places of a decoder layer: those it is generated as in its
     self-attention, those it is read as in its attention to the encoder. So the figure holds for prompt and answer.
@@ -23,7 +38,7 @@ def layer_bytes_per_token(config: transformers.PretrainedConfig, dtype: torch.dt
     text = config.get_text_config(decoder=True)
     heads = kv_heads(text)
     key, value = _head_sizes(text)
-    return heads * (key + value) * dtype.itemsize
+    return heads * (head_bytes(key, dtype) + head_bytes(value, dtype))
 
 
 def kv_layers(config: transformers.PretrainedConfig) -> int:

@@ -19,7 +19,7 @@ from server.errors import ConfigError
 from server.memory.activations import activation_bytes
 from server.memory.components import ACTIVATIONS, KV_CACHE, RUNTIME_CONTEXT, WORKSPACE
 from server.memory.facts import Facts, describe
-from server.memory.kv import kv_layers, layer_bytes_per_token, layer_devices, texts_per_sequence
+from server.memory.kv import kv_dtype, kv_layers, layer_bytes_per_token, layer_devices, texts_per_sequence
 from server.memory.workspace import workspace_bytes
 from server.records import CPU, DISK, KV_BLOCK_TOKENS, DevicePlan, ModelSpec, Plan
 
@@ -66,7 +66,7 @@ def plan_for(spec: ModelSpec, facts: Facts, weights: Weights, room: Room) -> Pla
     """The needs of one configuration. Raises ConfigError where its numbers contradict each other or the model."""
     limit = context_limit(facts.hf_config)
     length = _length(spec, limit)
-    kv_per_token = _kv_per_token(facts, weights)
+    kv_per_token = _kv_per_token(spec, facts, weights)
     fixed = {device: _without_cache(spec, facts, weights, device, length, room) for device in weights.devices}
     kv_room = _kv_room(fixed, kv_per_token, room)
     texts = texts_per_sequence(facts.hf_config)
@@ -118,12 +118,12 @@ def _length(spec: ModelSpec, limit: int) -> int:
     return spec.max_model_len or limit
 
 
-def _kv_per_token(facts: Facts, weights: Weights) -> Counter[str]:
+def _kv_per_token(spec: ModelSpec, facts: Facts, weights: Weights) -> Counter[str]:
     """Bytes of one token by device. Layers whose weights are brought for each pass keep their cache where they run."""
     place = device_of(facts.device_map, facts.device)
     homes = layer_devices(facts.meta, kv_layers(facts.hf_config), place)
     is_offload = facts.device != CPU
-    per_layer = layer_bytes_per_token(facts.hf_config, facts.dtype)
+    per_layer = layer_bytes_per_token(facts.hf_config, kv_dtype(spec, facts.dtype))
     found = Counter(dict.fromkeys(weights.devices, 0))
     for home in homes:
         found[facts.device if home == DISK or (home == CPU and is_offload) else home] += per_layer

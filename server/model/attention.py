@@ -8,7 +8,8 @@ got under CONTEXT_ARGUMENT. No mask function is registered under that name, so t
 and windows are ours. A batch is packed: all sequences' tokens in one row, `[1, T]`.
 
     T packed tokens      | chunk of s1 | s2 | s3 |         segments: which rows, from which position on
-    per layer store      [blocks, block_tokens, kv_heads, head_dim]
+    per layer store      [blocks, block_tokens, kv_heads, head_dim], in the model's dtype or another, or in int8 with a
+                         scale for each token and head beside it (quant/kv.py)
     write                row t -> slot = block * block_tokens + place      (one index_copy for the whole batch)
     read                 per sequence: its blocks in order, cut to its length; nothing beyond is ever read
     tables               all sequences' blocks, [S, widest], made once per batch and used by every layer; where nothing
@@ -27,7 +28,7 @@ import torch
 from torch.nn import functional as F
 from transformers import AttentionInterface
 
-from quant import direct_rows, formats, native, ops
+from quant import direct_rows, formats, kv, native, ops
 from quant.direct import WORKSPACE, is_direct
 from quant.direct_attention import DirectAttention
 from server.records import KV_BLOCK_TOKENS
@@ -105,32 +106,69 @@ class LayerShape:
     key_dim: int
     value_dim: int
     dtype: torch.dtype
+    """Of the store."""
     device: torch.device
+    own_dtype: torch.dtype | None = None
+    """What keys and values are computed in, where that is another."""
 
     @property
-    def bytes_per_token(self) -> int:
-        return self.kv_heads * (self.key_dim + self.value_dim) * self.dtype.itemsize
+    def computed(self) -> torch.dtype:
+        return self.own_dtype or self.dtype
+
+
+@dataclass(frozen=True, slots=True)
+class Stores:
+    """One layer's part of the cache."""
+
+    keys: torch.Tensor  # [blocks, block_tokens, kv_heads, key_dim]
+    values: torch.Tensor  # [blocks, block_tokens, kv_heads, value_dim]
+    scales: torch.Tensor | None  # float32 [blocks, block_tokens, kv_heads, 2] where the others are int8
+    computed: torch.dtype
+    """What the layer computes keys and values in."""
+
+    @classmethod
+    def empty(cls, layer: LayerShape, blocks: int, block_tokens: int) -> Stores:
+        """Zeros."""
+        heads = (blocks, block_tokens, layer.kv_heads)
+        keys, values = (
+            torch.zeros(*heads, dim, dtype=layer.dtype, device=layer.device) for dim in (layer.key_dim, layer.value_dim)
+        )
+        has_scales = layer.dtype == torch.int8
+        scales = torch.zeros(*heads, 2, device=layer.device) if has_scales else None
+        return cls(keys, values, scales, layer.computed)
+
+    @property
+    def tensors(self) -> list[torch.Tensor]:
+        return [self.keys, self.values] if self.scales is None else [self.keys, self.values, self.scales]
+
+    def write(self, slots: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> None:
+        """Rows [T, kv_heads, key_dim] and [.., value_dim] to their slots, int64 [T], rounded to the stores' dtype."""
+        for which, rows in enumerate((key, value)):
+            if self.scales is not None:
+                rows, scales = kv.quantize_heads(rows)
+                self.scales.view(-1, *self.scales.shape[2:])[slots, :, which] = scales
+            store = self.tensors[which]
+            store.view(-1, *store.shape[2:]).index_copy_(0, slots, rows.to(store.dtype))
 
 
 class PagedCache:
-    """Keys and values of every layer, [blocks, block_tokens, kv_heads, head_dim] each. Filled with zeros at first."""
+    """Keys and values of every layer, and in int8 their scales: what a block holds, it holds in all of them."""
 
     def __init__(self, layers: Sequence[LayerShape], blocks: int, block_tokens: int = KV_BLOCK_TOKENS) -> None:
         self.blocks = blocks
         self.block_tokens = block_tokens
-        self.keys = [_store(layer, layer.key_dim, blocks, block_tokens) for layer in layers]
-        self.values = [_store(layer, layer.value_dim, blocks, block_tokens) for layer in layers]
-        kinds = {store.dtype if store.is_cpu else None for store in self.tensors}
-        self.cpu_dtype: torch.dtype | None = kinds.pop() if len(kinds) == 1 else None
-        """The one dtype of a cache that is all on the CPU; else None."""
+        self.layers = [Stores.empty(layer, blocks, block_tokens) for layer in layers]
+        self.is_direct = all(store.is_cpu and has_kernels(store.dtype) for store in self.tensors)
+        """Whether the CPU's kernels read and write all of it."""
 
     @property
     def tensors(self) -> list[torch.Tensor]:
-        return [*self.keys, *self.values]
+        return [tensor for stores in self.layers for tensor in stores.tensors]
 
 
-def _store(layer: LayerShape, dim: int, blocks: int, block_tokens: int) -> torch.Tensor:
-    return torch.zeros(blocks, block_tokens, layer.kv_heads, dim, dtype=layer.dtype, device=layer.device)
+def has_kernels(dtype: torch.dtype) -> bool:
+    """Whether quant's kernels know a cache of this dtype; float64, which tests use, has plain torch."""
+    return dtype in formats.STORE_DTYPES
 
 
 @dataclass(frozen=True, slots=True)
@@ -191,63 +229,58 @@ class PagedBatch:
     _masks: dict[tuple[int, int | None, torch.device], torch.Tensor] = field(default_factory=dict)
 
     def attend(self, call: Call) -> torch.Tensor:
-        keys, values = self.next_stores()
-        slots = self.slots if self.slots.device == keys.device else self.slots.to(keys.device)
-        on_cuda = _has_cuda_kernels(call, keys)
+        stores = self.next_stores()
+        device = stores.keys.device
+        slots = self.slots if self.slots.device == device else self.slots.to(device)
+        on_cuda = _has_cuda_kernels(call, stores)
         key, value = call.key.transpose(0, 1), call.value.transpose(0, 1)
         if is_direct(call.key) and self.is_direct(call.key.dtype):
-            direct_rows.cache_write(key, value, keys, values, slots)
+            direct_rows.cache_write(key, value, stores.keys, stores.values, slots, stores.scales)
         elif on_cuda and key.stride(2) == value.stride(2) == 1:
-            ops.cache_write(key, value, keys, values, slots)
+            ops.cache_write(key, value, stores.keys, stores.values, slots, stores.scales)
         else:
-            _write(keys, slots, call.key)
-            _write(values, slots, call.value)
-        on_cpu = keys.device.type == "cpu" and keys.dtype in formats.VALUE_DTYPES and call.query.dtype == keys.dtype
+            stores.write(slots, key, value)
+        on_cpu = device.type == "cpu" and has_kernels(stores.keys.dtype) and call.query.dtype in formats.VALUE_DTYPES
         if on_cpu or (on_cuda and all(segment.rows == 1 for segment in self.segments)):
-            return self.attend_at_once(call, keys, values)
-        return self.attend_in_torch(call, keys, values)
+            return self.attend_at_once(call, stores)
+        return self.attend_in_torch(call, stores)
 
-    def next_stores(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """The keys and values of the layer whose turn it is."""
-        keys, values = self.cache.keys[self.calls], self.cache.values[self.calls]
+    def next_stores(self) -> Stores:
+        """Those of the layer whose turn it is."""
+        stores = self.cache.layers[self.calls]
         self.calls += 1
-        return keys, values
+        return stores
 
     def is_direct(self, dtype: torch.dtype) -> bool:
         """Whether layers that compute in `dtype` may use `direct_arguments` and the stores' addresses."""
-        return self.cache.cpu_dtype is dtype and dtype in formats.VALUE_DTYPES
+        return self.cache.is_direct and dtype in formats.VALUE_DTYPES
 
-    def attend_in_torch(self, call: Call, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+    def attend_in_torch(self, call: Call, stores: Stores) -> torch.Tensor:
         """Sequence by sequence, over one layer's stores as they are now."""
-        outputs = [self._attend_segment(call, index, keys, values) for index in range(len(self.segments))]
+        outputs = [self._attend_segment(call, index, stores) for index in range(len(self.segments))]
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
-    def attend_at_once(self, call: Call, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+    def attend_at_once(self, call: Call, stores: Stores) -> torch.Tensor:
         """All sequences in one call of quant's kernel; the same."""
         query = call.query.transpose(0, 1)
+        options = (call.scale, call.window or 0, call.softcap or 0.0, call.sinks, stores.scales)
         if is_direct(query):
-            return self._direct_call()(
-                query, keys, values, call.scale, call.window or 0, call.softcap or 0.0, call.sinks
-            )
-        tables = self._own_tables(keys.device)
+            return self._direct_call()(query, stores.keys, stores.values, *options)
+        tables = self._own_tables(stores.keys.device)
         return ops.paged_attention(
             query,
-            keys,
-            values,
+            stores.keys,
+            stores.values,
             tables.blocks,
             tables.offsets,
             tables.starts,
-            call.scale,
-            call.window or 0,
-            call.softcap or 0.0,
-            call.sinks,
+            *options,
         )
 
     def direct_arguments(
         self,
         query: torch.Tensor,
-        keys: torch.Tensor,
-        values: torch.Tensor,
+        stores: Stores,
         out: torch.Tensor,
         scale: float,
         window: int | None,
@@ -257,11 +290,14 @@ class PagedBatch:
 
         Layers of one shape that compute in the same memory share it, with the first one's stores.
         """
-        key = (query.data_ptr(), out.data_ptr(), query.shape, keys.shape, values.shape, scale, window, softcap)
+        keys, values = stores.keys, stores.values
+        shapes = (query.shape, keys.shape, values.shape, keys.dtype)
+        key = (query.data_ptr(), out.data_ptr(), *shapes, scale, window, softcap)
         args = self._prepared.get(key)
         if args is None:
             direct = self._direct_call()
-            shared = direct.arguments_for(query, keys, values, out, scale, window or 0, softcap or 0.0, None)
+            options = (scale, window or 0, softcap or 0.0, None, stores.scales)
+            shared = direct.arguments_for(query, keys, values, out, *options)
             args = self._prepared[key] = type(shared).from_buffer_copy(shared)
         call = args.call
         call.workspace = WORKSPACE.at_least(call.workspace_bytes)
@@ -278,23 +314,29 @@ class PagedBatch:
             self._tables[device] = _Tables.of(self.segments, device)
         return self._tables[device]
 
-    def _attend_segment(self, call: Call, index: int, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+    def _attend_segment(self, call: Call, index: int, stores: Stores) -> torch.Tensor:
         segment = self.segments[index]
         first = 0 if call.window is None else max(0, segment.start - call.window + 1)  # nothing before it is seen
-        key, value = self._gather(keys, segment, first), self._gather(values, segment, first)
+        key, value = (self._gather(stores, which, segment, first, call.query.dtype) for which in (0, 1))
         query = call.query[:, segment.row : segment.row + segment.rows]
         mask = self._mask(index, first, call.window, key.device)
         if call.softcap is not None or call.sinks is not None:
             return attend_plainly(query, key, value, mask, call)
         return _attend_fused(query, key, value, mask, call.scale)
 
-    def _gather(self, store: torch.Tensor, segment: Segment, first: int) -> torch.Tensor:
-        """Positions first .. segment.end of a sequence: [heads, length, dim]."""
+    def _gather(self, stores: Stores, which: int, segment: Segment, first: int, dtype: torch.dtype) -> torch.Tensor:
+        """Keys (0) or values (1) of positions first .. segment.end of a sequence: [heads, length, dim] in `dtype`."""
         size = self.cache.block_tokens
+        store = stores.tensors[which]
         blocks = segment.blocks[first // size : -(-segment.end // size)].to(store.device)
         skipped = first // size * size
-        found = store.index_select(0, blocks).flatten(0, 1)[first - skipped : segment.end - skipped]
-        return found.transpose(0, 1)
+
+        def found(tensor: torch.Tensor) -> torch.Tensor:
+            return tensor.index_select(0, blocks).flatten(0, 1)[first - skipped : segment.end - skipped]
+
+        if stores.scales is None:
+            return found(store).to(dtype).transpose(0, 1)
+        return kv.dequantize_heads(found(store), found(stores.scales)[..., which], dtype).transpose(0, 1)
 
     def _mask(self, index: int, first: int, window: int | None, device: torch.device) -> torch.Tensor | None:
         """What each row may see of positions first .. end: bool [rows, length], or None for everything."""
@@ -312,17 +354,12 @@ class PagedBatch:
         return known
 
 
-def _has_cuda_kernels(call: Call, keys: torch.Tensor) -> bool:
+def _has_cuda_kernels(call: Call, stores: Stores) -> bool:
     """Whether these rows and stores are on CUDA, in a dtype that quant's kernels take, and the kernels are there."""
-    if keys.device.type != "cuda" or keys.dtype not in formats.VALUE_DTYPES:
+    if stores.keys.device.type != "cuda" or stores.keys.dtype not in formats.VALUE_DTYPES:
         return False
-    same = call.query.dtype == call.key.dtype == call.value.dtype == keys.dtype
+    same = call.query.dtype == call.key.dtype == call.value.dtype == stores.keys.dtype
     return same and native.unavailable_because("cuda") is None
-
-
-def _write(store: torch.Tensor, slots: torch.Tensor, rows: torch.Tensor) -> None:
-    """rows [G, T, D] into [blocks, block_tokens, G, D]."""
-    store.view(-1, *store.shape[2:]).index_copy_(0, slots, rows.transpose(0, 1))
 
 
 def _attend_fused(

@@ -23,7 +23,7 @@ from quant.direct import Direct, is_direct
 from quant.errors import ShapeError
 from quant.siblings import direct_of
 from quant.unchanged import Unchanged
-from server.model.attention import CONTEXT_ARGUMENT, PagedBatch
+from server.model.attention import CONTEXT_ARGUMENT, PagedBatch, Stores
 
 LAYER_PARTS: Final = ("input_layernorm", "self_attn", "post_attention_layernorm", "mlp")
 _PROJECTIONS: Final = {
@@ -110,8 +110,7 @@ class _LayerChain:
         self._last_sum, self.out = chain.add(hidden, product)
         chain.ready()
         self._heads = (key.shape[1:], value.shape[1:])
-        self._keys: torch.Tensor | None = None
-        self._values: torch.Tensor | None = None
+        self._stores: Stores | None = None
 
     def _normed(self, norm: Any, heads: torch.Tensor) -> torch.Tensor:
         _, out = self.calls.rms_norm(heads.view(-1, self._head_dim), norm.weight, norm.variance_epsilon)
@@ -122,9 +121,9 @@ class _LayerChain:
 
         Raises ShapeError where the cache or the angles do not fit this layer.
         """
-        keys, values = context.next_stores()
-        if keys is not self._keys or values is not self._values:
-            self._hold(keys, values)
+        stores = context.next_stores()
+        if stores is not self._stores:
+            self._hold(stores)
         cos, sin = angles
         found = (cos.shape[2], sin.shape[2], context.slots.shape[0])
         if found != (self._head_dim, self._head_dim, self.calls.rows):
@@ -139,22 +138,25 @@ class _LayerChain:
         write.slots = context.slots.data_ptr()
         options = self._options
         shared = context.direct_arguments(
-            self._query, keys, values, self._attended, options.scale, options.window, options.softcap
+            self._query, stores, self._attended, options.scale, options.window, options.softcap
         )
         args = type(shared).from_buffer_copy(shared)
-        args.keys, args.values = write.keys, write.values
+        args.keys, args.values, args.scales = write.keys, write.values, write.scales
         return args
 
-    def _hold(self, keys: torch.Tensor, values: torch.Tensor) -> None:
-        """The layer's stores from now on."""
+    def _hold(self, stores: Stores) -> None:
+        """The layer's part of the cache from now on."""
+        keys, values, scales = stores.keys, stores.values, stores.scales
         if (keys.shape[2:], values.shape[2:]) != self._heads:
             raise ShapeError(
                 f"the cache's keys and values have heads of {list(keys.shape[2:])} and {list(values.shape[2:])}; "
                 f"{' and '.join(str(list(shape)) for shape in self._heads)} are needed"
             )
-        self._keys, self._values = keys, values
+        self._stores = stores
         write = self._write
         write.keys, write.values, write.slot_count = keys.data_ptr(), values.data_ptr(), keys.shape[:2].numel()
+        write.store_dtype = native.STORE_CODES[keys.dtype]
+        write.scales = None if scales is None else scales.data_ptr()
 
 
 class _Group:

@@ -22,7 +22,8 @@ import torch
 from transformers import Cache, DynamicCache
 from transformers.cache_utils import DynamicLayer
 
-from server.model.attention import LayerShape, PagedCache
+from quant import kv
+from server.model.attention import LayerShape, PagedCache, Stores
 
 Indices = npt.NDArray[np.int64]
 
@@ -64,56 +65,60 @@ class Gather:
 
     def layers(self) -> Cache:
         """The cache to hand to the model in this call."""
-        stores = zip(self._cache.keys, self._cache.values, strict=True)
-        return Cache(layers=[GatheredLayer(self, keys, values) for keys, values in stores])
+        return Cache(layers=[GatheredLayer(self, stores) for stores in self._cache.layers])
 
-    def write(self, store: torch.Tensor, states: torch.Tensor) -> None:
+    def write(self, stores: Stores, keys: torch.Tensor, values: torch.Tensor) -> None:
         """Puts the new tokens, [rows, heads, new, dim], into a layer's pages."""
-        writes = self._writes.get(store.device)
+        device = stores.keys.device
+        writes = self._writes.get(device)
         if writes is None:
-            writes = self._slots[:, self.past :].flatten().to(store.device)
-            self._writes[store.device] = writes
-        _, heads, _, dim = states.shape
-        store.view(-1, heads, dim).index_copy_(0, writes, states.transpose(1, 2).reshape(-1, heads, dim))
+            writes = self._slots[:, self.past :].flatten().to(device)
+            self._writes[device] = writes
+        stores.write(writes, *(states.transpose(1, 2).flatten(0, 1) for states in (keys, values)))
 
-    def read(self, store: torch.Tensor) -> torch.Tensor:
-        """A copy of all tokens in a layer's pages, [rows, heads, width, dim]."""
+    def read(self, stores: Stores, which: int) -> torch.Tensor:
+        """A copy of all tokens' keys (0) or values (1) in a layer's pages, [rows, heads, width, dim], as computed."""
+        store = stores.tensors[which]
         heads, dim = store.shape[2:]
         indices = self._indices.get((heads, store.device))
         if indices is None:
             per_head = self._slots[:, None, :] * heads + torch.arange(heads)[:, None]
             indices = per_head.flatten().to(store.device)
             self._indices[heads, store.device] = indices
-        return store.view(-1, dim).index_select(0, indices).view(self.rows, heads, self.width, dim)
+        found = store.view(-1, dim).index_select(0, indices)
+        if stores.scales is None:
+            found = found.to(stores.computed)
+        else:
+            scales = stores.scales.view(-1, 2).index_select(0, indices)[:, which]
+            found = kv.dequantize_heads(found, scales, stores.computed)
+        return found.view(self.rows, heads, self.width, dim)
 
 
 class GatheredLayer(DynamicLayer):  # type: ignore[no-untyped-call]
     """One layer of a cache that lives for one forward call."""
 
-    def __init__(self, gather: Gather, keys: torch.Tensor, values: torch.Tensor) -> None:
+    def __init__(self, gather: Gather, stores: Stores) -> None:
         self.is_initialized = True  # all that the classes above set beside keys and values
         self._gather = gather
-        self._stores = keys, values
+        self._stores = stores
         self._length = gather.past
 
     @property
     def keys(self) -> torch.Tensor:  # type: ignore[override]  # elsewhere an attribute; cross-attention reads it
         """A copy of all tokens' keys, [rows, heads, width, dim]."""
-        return self._gather.read(self._stores[0])
+        return self._gather.read(self._stores, 0)
 
     @property
     def values(self) -> torch.Tensor:  # type: ignore[override]
-        return self._gather.read(self._stores[1])
+        return self._gather.read(self._stores, 1)
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Takes in the new tokens' keys and values, [rows, heads, new, dim], and gives those of all tokens."""
-        keys, values = self._stores
-        self._gather.write(keys, key_states)
-        self._gather.write(values, value_states)
+        self._gather.write(self._stores, key_states, value_states)
         self._length = self._gather.width
-        if self._gather.past == 0:  # all that there is
+        if self._gather.past == 0 and self._stores.keys.dtype == key_states.dtype:  # all that there is
             return key_states, value_states
         return self.keys, self.values
 

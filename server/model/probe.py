@@ -19,6 +19,7 @@ Encoder-decoders have a probe and a runner of their own (encoder_probe.py).
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from functools import partial
 from typing import TYPE_CHECKING, Final
@@ -26,6 +27,8 @@ from typing import TYPE_CHECKING, Final
 import torch
 from transformers import DynamicCache
 
+from server.errors import LoadError
+from server.memory.kv import kv_dtype
 from server.model.attention import ATTENTION_NAME, CONTEXT_ARGUMENT, Call, LayerShape, PagedCache, register
 from server.model.batch import Batch, Chunk, Draw
 from server.model.cache_runner import CacheRunner, cache_argument
@@ -74,7 +77,7 @@ def choose_runner(
     except NotPagedError as error:
         log.info("%s %s; transformers' cache classes serve it", type(model).__name__, error)
     model.set_attn_implementation(own_attention)
-    return choose_cache_runner(model, proof, blocks=blocks, batch_invariant=spec.batch_invariant)
+    return choose_cache_runner(model, spec, proof, blocks=blocks)
 
 
 def warm_up(runner: ModelRunner) -> None:
@@ -86,15 +89,20 @@ def warm_up(runner: ModelRunner) -> None:
 
 
 def choose_cache_runner(
-    model: PreTrainedModel, proof: Proof, *, blocks: int, batch_invariant: bool
+    model: PreTrainedModel, spec: ModelSpec, proof: Proof, *, blocks: int
 ) -> CacheRunner | SingleRunner:
     """The same for a model that attends by itself, over a cache of transformers' kind."""
-    layers = _cached_layers(model, proof.prompts[-1])
+    layers = _cached_layers(model, proof.prompts[-1], spec)
     if not layers:
+        if spec.kv_cache_dtype != "auto":
+            raise LoadError(
+                f"architecture {model.config.model_type!r} ({type(model).__name__}) keeps more than keys and values, "
+                f"as it computes them; kv_cache.dtype is {spec.kv_cache_dtype!r}, accepted is auto"
+            )
         log.warning("%s keeps more than keys and values: its sequences run one at a time", type(model).__name__)
         return first_proven(model, [partial(SingleRunner, model)], proof.difference)
     cache = PagedCache(layers, blocks, proof.block_tokens)
-    ways: list[Batching] = ["single"] if batch_invariant else ["padded", "equal"]
+    ways: list[Batching] = ["single"] if spec.batch_invariant else ["padded", "equal"]
     return first_proven(model, [partial(CacheRunner, model, cache, way) for way in ways], proof.difference)
 
 
@@ -102,7 +110,7 @@ def _paged_runner(
     model: PreTrainedModel, spec: ModelSpec, proof: Proof, blocks: int, max_model_len: int
 ) -> PagedRunner:
     """The paged runner, proven; raises NotPagedError where it is not this model's."""
-    layers = _probe_layers(model, proof.prompts[-1])
+    layers = _probe_layers(model, proof.prompts[-1], spec)
     fuse(model)  # once more: attention can be fused now that it is ours
     runner = PagedRunner(
         model,
@@ -118,7 +126,7 @@ def _paged_runner(
 
 
 @torch.inference_mode()
-def _probe_layers(model: PreTrainedModel, prompt: list[int]) -> list[LayerShape]:
+def _probe_layers(model: PreTrainedModel, prompt: list[int], spec: ModelSpec) -> list[LayerShape]:
     """Sets the model to our attention and sees every layer call it; raises NotPagedError where one does not."""
     text = model.config.get_text_config()
     types = getattr(text, "layer_types", None) or []
@@ -143,7 +151,7 @@ def _probe_layers(model: PreTrainedModel, prompt: list[int]) -> list[LayerShape]
         windowed = [bool(getattr(text, "sliding_window", None))] * len(recorder.calls)
     if windowed != [call.window is not None for call in recorder.calls]:
         raise NotPagedError("does not pass the sliding window of its layers to the attention interface")
-    return [_shape(call) for call in recorder.calls]
+    return stored_as(spec, [_shape(call) for call in recorder.calls])
 
 
 class _Recorder:
@@ -164,8 +172,8 @@ def _shape(call: Call) -> LayerShape:
 
 
 @torch.inference_mode()
-def _cached_layers(model: PreTrainedModel, prompt: list[int]) -> list[LayerShape]:
-    """What each layer of transformers' own cache keeps per token; none where one keeps anything else."""
+def _cached_layers(model: PreTrainedModel, prompt: list[int], spec: ModelSpec) -> list[LayerShape]:
+    """What our cache keeps per token of each layer of transformers' own; none where one keeps anything else."""
     cache = DynamicCache(config=model.config)
     ids = torch.tensor([prompt], device=input_device(model))
     try:
@@ -173,4 +181,11 @@ def _cached_layers(model: PreTrainedModel, prompt: list[int]) -> list[LayerShape
     except Exception as error:
         log.warning("%s failed with a cache", type(model).__name__, exc_info=error)
         return []
-    return cached_shapes(cache, len(prompt))
+    return stored_as(spec, cached_shapes(cache, len(prompt)))
+
+
+def stored_as(spec: ModelSpec, shapes: list[LayerShape]) -> list[LayerShape]:
+    """The same shapes as the model's settings want them stored."""
+    return [
+        dataclasses.replace(shape, dtype=kv_dtype(spec, shape.computed), own_dtype=shape.computed) for shape in shapes
+    ]

@@ -121,7 +121,7 @@ __int128 blocks_of(__int128 count, int64_t blocksize) {
 }
 
 __int128 element_bytes(int64_t dtype) {
-    return dtype == HB_FLOAT32 ? 4 : 2;
+    return dtype == HB_FLOAT32 ? 4 : dtype == HB_INT8 ? 1 : 2;
 }
 
 template <typename Args>
@@ -355,7 +355,7 @@ void fuzz_linear8(Input& input) {
 void fuzz_paged_attention(Input& input) {
     Tensors tensors(input);
     auto args = start<hb_paged_attention_args>(input);
-    args.dtype = input.option(3), args.D = input.size(), args.E = input.size();
+    args.dtype = input.option(3), args.store_dtype = input.option(4), args.D = input.size(), args.E = input.size();
     args.G = input.any<uint8_t>() < 240 ? input.any<uint8_t>() % 4 + 1 : input.size();
     args.H = args.G > 0 && args.G < 9 ? args.G * (input.any<uint8_t>() % 4) : input.size();
     args.S = input.option(4), args.blocks = input.size(), args.block_tokens = input.option(33);
@@ -389,8 +389,12 @@ void fuzz_paged_attention(Input& input) {
         if (reach < 0 || reach > kLargestTensor) break;
     }
     args.query = tensors.in<void>(args.D < 0 || args.T == 0 ? 0 : reach, bytes);
-    args.keys = tensors.in<void>(product({args.blocks, args.block_tokens, args.G, args.D}), bytes);
-    args.values = tensors.in<void>(product({args.blocks, args.block_tokens, args.G, args.E}), bytes);
+    const __int128 store_bytes = element_bytes(args.store_dtype);
+    args.keys = tensors.in<void>(product({args.blocks, args.block_tokens, args.G, args.D}), store_bytes);
+    args.values = tensors.in<void>(product({args.blocks, args.block_tokens, args.G, args.E}), store_bytes);
+    if (args.store_dtype == HB_INT8) {
+        args.scales = tensors.in<float>(product({args.blocks, args.block_tokens, args.G, 2}), 4);
+    }
     if (input.any<uint8_t>() % 2 == 1) {
         args.sinks_dtype = input.option(3);
         args.sinks = tensors.in<void>(args.H, element_bytes(args.sinks_dtype));
@@ -450,7 +454,7 @@ void fuzz_add(Input& input) {
 void fuzz_cache_write(Input& input) {
     Tensors tensors(input);
     auto args = start<hb_cache_write_args>(input);
-    args.dtype = input.option(3), args.T = input.size(), args.G = input.size();
+    args.dtype = input.option(3), args.store_dtype = input.option(4), args.T = input.size(), args.G = input.size();
     args.D = input.size(), args.E = input.size(), args.slot_count = input.size();
     const bool is_small = args.T >= 0 && args.T <= 4096;
     std::vector<int64_t> slots(is_small ? static_cast<size_t>(args.T) : 0);
@@ -473,8 +477,10 @@ void fuzz_cache_write(Input& input) {
     const int64_t bytes = element_bytes(args.dtype);
     args.key = tensors.in<void>(rows(args.D, args.key_row_stride, args.key_head_stride), bytes);
     args.value = tensors.in<void>(rows(args.E, args.value_row_stride, args.value_head_stride), bytes);
-    args.keys = tensors.out<void>(cache(args.D), bytes);
-    args.values = tensors.out<void>(cache(args.E), bytes);
+    const int64_t store_bytes = element_bytes(args.store_dtype);
+    args.keys = tensors.out<void>(cache(args.D), store_bytes);
+    args.values = tensors.out<void>(cache(args.E), store_bytes);
+    if (args.store_dtype == HB_INT8) args.scales = tensors.out<float>(cache(2), 4);
     judge(hb_cache_write(&args), tensors);
 }
 

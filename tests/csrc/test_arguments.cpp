@@ -288,6 +288,8 @@ TEST(null_pointers_are_refused) {
     REFUSED(cache_write, a.value = nullptr, HB_NULL_POINTER);
     REFUSED(cache_write, a.slots = nullptr, HB_NULL_POINTER);
     REFUSED(cache_write, a.keys = nullptr, HB_NULL_POINTER);
+    REFUSED(cache_write, a.store_dtype = HB_INT8, HB_NULL_POINTER);  // without scales
+    REFUSED(paged_attention, a.store_dtype = HB_INT8, HB_NULL_POINTER);
     REFUSED(cache_write, a.values = nullptr, HB_NULL_POINTER);
     REFUSED(paged_attention, a.query = nullptr, HB_NULL_POINTER);
     REFUSED(paged_attention, a.keys = nullptr, HB_NULL_POINTER);
@@ -345,6 +347,9 @@ TEST(misaligned_pointers_are_refused) {
     REFUSED(cache_write, a.key = shifted(a.key, 2), HB_MISALIGNED);
     REFUSED(cache_write, (a.dtype = HB_FLOAT16, a.values = shifted(a.values)), HB_MISALIGNED);
     REFUSED(cache_write, a.slots = shifted(a.slots, 4), HB_MISALIGNED);
+    REFUSED(cache_write, (a.store_dtype = HB_INT8, a.scales = shifted(static_cast<float*>(a.keys), 2)), HB_MISALIGNED);
+    REFUSED(paged_attention, (a.store_dtype = HB_INT8, a.scales = shifted(static_cast<const float*>(a.query), 2)),
+            HB_MISALIGNED);
     REFUSED(paged_attention, a.query = shifted(a.query, 2), HB_MISALIGNED);
     REFUSED(paged_attention, (a.dtype = HB_BFLOAT16, a.keys = shifted(a.keys)), HB_MISALIGNED);
     REFUSED(paged_attention, a.tables = shifted(a.tables, 4), HB_MISALIGNED);
@@ -407,6 +412,9 @@ TEST(options_of_attention_are_refused) {
     REFUSED(rotary, a.dtype = 3, HB_BAD_DTYPE);
     REFUSED(add, a.dtype = 3, HB_BAD_DTYPE);
     REFUSED(cache_write, a.dtype = -1, HB_BAD_DTYPE);
+    REFUSED(cache_write, a.dtype = HB_INT8, HB_BAD_DTYPE);
+    REFUSED(cache_write, a.store_dtype = 4, HB_BAD_DTYPE);
+    REFUSED(paged_attention, a.store_dtype = -1, HB_BAD_DTYPE);
     REFUSED(cache_write, a.D = HB_MAX_HEAD_DIM + 1, HB_BAD_SHAPE);
     REFUSED(cache_write, a.value_row_stride = HB_MAX_ELEMENTS, HB_BAD_SHAPE);
     REFUSED(rotary, a.D = 5, HB_BAD_SHAPE);

@@ -9,7 +9,7 @@ using namespace testing;
 namespace {
 
 struct Options {
-    int64_t dtype = HB_FLOAT32, window = 0;
+    int64_t dtype = HB_FLOAT32, store = HB_FLOAT32, window = 0;
     double softcap = 0;
     bool has_sinks = false;
 };
@@ -20,20 +20,46 @@ uint16_t bfloat_bits(float value) {
     return static_cast<uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
 }
 
-// Values as the kernel reads them, and as what they stand for.
+// Values as the kernel reads them, and as what they stand for. In int8 each `size` of them have a scale.
 struct Tensor {
-    std::vector<float> floats;
+    std::vector<float> floats, scales;
     std::vector<uint16_t> shorts;
+    std::vector<int8_t> codes;
 
-    Tensor(std::vector<float> values, int64_t dtype) : floats(std::move(values)) {
+    Tensor(std::vector<float> values, int64_t dtype, int64_t size = 0) : floats(std::move(values)) {
         if (dtype == HB_FLOAT32) return;
+        if (dtype == HB_INT8) return quantize(static_cast<size_t>(size));
         for (float& value : floats) {
             shorts.push_back(bfloat_bits(value));
             value = static_cast<float>(value_of(shorts.back(), 7));
         }
     }
-    const void* data() const { return shorts.empty() ? static_cast<const void*>(floats.data()) : shorts.data(); }
+    const void* data() const {
+        if (!codes.empty()) return codes.data();
+        return shorts.empty() ? static_cast<const void*>(floats.data()) : shorts.data();
+    }
+    // Any codes under a scale that is NaN, where values are.
+    void quantize(size_t size) {
+        for (size_t i = 0; i < floats.size(); i += size) {
+            float absmax = 0;
+            for (size_t j = i; j < i + size; ++j) absmax = std::max(absmax, std::fabs(floats[j]));
+            const bool is_there = !std::isnan(floats[i]);
+            scales.push_back(is_there ? absmax / 127 : floats[i]);
+            for (size_t j = i; j < i + size; ++j) {
+                codes.push_back(static_cast<int8_t>(is_there ? std::nearbyint(floats[j] / scales.back())
+                                                             : static_cast<float>(any_of({-128, -1, 0, 5, 127}))));
+                floats[j] = static_cast<float>(codes.back()) * scales.back();
+            }
+        }
+    }
 };
+
+// A key's scale and a value's side by side.
+std::vector<float> side_by_side(const std::vector<float>& a, const std::vector<float>& b) {
+    std::vector<float> both;
+    for (size_t i = 0; i < a.size(); ++i) both.push_back(a[i]), both.push_back(b[i]);
+    return both;
+}
 
 // Whole sequences in a cache of their own: all that any chunk of them needs.
 struct Sequences {
@@ -42,6 +68,7 @@ struct Sequences {
     std::vector<int64_t> lengths, tables;
     std::vector<std::vector<float>> queries;  // [length, H, D] of each
     Tensor keys, values, sinks;
+    std::vector<float> scales;
 
     Sequences(int64_t heads, int64_t groups, int64_t key_dim, int64_t value_dim, int64_t tokens,
               std::vector<int64_t> rows, Options chosen)
@@ -79,7 +106,8 @@ struct Sequences {
                 std::copy(value.begin(), value.end(), v.begin() + slot * G * E);
             }
         }
-        keys = Tensor(k, options.dtype), values = Tensor(v, options.dtype);
+        keys = Tensor(k, options.store, D), values = Tensor(v, options.store, E);
+        scales = side_by_side(keys.scales, values.scales);
     }
 
     // [rows, H, E]: rows first .. first + count - 1 of sequence s, in float64.
@@ -160,6 +188,7 @@ std::vector<uint32_t> run(const Sequences& all, const std::vector<Part>& parts, 
     auto args = args_with<hb_paged_attention_args>(threads);
     args.query = query.data(), args.query_row_stride = row_stride, args.query_head_stride = head_stride;
     args.keys = all.keys.data(), args.values = all.values.data(), args.dtype = options.dtype, args.T = T;
+    args.store_dtype = options.store, args.scales = options.store == HB_INT8 ? all.scales.data() : nullptr;
     args.H = all.H, args.G = all.G, args.D = all.D, args.E = all.E, args.blocks = all.blocks;
     args.block_tokens = all.block_tokens, args.tables = tables.data(), args.S = static_cast<int64_t>(parts.size());
     args.max_blocks = all.max_blocks, args.offsets = offsets.data(), args.starts = starts.data();
@@ -193,12 +222,16 @@ std::vector<uint32_t> run(const Sequences& all, const std::vector<Part>& parts, 
 
 }  // namespace
 
+// A dtype of queries, and one of the cache.
+constexpr int64_t kDtypes[][2] = {{HB_FLOAT32, HB_FLOAT32}, {HB_BFLOAT16, HB_BFLOAT16}, {HB_FLOAT32, HB_INT8},
+                                  {HB_BFLOAT16, HB_INT8},   {HB_FLOAT32, HB_BFLOAT16},  {HB_BFLOAT16, HB_FLOAT32}};
+
 TEST(attention_is_right_at_every_shape) {
     const int64_t shapes[][4] = {{4, 4, 16, 16}, {8, 1, 80, 96}, {6, 2, 7, 33}, {2, 1, 129, 64}, {3, 3, 1, 1}};
     for (const auto& [H, G, D, E] : shapes) {
-        for (const int64_t dtype : {HB_FLOAT32, HB_BFLOAT16}) {
+        for (const auto& [dtype, store] : kDtypes) {
             Options options;
-            options.dtype = dtype, options.window = any_of({0, 0, 1, 17, 64, 65});
+            options.dtype = dtype, options.store = store, options.window = any_of({0, 0, 1, 17, 64, 65});
             options.softcap = static_cast<double>(any_of({0, 0, 3})), options.has_sinks = any_of({0, 1}) == 1;
             const Sequences all(H, G, D, E, any_of({1, 3, 16, 32}), {1, any_of({63, 64, 65}), 90}, options);
             const int64_t length = all.lengths[1];
@@ -209,9 +242,9 @@ TEST(attention_is_right_at_every_shape) {
 }
 
 TEST(attention_over_several_spans_is_right) {
-    for (const int64_t dtype : {HB_FLOAT32, HB_BFLOAT16}) {
+    for (const auto& [dtype, store] : kDtypes) {
         Options options;
-        options.dtype = dtype, options.window = any_of({0, 600, 511});
+        options.dtype = dtype, options.store = store, options.window = any_of({0, 600, 511});
         const Sequences all(2, 1, 16, 16, 16, {1100, any_of({512, 513, 1024})}, options);
         run(all, {{0, 1099, 1}}, 4, true);
         run(all, {{0, 1000, 100}, {1, 500, 12}}, 2, true);
@@ -220,9 +253,10 @@ TEST(attention_over_several_spans_is_right) {
 
 // Rows of one sequence in any chunks, beside others or alone, by any number of threads.
 TEST(a_row_of_attention_is_the_same_in_every_chunk) {
-    for (const int64_t dtype : {HB_FLOAT32, HB_BFLOAT16}) {
+    for (const auto& [dtype, store] : kDtypes) {
         Options options;
-        options.dtype = dtype, options.window = any_of({0, 70, 530}), options.softcap = any_of({0, 1}) == 1 ? 5.0 : 0.0;
+        options.dtype = dtype, options.store = store, options.window = any_of({0, 70, 530});
+        options.softcap = any_of({0, 1}) == 1 ? 5.0 : 0.0;
         options.has_sinks = any_of({0, 1}) == 1;
         const Sequences all(6, any_of({1, 2, 6}), any_of({16, 40, 33}), 24, any_of({5, 16}), {600, 70}, options);
         const std::vector<uint32_t> whole = run(all, {{0, 0, 600}}, 2);
@@ -236,6 +270,59 @@ TEST(a_row_of_attention_is_the_same_in_every_chunk) {
             EXPECT(std::equal(mine, chunk.end(), whole.begin() + first * row_values), "rows %d to %d, dtype %d",
                    (int)first, (int)(first + rows), (int)dtype);
             first += rows;
+        }
+    }
+}
+
+// What is written into a cache in int8 is within half a step of what it was; all that is beside it stays as it was.
+TEST(rows_are_rounded_to_int8) {
+    const int64_t shapes[][3] = {{1, 1, 1}, {2, 16, 33}, {3, 128, 7}};
+    for (const auto& [G, D, E] : shapes) {
+        for (const int64_t dtype : {HB_FLOAT32, HB_BFLOAT16}) {
+            const int64_t T = 9, slot_count = 20;
+            const std::vector<int64_t> slots = {3, -1, 0, 19, 20, 7, int64_t{1} << 60, 8, 12};
+            std::vector<float> raw[2] = {normal_values(T * G * D), normal_values(T * G * E, 100)};
+            raw[0][0] = std::numeric_limits<float>::infinity();  // of the first row's first key
+            const Tensor key(raw[0], dtype), value(raw[1], dtype);
+            std::vector<int8_t> keys = poisoned<int8_t>(slot_count * G * D),
+                                values = poisoned<int8_t>(slot_count * G * E);
+            std::vector<float> scales = poisoned<float>(slot_count * G * 2);
+            const auto keys_before = keys, values_before = values;
+            const auto scales_before = scales;
+            auto args = args_with<hb_cache_write_args>(any_of({1, 3}));
+            args.key = key.data(), args.key_row_stride = G * D, args.key_head_stride = D;
+            args.value = value.data(), args.value_row_stride = G * E, args.value_head_stride = E, args.dtype = dtype;
+            args.T = T, args.G = G, args.D = D, args.E = E, args.slots = slots.data(), args.slot_count = slot_count;
+            args.store_dtype = HB_INT8, args.keys = keys.data(), args.values = values.data();
+            args.scales = scales.data();
+            EXPECT(hb_cache_write(&args) == HB_OK, "G %d", (int)G);
+            for (int64_t slot = 0; slot < slot_count; ++slot) {
+                const int64_t t = std::find(slots.begin(), slots.end(), slot) - slots.begin();
+                for (int64_t i = 0; i < G * 2; ++i) {
+                    const int64_t head = i / 2, size = i % 2 == 0 ? D : E, place = slot * G + head;
+                    const float scale = scales[static_cast<size_t>(place * 2 + i % 2)];
+                    const auto& store = i % 2 == 0 ? keys : values;
+                    const auto& before = i % 2 == 0 ? keys_before : values_before;
+                    const float* const from = (i % 2 == 0 ? key : value).floats.data() + (t * G + head) * size;
+                    float absmax = 0;
+                    for (int64_t d = 0; t < T && d < size; ++d) absmax = std::max(absmax, std::fabs(from[d]));
+                    const bool is_finite = std::isfinite(absmax);
+                    EXPECT(t == T || std::isnan(scale) == !is_finite, "slot %d", (int)slot);
+                    EXPECT(t < T || memcmp(&scale, &scales_before[static_cast<size_t>(place * 2)], 4) == 0, "slot %d",
+                           (int)slot);
+                    for (int64_t d = 0; d < size; ++d) {
+                        const int8_t code = store[static_cast<size_t>(place * size + d)];
+                        if (t == T) {
+                            EXPECT(code == before[static_cast<size_t>(place * size + d)], "slot %d", (int)slot);
+                        } else if (!is_finite) {
+                            EXPECT(code == 0, "slot %d", (int)slot);
+                        } else {
+                            const double error = std::fabs(static_cast<double>(code) * scale - from[d]);
+                            EXPECT(error <= absmax * (1 / 254.0 + 0x1p-21), "off by %g of %g", error, absmax);
+                        }
+                    }
+                }
+            }
         }
     }
 }

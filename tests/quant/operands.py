@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from quant import formats, ops, reference
+from quant import formats, kv, ops, reference
 
 SHAPES = [(1, 1), (1, 64), (7, 33), (5, 129), (64, 96), (3, 4100), (33, 250), (160, 288)]
 """[N, K] with N = 1, K % blocksize != 0, N*K odd, blocks that cross rows, one short block."""
@@ -179,7 +179,10 @@ class Operands8:
 
 @dataclasses.dataclass(frozen=True)
 class Paged:
-    """Sequences in a paged cache: blocks in random order, NaN wherever no row looks, and table entries of nonsense."""
+    """Sequences in a paged cache: blocks in random order, NaN wherever no row looks, and table entries of nonsense.
+
+    In int8 that NaN is the scale of codes that are anything.
+    """
 
     query: torch.Tensor
     keys: torch.Tensor
@@ -187,6 +190,7 @@ class Paged:
     tables: torch.Tensor
     offsets: torch.Tensor
     starts: torch.Tensor
+    scales: torch.Tensor | None
 
     @classmethod
     def random(
@@ -197,8 +201,9 @@ class Paged:
         block_tokens: int,
         dtype: torch.dtype,
         generator: torch.Generator,
+        store_dtype: torch.dtype | None = None,
     ) -> Paged:
-        """sequences: (first position, rows) each; heads: H and G; dims: D and E."""
+        """sequences: (first position, rows) each; heads: H and G; dims: D and E; the cache's dtype if it is another."""
         blocks = [-(-(start + rows) // block_tokens) for start, rows in sequences]
         free = torch.randperm(sum(blocks) + 3, generator=generator).tolist()
         shape = (len(free), block_tokens, heads[1])
@@ -213,7 +218,14 @@ class Paged:
         rows = torch.tensor([0] + [rows for _, rows in sequences])
         query = torch.randn(heads[0], int(rows.sum()), dims[0], generator=generator).transpose(0, 1) * 2
         starts = torch.tensor([start for start, _ in sequences])
-        return cls(query.to(dtype), keys.to(dtype), values.to(dtype), tables, rows.cumsum(0), starts)
+        tensors = (tables, rows.cumsum(0), starts)
+        if store_dtype != torch.int8:
+            return cls(query.to(dtype), *(store.to(store_dtype or dtype) for store in (keys, values)), *tensors, None)
+        coded, scales = zip(*(kv.quantize_heads(store) for store in (keys, values)), strict=True)
+        for codes, of_heads in zip(coded, scales, strict=True):
+            anything = torch.randint(-128, 128, codes.shape, generator=generator, dtype=torch.int8)
+            codes[of_heads.isnan()] = anything[of_heads.isnan()]
+        return cls(query.to(dtype), *coded, *tensors, torch.stack(scales, dim=-1))
 
     def arguments(self) -> tuple[torch.Tensor, ...]:
         """What paged_attention takes before its options."""
@@ -223,15 +235,28 @@ class Paged:
         """The same on another device."""
         return tuple(tensor.to(device) for tensor in self.arguments())
 
+    def scales_on(self, device: str) -> torch.Tensor | None:
+        return None if self.scales is None else self.scales.to(device)
+
+    def stores(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values as what they stand for, in float64."""
+        if self.scales is None:
+            return self.keys.double(), self.values.double()
+        keys, values = (
+            x.double() * self.scales[..., i : i + 1].double() for i, x in enumerate((self.keys, self.values))
+        )
+        return keys, values
+
     def exact(self, scale: float, window: int, softcap: float, sinks: torch.Tensor | None) -> torch.Tensor:
         """The result in float64, one sequence at a time."""
         found = []
         size, kv_heads = self.keys.shape[1:3]
+        stores = self.stores()
         bounds = self.offsets.tolist()
         for table, begin, end, start in zip(self.tables, bounds, bounds[1:], self.starts.tolist(), strict=False):
             rows = torch.arange(start, start + end - begin)
             seen = torch.arange(max(0, start - window + 1) if window else 0, start + end - begin)
-            key, value = (store[table[seen // size], seen % size].double() for store in (self.keys, self.values))
+            key, value = (store[table[seen // size], seen % size] for store in stores)
             query = self.query[begin:end].double().reshape(end - begin, kv_heads, -1, self.query.shape[2])
             scores = torch.einsum("rgjd,kgd->rgjk", query, key) * scale
             if softcap:

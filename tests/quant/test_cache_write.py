@@ -14,6 +14,7 @@ from tests.quant.operands import same_bits
 from tests.quant.test_native import device  # noqa: F401
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+STORES = [*DTYPES, torch.int8]
 SIZES = [(1, 1, 1, 1), (5, 2, 16, 8), (3, 4, 7, 33), (40, 8, 128, 128), (9, 3, 96, 40), (0, 2, 8, 8)]
 """T, G, D, E: pieces of 16 bytes, and none."""
 BLOCKS, BLOCK_TOKENS = 11, 4
@@ -71,6 +72,45 @@ def test_rows_go_to_their_slots_and_nowhere_else(
     by_reference = [store.clone() for store in stores]
     reference.cache_write(rows[0], rows[1], by_reference[0], by_reference[1], slots)
     assert all(same_bits(one, other) for one, other in zip(by_reference, expected, strict=True))
+
+
+@pytest.mark.parametrize("size", SIZES, ids=str)
+@pytest.mark.parametrize("store", STORES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_rows_are_rounded_to_the_caches_dtype(
+    dtype: torch.dtype, store: torch.dtype, size: tuple[int, int, int, int], generator: torch.Generator
+) -> None:
+    """As torch rounds, and in int8 as quant/kv.py says; what lies in other slots stays, scales too."""
+    rows, _, slots = some_rows(size, dtype, generator)
+    for tensor in rows:
+        spoil_some_heads(tensor, generator)
+    found, scales = a_cache(size, store, generator)
+    expected, of_expected = [tensor.clone() for tensor in found], None if scales is None else scales.clone()
+    ops.cache_write(*(tensor.transpose(0, 1).contiguous().transpose(0, 1) for tensor in rows), *found, slots, scales)
+    reference.cache_write(rows[0], rows[1], *expected, slots, of_expected)
+    assert all(same_bits(one, other) for one, other in zip(found, expected, strict=True))
+    assert scales is None or (of_expected is not None and same_bits(scales, of_expected))
+
+
+def spoil_some_heads(rows: torch.Tensor, generator: torch.Generator) -> None:
+    """Heads of zeros, of what is nearly nothing, of huge values, with a NaN or an infinity."""
+    size = rows.shape[2]
+    for index, scale in enumerate((0.0, 2.0**-64, 2.0**-66, 2.0**-130, 3e38)):
+        rows[index::7] = (rows[index::7].float() * scale).clamp(-3e38, 3e38).to(rows.dtype)
+    for index, value in enumerate((torch.nan, torch.inf, -torch.inf)):
+        rows[5 + 7 * index :: 21, :, int(torch.randint(size, (), generator=generator))] = value
+
+
+def a_cache(
+    size: tuple[int, int, int, int], dtype: torch.dtype, generator: torch.Generator
+) -> tuple[list[torch.Tensor], torch.Tensor | None]:
+    """Stores, and in int8 their scales, full of what is recognised again."""
+    _, G, D, E = size
+    heads = (BLOCKS, BLOCK_TOKENS, G)
+    if dtype != torch.int8:
+        return [torch.randn(*heads, dim, generator=generator).to(dtype) for dim in (D, E)], None
+    stores = [torch.randint(-128, 128, (*heads, dim), generator=generator, dtype=dtype) for dim in (D, E)]
+    return stores, torch.randn(*heads, 2, generator=generator)
 
 
 def test_threads_change_nothing(generator: torch.Generator) -> None:

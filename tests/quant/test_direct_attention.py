@@ -36,13 +36,16 @@ def options(generator: torch.Generator, heads: int) -> list[tuple[float, int, fl
     ]
 
 
+@pytest.mark.parametrize("store", [None, torch.int8])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("sequences", [[(0, 1)], [(700, 1)], [(3, 9), (0, 1), (40, 20)]])
 def test_the_bits_are_the_dispatched_ones(
-    sequences: list[tuple[int, int]], dtype: torch.dtype, generator: torch.Generator
+    sequences: list[tuple[int, int]], dtype: torch.dtype, store: torch.dtype | None, generator: torch.Generator
 ) -> None:
     """Layers of several shapes and options in turn over one batch's tables."""
-    layers = [Paged.random(sequences, (4, 2), dims, 16, dtype, generator) for dims in ((24, 40), (24, 40), (7, 3))]
+    layers = [
+        Paged.random(sequences, (4, 2), dims, 16, dtype, generator, store) for dims in ((24, 40), (24, 40), (7, 3))
+    ]
     first = layers[0]
     direct = DirectAttention(first.tables, first.offsets, first.starts)
     for chosen in options(generator, 4):
@@ -51,11 +54,12 @@ def test_the_bits_are_the_dispatched_ones(
             tables = (first.tables, first.offsets, first.starts)
             # Blocks are where the first layer has them.
             keys, values = layer.keys.nan_to_num(), layer.values.nan_to_num()
+            scales = None if layer.scales is None else layer.scales.nan_to_num()
             for query in (layer.query, layer.query.contiguous(), layer.query.repeat_interleave(2, 2)[..., ::2]):
-                out = direct(query, keys, values, *chosen)
-                assert operands.same_bits(out, ops.paged_attention(query, keys, values, *tables, *chosen))
-            spread = direct(layer.query, apart(keys), apart(values), *chosen)
-            assert operands.same_bits(spread, direct(layer.query, keys, values, *chosen))
+                out = direct(query, keys, values, *chosen, scales)
+                assert operands.same_bits(out, ops.paged_attention(query, keys, values, *tables, *chosen, scales))
+            spread = direct(layer.query, apart(keys), apart(values), *chosen, None if scales is None else apart(scales))
+            assert operands.same_bits(spread, direct(layer.query, keys, values, *chosen, scales))
 
 
 def apart(store: torch.Tensor) -> torch.Tensor:
@@ -84,8 +88,10 @@ def test_bad_input_is_refused_in_a_sentence(generator: torch.Generator) -> None:
     direct(paged.query, paged.keys, paged.values, 0.5)
     with pytest.raises(ShapeError, match="query has 3 heads"):
         direct(paged.query[:, :3], paged.keys, paged.values, 0.5)
-    with pytest.raises(ShapeError, match="keys have dtype torch.float16"):
+    with pytest.raises(ShapeError, match="values have dtype torch.float32 but keys have torch.float16"):
         direct(paged.query, paged.keys.half(), paged.values, 0.5)
+    with pytest.raises(ShapeError, match="scales are missing"):
+        direct(paged.query, paged.keys.to(torch.int8), paged.values.to(torch.int8), 0.5)
     with pytest.raises(ShapeError, match="sinks have shape"):
         direct(paged.query, paged.keys, paged.values, 0.5, sinks=torch.zeros(3))
     with pytest.raises(NativeError, match="hb_paged_attention"):

@@ -95,6 +95,9 @@ for dtype in formats.VALUE_DTYPES:
             out = ops.paged_attention(*paged.arguments(), *options, sinks)
             assert torch.isfinite(out).all()
             update(out)
+            for store in formats.STORE_DTYPES:
+                other = Paged.random([(0, 90), (520, 7), (64, 1)], heads, dims, 16, dtype, generator, store)
+                update(ops.paged_attention(*other.arguments(), *options, sinks, other.scales))
 """
 CONVERSIONS = """
 def convert(values, quant_type, blocksize):

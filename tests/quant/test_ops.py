@@ -29,6 +29,8 @@ def sample_arguments(name: str, generator: torch.Generator, dtype: torch.dtype =
     bias = torch.randn(7, generator=generator).to(dtype)
     absmax = torch.rand(300, generator=generator)
     paged = Paged.random([(3, 2), (0, 4)], (4, 2), (8, 6), 4, dtype, generator)
+    paged8 = Paged.random([(3, 2), (0, 4)], (4, 2), (8, 6), 4, dtype, generator, torch.int8)
+    new_rows = [torch.randn(shape, generator=generator).to(dtype) for shape in [(3, 2, 6), (3, 2, 5)]]
     sinks = torch.randn(4, generator=generator)
     experts = Experts4.random([2, 0, 3], 2, (7, 33), "nf4", 64, 256, generator, padding=3)
     return {
@@ -47,26 +49,39 @@ def sample_arguments(name: str, generator: torch.Generator, dtype: torch.dtype =
         "quantize_8bit": [x[0]],
         "dequantize_8bit": [CB, SCB, dtype],
         "linear_8bit": [x, CB, SCB, 2.0, "value", bias],
-        "paged_attention": [*paged.arguments(), 0.5, 3, 20.0, sinks],
+        "paged_attention": [*paged.arguments(), 0.5, 3, 20.0, sinks, None],
+        "paged_attention_int8": [*paged8.arguments(), 0.5, 3, 20.0, sinks, paged8.scales],
         "rms_norm": [x, torch.randn(33, generator=generator).to(dtype), 1e-6],
         "swiglu": [x, x * 2],
         "rotary": [
             torch.randn(shape, generator=generator).to(dtype) for shape in [(3, 4, 6), (3, 2, 6), (3, 6), (3, 6)]
         ],
         "cache_write": [
-            *(torch.randn(shape, generator=generator).to(dtype) for shape in [(3, 2, 6), (3, 2, 5)]),
+            *new_rows,
             *(torch.randn(shape, generator=generator).to(dtype) for shape in [(4, 8, 2, 6), (4, 8, 2, 5)]),
             torch.tensor([31, -1, 4]),
+            None,
+        ],
+        "cache_write_int8": [
+            *new_rows,
+            *(torch.zeros(shape, dtype=torch.int8) for shape in [(4, 8, 2, 6), (4, 8, 2, 5)]),
+            torch.tensor([31, -1, 4]),
+            torch.zeros(4, 8, 2, 2),
         ],
     }[name]
 
 
+IN_INT8 = ("paged_attention_int8", "cache_write_int8")
+"""Names of arguments: the operators over a cache in int8."""
+
+
 def operator(name: str) -> Any:
-    return getattr(torch.ops.halfbyte, name).default
+    own = name.removesuffix("_int8") if name in IN_INT8 else name
+    return getattr(torch.ops.halfbyte, own).default
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("name", ops.NAMES)
+@pytest.mark.parametrize("name", [*ops.NAMES, *IN_INT8])
 def test_opcheck(name: str, dtype: torch.dtype, generator: torch.Generator) -> None:
     torch.library.opcheck(operator(name), sample_arguments(name, generator, dtype))
 
@@ -316,13 +331,24 @@ REFUSALS: list[tuple[str, int, Callable[[Any], Any], str]] = [
     ("cache_write", 1, lambda v: v.half(), "value has dtype torch.float16; the key's"),
     ("cache_write", 2, lambda k: k[..., :5], r"keys has shape \[4, 8, 2, 5\]; a contiguous \[blocks, size, 2, 6\]"),
     ("cache_write", 3, lambda v: v[1:], r"values has shape \[3, 8, 2, 5\]; it must have the blocks of keys"),
+    ("cache_write", 2, lambda k: k.double(), "keys have dtype torch.float64; accepted are torch.float32"),
+    ("cache_write", 3, lambda v: v.half(), "values have dtype torch.float16 but keys have torch.float32"),
+    ("cache_write", 5, lambda _: torch.zeros(4, 8, 2, 2), "scales are given and keys have dtype torch.float32"),
+    ("cache_write_int8", 5, lambda _: None, "scales are missing and keys have dtype torch.int8"),
+    ("cache_write_int8", 5, lambda s: s[1:], r"scales are torch.float32 \[3, 8, 2, 2\]; they must be"),
+    ("cache_write_int8", 5, lambda s: s.half(), "scales are torch.float16"),
+    ("cache_write_int8", 5, lambda s: s.transpose(0, 1).contiguous().transpose(0, 1), "scales are not contiguous"),
     ("cache_write", 4, lambda s: s.int(), r"slots is torch.int32 \[3\]; a contiguous int64 \[3\]"),
     ("cache_write", 4, lambda s: s[1:], r"slots is torch.int64 \[2\]"),
     ("paged_attention", 0, lambda q: q.double(), "query has dtype torch.float64"),
     ("paged_attention", 0, lambda q: q[0], r"query has shape \[4, 8\]; it must be \[T, H, D\]"),
     ("paged_attention", 0, lambda q: q[:, :3], "query has 3 heads; it must be a multiple of the keys' 2"),
     ("paged_attention", 0, lambda q: q[..., :7], r"must be \[T, H, D\], \[blocks, block_tokens, G, D\]"),
-    ("paged_attention", 1, lambda k: k.half(), "keys have dtype torch.float16 but query has torch.float32"),
+    ("paged_attention", 1, lambda k: k.half(), "values have dtype torch.float32 but keys have torch.float16"),
+    ("paged_attention", 1, lambda k: k.double(), "keys have dtype torch.float64; accepted are torch.float32"),
+    ("paged_attention", 10, lambda _: torch.zeros(4, 4, 2, 2), "scales are given and keys have dtype torch.float32"),
+    ("paged_attention_int8", 10, lambda _: None, "scales are missing and keys have dtype torch.int8"),
+    ("paged_attention_int8", 10, lambda s: s[..., :1], "scales are torch.float32"),
     ("paged_attention", 2, lambda v: v[0], "values have shape"),
     ("paged_attention", 2, lambda v: v[1:], "query, keys and values have shapes"),
     ("paged_attention", 3, lambda t: t.int(), "tables are torch.int32"),

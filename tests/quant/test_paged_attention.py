@@ -27,6 +27,8 @@ SHAPES = [
 """(H, G), (D, E): no, four, eight and two hundred heads to a kv head, sizes that fill no lane, keys unlike values."""
 OPTIONS = [(0, 0.0, False), (5, 0.0, True), (70, 5.0, False), (0, 30.0, True), (1, 0.0, False), (513, 0.0, False)]
 """window, softcap, whether there are sinks."""
+OTHER_STORES = [(dtype, store) for dtype in DTYPES for store in formats.STORE_DTYPES if store != dtype]
+"""Dtypes of queries over a cache of another."""
 
 
 @pytest.fixture
@@ -66,6 +68,21 @@ def test_kernel_and_reference_agree_with_float64(
         assert_near_float64(device, dtype, heads, dims, block_tokens, some_sequences(2), which, generator)
 
 
+@pytest.mark.parametrize(("heads", "dims"), SHAPES, ids=str)
+@pytest.mark.parametrize(("dtype", "store"), OTHER_STORES, ids=str)
+def test_a_cache_of_another_dtype_agrees_with_float64(
+    dtype: torch.dtype,
+    store: torch.dtype,
+    heads: tuple[int, int],
+    dims: tuple[int, int],
+    generator: torch.Generator,
+) -> None:
+    """Against what the cache holds: int8 costs nothing but its own rounding, which test_kv.py bounds."""
+    for which in range(len(OPTIONS)):
+        tokens = random.choice([1, 3, 16, 32])
+        assert_near_float64("cpu", dtype, heads, dims, tokens, some_sequences(2), which, generator, store)
+
+
 def assert_near_float64(
     device: str,  # noqa: F811
     dtype: torch.dtype,
@@ -75,15 +92,17 @@ def assert_near_float64(
     sequences: list[tuple[int, int]],
     which: int,
     generator: torch.Generator,
+    store: torch.dtype | None = None,
 ) -> None:
     """As near as float32 sums, or as the dtype's rounding of weights and results, allow."""
-    paged = Paged.random(sequences, heads, dims, block_tokens, dtype, generator)
+    paged = Paged.random(sequences, heads, dims, block_tokens, dtype, generator, store)
     options = some_options(heads[0], dims[0], dtype, generator, which)
     exact = paged.exact(*options)
     eps = torch.finfo(dtype).eps
     tolerance = {"rtol": max(eps, 1e-5), "atol": max(2 * eps, 2e-5)}
-    torch.testing.assert_close(reference.paged_attention(*paged.arguments(), *options).double(), exact, **tolerance)
-    out = ops.paged_attention(*paged.on(device), *moved(options, device))
+    plain = reference.paged_attention(*paged.arguments(), *options, paged.scales)
+    torch.testing.assert_close(plain.double(), exact, **tolerance)
+    out = ops.paged_attention(*paged.on(device), *moved(options, device), paged.scales_on(device))
     torch.testing.assert_close(out.double().cpu(), exact, **tolerance)
 
 
@@ -180,12 +199,15 @@ def test_float32_is_as_near_to_float64_as_torch_is(
         assert ours <= 2 * plain
 
 
+@pytest.mark.parametrize("store", [None, torch.int8], ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_a_row_is_the_same_in_every_chunk_and_company(dtype: torch.dtype, generator: torch.Generator) -> None:
+def test_a_row_is_the_same_in_every_chunk_and_company(
+    dtype: torch.dtype, store: torch.dtype | None, generator: torch.Generator
+) -> None:
     for which in range(len(OPTIONS)):
         heads = random.choice([(4, 4), (8, 2), (8, 1)])
-        paged = Paged.random([(0, 650), (30, 33), (599, 1)], heads, (40, 24), 16, dtype, generator)
-        options = some_options(heads[0], 40, dtype, generator, which)
+        paged = Paged.random([(0, 650), (30, 33), (599, 1)], heads, (40, 24), 16, dtype, generator, store)
+        options = (*some_options(heads[0], 40, dtype, generator, which), paged.scales)
         query, keys, values, tables, offsets, starts = paged.arguments()
         together = ops.paged_attention(*paged.arguments(), *options)
         first = 0
@@ -201,23 +223,28 @@ def test_a_row_is_the_same_in_every_chunk_and_company(dtype: torch.dtype, genera
         assert same_bits(company, together[650:])
 
 
+@pytest.mark.parametrize("store", [None, torch.int8], ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_threads_and_blocks_change_no_bit(dtype: torch.dtype, generator: torch.Generator) -> None:
+def test_threads_and_blocks_change_no_bit(
+    dtype: torch.dtype, store: torch.dtype | None, generator: torch.Generator
+) -> None:
     """A few rows over many keys is where spans are split between threads."""
-    paged = Paged.random([(1500, 1), (700, 1)], (8, 1), (64, 64), 16, dtype, generator)
+    paged = Paged.random([(1500, 1), (700, 1)], (8, 1), (64, 64), 16, dtype, generator, store)
+    options = (0.125, 0, 0.0, None, paged.scales)
     query, keys, values, tables, offsets, starts = paged.arguments()
     before = torch.get_num_threads()
     results = []
     try:
         for threads in (1, 2, 9):
             torch.set_num_threads(threads)
-            results.append(ops.paged_attention(*paged.arguments(), 0.125))
+            results.append(ops.paged_attention(*paged.arguments(), *options))
     finally:
         torch.set_num_threads(before)
     # The same tokens in blocks of four.
-    smaller = [store.view(-1, 4, *store.shape[2:]) for store in (keys, values)]
+    smaller = [tensor.view(-1, 4, *tensor.shape[2:]) for tensor in (keys, values)]
+    scales = None if paged.scales is None else paged.scales.view(-1, 4, 1, 2)
     table = (tables[:, :, None] * 4 + torch.arange(4)).flatten(1)
-    results.append(ops.paged_attention(query, *smaller, table, offsets, starts, 0.125))
+    results.append(ops.paged_attention(query, *smaller, table, offsets, starts, *options[:-1], scales))
     assert all(same_bits(results[0], other) for other in results[1:])
 
 
@@ -237,6 +264,24 @@ def test_what_is_not_finite_is_seen_by_those_who_see_it(
     touched[10 - 5 : 10 - 5 + 8, :2] = True
     assert spoiled[touched].isnan().all()
     assert same_bits(spoiled[~touched], clean[~touched])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_an_int8_head_without_a_scale_is_seen_by_those_who_see_it(
+    dtype: torch.dtype, generator: torch.Generator
+) -> None:
+    """A key's or a value's: what was not finite when it was written. Codes of other rows of the tile are finite."""
+    paged = Paged.random([(5, 30), (3, 4)], (4, 2), (16, 16), 4, dtype, generator, torch.int8)
+    assert paged.scales is not None
+    clean = ops.paged_attention(*paged.arguments(), 0.25, 8, scales=paged.scales)
+    touched = torch.zeros(34, 4, dtype=torch.bool)
+    touched[10 - 5 : 10 - 5 + 8, :2] = True
+    for which in (0, 1):
+        scales = paged.scales.clone()
+        scales[paged.tables[0, 10 // 4], 10 % 4, 0, which] = torch.nan
+        spoiled = ops.paged_attention(*paged.arguments(), 0.25, 8, scales=scales)
+        assert spoiled[touched].isnan().all()
+        assert same_bits(spoiled[~touched], clean[~touched])
 
 
 def test_large_scores_do_not_overflow(device: str) -> None:  # noqa: F811

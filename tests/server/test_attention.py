@@ -200,6 +200,21 @@ def test_a_call_past_the_dispatcher_gives_the_same_bits(dtype: torch.dtype) -> N
     assert torch.equal(*found)
 
 
+@pytest.mark.parametrize("store", [torch.int8, torch.bfloat16, torch.float32], ids=str)
+def test_kernel_and_torch_write_and_read_the_same_cache(store: torch.dtype) -> None:
+    """In float32 the kernels, in float64 plain torch: codes and scales are equal, what is read differs by rounding."""
+    query, key, value = (torch.randn(heads, 3, 8) for heads in (4, 2, 2))
+    segments = [Segment(0, 2, 0, torch.tensor([3])), Segment(2, 1, 0, torch.tensor([9, 1]))]
+    outputs, caches = [], []
+    for dtype in (torch.float32, torch.float64):
+        caches.append(PagedCache([LayerShape(2, 8, 8, store, torch.device("cpu"))], BLOCKS, BLOCK))
+        call = Call(*(tensor.to(dtype) for tensor in (query, key, value)), 0.3, 2, None, None)
+        outputs.append(PagedBatch(caches[-1], torch.tensor([12, 13, 36]), segments).attend(call))
+    for ours, theirs in zip(*(cache.tensors for cache in caches), strict=True):
+        assert torch.equal(ours, theirs)
+    torch.testing.assert_close(outputs[0].double(), outputs[1], rtol=1e-5, atol=2e-5)
+
+
 @pytest.mark.cuda
 def test_a_batch_of_single_rows_on_cuda_is_one_call(monkeypatch: pytest.MonkeyPatch) -> None:
     """And near what torch makes of it; a prompt is torch's."""
@@ -219,6 +234,6 @@ def test_a_batch_of_single_rows_on_cuda_is_one_call(monkeypatch: pytest.MonkeyPa
     singles = [Segment(row, 1, start, torch.tensor(blocks)) for row, start, blocks in ((0, 2, [3]), (1, 4, [0, 1]))]
     batch = PagedBatch(cache, slots, [*singles, Segment(2, 1, 0, torch.tensor([9]))])
     out = batch.attend(call)
-    torch.testing.assert_close(out, batch.attend_in_torch(call, *cache.tensors), rtol=0.02, atol=0.02)
+    torch.testing.assert_close(out, batch.attend_in_torch(call, cache.layers[0]), rtol=0.02, atol=0.02)
     PagedBatch(cache, slots, [*singles[:1], Segment(1, 2, 0, torch.tensor([9]))]).attend(call)
     assert called == ["attend_at_once", "attend_in_torch", "attend_in_torch"]

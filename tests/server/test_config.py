@@ -71,6 +71,7 @@ def test_the_environment_alone_configures_a_container(model: Path) -> None:
             "HALFBYTE_NAME": "served",
             "HALFBYTE_QUANTIZATION": '{"load_in_4bit": true, "bnb_4bit_quant_type": "nf4"}',
             "HALFBYTE_KV_CACHE_TOKENS": "4096",
+            "HALFBYTE_KV_CACHE_DTYPE": "int8",
             "HALFBYTE_DEVICE_MAP": '{"": 0}',
             "HALFBYTE_HOST": "0.0.0.0",
             "HALFBYTE_API_KEYS": "first-key, second-key",
@@ -85,7 +86,7 @@ def test_the_environment_alone_configures_a_container(model: Path) -> None:
     (spec,) = config.specs()
     assert spec.name == "served"
     assert spec.quantization == {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
-    assert spec.kv_cache_tokens == 4096
+    assert (spec.kv_cache_tokens, spec.kv_cache_dtype) == (4096, "int8")
     assert spec.device_map == {"": 0}
     assert [key.get_secret_value() for key in config.api_keys] == ["first-key", "second-key"]
     assert "first-key" not in repr(config)
@@ -95,11 +96,12 @@ def test_the_environment_alone_configures_a_container(model: Path) -> None:
 
 def test_several_models_share_the_cpus(tmp_path: Path, model: Path) -> None:
     text = "models:\n" + "".join(f"- {{name: m{i}, path: {model}}}\n" for i in range(2))
-    text += f"- {{name: own, path: {model}, threads: 7, kv_cache: {{tokens: 64}}}}\n"
+    text += f"- {{name: own, path: {model}, threads: 7, kv_cache: {{tokens: 64, dtype: int8}}}}\n"
     specs = load_config({"config": str(write(tmp_path, text))}, {}).specs()
     share = max(1, available_cpus() // 3)
     assert [spec.threads for spec in specs] == [share, share, 7]
     assert [spec.kv_cache_tokens for spec in specs] == [None, None, 64]
+    assert [spec.kv_cache_dtype for spec in specs] == ["auto", "auto", "int8"]
 
 
 BAD_FILES = [
@@ -126,6 +128,7 @@ BAD_FILES = [
     ("models: [{name: a, path: my-model, max_sequences: many}]", "'max_sequences' is 'many'"),
     ("models: [{name: a, path: my-model, kv_cache: {blocks: 5}}]", "'kv_cache.blocks' is not known"),
     ("models: [{name: a, path: my-model, kv_cache: 5}]", "'kv_cache' is 5"),
+    ("models: [{name: a, path: my-model, kv_cache: {dtype: int4}}]", "'kv_cache.dtype' is 'int4'; it must be 'auto'"),
     ("models: [{name: a, path: my-model, quantization: [nf4]}]", "'quantization"),
     ("prot: 80\nmodels: [{name: a, path: my-model}]", "prot: 'prot' is not known; accepted are host, port"),
     ("api_keys: [short]\nmodels: [{name: a, path: my-model}]", "key 1 of 'api_keys' is not accepted; a key is 8"),
@@ -162,6 +165,7 @@ def test_a_bad_file_is_one_sentence(tmp_path: Path, model: Path, text: str, word
         ({"quantization": "{nf4"}, {}, "--quantization: '{nf4' starts like a JSON object"),
         ({"config": "/nowhere.yaml"}, {}, "'/nowhere.yaml' can't be read: No such file"),
         ({"kv_cache_tokens": "0"}, {}, "--kv-cache-tokens: 'kv_cache.tokens' is '0'"),
+        ({}, {"HALFBYTE_KV_CACHE_DTYPE": "fp8"}, "HALFBYTE_KV_CACHE_DTYPE: 'kv_cache.dtype' is 'fp8'"),
         ({"drain_seconds": "nan"}, {}, "--drain-seconds"),
         ({"request_timeout_seconds": "0"}, {}, "--request-timeout-seconds"),
         ({"prefix_caching": "perhaps"}, {}, "--prefix-caching"),

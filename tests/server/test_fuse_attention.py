@@ -38,8 +38,9 @@ def packed(model: transformers.PreTrainedModel) -> transformers.PreTrainedModel:
     return model
 
 
-def runner_of(model: transformers.PreTrainedModel) -> PagedRunner:
-    runner = choose_runner(model, ModelSpec("m", "", max_batch_tokens=64, max_sequences=4), blocks=16, max_model_len=64)
+def runner_of(model: transformers.PreTrainedModel, kv_dtype: str = "auto") -> PagedRunner:
+    spec = ModelSpec("m", "", max_batch_tokens=64, max_sequences=4, kv_cache_dtype=kv_dtype)
+    runner = choose_runner(model, spec, blocks=16, max_model_len=64)
     assert isinstance(runner, PagedRunner)
     return runner
 

@@ -84,6 +84,18 @@ def test_a_chained_model_gives_the_same_bits(
     assert len(runs) == 2 + count or not count
 
 
+@pytest.mark.parametrize("kv_dtype", ["int8", "float32"])
+def test_over_a_cache_of_another_dtype_too(
+    kv_dtype: str, runs: list[tuple[int, int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runner = runner_of(packed("qwen3", CONFIGS["nf4-dq"]), kv_dtype)
+    runs.clear()
+    found = all_logits(runner)
+    assert [rows for _, rows in runs] == [4, 9, 2]
+    monkeypatch.setattr(fuse_layer, "MOST_ROWS", 0)
+    assert torch.equal(all_logits(runner), found)
+
+
 def test_in_float32_too(runs: list[tuple[int, int]], monkeypatch: pytest.MonkeyPatch) -> None:
     config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=torch.float32)
     runner = runner_of(packed("llama", config, torch.float32))

@@ -72,6 +72,21 @@ def test_loading_may_be_the_peak(path: str) -> None:
     assert device.peak_bytes == weights + device.loading_bytes > device.total_bytes
 
 
+@pytest.mark.parametrize(
+    ("dtype", "per_head"), [("auto", 64), ("float32", 128), ("float16", 64), ("bfloat16", 64), ("int8", 32 + 4)]
+)
+def test_kv_cache_arithmetic_in_every_dtype(path: str, dtype: str, per_head: int) -> None:
+    """In int8 a head of 32 takes a scale of four bytes beside its codes."""
+    made = plan.make_plan(ModelSpec("m", path, kv_cache_tokens=512, kv_cache_dtype=dtype), GIB)
+    assert made.kv_bytes_per_token == 2 * 2 * 2 * per_head
+    assert made.components["kv_cache"] == 512 * made.kv_bytes_per_token
+
+
+def test_an_unknown_kv_cache_dtype_is_refused(path: str) -> None:
+    with pytest.raises(ConfigError, match="kv_cache.dtype is 'int4'; accepted are auto, float32"):
+        plan.make_plan(ModelSpec("m", path, kv_cache_dtype="int4"), GIB)
+
+
 def test_cache_is_bounded_by_sequences_and_by_memory(path: str) -> None:
     roomy = planned(path, 100 * GIB, max_sequences=3)
     assert roomy.kv_tokens == 3 * 512

@@ -233,9 +233,13 @@ def test_the_process_takes_no_more_than_it_was_promised(engine: Engine, llama: P
     assert abs(held - planned.kept["cpu"]) < sum(record.memory.planned.values()) / 2
 
 
-@pytest.mark.parametrize("quantization", ["nf4-dq", "int8"])
-def test_quantized_the_plan_is_what_is_measured(llama: Path, quantization: str) -> None:
+@pytest.mark.parametrize(
+    ("quantization", "kv_dtype", "head_bytes"),
+    [("nf4-dq", "auto", 32 * 4), ("int8", "bfloat16", 32 * 2), ("nf4-dq", "int8", 32 + 4)],
+)
+def test_quantized_the_plan_is_what_is_measured(llama: Path, quantization: str, kv_dtype: str, head_bytes: int) -> None:
     changes = {"quantization": quantization, "kv_cache_tokens": None, "max_sequences": 3, "max_model_len": 37}
+    changes["kv_cache_dtype"] = kv_dtype
     ours, theirs = socket.socketpair()
     with ours, theirs:
         load_engine(spec(llama, threads=None, **changes), granted(theirs))
@@ -247,7 +251,7 @@ def test_quantized_the_plan_is_what_is_measured(llama: Path, quantization: str) 
     assert {"self_attn.q_proj", "mlp.down_proj"} <= set(groups)
     assert all(quality.format == quantization and 0 < quality.relative_error < 1 for quality in loaded.quality)
     tokens = -(-3 * 37 // KV_BLOCK_TOKENS) * KV_BLOCK_TOKENS
-    assert loaded.memory.measured["kv_cache"] == tokens * 2 * 2 * 2 * 32 * 4
+    assert loaded.memory.measured["kv_cache"] == tokens * 2 * 2 * 2 * head_bytes
     assert loaded.info.quantization["load_in_8bit"] == (quantization == "int8")
 
 

@@ -83,7 +83,7 @@ def runner_for(architecture: str) -> ModelRunner:
 def cache_runner_for(model: transformers.PreTrainedModel, *, batch_invariant: bool = False) -> ModelRunner:
     """What serves a model that attends by itself, for one that need not."""
     proof = Proof.of(model, blocks=BLOCKS, block_tokens=KV_BLOCK_TOKENS, max_model_len=LENGTH)
-    return choose_cache_runner(model, proof, blocks=BLOCKS, batch_invariant=batch_invariant)
+    return choose_cache_runner(model, ModelSpec("m", "", batch_invariant=batch_invariant), proof, blocks=BLOCKS)
 
 
 def runner_kind(architecture: str) -> tuple[type[ModelRunner], Batching]:
