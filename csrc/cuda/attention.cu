@@ -7,7 +7,8 @@
 //
 // Here a warp makes the part of one head: a lane has eight of the span's keys, and then every 32nd value of the output.
 // It reads keys as they come; what four heads of a block have in common comes from the cache. Sums are float32, in an
-// order that depends on nothing but a key's place in its span.
+// order that depends on nothing but a key's place in its span. Codes in int8 are values like others; a key's scale goes
+// on its product, a value's on its weight, once that has been counted.
 #include "attention.cuh"
 #include "vocabulary.cuh"
 
@@ -25,25 +26,29 @@ struct Shared {
     float weights[kWarpsPerBlock][kSpanKeys];
 };
 
-template <typename T>
-__device__ float product(const T* query, const T* key, int64_t D) {
+template <typename T, typename S>
+__device__ float product(const T* query, const S* key, int64_t D) {
     float sum = 0;
     for (int64_t d = 0; d < D; ++d) sum = __fmaf_rn(to_float(query[d]), to_float(key[d]), sum);
     return sum;
 }
 
 // Weights of this warp's head to shared memory, their maximum and sum to the workspace.
-template <typename T>
+template <typename T, typename S>
 __device__ void weigh(const hb_paged_attention_args& a, const Scoring& scoring, int64_t row, int64_t head,
                       const int64_t* slots, float* weights, float* part_maximum, float* part_sum) {
     const T* const query = static_cast<const T*>(a.query) + row * a.query_row_stride + head * a.query_head_stride;
-    const T* const keys = static_cast<const T*>(a.keys) + head / (a.H / a.G) * a.D;
-    float scores[kLaneKeys];
+    const int64_t kv_head = head / (a.H / a.G);
+    const S* const keys = static_cast<const S*>(a.keys) + kv_head * a.D;
+    float scores[kLaneKeys], factors[kLaneKeys];
     float maximum = -INFINITY;
 #pragma unroll
     for (int i = 0; i < kLaneKeys; ++i) {
         const int64_t slot = slots[i * kWarp + lane()];
-        scores[i] = scoring(slot < 0 ? 0.0f : product(query, keys + slot * a.G * a.D, a.D), slot);
+        const float2 scales = scales_at(a, slot, kv_head);
+        const float sum = slot < 0 ? 0.0f : __fmul_rn(product(query, keys + slot * a.G * a.D, a.D), scales.x);
+        scores[i] = scoring(sum, slot);
+        factors[i] = scales.y;
         maximum = fmaxf(maximum, scores[i]);
     }
     maximum = maximum_among<kWarp>(maximum);
@@ -54,14 +59,14 @@ __device__ void weigh(const hb_paged_attention_args& a, const Scoring& scoring, 
         sum += scores[i];
     }
     sum = sum_among<kWarp>(sum);
-    for (int i = 0; i < kLaneKeys; ++i) weights[i * kWarp + lane()] = scores[i];
+    for (int i = 0; i < kLaneKeys; ++i) weights[i * kWarp + lane()] = __fmul_rn(scores[i], factors[i]);
     if (lane() == 0) *part_maximum = maximum, *part_sum = sum;
 }
 
-template <typename T>
+template <typename S>
 __device__ void add_values(const hb_paged_attention_args& a, int64_t head, const int64_t* slots, const float* weights,
                            float* outputs) {
-    const T* const values = static_cast<const T*>(a.values) + head / (a.H / a.G) * a.E;
+    const S* const values = static_cast<const S*>(a.values) + head / (a.H / a.G) * a.E;
     for (int64_t e = lane(); e < a.E; e += kWarp) {
         float sum = 0;
         for (int i = 0; i < kSpanKeys; ++i) {
@@ -73,7 +78,7 @@ __device__ void add_values(const hb_paged_attention_args& a, int64_t head, const
     }
 }
 
-template <typename T>
+template <typename T, typename S>
 __global__ void __launch_bounds__(kThreads)
     make_parts(hb_paged_attention_args a, Scoring scoring, Parts parts, int64_t tiles, int64_t splits) {
     Shared& shared = *reinterpret_cast<Shared*>(shared_memory());
@@ -87,11 +92,11 @@ __global__ void __launch_bounds__(kThreads)
         find_slots(a, row, span, shared.slots);
         block_barrier();
         if (head < a.H) {
-            weigh<T>(a, scoring, share.row, head, shared.slots, shared.weights[warp], parts.maxima + vector,
-                     parts.sums + vector);
+            weigh<T, S>(a, scoring, share.row, head, shared.slots, shared.weights[warp], parts.maxima + vector,
+                        parts.sums + vector);
         }
         block_barrier();
-        if (head < a.H) add_values<T>(a, head, shared.slots, shared.weights[warp], parts.outputs + vector * a.E);
+        if (head < a.H) add_values<S>(a, head, shared.slots, shared.weights[warp], parts.outputs + vector * a.E);
         block_barrier();
     }
 }
@@ -146,6 +151,16 @@ __global__ void __launch_bounds__(kThreads) join(hb_paged_attention_args a, Part
     }
 }
 
+// Calls run(a value of the type) that a cache's dtype names.
+template <typename Run>
+void with_store(int64_t dtype, Run run) {
+    if (dtype == HB_INT8) {
+        run(int8_t{});
+    } else {
+        with_dtype(dtype, run);
+    }
+}
+
 // Some rows, from `first_row` on.
 template <typename T>
 void attend(const hb_paged_attention_args& a, const AttentionPlan& plan, int64_t first_row) {
@@ -154,8 +169,10 @@ void attend(const hb_paged_attention_args& a, const AttentionPlan& plan, int64_t
         launch_attention_mma(a, plan, parts);
     } else {
         const int64_t tiles = ceil_div(a.H, kPlainHeads), splits = plan.splits(tiles);
-        launch(make_parts<T>, static_cast<unsigned>(parts.rows * tiles * splits), kThreads, sizeof(Shared),
-               stream_of(a.call), a, Scoring(a), parts, tiles, splits);
+        with_store(a.store_dtype, [&](auto store) {
+            launch(make_parts<T, decltype(store)>, static_cast<unsigned>(parts.rows * tiles * splits), kThreads,
+                   sizeof(Shared), stream_of(a.call), a, Scoring(a), parts, tiles, splits);
+        });
     }
     launch(join<T>, static_cast<unsigned>(parts.rows * a.H), kThreads, sizeof(Joined), stream_of(a.call), a, parts);
 }
@@ -178,7 +195,6 @@ extern "C" hb_status hb_paged_attention(const hb_paged_attention_args* args) {
     using namespace hb;
     HB_REQUIRE(check(args));
     const hb_paged_attention_args& a = *args;
-    HB_REQUIRE(fail_unless(a.store_dtype == a.dtype, HB_NO_KERNEL));
     HB_REQUIRE(fail_unless(a.T == 0 || a.S > 0, HB_BAD_SEQUENCE));
     AttentionPlan plan = {};
     HB_REQUIRE(plan_attention(a, &plan));

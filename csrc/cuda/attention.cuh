@@ -55,6 +55,15 @@ __device__ inline void find_slots(const hb_paged_attention_args& a, const Row& r
     }
 }
 
+// The scales of one position's key and value; none has 1 and 1. A missing block's are never asked for: its score is
+// NaN.
+__device__ inline float2 scales_at(const hb_paged_attention_args& a, int64_t slot, int64_t kv_head) {
+    if (a.store_dtype != HB_INT8) return {1.0f, 1.0f};
+    if (slot < 0) return {0.0f, 0.0f};
+    const float* const both = a.scales + (slot * a.G + kv_head) * 2;
+    return {both[0], both[1]};
+}
+
 // Products of query and key -> scores in powers of two.
 struct Scoring {
     float scale;

@@ -15,7 +15,13 @@
 // What the tensor core gives as scores lies in the lanes where it takes weights as an operand. Weights are rounded to
 // the dtype and then added up, so that their sum is that of what is multiplied. Bits depend on a key's place in its
 // span and on nothing else.
+//
+// A cache in int8: eight values are 8 bytes, which become the same registers, codes as values of the dtype. A product's
+// sum is multiplied with its key's scale. Weights are counted in float32, and multiplied then with their values' scales
+// in units of the largest of a warp's, so that float16 holds the products; the outputs are multiplied with that in the
+// end.
 #include "attention.cuh"
+#include "int8.cuh"
 #include "pieces.cuh"
 #include "vocabulary.cuh"
 
@@ -31,18 +37,20 @@ constexpr int kTiles = kWarpKeys / kTileKeys;
 constexpr int kKeyChunk = 32;    // values of a key that four lanes read at once
 constexpr int kValueChunk = 64;  // values of a value that eight lanes read at once
 
-template <int KeyChunks, int ValueChunks>
+template <bool IsInt8, int KeyChunks, int ValueChunks>
 struct Shared {
     uint4 queries[KeyChunks * 2][kWarp];  // by step and lane: the tensor core's left operand
     int64_t slots[kSpanKeys];
+    float2 scales[IsInt8 ? kSpanKeys : 1];  // of keys and values
     float maxima[kWarpsPerBlock][kHeads];
     float sums[kWarpsPerBlock][kHeads];
     float outputs[kWarpsPerBlock][ValueChunks][4][8][kWarp];  // by value of a fragment, product, lane
 };
 
-template <typename T, int KeyChunks, int ValueChunks>
+template <typename T, typename S, int KeyChunks, int ValueChunks>
 struct Attention {
-    using Memory = Shared<KeyChunks, ValueChunks>;
+    static constexpr bool kIsInt8 = std::is_same<S, int8_t>::value;
+    using Memory = Shared<kIsInt8, KeyChunks, ValueChunks>;
 
     const hb_paged_attention_args& a;
     const Scoring& scoring;
@@ -54,6 +62,7 @@ struct Attention {
     int64_t begin, end;  // of the span's keys that the row sees
     unsigned weights[kTiles][4];
     float outputs[ValueChunks][8][4];
+    float unit = 1.0f;  // what outputs count, in int8
 
     __device__ int warp() const { return static_cast<int>(threadIdx.x) / kWarp; }
     __device__ int group() const { return lane() / 4; }
@@ -79,11 +88,41 @@ struct Attention {
         }
     }
 
-    // Sixteen bytes of one position's key or value, zeros where there is none.
+    // Eight of one position's key or value, zeros where there is none.
     __device__ uint4 read(const void* store, int64_t slot, int64_t size, int at) const {
         if (slot < 0 || at >= size) return {0, 0, 0, 0};
-        const T* const values = static_cast<const T*>(store) + (slot * a.G + kv_head) * size + at;
-        return *reinterpret_cast<const uint4*>(values);
+        const S* const values = static_cast<const S*>(store) + (slot * a.G + kv_head) * size + at;
+        if constexpr (kIsInt8) {
+            const uint2 codes = *reinterpret_cast<const uint2*>(values);
+            return {
+                pair_of_codes<T>(__byte_perm(codes.x, 0, 0x4140)), pair_of_codes<T>(__byte_perm(codes.x, 0, 0x4342)),
+                pair_of_codes<T>(__byte_perm(codes.y, 0, 0x4140)), pair_of_codes<T>(__byte_perm(codes.y, 0, 0x4342))};
+        } else {
+            return *reinterpret_cast<const uint4*>(values);
+        }
+    }
+
+    // The scales of the span's keys and values, for all threads behind the next barrier, in the turn of find_slots: a
+    // thread asks for the slots that it has found itself.
+    __device__ void find_scales() const {
+        for (int i = static_cast<int>(threadIdx.x); kIsInt8 && i < kSpanKeys; i += kThreads) {
+            shared.scales[i] = scales_at(a, shared.slots[i], kv_head);
+        }
+    }
+
+    // Of this lane's score i of a tile: the key's place in the span.
+    __device__ int key_of(int tile, int i) const { return place_of(tile) + i / 4 * 8 + member() * 2 + i % 2; }
+
+    // The largest scale of this warp's values; 1 where there is none.
+    __device__ void find_unit() {
+        float largest = 0;
+#pragma unroll
+        for (int tile = 0; tile < kTiles; ++tile) {
+#pragma unroll
+            for (int i = 0; i < 8; ++i) largest = fmaxf(largest, shared.scales[key_of(tile, i)].y);
+        }
+        largest = maximum_among<4>(largest);
+        unit = largest > 0 ? largest : 1.0f;
     }
 
     // The products of 16 keys, eight at a time, with all heads.
@@ -118,7 +157,8 @@ struct Attention {
 #pragma unroll
             for (int i = 0; i < 8; ++i) {
                 float& score = scores[tile][i / 4][i % 4];
-                score = scoring(score, shared.slots[place_of(tile) + i / 4 * 8 + member() * 2 + i % 2]);
+                if constexpr (kIsInt8) score = __fmul_rn(score, shared.scales[key_of(tile, i)].x);
+                score = scoring(score, shared.slots[key_of(tile, i)]);
                 maxima[i / 2 % 2] = fmaxf(maxima[i / 2 % 2], score);
             }
         }
@@ -130,10 +170,18 @@ struct Attention {
             for (int i = 0; i < 4; ++i) {
                 const int half = i % 2;
                 const float* const two = &scores[tile][i / 2][half * 2];
-                const T low = from_float<T>(exp2f(two[0] - finite_maximum(maxima[half])));
-                const T high = from_float<T>(exp2f(two[1] - finite_maximum(maxima[half])));
-                weights[tile][i] = pair_of<T>(to_float(low), to_float(high));
-                sums[half] += to_float(low) + to_float(high);
+                const float low = exp2f(two[0] - finite_maximum(maxima[half]));
+                const float high = exp2f(two[1] - finite_maximum(maxima[half]));
+                if constexpr (kIsInt8) {
+                    const float2* const scales = shared.scales + key_of(tile, i / 2 * 4);
+                    weights[tile][i] = pair_of<T>(__fmul_rn(low, __fdiv_rn(scales[0].y, unit)),
+                                                  __fmul_rn(high, __fdiv_rn(scales[1].y, unit)));
+                    sums[half] += low + high;
+                } else {
+                    const T rounded[2] = {from_float<T>(low), from_float<T>(high)};
+                    weights[tile][i] = pair_of<T>(to_float(rounded[0]), to_float(rounded[1]));
+                    sums[half] += to_float(rounded[0]) + to_float(rounded[1]);
+                }
             }
         }
 #pragma unroll
@@ -168,6 +216,7 @@ struct Attention {
     }
 
     __device__ void attend() {
+        if constexpr (kIsInt8) find_unit();
         weigh();
         memset(outputs, 0, sizeof outputs);
 #pragma unroll
@@ -180,7 +229,10 @@ struct Attention {
 #pragma unroll
             for (int i = 0; i < 4; ++i) {
 #pragma unroll
-                for (int j = 0; j < 8; ++j) shared.outputs[warp()][chunk][i][j][lane()] = outputs[chunk][j][i];
+                for (int j = 0; j < 8; ++j) {
+                    const float output = outputs[chunk][j][i];
+                    shared.outputs[warp()][chunk][i][j][lane()] = kIsInt8 ? __fmul_rn(output, unit) : output;
+                }
             }
         }
     }
@@ -214,10 +266,10 @@ struct Attention {
     }
 };
 
-template <typename T, int KeyChunks, int ValueChunks>
+template <typename T, typename S, int KeyChunks, int ValueChunks>
 __global__ void __launch_bounds__(kThreads)
     make_parts(hb_paged_attention_args a, Scoring scoring, Parts parts, int64_t tiles, int64_t splits) {
-    using Kernel = Attention<T, KeyChunks, ValueChunks>;
+    using Kernel = Attention<T, S, KeyChunks, ValueChunks>;
     typename Kernel::Memory& shared = *reinterpret_cast<typename Kernel::Memory*>(shared_memory());
     const Share share(parts, tiles, splits);
     const Row row = find_row(a, share.row);
@@ -229,6 +281,7 @@ __global__ void __launch_bounds__(kThreads)
     kernel.arrange_queries();
     for (int64_t span = row.first_span() + share.split; span <= row.last_span(); span += splits) {
         find_slots(a, row, span, shared.slots);
+        kernel.find_scales();
         kernel.begin = row.first - span * kSpanKeys;
         kernel.end = row.position + 1 - span * kSpanKeys;
         block_barrier();
@@ -238,22 +291,32 @@ __global__ void __launch_bounds__(kThreads)
     }
 }
 
-template <typename T, int KeyChunks, int ValueChunks>
+template <typename T, typename S, int KeyChunks, int ValueChunks>
 void launch_size(const hb_paged_attention_args& a, const AttentionPlan& plan, const Parts& parts) {
     const int64_t tiles = a.G * ceil_div(a.H / a.G, kHeadTile), splits = plan.splits(tiles);
-    launch(make_parts<T, KeyChunks, ValueChunks>, static_cast<unsigned>(parts.rows * tiles * splits), kThreads,
-           sizeof(Shared<KeyChunks, ValueChunks>), stream_of(a.call), a, Scoring(a), parts, tiles, splits);
+    launch(make_parts<T, S, KeyChunks, ValueChunks>, static_cast<unsigned>(parts.rows * tiles * splits), kThreads,
+           sizeof(typename Attention<T, S, KeyChunks, ValueChunks>::Memory), stream_of(a.call), a, Scoring(a), parts,
+           tiles, splits);
+}
+
+template <typename T, typename S>
+void launch_dtypes(const hb_paged_attention_args& a, const AttentionPlan& plan, const Parts& parts) {
+    const int64_t larger = a.D > a.E ? a.D : a.E;
+    if (larger <= 64) {
+        launch_size<T, S, 2, 1>(a, plan, parts);
+    } else if (larger <= 128) {
+        launch_size<T, S, 4, 2>(a, plan, parts);
+    } else {
+        launch_size<T, S, 8, 4>(a, plan, parts);
+    }
 }
 
 template <typename T>
 void launch_dtype(const hb_paged_attention_args& a, const AttentionPlan& plan, const Parts& parts) {
-    const int64_t larger = a.D > a.E ? a.D : a.E;
-    if (larger <= 64) {
-        launch_size<T, 2, 1>(a, plan, parts);
-    } else if (larger <= 128) {
-        launch_size<T, 4, 2>(a, plan, parts);
+    if (a.store_dtype == HB_INT8) {
+        launch_dtypes<T, int8_t>(a, plan, parts);
     } else {
-        launch_size<T, 8, 4>(a, plan, parts);
+        launch_dtypes<T, T>(a, plan, parts);
     }
 }
 

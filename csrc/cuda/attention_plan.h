@@ -48,11 +48,13 @@ inline hb_status plan_attention(const hb_paged_attention_args& a, AttentionPlan*
     return HB_OK;
 }
 
-// Whether the tensor cores take these heads: whole pieces of 16 bytes, where a piece may begin.
+// Whether the tensor cores take these heads: whole pieces of eight values, where a piece may begin, in the dtype of the
+// queries or in codes, which that dtype holds exactly.
 inline bool on_tensor_cores(const hb_paged_attention_args& a) {
     const uintptr_t both = reinterpret_cast<uintptr_t>(a.keys) | reinterpret_cast<uintptr_t>(a.values);
     const bool fits = a.D <= kMostTileDim && a.E <= kMostTileDim && a.D % 8 == 0 && a.E % 8 == 0;
-    return a.dtype != HB_FLOAT32 && fits && both % 16 == 0;
+    const bool multiplies = a.store_dtype == a.dtype || a.store_dtype == HB_INT8;
+    return a.dtype != HB_FLOAT32 && multiplies && fits && both % 16 == 0;
 }
 
 }  // namespace hb

@@ -1,6 +1,8 @@
 // New keys and values into a paged cache. A warp copies the key and the value of one head of one row, 16 bytes a lane
-// where heads, strides and tensors allow it, else an element. Slots are read on the device; one that the cache does not
-// have is nobody's memory and is not written.
+// where heads, strides and tensors allow it, else an element; or it rounds them, a value a lane, in int8 after it has
+// looked for the largest magnitude. Slots are read on the device; one that the cache does not have is nobody's memory
+// and is not written.
+#include "int8.cuh"
 #include "pieces.cuh"
 #include "vocabulary.cuh"
 
@@ -42,6 +44,41 @@ __global__ void cache_write(Side<Word> key, Side<Word> value, int64_t rows, int6
     }
 }
 
+// One head of one row, `size` values from element `from` on, to a head's place in a store of another dtype.
+__device__ void convert_head(const hb_cache_write_args& a, const void* rows, int64_t from, int64_t size, void* store,
+                             int64_t place, int which) {
+    if (a.store_dtype != HB_INT8) {
+        for (int64_t i = lane(); i < size; i += kWarp) {
+            store_float(load_float(rows, a.dtype, from + i), store, a.store_dtype, place * size + i);
+        }
+        return;
+    }
+    unsigned largest = 0;
+    for (int64_t i = lane(); i < size; i += kWarp) {
+        const unsigned bits = magnitude_bits(load_float(rows, a.dtype, from + i));
+        largest = bits > largest ? bits : largest;
+    }
+    const float absmax = largest_in_warp(largest);
+    const bool is_kept = isfinite(absmax) && absmax >= kSmallestStored;
+    const float factor = is_kept ? int8_factor(absmax) : 0.0f;
+    for (int64_t i = lane(); i < size; i += kWarp) {
+        static_cast<int8_t*>(store)[place * size + i] = int8_code(load_float(rows, a.dtype, from + i), factor);
+    }
+    const float without = isfinite(absmax) ? 0.0f : NAN;
+    if (lane() == 0) a.scales[place * 2 + which] = is_kept ? int8_scale(absmax) : without;
+}
+
+__global__ void convert(hb_cache_write_args a) {
+    for (int64_t item = warp_index(); item < a.T * a.G; item += warp_count()) {
+        const int64_t row = item / a.G, head = item % a.G;
+        const int64_t slot = a.slots[row];
+        if (slot < 0 || slot >= a.slot_count) continue;
+        const int64_t place = slot * a.G + head;
+        convert_head(a, a.key, row * a.key_row_stride + head * a.key_head_stride, a.D, a.keys, place, 0);
+        convert_head(a, a.value, row * a.value_row_stride + head * a.value_head_stride, a.E, a.values, place, 1);
+    }
+}
+
 template <typename Word>
 void launch_words(const hb_cache_write_args& a) {
     const int64_t bytes = dtype_bytes(a.dtype);
@@ -68,9 +105,10 @@ extern "C" hb_status hb_cache_write(const hb_cache_write_args* args) {
     using namespace hb;
     HB_REQUIRE(check(args));
     const hb_cache_write_args& a = *args;
-    HB_REQUIRE(fail_unless(a.store_dtype == a.dtype, HB_NO_KERNEL));
     if (a.T == 0) return HB_OK;
-    if (whole_pieces(a)) {
+    if (a.store_dtype != a.dtype) {
+        launch(convert, blocks_for_warps(a.T * a.G), kWarpsPerBlock * kWarp, 0, stream_of(a.call), a);
+    } else if (whole_pieces(a)) {
         launch_words<uint4>(a);
     } else if (a.dtype == HB_FLOAT32) {
         launch_words<uint32_t>(a);

@@ -65,6 +65,9 @@ __device__ inline float to_float(float value) {
 __device__ inline float to_float(__half value) {
     return __half2float(value);
 }
+__device__ inline float to_float(int8_t code) {
+    return static_cast<float>(code);
+}
 __device__ inline float to_float(__nv_bfloat16 value) {
     return __bfloat162float(value);
 }

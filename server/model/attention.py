@@ -356,10 +356,10 @@ class PagedBatch:
 
 def _has_cuda_kernels(call: Call, stores: Stores) -> bool:
     """Whether these rows and stores are on CUDA, in a dtype that quant's kernels take, and the kernels are there."""
-    if stores.keys.device.type != "cuda" or stores.keys.dtype not in formats.VALUE_DTYPES:
+    if stores.keys.device.type != "cuda" or not has_kernels(stores.keys.dtype):
         return False
-    same = call.query.dtype == call.key.dtype == call.value.dtype == stores.keys.dtype
-    return same and native.unavailable_because("cuda") is None
+    has_one_dtype = call.query.dtype == call.key.dtype == call.value.dtype
+    return has_one_dtype and call.query.dtype in formats.VALUE_DTYPES and native.unavailable_because("cuda") is None
 
 
 def _attend_fused(

@@ -28,7 +28,10 @@ struct Tensor {
 
     Tensor(std::vector<float> values, int64_t dtype, int64_t size = 0) : floats(std::move(values)) {
         if (dtype == HB_FLOAT32) return;
-        if (dtype == HB_INT8) return quantize(static_cast<size_t>(size));
+        if (dtype == HB_INT8) {
+            quantize(static_cast<size_t>(size));
+            return;
+        }
         for (float& value : floats) {
             shorts.push_back(bfloat_bits(value));
             value = static_cast<float>(value_of(shorts.back(), 7));
@@ -303,7 +306,8 @@ TEST(rows_are_rounded_to_int8) {
                     const float scale = scales[static_cast<size_t>(place * 2 + i % 2)];
                     const auto& store = i % 2 == 0 ? keys : values;
                     const auto& before = i % 2 == 0 ? keys_before : values_before;
-                    const float* const from = (i % 2 == 0 ? key : value).floats.data() + (t * G + head) * size;
+                    const float* const from =
+                        (i % 2 == 0 ? key : value).floats.data() + (std::min(t, T - 1) * G + head) * size;
                     float absmax = 0;
                     for (int64_t d = 0; t < T && d < size; ++d) absmax = std::max(absmax, std::fabs(from[d]));
                     const bool is_finite = std::isfinite(absmax);

@@ -78,18 +78,26 @@ def test_rows_go_to_their_slots_and_nowhere_else(
 @pytest.mark.parametrize("store", STORES, ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_rows_are_rounded_to_the_caches_dtype(
-    dtype: torch.dtype, store: torch.dtype, size: tuple[int, int, int, int], generator: torch.Generator
+    device: str,  # noqa: F811
+    dtype: torch.dtype,
+    store: torch.dtype,
+    size: tuple[int, int, int, int],
+    generator: torch.Generator,
 ) -> None:
     """As torch rounds, and in int8 as quant/kv.py says; what lies in other slots stays, scales too."""
     rows, _, slots = some_rows(size, dtype, generator)
     for tensor in rows:
         spoil_some_heads(tensor, generator)
-    found, scales = a_cache(size, store, generator)
-    expected, of_expected = [tensor.clone() for tensor in found], None if scales is None else scales.clone()
-    ops.cache_write(*(tensor.transpose(0, 1).contiguous().transpose(0, 1) for tensor in rows), *found, slots, scales)
-    reference.cache_write(rows[0], rows[1], *expected, slots, of_expected)
-    assert all(same_bits(one, other) for one, other in zip(found, expected, strict=True))
-    assert scales is None or (of_expected is not None and same_bits(scales, of_expected))
+    expected, of_expected = a_cache(size, store, generator)
+    found = [tensor.to(device, copy=True) for tensor in expected]
+    scales = None if of_expected is None else of_expected.to(device, copy=True)
+    heads_first = [tensor.transpose(0, 1).contiguous().transpose(0, 1).to(device) for tensor in rows]
+    ops.cache_write(heads_first[0], heads_first[1], found[0], found[1], slots.to(device), scales)
+    reference.cache_write(rows[0], rows[1], expected[0], expected[1], slots, of_expected)
+    assert all(same_bits(one.cpu(), other) for one, other in zip(found, expected, strict=True))
+    if of_expected is not None:
+        assert scales is not None
+        assert same_bits(scales.cpu(), of_expected)
 
 
 def spoil_some_heads(rows: torch.Tensor, generator: torch.Generator) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import random
 from typing import Any
 
@@ -71,6 +72,7 @@ def test_kernel_and_reference_agree_with_float64(
 @pytest.mark.parametrize(("heads", "dims"), SHAPES, ids=str)
 @pytest.mark.parametrize(("dtype", "store"), OTHER_STORES, ids=str)
 def test_a_cache_of_another_dtype_agrees_with_float64(
+    device: str,  # noqa: F811
     dtype: torch.dtype,
     store: torch.dtype,
     heads: tuple[int, int],
@@ -80,7 +82,7 @@ def test_a_cache_of_another_dtype_agrees_with_float64(
     """Against what the cache holds: int8 costs nothing but its own rounding, which test_kv.py bounds."""
     for which in range(len(OPTIONS)):
         tokens = random.choice([1, 3, 16, 32])
-        assert_near_float64("cpu", dtype, heads, dims, tokens, some_sequences(2), which, generator, store)
+        assert_near_float64(device, dtype, heads, dims, tokens, some_sequences(2), which, generator, store)
 
 
 def assert_near_float64(
@@ -112,18 +114,22 @@ def moved(options: tuple[Any, ...], device: str) -> tuple[Any, ...]:  # noqa: F8
 
 
 @pytest.mark.parametrize("dims", [(16, 24), (7, 5)], ids=str)
+@pytest.mark.parametrize("store", [None, torch.int8], ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_a_row_is_the_same_however_the_work_is_cut(
     device: str,  # noqa: F811
     dtype: torch.dtype,
+    store: torch.dtype | None,
     dims: tuple[int, int],
     generator: torch.Generator,
 ) -> None:
     """In company and alone, in other blocks, in the widest table, in a batch of many heads: a device cuts each of them
     another way. The widest table lets few rows in at once; with many heads, few thread blocks share a row's keys."""
     H, G = 34, 2
-    paged = Paged.random([(254, 5), (600, 1)], (H, G), dims, 16, dtype, generator)
-    options = moved(some_options(H, dims[0], dtype, generator, 3), device)
+    paged = Paged.random([(254, 5), (600, 1)], (H, G), dims, 16, dtype, generator, store)
+    scales = paged.scales_on(device)
+    own = moved(some_options(H, dims[0], dtype, generator, 3), device)
+    options = (*own, scales)
     query, keys, values, tables, offsets, starts = paged.on(device)
     together = ops.paged_attention(query, keys, values, tables, offsets, starts, *options)
     assert not together.isnan().any()
@@ -134,20 +140,23 @@ def test_a_row_is_the_same_however_the_work_is_cut(
             query[row : row + 1], keys, values, tables[sequence : sequence + 1], one, place, *options
         )
         assert same_bits(alone, together[row : row + 1]), row
-    smaller = [store.view(-1, 4, *store.shape[2:]) for store in (keys, values)]
+    smaller = [tensor.view(-1, 4, *tensor.shape[2:]) for tensor in (keys, values)]
+    of_smaller = None if scales is None else scales.view(-1, 4, G, 2)
     table = (tables[:, :, None] * 4 + torch.arange(4).to(device)).flatten(1)
-    assert same_bits(ops.paged_attention(query, *smaller, table, offsets, starts, *options), together)
+    assert same_bits(ops.paged_attention(query, *smaller, table, offsets, starts, *own, of_smaller), together)
     rows = torch.arange(6).to(device)
     wide = torch.nn.functional.pad(tables[:1], (0, 2**16)).expand(5, -1)
     apart = ops.paged_attention(query[:5], keys, values, wide, rows, rows[:5] + starts[0], *options)
     assert same_bits(apart, together[:5])
     times = 66
     many = [tensor.repeat(*[1] * axis, times, 1) for tensor, axis in ((query[5:], 1), (keys, 2), (values, 2))]
-    sinks = None if options[3] is None else options[3].repeat(times)
-    in_many = ops.paged_attention(*many, tables[1:], offsets[1:] - 5, starts[1:], *options[:3], sinks)
+    sinks = None if own[3] is None else own[3].repeat(times)
+    of_many = None if scales is None else scales.repeat(1, 1, times, 1)
+    in_many = ops.paged_attention(*many, tables[1:], offsets[1:] - 5, starts[1:], *own[:3], sinks, of_many)
     assert all(same_bits(part, together[5:]) for part in in_many.split(H, dim=1))
 
 
+@pytest.mark.parametrize("store", [None, torch.int8], ids=str)
 @pytest.mark.parametrize("dims", [(16, 24), (7, 5)], ids=str)
 @pytest.mark.parametrize(
     ("name", "value", "spoiled"),
@@ -167,15 +176,16 @@ def test_a_row_outside_of_the_cache_is_nan_where_tables_are_on_a_device(
     value: int,
     spoiled: tuple[int, int],
     dims: tuple[int, int],
+    store: torch.dtype | None,
     generator: torch.Generator,
 ) -> None:
     """And only that: rows 0 to 2 are of the first sequence, row 3 is of the second."""
     if native.kernels(device).device_type == "cpu":
         pytest.skip("the CPU library refuses such tables")
-    paged = Paged.random([(2, 3), (0, 1)], (2, 1), dims, 2, torch.bfloat16, generator)
-    right = ops.paged_attention(*paged.on(device), 1.0)
+    paged = Paged.random([(2, 3), (0, 1)], (2, 1), dims, 2, torch.bfloat16, generator, store)
+    right = ops.paged_attention(*paged.on(device), 1.0, scales=paged.scales_on(device))
     getattr(paged, name).view(-1)[1] = value
-    out = ops.paged_attention(*paged.on(device), 1.0)
+    out = ops.paged_attention(*paged.on(device), 1.0, scales=paged.scales_on(device))
     expected = torch.zeros(4, dtype=torch.bool)
     expected[slice(*spoiled)] = True
     if (name, value) == ("offsets", 5):
@@ -248,6 +258,26 @@ def test_threads_and_blocks_change_no_bit(
     assert all(same_bits(results[0], other) for other in results[1:])
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_small_scales_lose_nothing_in_int8(
+    device: str,  # noqa: F811
+    dtype: torch.dtype,
+    generator: torch.Generator,
+) -> None:
+    """Values near float16's smallest and in none of its steps: weights times scales would vanish there."""
+    paged = Paged.random([(300, 1), (40, 1)], (8, 2), (64, 64), 16, dtype, generator, torch.int8)
+    assert paged.scales is not None
+    scales = paged.scales.clone()
+    scales[..., 1] *= 2.0**-20
+    small = dataclasses.replace(paged, scales=scales)
+    exact = small.exact(0.125, 0, 0.0, None) * 2.0**20
+    out = ops.paged_attention(*small.on(device), 0.125, scales=small.scales_on(device)).cpu().double() * 2.0**20
+    # float16 itself has steps of 2^-24, so of 2^-4 here; half of one is lost where the result is rounded.
+    step = 2.0**-5 if dtype == torch.float16 else 0.0
+    eps = torch.finfo(dtype).eps
+    torch.testing.assert_close(out, exact, rtol=eps, atol=2 * eps + step)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_what_is_not_finite_is_seen_by_those_who_see_it(
     device: str,  # noqa: F811
@@ -268,18 +298,20 @@ def test_what_is_not_finite_is_seen_by_those_who_see_it(
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_an_int8_head_without_a_scale_is_seen_by_those_who_see_it(
-    dtype: torch.dtype, generator: torch.Generator
+    device: str,  # noqa: F811
+    dtype: torch.dtype,
+    generator: torch.Generator,
 ) -> None:
     """A key's or a value's: what was not finite when it was written. Codes of other rows of the tile are finite."""
     paged = Paged.random([(5, 30), (3, 4)], (4, 2), (16, 16), 4, dtype, generator, torch.int8)
     assert paged.scales is not None
-    clean = ops.paged_attention(*paged.arguments(), 0.25, 8, scales=paged.scales)
+    clean = ops.paged_attention(*paged.on(device), 0.25, 8, scales=paged.scales_on(device)).cpu()
     touched = torch.zeros(34, 4, dtype=torch.bool)
     touched[10 - 5 : 10 - 5 + 8, :2] = True
     for which in (0, 1):
         scales = paged.scales.clone()
         scales[paged.tables[0, 10 // 4], 10 % 4, 0, which] = torch.nan
-        spoiled = ops.paged_attention(*paged.arguments(), 0.25, 8, scales=scales)
+        spoiled = ops.paged_attention(*paged.on(device), 0.25, 8, scales=scales.to(device)).cpu()
         assert spoiled[touched].isnan().all()
         assert same_bits(spoiled[~touched], clean[~touched])
 

@@ -18,6 +18,9 @@ using hb::emulation::blockIdx;
 using hb::emulation::gridDim;
 using hb::emulation::threadIdx;
 
+struct alignas(8) float2 {
+    float x, y;
+};
 struct alignas(8) uint2 {
     unsigned x, y;
 };
