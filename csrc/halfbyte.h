@@ -387,7 +387,7 @@ typedef struct hb_rotary_args {
 } hb_rotary_args;
 HB_API hb_status hb_rotary(const hb_rotary_args* args);
 
-/* out = a + b in float32, rounded to the dtype; out may be a or b. CPU only. */
+/* out = a + b in float32, rounded to the dtype; out may be a or b. */
 typedef struct hb_add_args {
     hb_call call;
     const void* a; /* [n] */

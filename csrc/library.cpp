@@ -10,7 +10,7 @@ constexpr const char* kStatusTexts[HB_STATUS_COUNT] = {
     "The call succeeded.",
     "A pointer is null although its tensor has elements or the entry needs it.",
     "The argument struct has another size than this library was built with; rebuild so that both come from one source.",
-    "A dtype is unknown; accepted are float32, float16 and bfloat16.",
+    "A dtype is unknown; accepted are float32, float16 and bfloat16, and for a cache of keys and values int8.",
     "The 4-bit format is unknown; accepted are nf4 and fp4.",
     ("The block size is not accepted; a 4-bit block holds a power of two from 32 to 4096 values, a nested block at "
      "least "

@@ -125,7 +125,7 @@ ENTRIES_WITH_WORKSPACE: Final = (
     "hb_linear8",
     "hb_paged_attention",
 )
-CPU_ONLY: Final = frozenset({"hb_add", "hb_linear4_int8"})
+CPU_ONLY: Final = frozenset({"hb_linear4_int8"})
 """Entries that libhalfbyte_cuda.so does not have; nor has it groups and hb_run."""
 STEP_CODES: Final = {
     "hb_linear4": 0,

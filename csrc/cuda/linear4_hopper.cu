@@ -55,7 +55,7 @@ __global__ void arrange_x(const T* x, bool aligned, int64_t M, int64_t K, int64_
         if (row < M && part * kOrdered < K) {
             const T* const from = x + row * K + part * kOrdered;
             if (aligned) {
-                memcpy(pairs, __builtin_assume_aligned(from, kPiece), sizeof pairs);
+                memcpy(pairs, __builtin_assume_aligned(from, kPieceBytes), sizeof pairs);
             } else {
                 T values[kOrdered];
                 for (int v = 0; v < kOrdered; ++v) values[v] = from[v];
@@ -137,7 +137,7 @@ void launch_panel(const hb_linear4_args& a, const T* x, int64_t M, T* out) {
     problem.token_tiles = ceil_div(M, plan.cut.tile.tokens);
     problem.tiles = plan.cut.tiles;
 
-    const bool aligned = reinterpret_cast<uintptr_t>(x) % kPiece == 0;
+    const bool aligned = reinterpret_cast<uintptr_t>(x) % kPieceBytes == 0;
     const int64_t rows = round_up(M, plan.cut.tile.tokens);
     launch(arrange_x<T>, blocks_for_adding(plan.image_bytes / (kOrdered * 2)), kAddingThreads, 0, stream, x, aligned, M,
            a.K, plan.cut.tile.tokens, rows, image);

@@ -125,8 +125,8 @@ struct HopperBlock {
 
         __device__ void fetch_codes(int stage) const {
             const HopperProblem& p = block.p;
-            constexpr int pieces = kCodeRowBytes / kPiece;
-            const int piece = own % pieces, k = stage * kStageValues + piece * kPiece * 2;
+            constexpr int pieces = kCodeRowBytes / kPieceBytes;
+            const int piece = own % pieces, k = stage * kStageValues + piece * kPieceBytes * 2;
             unsigned char* const to = block.codes_at(turn.slot);
 #pragma unroll
             for (int i = 0; i < pieces; ++i) {
@@ -171,7 +171,7 @@ struct HopperBlock {
 
     // Where in a stage a 16-byte piece of a row of codes lies: eight rows of one access share out the banks.
     __device__ static int place_of_codes(int row, int piece) {
-        return row * kCodeRowBytes + (piece ^ (row / 2 % 4)) * kPiece;
+        return row * kCodeRowBytes + (piece ^ (row / 2 % 4)) * kPieceBytes;
     }
 
     // --- a consumer
@@ -194,7 +194,7 @@ struct HopperBlock {
 
         // The pairs of weights that bytes of codes stand for, a copy for each lane.
         __device__ void fill_table() const {
-            constexpr int rows = kPiece * kWarp / kSwizzledRow;  // that a warp writes at once
+            constexpr int rows = kPieceBytes * kWarp / kSwizzledRow;  // that a warp writes at once
             constexpr int warps = kConsumerThreads / kWarp;
 #pragma unroll 1
             for (int i = static_cast<int>(threadIdx.x) / kWarp; i < 256 / rows; i += warps) {
@@ -202,7 +202,7 @@ struct HopperBlock {
                 const unsigned pair =
                     pair_of<T>(code_value(block.p.format, byte >> 4), code_value(block.p.format, byte & 15));
                 const uint4 four = {pair, pair, pair, pair};
-                *reinterpret_cast<uint4*>(block.table() + byte * kSwizzledRow + lane() % 8 * kPiece) = four;
+                *reinterpret_cast<uint4*>(block.table() + byte * kSwizzledRow + lane() % 8 * kPieceBytes) = four;
             }
             group_barrier(1, kConsumerThreads);
         }

@@ -41,7 +41,7 @@ constexpr int kLaneValues = 16;     // of a chunk
 
 struct Problem {
     const void* x;
-    bool x_aligned;  // to kPiece
+    bool x_aligned;  // to kPieceBytes
     const uint8_t* packed;
     Scales scales;
     int64_t M, N, K;
@@ -58,10 +58,10 @@ struct Problem {
 
 // Where 16-byte piece `piece` of a row lies in its row.
 __device__ int place_of_codes(int row, int piece) {
-    return (piece ^ (row & 2)) * kPiece;
+    return (piece ^ (row & 2)) * kPieceBytes;
 }
 __device__ int place_of_x(int row, int piece) {
-    return (piece ^ (row & 1)) * kPiece;
+    return (piece ^ (row & 1)) * kPieceBytes;
 }
 
 template <typename T, int WeightTiles, int TokenTiles, int Stages>
@@ -99,18 +99,18 @@ struct Linear4 {
 
     // Starts the copies of a stage. Rows behind the last are zeros; what lies behind K is never looked at.
     __device__ void fetch(int64_t stage) {
-        constexpr int code_pieces = kCodeRowBytes / kPiece;
+        constexpr int code_pieces = kCodeRowBytes / kPieceBytes;
         for (int i = static_cast<int>(threadIdx.x); i < kRows * code_pieces; i += kThreads) {
             const int row = i / code_pieces, piece = i % code_pieces;
-            const int64_t k = stage * kStageValues + piece * kPiece * 2;
+            const int64_t k = stage * kStageValues + piece * kPieceBytes * 2;
             const bool there = first_row + row < p.N && k < p.K;
             const uint8_t* const from = there ? p.packed + ((first_row + row) * p.K + k) / 2 : p.packed;
             copy_16_bytes(codes_of(stage) + row * kCodeRowBytes + place_of_codes(row, piece), from, there);
         }
-        constexpr int x_pieces = kXRowBytes / kPiece;
+        constexpr int x_pieces = kXRowBytes / kPieceBytes;
         for (int i = static_cast<int>(threadIdx.x); i < kTokens * x_pieces; i += kThreads) {
             const int row = i / x_pieces, piece = i % x_pieces;
-            const int64_t k = stage * kStageValues + piece * (kPiece / 2);
+            const int64_t k = stage * kStageValues + piece * (kPieceBytes / 2);
             const bool there = first_token + row < p.M && k < p.K;
             const T* const from = static_cast<const T*>(p.x) + (there ? (first_token + row) * p.K + k : 0);
             unsigned char* const to = x_of(stage) + row * kXRowBytes + place_of_x(row, piece);
@@ -118,7 +118,7 @@ struct Linear4 {
                 copy_16_bytes(to, from, there);
             } else {
                 T* const values = reinterpret_cast<T*>(to);
-                for (int v = 0; v < kPiece / 2; ++v) values[v] = there ? from[v] : from_float<T>(0.0f);
+                for (int v = 0; v < kPieceBytes / 2; ++v) values[v] = there ? from[v] : from_float<T>(0.0f);
             }
         }
     }
@@ -372,7 +372,7 @@ template <typename Args>
 Problem problem_for(const Args& a) {
     Problem problem = {};
     problem.x = a.x;
-    problem.x_aligned = reinterpret_cast<uintptr_t>(a.x) % kPiece == 0;
+    problem.x_aligned = reinterpret_cast<uintptr_t>(a.x) % kPieceBytes == 0;
     problem.packed = a.packed;
     problem.scales = Scales(a);
     problem.M = a.M, problem.N = a.N, problem.K = a.K;

@@ -1,28 +1,17 @@
 // Choosing how the tensor-core kernel of the 4-bit matmul cuts its work. Plain host code; linear4_mma.cu computes.
 //
-// A sum over K is made of slices: each slice's products are added up from zero, then the slices in order. Where they
-// begin depends on N and K alone, never on M, so that a row has the same bits in every batch. One thread block computes
-// either all slices of its tile of the output, or, where that would leave the device idle, just one of them; then
-// another kernel adds them up from the workspace, in the same order.
+// Tiles of the output by M, sums over K in slices (slices.h), which are chosen by N and K alone.
 #pragma once
 
 #include <stdint.h>
 
 #include "checks.h"
 #include "halfbyte.h"
-
-// The emulation has a smaller device, so that small outputs go both ways.
-#ifndef HB_ENOUGH_BLOCKS
-#define HB_ENOUGH_BLOCKS 264  // two for each multiprocessor of an H200
-#endif
+#include "slices.h"
 
 namespace hb {
 
-constexpr int kStageValues = 128;     // of K, in one stage of the pipeline
-constexpr int64_t kChunkValues = 64;  // of K, decoded at once; K must be a multiple of it
-constexpr int64_t kEnoughBlocks = HB_ENOUGH_BLOCKS;
-constexpr int64_t kFewestStagesInASlice = 4;  // below that, filling the pipeline is most of the work
-constexpr int64_t kSmallestWeightRows = 64;   // of a tile of linear4_mma: what slices are chosen for
+constexpr int kStageValues = static_cast<int>(kSliceStep);  // of K, in one stage of the pipeline
 
 // The most tiles of up to `tile_rows` rows that M rows of `experts` experts and of nobody can be cut into, each one's
 // by themselves.
@@ -68,11 +57,9 @@ inline Linear4Plan cut_work(Linear4Tile tile, int64_t smallest_rows, int64_t M, 
     Linear4Plan plan = {};
     plan.tile = tile;
     plan.tiles = ceil_div(N, plan.tile.weight_rows) * ceil_div(M, plan.tile.tokens);
-    const int64_t stages = ceil_div(K, kStageValues);
-    const int64_t wanted = ceil_div(kEnoughBlocks, ceil_div(N, smallest_rows));
-    const int64_t possible = ceil_div(stages, kFewestStagesInASlice);
-    plan.slice_stages = ceil_div(stages, wanted < possible ? wanted : possible);
-    plan.slices = ceil_div(stages, plan.slice_stages);
+    const Slices slices = cut_for_few_rows(smallest_rows, N, K);
+    plan.slice_stages = slices.steps;
+    plan.slices = slices.count;
     plan.apart = plan.slices > 1 && plan.tiles < kEnoughBlocks;
     return plan;
 }

@@ -2,11 +2,11 @@
 #pragma once
 
 #include "linear4_mma.h"
+#include "pieces.cuh"
 #include "vocabulary_hopper.cuh"
 
 namespace hb {
 
-constexpr int kPiece = 16;  // bytes of one copy
 constexpr int kCodeRowBytes = kStageValues / 2;
 
 // In global memory: the lanes of a warp read it side by side, for which constant memory would take turns.

@@ -37,8 +37,8 @@ struct Int8Multiplier {
     }
 
     __device__ static uint4 lane_values(const unsigned char* rows, int row, int chunk) {
-        const int place = Place::of(row, chunk * (kChunkBytes / kPiece) + lane() % 4);
-        return *reinterpret_cast<const uint4*>(rows + row * Tile::kStageValues + place * kPiece);
+        const int place = Place::of(row, chunk * (kChunkBytes / kPieceBytes) + lane() % 4);
+        return *reinterpret_cast<const uint4*>(rows + row * Tile::kStageValues + place * kPieceBytes);
     }
 
     __device__ static void multiply_chunk(typename Tile::Sums& sums, const unsigned char* codes, const unsigned char* x,

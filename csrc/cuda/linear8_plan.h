@@ -1,7 +1,6 @@
 // Choosing how the tensor-core kernels of the 8-bit matmul cut their work. Plain host code; the .cu files compute.
 //
-// A sum over K is made of slices. One thread block computes either all slices of its tile of the output, or, where that
-// would leave the device idle, just one of them; then another kernel adds them up from the workspace, in order.
+// Tiles of the output by M, sums over K in slices (slices.h):
 //
 //     float32 sums   where slices begin depends on N and K alone, never on M: a row has the same bits in every batch
 //     int32 sums     are exact, so that slices may be cut as it suits; a slice is never so long that a sum overflows
@@ -11,13 +10,11 @@
 
 #include "checks.h"
 #include "halfbyte.h"
-#include "linear4_mma.h"  // kChunkValues, kEnoughBlocks, kSmallestWeightRows: the same for both
+#include "slices.h"
 
 namespace hb {
 
-constexpr int64_t kSliceStep = 128;          // of K: slices are multiples of it, and it of every stage
-constexpr int64_t kFewestStepsInASlice = 4;  // below that, filling the pipeline is most of the work
-constexpr int64_t kExactTerms = 1 << 17;     // products, of at most 127 * 128 each, whose sum an int32 holds
+constexpr int64_t kExactTerms = 1 << 17;  // products, of at most 127 * 128 each, whose sum an int32 holds
 
 // The tile of the output that a thread block makes, and the stages of K that it keeps on the way. Four warps share out
 // the rows of W; the rows of x are each warp's, or shared out among `token_warps`.
@@ -71,18 +68,15 @@ Linear8Plan plan_tiles(const Linear8Tile (&tiles)[Count], int64_t M, int64_t N) 
     return plan;
 }
 
-// Cuts K into `wanted` slices, or fewer where they would be short.
-inline void cut_k(Linear8Plan* plan, int64_t K, int64_t wanted) {
-    const int64_t steps = K == 0 ? 1 : ceil_div(K, kSliceStep);
-    const int64_t possible = ceil_div(steps, kFewestStepsInASlice);
-    plan->slice_values = ceil_div(steps, wanted < possible ? wanted : possible) * kSliceStep;
-    plan->slices = ceil_div(steps * kSliceStep, plan->slice_values);
+inline void take(const Slices& slices, Linear8Plan* plan) {
+    plan->slice_values = slices.steps * kSliceStep;
+    plan->slices = slices.count;
 }
 
 // For float32 sums: of 16-bit x with decoded weights.
 inline Linear8Plan plan_int8_weights(int64_t M, int64_t N, int64_t K) {
     Linear8Plan plan = plan_tiles(kTilesOfInt8Weights, M, N);
-    cut_k(&plan, K, ceil_div(kEnoughBlocks, ceil_div(N, kSmallestWeightRows)));
+    take(cut_for_few_rows(kSmallestWeightRows, N, K), &plan);
     plan.apart = plan.slices > 1 && plan.tiles < kEnoughBlocks;
     return plan;
 }
@@ -92,7 +86,7 @@ inline Linear8Plan plan_int8_products(int64_t M, int64_t N, int64_t K) {
     Linear8Plan plan = plan_tiles(kTilesOfInt8, M, N);
     const int64_t to_be_exact = K == 0 ? 1 : ceil_div(K, kExactTerms);
     const int64_t to_be_busy = ceil_div(kEnoughBlocks, plan.tiles);
-    cut_k(&plan, K, to_be_exact > to_be_busy ? to_be_exact : to_be_busy);
+    take(cut_sum(K, to_be_exact > to_be_busy ? to_be_exact : to_be_busy), &plan);
     plan.apart = plan.slices > 1;
     return plan;
 }

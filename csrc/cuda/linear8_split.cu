@@ -21,15 +21,15 @@ template <typename T>
 struct Values {
     const T* x;
     int64_t M, K;
-    bool aligned;  // every row, to kPiece
+    bool aligned;  // every row, to kPieceBytes
 
     // Zeros behind K.
     __device__ void load(int64_t row, int64_t k, float (&values)[kTogether]) const {
-        alignas(kPiece) T own[kTogether];
+        alignas(kPieceBytes) T own[kTogether];
         const T* const from = x + row * K + k;
         const bool whole = k + kTogether <= K;
         if (aligned && whole) {
-            constexpr int pieces = static_cast<int>(sizeof own) / kPiece;
+            constexpr int pieces = static_cast<int>(sizeof own) / kPieceBytes;
 #pragma unroll
             for (int i = 0; i < pieces; ++i) {
                 reinterpret_cast<uint4*>(own)[i] = reinterpret_cast<const uint4*>(from)[i];

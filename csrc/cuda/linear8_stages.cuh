@@ -10,11 +10,11 @@
 #include <type_traits>
 
 #include "linear8.h"
+#include "pieces.cuh"
 #include "vocabulary.cuh"
 
 namespace hb {
 
-constexpr int kPiece = 16;                                   // bytes of one copy
 constexpr int kChunkBytes = static_cast<int>(kChunkValues);  // of int8 codes
 
 // Of rows of 64 or 128 bytes of int8 codes: two rows are read at once, 64 bytes of each.
@@ -28,30 +28,30 @@ struct Rows {
     const unsigned char* at;
     int64_t count;
     int64_t bytes;  // of a row
-    bool aligned;   // every row, to kPiece
+    bool aligned;   // every row, to kPieceBytes
 
     Rows() = default;
     Rows(const void* matrix, int64_t rows, int64_t row_bytes)
         : at(static_cast<const unsigned char*>(matrix)),
           count(rows),
           bytes(row_bytes),
-          aligned((reinterpret_cast<uintptr_t>(matrix) | static_cast<uintptr_t>(row_bytes)) % kPiece == 0) {}
+          aligned((reinterpret_cast<uintptr_t>(matrix) | static_cast<uintptr_t>(row_bytes)) % kPieceBytes == 0) {}
 };
 
 // Starts copying `Bytes` from byte `begin` on of `Count` rows; zeros for what lies outside of the matrix.
 template <typename Place, int Count, int Bytes, int Threads>
 __device__ void copy_rows(unsigned char* to, const Rows& from, int64_t first, int64_t begin) {
-    constexpr int pieces = Bytes / kPiece;
+    constexpr int pieces = Bytes / kPieceBytes;
     for (int i = static_cast<int>(threadIdx.x); i < Count * pieces; i += Threads) {
         const int row = i / pieces, piece = i % pieces;
-        const int64_t at = begin + piece * kPiece;
+        const int64_t at = begin + piece * kPieceBytes;
         const bool there = first + row < from.count && at < from.bytes;
         const unsigned char* const source = from.at + (there ? (first + row) * from.bytes + at : 0);
-        unsigned char* const target = to + row * Bytes + Place::of(row, piece) * kPiece;
+        unsigned char* const target = to + row * Bytes + Place::of(row, piece) * kPieceBytes;
         if (from.aligned) {
             copy_16_bytes(target, source, there);
         } else {
-            for (int b = 0; b < kPiece; ++b) target[b] = there && at + b < from.bytes ? source[b] : 0;
+            for (int b = 0; b < kPieceBytes; ++b) target[b] = there && at + b < from.bytes ? source[b] : 0;
         }
     }
 }

@@ -88,7 +88,7 @@ struct WeightsTile {
 #pragma unroll
             for (int half = 0; half < 2; ++half) {
                 const int row = warp_row() + w * 16 + half * 8 + group;
-                const int place = PlaceOfCodes::of(row, chunk * (kChunkBytes / kPiece) + member) * kPiece;
+                const int place = PlaceOfCodes::of(row, chunk * (kChunkBytes / kPieceBytes) + member) * kPieceBytes;
                 const uint4 own = *reinterpret_cast<const uint4*>(codes + row * kStageValues + place);
                 const unsigned of_step[4] = {own.x, own.y, own.z, own.w};
 #pragma unroll
@@ -101,10 +101,10 @@ struct WeightsTile {
 #pragma unroll
         for (int tile = 0; tile < kTokenTiles; ++tile) {
             const int row = tile * 8 + group;
-            const int piece = chunk * (kChunkBytes * 2 / kPiece) + member * 2;
+            const int piece = chunk * (kChunkBytes * 2 / kPieceBytes) + member * 2;
             const unsigned char* const values = x + row * kXRowBytes;
-            const uint4 near = *reinterpret_cast<const uint4*>(values + PlaceOfX::of(row, piece) * kPiece);
-            const uint4 far = *reinterpret_cast<const uint4*>(values + PlaceOfX::of(row, piece + 1) * kPiece);
+            const uint4 near = *reinterpret_cast<const uint4*>(values + PlaceOfX::of(row, piece) * kPieceBytes);
+            const uint4 far = *reinterpret_cast<const uint4*>(values + PlaceOfX::of(row, piece + 1) * kPieceBytes);
             const unsigned tokens[4][2] = {{near.x, near.y}, {near.z, near.w}, {far.x, far.y}, {far.z, far.w}};
 #pragma unroll
             for (int step = 0; step < 4; ++step) {
