@@ -21,7 +21,7 @@ This file chooses no batches and owns no queue; runner.py fills the context.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Final, Protocol
 
 import torch
@@ -114,6 +114,10 @@ class LayerShape:
     @property
     def computed(self) -> torch.dtype:
         return self.own_dtype or self.dtype
+
+    def stored_as(self, dtype: torch.dtype) -> LayerShape:
+        """The same layer over a store of another dtype."""
+        return replace(self, dtype=dtype, own_dtype=self.computed)
 
 
 @dataclass(frozen=True, slots=True)

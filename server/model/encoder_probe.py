@@ -15,6 +15,7 @@ import torch
 from transformers import DynamicCache, EncoderDecoderCache
 
 from server.errors import LoadError
+from server.memory.kv import kv_dtype
 from server.model.attention import LayerShape, PagedCache
 from server.model.batch import Chunk
 from server.model.cache_runner import cache_argument
@@ -23,7 +24,7 @@ from server.model.fuse import fuse
 from server.model.gather import cached_shapes
 from server.model.proof import DRAW, Provable, first_proven, logits_of, probe_prompts, relative
 from server.model.runner import input_device
-from server.records import Batching
+from server.records import Batching, ModelSpec
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -33,14 +34,15 @@ _TAIL: Final = 3
 
 
 def choose_encoder_decoder_runner(
-    model: PreTrainedModel, *, blocks: int, block_tokens: int, max_model_len: int, batch_invariant: bool
+    model: PreTrainedModel, spec: ModelSpec, *, blocks: int, block_tokens: int, max_model_len: int
 ) -> EncoderDecoderRunner:
     """The runner, proven, its cache allocated; raises LoadError for an architecture that it cannot serve."""
     beginning = decoder_prompt(model)
     proof = EncoderDecoderProof.of(model, beginning, blocks=blocks, block_tokens=block_tokens, longest=max_model_len)
     fuse(model)
-    cache = PagedCache(_cached_layers(model, proof), blocks, block_tokens)
-    ways: list[Batching] = ["single"] if batch_invariant else ["padded", "equal"]
+    layers = [shape.stored_as(kv_dtype(spec, shape.computed)) for shape in _cached_layers(model, proof)]
+    cache = PagedCache(layers, blocks, block_tokens)
+    ways: list[Batching] = ["single"] if spec.batch_invariant else ["padded", "equal"]
     candidates = [partial(EncoderDecoderRunner, model, cache, way, beginning) for way in ways]
     return first_proven(model, candidates, proof.difference)
 

@@ -19,7 +19,6 @@ Encoder-decoders have a probe and a runner of their own (encoder_probe.py).
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 from functools import partial
 from typing import TYPE_CHECKING, Final
@@ -63,11 +62,7 @@ def choose_runner(
     """
     if model.config.is_encoder_decoder:
         return choose_encoder_decoder_runner(
-            model,
-            blocks=blocks,
-            block_tokens=block_tokens,
-            max_model_len=max_model_len,
-            batch_invariant=spec.batch_invariant,
+            model, spec, blocks=blocks, block_tokens=block_tokens, max_model_len=max_model_len
         )
     own_attention = model.config._attn_implementation
     proof = Proof.of(model, blocks=blocks, block_tokens=block_tokens, max_model_len=max_model_len)
@@ -151,7 +146,8 @@ def _probe_layers(model: PreTrainedModel, prompt: list[int], spec: ModelSpec) ->
         windowed = [bool(getattr(text, "sliding_window", None))] * len(recorder.calls)
     if windowed != [call.window is not None for call in recorder.calls]:
         raise NotPagedError("does not pass the sliding window of its layers to the attention interface")
-    return stored_as(spec, [_shape(call) for call in recorder.calls])
+    shapes = [_shape(call) for call in recorder.calls]
+    return [shape.stored_as(kv_dtype(spec, shape.computed)) for shape in shapes]
 
 
 class _Recorder:
@@ -181,11 +177,4 @@ def _cached_layers(model: PreTrainedModel, prompt: list[int], spec: ModelSpec) -
     except Exception as error:
         log.warning("%s failed with a cache", type(model).__name__, exc_info=error)
         return []
-    return stored_as(spec, cached_shapes(cache, len(prompt)))
-
-
-def stored_as(spec: ModelSpec, shapes: list[LayerShape]) -> list[LayerShape]:
-    """The same shapes as the model's settings want them stored."""
-    return [
-        dataclasses.replace(shape, dtype=kv_dtype(spec, shape.computed), own_dtype=shape.computed) for shape in shapes
-    ]
+    return [shape.stored_as(kv_dtype(spec, shape.computed)) for shape in cached_shapes(cache, len(prompt))]

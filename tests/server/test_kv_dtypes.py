@@ -14,8 +14,8 @@ import transformers
 
 from quant import kv
 from server.errors import ConfigError, LoadError
-from server.memory.plan import kv_bytes_per_token
-from server.model import probe
+from server.memory.kv import kv_bytes_per_token
+from server.model import encoder_probe, probe
 from server.model.batch import Batch, Chunk, Draw
 from server.model.cache_runner import CacheRunner
 from server.model.probe import ModelRunner, choose_runner
@@ -132,6 +132,20 @@ def test_a_model_that_keeps_more_than_keys_and_values_is_refused_by_name(monkeyp
     monkeypatch.setattr(probe, "cached_shapes", lambda *_: [])
     with pytest.raises(LoadError, match=r"architecture 'bloom' .* kv_cache.dtype is 'int8', accepted is auto"):
         choose_runner(tiny_model("bloom"), ModelSpec("m", "", kv_cache_dtype="int8"), blocks=8, max_model_len=64)
+
+
+@pytest.mark.parametrize(("kv_dtype", "tolerance"), [("auto", 1e-5), ("bfloat16", 0.02), ("int8", 0.03)])
+def test_an_encoder_decoder_is_near_its_own_logits(kv_dtype: str, tolerance: float) -> None:
+    """Its prompt's keys and values lie in the pages too; the probe compares them with the model's."""
+    model = tiny_model("t5")
+    spec = ModelSpec("m", "", kv_cache_dtype=kv_dtype)
+    runner = choose_runner(model, spec, blocks=64, max_model_len=64)
+    proof = encoder_probe.EncoderDecoderProof.of(
+        tiny_model("t5"), encoder_probe.decoder_prompt(model), blocks=64, block_tokens=KV_BLOCK_TOKENS, longest=64
+    )
+    assert proof.difference(runner) < tolerance
+    per_token = kv_bytes_per_token(model.config, kv.DTYPES.get(kv_dtype, torch.float32))
+    assert sum(tensor.nbytes for tensor in runner.kv_tensors) == 64 * KV_BLOCK_TOKENS * per_token
 
 
 def test_an_unknown_dtype_is_refused() -> None:

@@ -77,7 +77,7 @@ def test_loading_may_be_the_peak(path: str) -> None:
 )
 def test_kv_cache_arithmetic_in_every_dtype(path: str, dtype: str, per_head: int) -> None:
     """In int8 a head of 32 takes a scale of four bytes beside its codes."""
-    made = plan.make_plan(ModelSpec("m", path, kv_cache_tokens=512, kv_cache_dtype=dtype), GIB)
+    made = planned(path, kv_cache_tokens=512, kv_cache_dtype=dtype)
     assert made.kv_bytes_per_token == 2 * 2 * 2 * per_head
     assert made.components["kv_cache"] == 512 * made.kv_bytes_per_token
 
