@@ -127,6 +127,8 @@ class Connection:
                 if isinstance(record, Shutdown) and not self.serving:
                     self.leave(EXIT_FINE)
                 self.inbox.put(record)
+        except ConnectionResetError:
+            pass  # the other end went with reports unread: end of file all the same
         except (ValueError, msgspec.DecodeError, OSError):
             log.exception("the connection to the HTTP process broke")
             self.leave(EXIT_LOAD_FAILED)
