@@ -18,12 +18,13 @@ from typing import Final
 import uvicorn
 from fastapi import FastAPI
 
-from server.api import admin_models, chat, completions, health, memory, metrics, models
+from server.api import admin_models, admin_plan, chat, completions, health, memory, metrics, models
 from server.api.errors import install_handlers
 from server.api.middleware import BodyLimit, HostCheck, HttpMetrics, KeyCheck
 from server.api.service import Service
 from server.config import ServerConfig
 from server.engine.client import Cut, engine_command
+from server.engine.planner import Planner
 from server.errors import ConfigError, ServerError
 
 log = logging.getLogger(__name__)
@@ -70,7 +71,8 @@ def create_app(
         redoc_url=None,
     )
     app.state.service = service
-    for module in (models, completions, chat, health, metrics, memory, admin_models):
+    app.state.planner = Planner()
+    for module in (models, completions, chat, health, metrics, memory, admin_models, admin_plan):
         app.include_router(module.router)
     install_handlers(app)
     # The last one added is the outermost.

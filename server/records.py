@@ -5,6 +5,7 @@ Nothing here is ever pickled, and nothing here imports torch: both processes imp
 
     HTTP -> engine    LoadModel, RoomGranted for each RoomWanted, then any of Generate, Abort, Shutdown
     engine -> HTTP    LoadProgress*, RoomWanted and Planned among them, then LoadFailed or Loaded, then StepReport*
+    planner -> HTTP   LoadFailed or Plan, the answer to one LoadModel
 """
 
 from __future__ import annotations
@@ -405,6 +406,7 @@ FromEngine = LoadProgress | RoomWanted | Planned | LoadFailed | Loaded | StepRep
 _encoder = msgspec.msgpack.Encoder()
 _to_engine: msgspec.msgpack.Decoder[ToEngine] = msgspec.msgpack.Decoder(ToEngine)
 _from_engine: msgspec.msgpack.Decoder[FromEngine] = msgspec.msgpack.Decoder(FromEngine)
+_from_planner: msgspec.msgpack.Decoder[Plan | LoadFailed] = msgspec.msgpack.Decoder(Plan | LoadFailed)
 
 
 def encode_frame(record: Record) -> bytes:
@@ -431,3 +433,8 @@ def decode_to_engine(body: bytes) -> ToEngine:
 def decode_from_engine(body: bytes) -> FromEngine:
     """The record in a frame's body, read on the HTTP side; raises msgspec.DecodeError."""
     return _from_engine.decode(body)
+
+
+def decode_from_planner(body: bytes) -> Plan | LoadFailed:
+    """The record in a frame's body, as a planning process answers a LoadModel; raises msgspec.DecodeError."""
+    return _from_planner.decode(body)

@@ -22,6 +22,7 @@ ALLOWED: dict[str, set[str]] = {
         "server.api",
         "server.config",
         "server.engine.client",
+        "server.engine.planner",
         "server.errors",
         "server.metrics",
         "server.records",
@@ -31,6 +32,7 @@ ALLOWED: dict[str, set[str]] = {
     "server.api": {
         "server.config",
         "server.engine.client",
+        "server.engine.planner",
         "server.engine.room",
         "server.engine.stream",
         "server.engine.supervisor",
@@ -80,6 +82,8 @@ ALLOWED: dict[str, set[str]] = {
         "server.records",
         "quant",
     },
+    "server.engine.plan_process": {"server.engine.process", "server.memory", "server.model", "server.records"},
+    "server.engine.planner": {"server.errors", "server.records"},
     "server.engine.loop": {
         "server.engine.scheduler",
         "server.engine.blocks",
@@ -123,6 +127,7 @@ NO_TORCH = [
     "server.cli",
     "server.config",
     "server.engine.client",
+    "server.engine.planner",
     "server.memory.machine",
     "server.metrics",
     "server.text",

@@ -69,7 +69,7 @@ log = logging.getLogger(__name__)
 EXIT_FINE: Final = 0
 EXIT_LOAD_FAILED: Final = 1
 _PROGRESS_SECONDS: Final = 0.05
-_QUIET: Final = {
+QUIET: Final = {
     "TRANSFORMERS_VERBOSITY": "error",
     "HF_HUB_OFFLINE": "1",
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
@@ -156,7 +156,7 @@ def main(descriptor: int) -> NoReturn:
     """Runs one engine on an open socket's descriptor; ends the process itself, with 0 or 1."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    os.environ.update(_QUIET)
+    os.environ.update(QUIET)
     if OPENMP_WAITING_BY_USER not in os.environ:
         os.environ.setdefault(*OPENMP_WAITING)
     end = socket.socket(fileno=descriptor)
