@@ -26,6 +26,7 @@ from quant.formats import NESTED_BLOCKSIZE
 from quant.headers import TensorHeader, plain_name, read_checkpoint_headers
 from quant.offload import is_offloaded
 from quant.packed import PackedModule
+from quant.report import format_name
 from quant.tied import untie_what_differs
 
 if TYPE_CHECKING:
@@ -186,6 +187,42 @@ def measure_weights(model: nn.Module) -> Counter[str]:
         if tensor.device.type != "meta":
             bytes_of[component_of[id(tensor)]] += tensor.nbytes
     return _ordered(bytes_of)
+
+
+def measure_layers(model: nn.Module) -> list[tuple[str, str, dict[str, int]]]:
+    """measure_weights once more by layer and format: ("model.layers.3", "nf4-dq", {"packed_weights": ...}), in order.
+
+    What belongs to no numbered layer has its module's name; what is not quantized has its dtype for a format.
+    """
+    found: dict[tuple[str, str], Counter[str]] = {}
+    seen: set[int] = set()
+    for name, module in model.named_modules():
+        for leaf, tensor in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)):
+            if tensor.device.type != "meta" and id(tensor) not in seen:
+                seen.add(id(tensor))
+                component = _component(module, leaf, tensor)
+                found.setdefault((_layer_of(name), _format(module, leaf, component)), Counter())[component] += (
+                    tensor.nbytes
+                )
+    return [(layer, form, dict(_ordered(sizes))) for (layer, form), sizes in found.items()]
+
+
+def _layer_of(module: str) -> str:
+    """The name up to the first number in it, or all of it."""
+    parts = module.split(".")
+    number = next((index for index, part in enumerate(parts) if part.isdigit()), len(parts))
+    return ".".join(parts[: number + 1])
+
+
+def _format(module: nn.Module, leaf: str, component: str) -> str:
+    if component.startswith(UNQUANTIZED):
+        return component.removeprefix(UNQUANTIZED)
+    if isinstance(module, PackedExperts):
+        projection = next(name for name in module.projections if leaf.startswith(name))
+        return format_name(next(module.matrices(projection)))
+    if not isinstance(module, PackedModule):
+        raise TypeError(f"a {type(module).__name__} has no packed tensors")
+    return format_name(module.packed_weight())
 
 
 def _ordered(bytes_of: Counter[str]) -> Counter[str]:

@@ -9,6 +9,7 @@ here: which tensors are placed (native.py, experts.py).
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import math
 import mmap
 import threading
@@ -34,6 +35,13 @@ class Arena:
         self._chunk: Callable[[], mmap.mmap | None] = lambda: None
         """The chunk in use, which its tensors alone keep alive."""
         self._used = 0
+        self._chunks: weakref.WeakValueDictionary[int, mmap.mmap] = weakref.WeakValueDictionary()
+        """All that are alive, by their address."""
+
+    def ranges(self) -> list[tuple[int, int]]:
+        """First and last address of the chunks that some tensor lies in."""
+        with self._lock:
+            return sorted((address, address + len(chunk)) for address, chunk in self._chunks.items())
 
     def empty(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
         """A tensor of zeros: memory that nobody has written yet."""
@@ -44,6 +52,7 @@ class Arena:
             if chunk is None or start + count * dtype.itemsize > len(chunk):
                 chunk, start = _mapped(max(count * dtype.itemsize, _CHUNK)), 0
                 self._chunk = weakref.ref(chunk)
+                self._chunks[ctypes.addressof(ctypes.c_char.from_buffer(chunk))] = chunk
             self._used = start + count * dtype.itemsize
         with torch.inference_mode(False):
             return torch.frombuffer(chunk, dtype=dtype, count=count, offset=start).view(*shape)
@@ -59,6 +68,11 @@ def _mapped(size: int) -> mmap.mmap:
 
 
 _ARENA: Final = Arena()
+
+
+def ranges() -> list[tuple[int, int]]:
+    """The process's arena: first and last address of each chunk."""
+    return _ARENA.ranges()
 
 
 def empty(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> torch.Tensor:

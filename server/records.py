@@ -4,7 +4,8 @@ Every message is one frozen msgspec struct, encoded as MessagePack in a length-p
 Nothing here is ever pickled, and nothing here imports torch: both processes import this file.
 
     HTTP -> engine    LoadModel, RoomGranted for each RoomWanted, then any of Generate, Abort, Shutdown
-    engine -> HTTP    LoadProgress*, RoomWanted and Planned among them, then LoadFailed or Loaded, then StepReport*
+    engine -> HTTP    LoadProgress*, RoomWanted and Planned among them, then LoadFailed or Loaded,
+                      then StepReport* and MemoryChanged*
     planner -> HTTP   LoadFailed or Plan, the answer to one LoadModel
 """
 
@@ -233,9 +234,12 @@ class MemoryReport(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     planned: dict[str, int]
     measured: dict[str, int]
     process: dict[str, int]
-    """The engine process as the system sees it: rss_anonymous, rss_file, peak_anonymous, ... in bytes."""
+    """The engine process as the system sees it: rss_anonymous, rss_file, peak_rss, ... in bytes. Under "pss" (on a CPU)
+    or "device_used" (on CUDA) is the device's own figure of all that `measured` is to explain."""
     device_capacity: int = 0
     """All memory of a CUDA device; 0 for the CPU, whose memory the HTTP process sees itself."""
+    peak: dict[str, int] = {}
+    """The largest that each component has been; "activations", what steps take while they run, is only here."""
 
 
 class GroupQuality(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -249,6 +253,22 @@ class GroupQuality(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Root of squared error over squared weights."""
     outlier_share: float
     """Part of the weights that are outliers of their matrix, 0 to 1."""
+
+
+class LayerMemory(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What one layer's weights take in one format."""
+
+    layer: str
+    """Such as model.layers.3; what belongs to no numbered layer has its module's name."""
+    format: str
+    """nf4, nf4-dq, fp4, fp4-dq, int8, or the dtype of what is not quantized."""
+    components: dict[str, int]
+
+
+class MemoryChanged(Record, frozen=True):
+    """What the engine has found on looking again, at rest or now and then while it works."""
+
+    memory: MemoryReport
 
 
 class DevicePlan(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -340,6 +360,8 @@ class Loaded(Record, frozen=True):
     load_seconds: float
     kv_blocks: int = 0
     """Blocks of KV_BLOCK_TOKENS tokens that the cache has."""
+    layers: tuple[LayerMemory, ...] = ()
+    """The weights once more, by layer and format."""
     quality: tuple[GroupQuality, ...] = ()
     """Empty where nothing was quantized here: no quantization, or a checkpoint that was quantized before."""
 
@@ -401,7 +423,7 @@ class StepReport(Record, frozen=True):
 
 
 ToEngine = LoadModel | RoomGranted | Generate | Abort | Shutdown
-FromEngine = LoadProgress | RoomWanted | Planned | LoadFailed | Loaded | StepReport
+FromEngine = LoadProgress | RoomWanted | Planned | LoadFailed | Loaded | StepReport | MemoryChanged
 
 _encoder = msgspec.msgpack.Encoder()
 _to_engine: msgspec.msgpack.Decoder[ToEngine] = msgspec.msgpack.Decoder(ToEngine)

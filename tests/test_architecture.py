@@ -77,6 +77,7 @@ ALLOWED: dict[str, set[str]] = {
         "server.engine.scheduler",
         "server.engine.blocks",
         "server.memory",
+        "server.memory.machine",
         "server.model",
         "server.errors",
         "server.records",
@@ -104,6 +105,7 @@ ALLOWED: dict[str, set[str]] = {
     "server.model": {
         "server.errors",
         "server.memory",
+        "server.memory.machine",
         "server.model.batch",
         "server.model.history",
         "server.records",

@@ -38,6 +38,7 @@ from server.records import (
     LoadFailed,
     LoadModel,
     LoadProgress,
+    MemoryChanged,
     ModelSpec,
     Planned,
     Record,
@@ -308,6 +309,9 @@ class EngineClient:
                 self.progress = LoadProgress("ready", self.progress.bytes_total, self.progress.bytes_total)
                 self._metrics.loaded(record)
                 self._settle(record)
+            case MemoryChanged(memory=memory) if self.loaded is not None:
+                self.loaded = msgspec.structs.replace(self.loaded, memory=memory)
+                self._metrics.memory_changed(memory)
             case LoadFailed():
                 self._settle(load_failure(record))
             case StepReport(outputs=outputs):

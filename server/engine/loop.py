@@ -11,6 +11,7 @@ import logging
 import queue
 import time
 from collections.abc import Callable
+from typing import Final, Protocol
 
 import msgspec
 
@@ -20,6 +21,18 @@ from server.model.batch import Batch, Runner, StepError, StepResult, failure_sen
 from server.records import Abort, Generate, LoadModel, RoomGranted, SequenceOutput, Shutdown, StepReport, ToEngine
 
 log = logging.getLogger(__name__)
+
+REST_SECONDS: Final = 1.0
+"""How long there must have been nothing to do before an engine tidies up; a client that asks again at once waits for
+nothing."""
+
+
+class Upkeep(Protocol):
+    """What an engine does beside its steps (server/memory/upkeep.py)."""
+
+    def at_rest(self) -> None: ...
+
+    def after_step(self) -> None: ...
 
 
 class EngineLoop:
@@ -31,6 +44,7 @@ class EngineLoop:
         report: Callable[[StepReport], None],
         *,
         vocab_size: int,
+        upkeep: Upkeep | None = None,
     ) -> None:
         scheduler.prefix_caching &= runner.shares_blocks  # a runner that can't would compute nonsense
         self._scheduler = scheduler
@@ -38,6 +52,9 @@ class EngineLoop:
         self._inbox = inbox
         self._report = report
         self._vocab_size = vocab_size
+        self._upkeep = upkeep
+        self._rested = True
+        """Whether the upkeep has been told that nothing is left to do."""
         self._steps = 0
         self._outputs: list[SequenceOutput] = []
         """Ends that no step brought about (refused, aborted, too late); they go out with the next report."""
@@ -54,13 +71,23 @@ class EngineLoop:
         wait = not self._scheduler.has_work
         while True:
             try:
-                record = self._inbox.get(block=wait)
+                record = self._next() if wait else self._inbox.get_nowait()
             except queue.Empty:
                 return True
             if isinstance(record, Shutdown):
                 return False
             self._take(record)
             wait = False
+
+    def _next(self) -> ToEngine:
+        """The next record, however long it takes to come."""
+        if self._upkeep is not None and not self._rested:
+            try:
+                return self._inbox.get(timeout=REST_SECONDS)
+            except queue.Empty:
+                self._upkeep.at_rest()
+                self._rested = True
+        return self._inbox.get()
 
     def _take(self, record: ToEngine) -> None:
         match record:
@@ -126,6 +153,9 @@ class EngineLoop:
             return  # an abort for what had just ended: no step, nothing to say
         self._steps += 1
         self._report(self._summary(batch, outputs, time.perf_counter() - started, passes, tuple(queued)))
+        self._rested = False
+        if self._upkeep is not None:
+            self._upkeep.after_step()
 
     def _compute(self, batch: Batch) -> tuple[list[SequenceOutput], int]:
         """Runs a batch and takes in its result; a failure of the whole step ends the batch's requests, no others."""

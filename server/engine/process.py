@@ -41,12 +41,12 @@ from server.records import (
     DevicePlan,
     FailureKind,
     GroupQuality,
+    LayerMemory,
     Loaded,
     LoadFailed,
     LoadModel,
     LoadPhase,
     LoadProgress,
-    MemoryReport,
     ModelSpec,
     Plan,
     Planned,
@@ -173,8 +173,6 @@ def main(descriptor: int) -> NoReturn:
     except Exception as error:
         connection.send(explain(error, spec))
         connection.leave(EXIT_LOAD_FAILED)
-    gc.collect()
-    gc.freeze()  # what is loaded stays loaded: the collector need not walk a model's modules again and again
     try:
         loop.run()
     except BaseException:
@@ -189,9 +187,10 @@ def load_engine(spec: ModelSpec, connection: Connection) -> EngineLoop:
     _phase(connection, "start")
     import torch  # here, because it takes a second or more, in which end-of-file must already be heard
 
+    from quant.memory import measure_layers
     from quant.native import set_batch_invariant
-    from server.memory.components import exact
-    from server.memory.ledger import measure, process_memory
+    from server.memory.ledger import Baseline, Ledger
+    from server.memory.upkeep import Upkeep
     from server.model.load import check_path, load_model
     from server.model.probe import choose_runner, warm_up
 
@@ -209,19 +208,26 @@ def load_engine(spec: ModelSpec, connection: Connection) -> EngineLoop:
         max_model_len=plan.sequence_tokens,
         prefix_caching=spec.prefix_caching,
     )
+    baseline = Baseline.take(plan.device)
     loaded = connection.loaded = load_model(spec, _Progress(connection))
     _phase(connection, "cache")
     runner = choose_runner(loaded.model, spec, blocks=pool.total, max_model_len=plan.max_model_len)
     _phase(connection, "warmup")
     warm_up(runner)
-    loop = EngineLoop(scheduler, runner, connection.inbox, connection.send, vocab_size=loaded.vocab_size)
-    memory = MemoryReport(
-        device=loaded.device,
-        planned=exact(plan.components),
-        measured=measure(loaded.model, runner.kv_tensors),
-        process=process_memory(),
-        device_capacity=torch.cuda.mem_get_info(loaded.device)[1] if loaded.device != "cpu" else 0,
+    gc.collect()
+    gc.freeze()  # what is loaded stays loaded: the collector need not walk a model's modules again and again
+    ledger = Ledger(loaded.model, runner, plan.device, plan.components, baseline)
+    ledger.begin()
+    loop = EngineLoop(
+        scheduler,
+        runner,
+        connection.inbox,
+        connection.send,
+        vocab_size=loaded.vocab_size,
+        upkeep=Upkeep(ledger, connection.send),
     )
+    layers = tuple(LayerMemory(*each) for each in measure_layers(loaded.model))
+    memory = ledger.report()
     _phase(connection, "ready")
     connection.serving = True
     info = loaded.info(
@@ -234,23 +240,25 @@ def load_engine(spec: ModelSpec, connection: Connection) -> EngineLoop:
         GroupQuality(one.group, one.format, one.relative_error, one.outlier_share) for one in loaded.quality
     )
     seconds = time.monotonic() - started
-    connection.send(Loaded(info, memory, load_seconds=seconds, kv_blocks=pool.total, quality=quality))
+    connection.send(Loaded(info, memory, load_seconds=seconds, kv_blocks=pool.total, quality=quality, layers=layers))
     return loop
 
 
 def plan_in_turn(spec: ModelSpec, connection: Connection) -> Plan:
     """The plan, once it is this engine's turn and what others have been promised is left to them."""
-    from server.memory.components import RUNTIME_CONTEXT
+    from server.memory.components import MAPPED_FILES, RUNTIME_CONTEXT
     from server.memory.ledger import process_memory
+    from server.memory.machine import Share
     from server.memory.plan import make_plan, require_fit
 
-    runtime: int | None = None
+    runtime: Share | None = None
     shortage: Shortage | None = None
     while True:
         granted = connection.ask(RoomWanted(shortage))
         promised = {device: sum(models.values()) for device, models in granted.promised.items()}
-        plan = make_plan(spec, promised=promised, runtime_bytes=runtime)
-        runtime = next(device.components[RUNTIME_CONTEXT] for device in plan.devices if device.device == CPU)
+        plan = make_plan(spec, promised=promised, runtime=runtime)
+        host = next(device.components for device in plan.devices if device.device == CPU)
+        runtime = Share(host[RUNTIME_CONTEXT], host[MAPPED_FILES])  # the same in each try
         try:
             require_fit(plan)
         except DoesNotFitError as error:
@@ -271,9 +279,10 @@ def plan_in_turn(spec: ModelSpec, connection: Connection) -> Plan:
 
 def _taken(size: int, device: DevicePlan, held: Mapping[str, int]) -> int:
     """What of a device will be in use: as planned, with what the process holds now in the place of its runtime."""
-    from server.memory.components import RUNTIME_CONTEXT
+    from server.memory.components import MAPPED_FILES, RUNTIME_CONTEXT
 
-    return size - device.components.get(RUNTIME_CONTEXT, 0) + held.get(device.device, 0)
+    own = device.components.get(RUNTIME_CONTEXT, 0) + device.components.get(MAPPED_FILES, 0)
+    return size - own + held.get(device.device, 0)
 
 
 def _promises(granted: RoomGranted, shortage: Shortage | None) -> str:

@@ -1,9 +1,10 @@
 """How much memory a step takes while it runs, at the configured limits: an estimate from the shapes of a meta model.
 
 A step's largest moment is in one block of a layer (its attention, its MLP, its experts) or at the logits. In a block,
-what its linear layers give lives beside the input and the residual stream, and a product of the widest of them beside
-those. At the logits every sequence has a row of the vocabulary, in the model's dtype and in what the sampler makes of
-it. docs/memory.md holds the estimate beside what was measured.
+what its linear layers give lives beside the residual stream, and beside those what the widest of them is given. At the
+logits every sequence has a row of the vocabulary, in the model's dtype and in what the sampler makes of it. To that
+comes what an allocator keeps of it for the next step.
+docs/memory.md holds the estimate beside what was measured.
 """
 
 from __future__ import annotations
@@ -20,6 +21,10 @@ from quant.experts import find_experts
 
 RESIDUALS: Final = 3
 """Rows of the hidden size beside a block's own: the residual stream, the block's input, and its norm's."""
+PRODUCTS: Final = 2
+"""How often a block's widest input is there at once: as it is made (an activation times a gate), and as it is used."""
+MOST_RETAINED: Final = 64 << 20
+"""What an allocator keeps for the next allocation: glibc twice the largest block freed so far, at most twice 32 MiB."""
 SAMPLING_BYTES: Final = 48
 """Per logit of a row that is sampled with top_p: scores, probabilities and their order in float32, int64 and float64
 (server/model/sampler.py, filters.py)."""
@@ -28,15 +33,18 @@ SAMPLING_BYTES: Final = 48
 def activation_bytes(model: transformers.PreTrainedModel, dtype: torch.dtype, tokens: int, rows: int) -> int:
     """Bytes of a step of `tokens` tokens at its largest moment, where `rows` of them have logits that are sampled."""
     text = model.config.get_text_config(decoder=True)
-    widest = max(_block_widths(model, text).values(), default=0)
+    widths = _block_widths(model, text)
+    widest = max((given + PRODUCTS * taken for given, taken in widths.values()), default=0)
+    widest_input = max((taken for _, taken in widths.values()), default=0)
     in_blocks = tokens * (RESIDUALS * int(text.hidden_size) + widest) * dtype.itemsize
     at_logits = tokens * int(text.hidden_size) * dtype.itemsize
     at_logits += rows * int(text.vocab_size) * (dtype.itemsize + SAMPLING_BYTES)
-    return max(in_blocks, at_logits)
+    largest = tokens * widest_input * dtype.itemsize
+    return max(in_blocks, at_logits) + min(MOST_RETAINED, 2 * largest)
 
 
-def _block_widths(model: transformers.PreTrainedModel, text: Any) -> dict[str, int]:
-    """Per module with linear layers of its own: numbers per token of all they give, and of the widest input once."""
+def _block_widths(model: transformers.PreTrainedModel, text: Any) -> dict[str, tuple[int, int]]:
+    """Per module with linear layers of its own: numbers per token of all they give, and of the widest input."""
     outputs: dict[str, int] = defaultdict(int)
     inputs: dict[str, int] = defaultdict(int)
     head: Any = model.get_output_embeddings()  # type: ignore[no-untyped-call]
@@ -53,7 +61,7 @@ def _block_widths(model: transformers.PreTrainedModel, text: Any) -> dict[str, i
         widths = [len(projection.names) * projection.rows for projection in projections]
         outputs[name] = chosen * sum(widths)
         inputs[name] = chosen * max(projection.columns for projection in projections)
-    return {block: outputs[block] + inputs[block] for block in outputs}
+    return {block: (outputs[block], inputs[block]) for block in outputs}
 
 
 def _shape(module: nn.Module) -> tuple[int, int] | None:

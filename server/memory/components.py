@@ -15,9 +15,15 @@ ACTIVATIONS: Final = "activations"
 WORKSPACE: Final = "workspace"
 """Kept from step to step: the runner's input buffers, and what kernels compute in."""
 RUNTIME_CONTEXT: Final = "runtime_context"
-"""The process before any of the model is loaded: the interpreter, torch, transformers and their libraries."""
-ESTIMATED: Final = frozenset({ACTIVATIONS, WORKSPACE, RUNTIME_CONTEXT})
-"""Components that a plan estimates; all others it predicts to the byte."""
+"""What the process had written before any of the model was loaded: the interpreter, torch, transformers."""
+MAPPED_FILES: Final = "mapped_files"
+"""Its share of pages of files, as far as they are no weights: programs and libraries."""
+HEAP: Final = "heap"
+"""What malloc has handed out since, beyond the tensors that are counted elsewhere: modules, caches, requests."""
+ALLOCATOR_SLACK: Final = "allocator_slack"
+"""Resident in an allocator's memory and part of no tensor: ends of huge pages on a CPU, cached blocks on CUDA."""
+ESTIMATED: Final = frozenset({ACTIVATIONS, WORKSPACE, RUNTIME_CONTEXT, MAPPED_FILES, HEAP, ALLOCATOR_SLACK})
+"""Components that a plan estimates or does not know; all others it predicts to the byte."""
 
 
 def exact(components: Mapping[str, int]) -> dict[str, int]:

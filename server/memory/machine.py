@@ -7,10 +7,12 @@ None and leaves it to the caller what that means.
 from __future__ import annotations
 
 import contextlib
+import re
 from pathlib import Path
 from typing import Final, NamedTuple
 
 _KIB: Final = 1024
+_MAPPING: Final = re.compile(r"[0-9a-f]+-[0-9a-f]+ ")
 _MEMINFO: Final = Path("/proc/meminfo")
 _CGROUP: Final = Path("/sys/fs/cgroup")
 _LIMIT_AND_USAGE: Final = (
@@ -38,6 +40,62 @@ def process_bytes(pid: int, proc: Path = Path("/proc")) -> ProcessBytes | None:
     if "Pss" not in found:
         return None
     return ProcessBytes(found["Pss"], found.get("Rss", 0), found.get("Anonymous", 0))
+
+
+class Share(NamedTuple):
+    """A process's part of all resident pages, those of several processes divided among them."""
+
+    anonymous: int
+    """Without a file behind them, those in shared memory included."""
+    file: int
+
+    @property
+    def all(self) -> int:
+        return self.anonymous + self.file
+
+
+def share(pid: int, proc: Path = Path("/proc")) -> Share | None:
+    """PSS by kind; None where the process is gone, or the kernel doesn't tell. It walks all pages of the process."""
+    found = _fields(proc / str(pid) / "smaps_rollup")
+    if "Pss_File" not in found:
+        return None
+    return Share(found["Pss"] - found["Pss_File"], found["Pss_File"])
+
+
+class Mapping(NamedTuple):
+    """One range of addresses with a file's bytes."""
+
+    start: int
+    end: int
+    file: str
+
+
+def mapped_files(suffix: str, maps: Path = Path("/proc/self/maps")) -> list[Mapping]:
+    """This process's mappings of files with names that end so; empty where there is no /proc."""
+    if not maps.is_file():
+        return []
+    found = []
+    for line in maps.read_text(encoding="utf-8", errors="replace").splitlines():
+        addresses, *_, file = line.split(maxsplit=5)
+        if file.endswith(suffix):
+            start, end = (int(address, 16) for address in addresses.split("-"))
+            found.append(Mapping(start, end, file))
+    return found
+
+
+def mapped_share(suffix: str, smaps: Path = Path("/proc/self/smaps")) -> int:
+    """This process's share (PSS) of the pages of its mappings of such files; 0 where the kernel doesn't tell."""
+    total, is_wanted = 0, False
+    try:
+        with smaps.open(encoding="utf-8", errors="replace") as lines:
+            for line in lines:
+                if _MAPPING.match(line):
+                    is_wanted = line.rstrip("\n").endswith(suffix)
+                elif is_wanted and line.startswith("Pss:"):
+                    total += int(line.split()[1]) * _KIB
+    except OSError:
+        return 0
+    return total
 
 
 def anonymous_bytes(pid: int, proc: Path = Path("/proc")) -> int | None:

@@ -17,9 +17,10 @@ from quant.memory import Portion, by_component, predict_tensors
 from quant.offload import device_of
 from server.errors import ConfigError
 from server.memory.activations import activation_bytes
-from server.memory.components import ACTIVATIONS, KV_CACHE, RUNTIME_CONTEXT, WORKSPACE
+from server.memory.components import ACTIVATIONS, KV_CACHE, MAPPED_FILES, RUNTIME_CONTEXT, WORKSPACE
 from server.memory.facts import Facts, describe
 from server.memory.kv import kv_dtype, kv_layers, layer_bytes_per_token, layer_devices, texts_per_sequence
+from server.memory.machine import Share
 from server.memory.workspace import workspace_bytes
 from server.records import CPU, DISK, KV_BLOCK_TOKENS, DevicePlan, ModelSpec, Plan
 
@@ -35,7 +36,7 @@ class Room:
 
     available_bytes: Mapping[str, int]
     """By device; a device that is not named has nothing."""
-    runtime_bytes: int
+    runtime: Share
     """Of the engine's process before loading, on the CPU."""
 
 
@@ -137,7 +138,7 @@ def _without_cache(
     if device == DISK:
         return components
     if device == CPU:
-        components[RUNTIME_CONTEXT] = room.runtime_bytes
+        components |= {RUNTIME_CONTEXT: room.runtime.anonymous, MAPPED_FILES: room.runtime.file}
     if device == facts.device or device not in (CPU, DISK):
         tokens = min(spec.max_batch_tokens, spec.max_sequences * length)
         if facts.hf_config.is_encoder_decoder:
@@ -179,6 +180,7 @@ def _device_plan(
         largest = max(largest, *(header.nbytes for header in facts.headers.values()), 0)
     loading = 0 if device == DISK else 2 * largest  # once as read and once in the making
     before_cache = sum(by_component(portions).values()) + components.get(RUNTIME_CONTEXT, 0)
+    before_cache += components.get(MAPPED_FILES, 0)
     return DevicePlan(
         device=device,
         components=components,

@@ -20,6 +20,7 @@ import torch
 from server.errors import ConfigError, DoesNotFitError
 from server.memory import machine
 from server.memory.facts import read_facts
+from server.memory.machine import Share
 from server.memory.nearest import in_words, nearest
 from server.memory.needs import Room, plan_for, weights_by_device
 from server.records import CPU, DISK, DevicePlan, ModelSpec, Plan, Shortage
@@ -29,12 +30,12 @@ def make_plan(
     spec: ModelSpec,
     available_bytes: int | None = None,
     *,
-    runtime_bytes: int | None = None,
+    runtime: Share | None = None,
     promised: Mapping[str, int] | None = None,
 ) -> Plan:
     """The plan of one model as configured; where it does not fit, it says so and names what would.
 
-    `available_bytes` stands in for what the main device has free, `runtime_bytes` for what a process takes before it
+    `available_bytes` stands in for what the main device has free, `runtime` for what a process takes before it
     loads anything: this one has imported the same libraries by then, so it is the measure. `promised` are bytes by
     device that are free, and not for this model.
 
@@ -43,14 +44,14 @@ def make_plan(
     """
     facts = read_facts(spec)
     weights = weights_by_device(facts, facts.quantization)
-    own = machine.process_bytes(os.getpid()) or machine.ProcessBytes(0, 0, 0)
+    own = machine.share(os.getpid()) or Share(0, 0)
     available = {device: free_bytes(device) for device in weights.devices}
     available[CPU] += own.anonymous
     if available_bytes is not None:
         available[facts.device] = available_bytes
     for device, size in (promised or {}).items():
         available[device] = max(0, available.get(device, 0) - size)
-    room = Room(available, own.pss if runtime_bytes is None else runtime_bytes)
+    room = Room(available, runtime or own)
     plan = plan_for(spec, facts, weights, room)
     return plan if plan.fits else msgspec.structs.replace(plan, nearest=nearest(spec, facts, weights, room))
 

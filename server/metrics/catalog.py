@@ -68,6 +68,11 @@ class HistogramSpec(Spec):
 # --- memory: planned from headers before loading, measured after it ---------------------------------------------------
 
 MEMORY: Final = GaugeSpec("memory_bytes", "Measured bytes by component.", (MODEL, "device", "component"))
+MEMORY_PEAK: Final = GaugeSpec(
+    "memory_peak_bytes",
+    "The largest that each component has been; activations, which live only in steps, are only here.",
+    (MODEL, "device", "component"),
+)
 MEMORY_PLANNED: Final = GaugeSpec(
     "memory_planned_bytes", "Bytes by component as planned before loading.", (MODEL, "device", "component")
 )

@@ -7,13 +7,14 @@ from typing import TYPE_CHECKING
 from server.metrics.catalog import (
     DEVICE_CAPACITY,
     MEMORY,
+    MEMORY_PEAK,
     MEMORY_PLANNED,
     MEMORY_PREDICTION_ERROR,
     MEMORY_UNACCOUNTED,
     MODEL,
     PROCESS_MEMORY,
 )
-from server.records import MemoryReport
+from server.records import CPU, MemoryReport
 
 if TYPE_CHECKING:
     from server.metrics.registry import Metrics
@@ -35,6 +36,8 @@ class MemoryMetrics:
             of(MEMORY).labels(model, device, component).set(size)
         for component, size in report.planned.items():
             of(MEMORY_PLANNED).labels(model, device, component).set(size)
+        for component, size in report.peak.items():
+            of(MEMORY_PEAK).labels(model, device, component).set(size)
         for component, difference in prediction_error(report).items():
             of(MEMORY_PREDICTION_ERROR).labels(model, device, component).set(difference)
         for kind, size in report.process.items():
@@ -48,7 +51,7 @@ class MemoryMetrics:
 
     def gone(self, model: str) -> None:
         """A model whose engine has ended holds nothing; what was planned for it goes too, as it is planned anew."""
-        for spec in (MEMORY, MEMORY_PLANNED, MEMORY_PREDICTION_ERROR, PROCESS_MEMORY):
+        for spec in (MEMORY, MEMORY_PEAK, MEMORY_PLANNED, MEMORY_PREDICTION_ERROR, PROCESS_MEMORY):
             self._metrics.of(spec).remove_by_labels({MODEL: model})
         if model in self._rests:
             device, _ = self._rests.pop(model)
@@ -64,16 +67,17 @@ class MemoryMetrics:
 
 
 def prediction_error(report: MemoryReport) -> dict[str, int]:
-    """Measured less planned bytes, of each component that either knows."""
-    names = dict.fromkeys((*report.planned, *report.measured))
-    return {name: report.measured.get(name, 0) - report.planned.get(name, 0) for name in names}
+    """Measured less planned bytes, of each component that either knows; of what comes and goes, the most so far."""
+    most = report.measured | report.peak
+    return {name: most.get(name, 0) - report.planned.get(name, 0) for name in dict.fromkeys((*report.planned, *most))}
 
 
 def unaccounted(report: MemoryReport) -> int | None:
-    """What the device's own figure has beyond the measured components; None where there is no such figure.
+    """What the device's own figure of an engine has beyond the measured components; None where there is none.
 
-    On a CPU the figure is the engine process's anonymous memory, so Python and torch themselves are in it.
+    On a CPU the figure is the process's proportional share of resident pages (PSS), and what of its weights lies in
+    mapped files and is not among them; on CUDA what the driver says is in use beyond what was before loading.
     """
-    if report.device != "cpu" or "rss_anonymous" not in report.process:
-        return None
-    return report.process["rss_anonymous"] - sum(report.measured.values())
+    figure = report.process.get("pss" if report.device == CPU else "device_used")
+    elsewhere = report.process.get("weights_elsewhere", 0)
+    return None if figure is None else figure + elsewhere - sum(report.measured.values())

@@ -22,7 +22,7 @@ from server.errors import (
 from server.metrics import catalog as c
 from server.metrics.labels import quantization_label, quantization_labels
 from server.metrics.registry import Metrics
-from server.records import KV_BLOCK_TOKENS, FinishReason, Loaded, LoadProgress, StepReport
+from server.records import KV_BLOCK_TOKENS, FinishReason, Loaded, LoadProgress, MemoryReport, StepReport
 
 REJECTIONS: Final[dict[type[RequestError], str]] = {
     OverloadedError: "overloaded",
@@ -126,7 +126,10 @@ class ModelMetrics:
         for quality in record.quality:
             self._gauge(c.QUANTIZATION_ERROR, quality.group, quality.format).set(quality.relative_error)
             self._gauge(c.QUANTIZATION_OUTLIERS, quality.group, quality.format).set(quality.outlier_share)
-        self._metrics.memory.report(self._model, record.memory)
+        self.memory_changed(record.memory)
+
+    def memory_changed(self, report: MemoryReport) -> None:
+        self._metrics.memory.report(self._model, report)
 
     def step(self, report: StepReport) -> None:
         self._last_step = self._clock()

@@ -75,6 +75,11 @@ class CacheRunner:
     def kv_tensors(self) -> list[torch.Tensor]:
         return self.cache.tensors
 
+    @property
+    def buffers(self) -> list[torch.Tensor]:
+        """None: what a call needs is made for it."""
+        return []
+
     def logits(self, batch: Batch) -> torch.Tensor:
         """[wanted rows, vocabulary], in the order of the batch."""
         rows: dict[str, torch.Tensor] = {}

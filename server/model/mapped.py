@@ -10,23 +10,16 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator
-from pathlib import Path
-from typing import Final, NamedTuple
+from typing import Final
 
 import torch
 from torch import nn
 
+from server.memory.machine import Mapping, mapped_files
+
+CHECKPOINT_SUFFIX: Final = ".safetensors"
 LEAST_USED: Final = 0.5
 """Part of a file's bytes that a model must use for it to stay mapped."""
-_MAPS: Final = Path("/proc/self/maps")
-
-
-class Mapping(NamedTuple):
-    """One range of addresses with a file's bytes."""
-
-    start: int
-    end: int
-    file: str
 
 
 def let_go(model: nn.Module) -> int:
@@ -35,7 +28,7 @@ def let_go(model: nn.Module) -> int:
     Parameters and buffers stay the objects that they are. Where there is no /proc, nothing happens.
     """
     lying: dict[Mapping, list[torch.Tensor]] = defaultdict(list)
-    mappings = list(_mappings())
+    mappings = mapped_files(CHECKPOINT_SUFFIX)
     for tensor in _tensors(model):
         place = next((one for one in mappings if one.start <= tensor.data_ptr() < one.end), None)
         if place is not None:
@@ -47,16 +40,6 @@ def let_go(model: nn.Module) -> int:
             copied += sum(sizes.values())
             _copy_out(tensors)
     return copied
-
-
-def _mappings() -> Iterator[Mapping]:
-    if not _MAPS.is_file():
-        return
-    for line in _MAPS.read_text(encoding="utf-8", errors="replace").splitlines():
-        addresses, *_, file = line.split(maxsplit=5)
-        if file.endswith(".safetensors"):
-            start, end = (int(address, 16) for address in addresses.split("-"))
-            yield Mapping(start, end, file)
 
 
 def _tensors(model: nn.Module) -> Iterator[torch.Tensor]:

@@ -67,6 +67,11 @@ class PagedRunner:
     def kv_tensors(self) -> list[torch.Tensor]:
         return self.cache.tensors
 
+    @property
+    def buffers(self) -> list[torch.Tensor]:
+        """What is kept from step to step, beside the cache."""
+        return [*self._rows.tensors, *self._tables.tensors]
+
     @torch.inference_mode()
     def logits(self, batch: Batch) -> torch.Tensor:
         """[wanted rows, vocabulary] in the model's dtype, in the order of the batch."""
@@ -120,6 +125,10 @@ class _Buffer:
         self.host = on_host.numpy()
         self.device = on_host if device.type == "cpu" else on_host.to(device)
         self._on_host = on_host
+
+    @property
+    def tensors(self) -> list[torch.Tensor]:
+        return [self._on_host, self.device]
 
     def send(self, columns: int | None = None) -> None:
         """Copies the first `columns` columns to the device."""

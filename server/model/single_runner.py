@@ -74,6 +74,11 @@ class SingleRunner:
         ]
         return [tensor for tensor in found if isinstance(tensor, torch.Tensor)]
 
+    @property
+    def buffers(self) -> list[torch.Tensor]:
+        """None: what a call needs is made for it."""
+        return []
+
     def logits(self, batch: Batch) -> torch.Tensor:
         """[wanted rows, vocabulary], in the order of the batch."""
         return torch.cat([self._forward(chunk) for chunk in batch.chunks])

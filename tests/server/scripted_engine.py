@@ -36,6 +36,7 @@ from server.records import (
     LENGTH_PREFIX_BYTES,
     Abort,
     Generate,
+    LayerMemory,
     Loaded,
     LoadFailed,
     LoadModel,
@@ -142,9 +143,10 @@ class Engine:
             device="cpu",
             planned={"packed_weights": 4096, "kv_cache": 1024},
             measured={"packed_weights": 4096, "kv_cache": 1024},
-            process={"rss_anonymous": 6000},
+            process={"pss": 6000},
         )
-        self.send(Loaded(info, memory, 0.25))
+        layers = (LayerMemory("model.layers.0", "nf4", {"packed_weights": 4096}),)
+        self.send(Loaded(info, memory, 0.25, layers=layers))
 
     def plan(self, device: str, capacity: int, peak: int, kept: int) -> None:
         shortage = None

@@ -363,7 +363,15 @@ def test_models_memory_and_openapi(echo: RunningApp) -> None:
         (listed,) = client.get("/v1/models").json()["data"]
         assert listed == client.get("/v1/models/echo").json()
         memory = client.get("/memory").json()
+        detailed = client.get("/memory", params={"detail": "layers"}).json()
+        assert client.get("/memory", params={"detail": "tensors"}).status_code == 400
         schema = client.get("/openapi.json").json()
+    assert detailed["models"][0].pop("layers") == [
+        {"layer": "model.layers.0", "format": "nf4", "components": {"packed_weights": 4096}}
+    ]
+    assert detailed == memory
+    assert memory["models"][0]["unaccounted"] == 880
+    assert schema["components"]["schemas"]["ModelMemory"]["properties"]["peak"]["type"] == "object"
     assert listed["id"] == "echo"
     assert listed["max_model_len"] == 256
     assert listed["quantization"] == {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}

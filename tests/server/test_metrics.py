@@ -34,12 +34,17 @@ TRACE = "4bf92f3577b34da6a3ce929d0e0e4736"
 OPENMETRICS = "application/openmetrics-text; version=1.0.0"
 
 
+PEAK = {"kv_cache": 100, "absmax": 50, "activations": 30}
+
+
 def loaded(device: str = "cpu", rss: int | None = 1000, **changes: object) -> Loaded:
     info = ModelInfo(64, 320, (2,), "LlamaForCausalLM", "bfloat16", device, {"load_in_8bit": True})
-    process = {} if rss is None else {"rss_anonymous": rss}
+    process = {} if rss is None else {"pss": rss}
     fields: dict[str, object] = {
         "info": info,
-        "memory": MemoryReport(device, {"kv_cache": 90, "absmax": 50}, {"kv_cache": 100, "absmax": 50}, process),
+        "memory": MemoryReport(
+            device, {"kv_cache": 90, "absmax": 50}, {"kv_cache": 100, "absmax": 50}, process, peak=PEAK
+        ),
         "load_seconds": 1.5,
         "kv_blocks": 12,
         "quality": (GroupQuality("self_attn.q_proj", "int8", 0.01, 0.0002),),
@@ -209,7 +214,7 @@ def test_a_dead_engine_holds_no_memory_and_the_next_one_reports_anew(page: Page)
     assert page.value("memory_bytes", device="cpu", component="kv_cache") is None
     assert page.metrics.registry.get_sample_value("halfbyte_memory_unaccounted_bytes", {"device": "cpu"}) is None
     assert page.value("requests_total", finish_reason="stop") == 1, "counters count on"
-    smaller = MemoryReport("cpu", {"kv_cache": 80}, {"kv_cache": 80}, {"rss_anonymous": 100})
+    smaller = MemoryReport("cpu", {"kv_cache": 80}, {"kv_cache": 80}, {"pss": 100})
     page.model.loaded(loaded(memory=smaller, kv_blocks=10, quality=()))
     assert page.value("memory_bytes", device="cpu", component="kv_cache") == 80
     assert page.value("memory_bytes", device="cpu", component="absmax") is None
@@ -245,6 +250,18 @@ def model_of(sample: object) -> list[str]:
 def series(metrics: Metrics) -> set[str]:
     lines = metrics.page()[0].decode().splitlines()
     return {line.rpartition(" ")[0] for line in lines if line.startswith(PREFIX)}
+
+
+def test_predictions_of_what_comes_and_goes_are_held_against_its_peak(page: Page) -> None:
+    planned = {"kv_cache": 100, "activations": 50}
+    page.model.loaded(loaded(memory=MemoryReport("cpu", planned, {"kv_cache": 100}, {"pss": 120}, peak=PEAK)))
+    assert page.value("memory_prediction_error_bytes", device="cpu", component="activations") == 30 - 50
+    assert page.value("memory_prediction_error_bytes", device="cpu", component="kv_cache") == 0
+    assert page.value("memory_peak_bytes", device="cpu", component="activations") == 30
+    assert page.value("memory_bytes", device="cpu", component="activations") is None
+    page.model.memory_changed(MemoryReport("cpu", planned, {"kv_cache": 90}, {"pss": 110}, peak=PEAK))
+    assert page.value("memory_bytes", device="cpu", component="kv_cache") == 90
+    assert page.metrics.registry.get_sample_value("halfbyte_memory_unaccounted_bytes", {"device": "cpu"}) == 20
 
 
 def test_what_is_unaccounted_adds_up_over_the_engines_of_a_device() -> None:

@@ -18,11 +18,13 @@ from server.memory import ledger, plan, table
 from server.memory.activations import activation_bytes
 from server.memory.components import exact
 from server.memory.facts import read_facts
+from server.memory.machine import Share
 from server.memory.nearest import SMALLEST_CONTEXT, SMALLEST_STEP, in_words
 from server.records import Alternative, ModelSpec, Plan, Shortage
 from tests.tiny_models import save_tiny
 
 GIB = 2**30
+NOTHING = Share(0, 0)
 KV_PER_TOKEN = 512
 """Of the tiny Llama: two layers, two key-value heads of 32, keys and values, two bytes each."""
 
@@ -34,7 +36,7 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 def planned(path: str, available: int = GIB, **fields: Any) -> Plan:
     """A plan whose process takes nothing, so that its figures are the same in each run."""
-    return plan.make_plan(ModelSpec("m", path, **fields), available, runtime_bytes=0)
+    return plan.make_plan(ModelSpec("m", path, **fields), available, runtime=NOTHING)
 
 
 def configured(path: str, alternative: Alternative, **fields: Any) -> dict[str, Any]:
@@ -56,9 +58,9 @@ def test_kv_cache_arithmetic(path: str) -> None:
 
 def test_the_runtime_is_a_component_of_the_cpu(path: str) -> None:
     without = planned(path, kv_cache_tokens=512)
-    having = plan.make_plan(ModelSpec("m", path, kv_cache_tokens=512), GIB, runtime_bytes=12345)
-    assert having.components["runtime_context"] == 12345
-    assert having.devices[0].total_bytes == without.devices[0].total_bytes + 12345
+    having = plan.make_plan(ModelSpec("m", path, kv_cache_tokens=512), GIB, runtime=Share(12345, 678))
+    assert (having.components["runtime_context"], having.components["mapped_files"]) == (12345, 678)
+    assert having.devices[0].total_bytes == without.devices[0].total_bytes + 12345 + 678
     measured = plan.make_plan(ModelSpec("m", path, kv_cache_tokens=512), GIB)
     assert measured.components["runtime_context"] > 50_000_000  # torch alone is more
 
@@ -102,9 +104,10 @@ def test_cache_is_bounded_by_sequences_and_by_memory(path: str) -> None:
 
 
 def test_activations_grow_with_the_step_and_not_with_the_cache(path: str) -> None:
-    """Of a step of many tokens the MLP is the widest: gate, up, down and a product, beside three residual rows."""
+    """Of a step of many tokens the MLP is the widest: gate, up, down and two products, beside three residual rows;
+    and malloc keeps twice its largest tensor."""
     large, small = planned(path, max_batch_tokens=4096), planned(path, max_batch_tokens=2048)
-    assert large.components["activations"] == 4096 * 2 * (192 + 192 + 128 + 192 + 3 * 128)
+    assert large.components["activations"] == 4096 * 2 * (192 + 192 + 128 + 2 * 192 + 3 * 128 + 2 * 192)
     assert large.components["activations"] == 2 * small.components["activations"]
     assert planned(path, kv_cache_tokens=4096).components["activations"] == small.components["activations"]
 
@@ -135,10 +138,10 @@ def test_an_encoder_decoder_caches_prompt_and_answer(tmp_path: Path) -> None:
 
 def test_what_is_promised_to_others_is_not_free(path: str) -> None:
     spec = ModelSpec("m", path, kv_cache_tokens=512)
-    needed = plan.make_plan(spec, GIB, runtime_bytes=0).devices[0].peak_bytes
+    needed = plan.make_plan(spec, GIB, runtime=NOTHING).devices[0].peak_bytes
     for free in (needed, needed - 1, 0):
         promised = {"cpu": GIB - free, "cuda:0": GIB}
-        made = plan.make_plan(spec, GIB, runtime_bytes=0, promised=promised)
+        made = plan.make_plan(spec, GIB, runtime=NOTHING, promised=promised)
         assert made.fits == (free == needed)
         if not made.fits:
             with pytest.raises(DoesNotFitError) as caught:
@@ -172,7 +175,7 @@ def test_the_nearest_is_the_smallest_step_away(path: str) -> None:
     first = planned(path, whole.devices[0].peak_bytes - 1, kv_cache_tokens=512, quantization="int8").nearest[0]
     assert first.changes == {"max_model_len": 496, "kv_cache": {"tokens": 496}}
     without_steps = whole.devices[0].peak_bytes - whole.components["activations"]
-    smaller = planned(path, without_steps + 400_000, quantization="int8").nearest[0]
+    smaller = planned(path, without_steps + 800_000, quantization="int8").nearest[0]
     assert smaller.changes["max_batch_tokens"] == SMALLEST_STEP
     assert "quantization" not in smaller.changes
 
@@ -247,7 +250,7 @@ def test_two_accelerators_are_planned_apart(path: str, monkeypatch: pytest.Monke
     assert first.components["kv_cache"] == second.components["kv_cache"] == 512 * KV_PER_TOKEN // 2
     layer = 2 * 128 * 128 + 2 * 128 * 64 + 3 * 128 * 192 + 2 * 128
     assert exact(second.components) == {"unquantized_bfloat16": 2 * layer, "kv_cache": 512 * KV_PER_TOKEN // 2}
-    assert host.components == {"runtime_context": 0}
+    assert host.components == {"runtime_context": 0, "mapped_files": 0}
 
     away = {"": "cuda:0", "model.layers.1": "cpu"}
     fields = {"load_in_8bit": True, "llm_int8_enable_fp32_cpu_offload": True}

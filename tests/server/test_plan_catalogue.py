@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from quant.memory import meta_model, read_config
+from server.memory.machine import Share
 from server.memory.plan import make_plan
 from server.records import ModelSpec, Plan
 from tests.catalogue import CATALOGUE, write_config
@@ -32,7 +33,7 @@ GB = {  # weights in NF4 and in NF4 with double quantization, 10^9 bytes: 0.5625
 
 def planned(name: str, directory: Path, quantization: str) -> Plan:
     spec = ModelSpec(name, str(write_config(name, directory)), quantization=quantization, device="cpu")
-    return make_plan(spec, TIB, runtime_bytes=0)
+    return make_plan(spec, TIB, runtime=Share(0, 0))
 
 
 @pytest.mark.parametrize("name", CATALOGUE)
@@ -76,11 +77,11 @@ def test_an_index_of_400_billion_parameters(tmp_path: Path) -> None:
     sizes = write_hollow_checkpoint(directory, shards=191)
     assert sum(sizes) == 2 * CATALOGUE["Llama-3.1-405B"].parameters
     spec = ModelSpec("m", str(directory), quantization="nf4-dq", device="cpu")
-    whole = make_plan(spec, TIB, runtime_bytes=0)
+    whole = make_plan(spec, TIB, runtime=Share(0, 0))
     bare = planned("Llama-3.1-405B", tmp_path / "bare", "nf4-dq")
     assert whole.components == bare.components
     assert whole.checkpoint_bytes == sum(file.stat().st_size for file in directory.glob("*.safetensors")) > sum(sizes)
-    too_small = make_plan(spec, 200 * 10**9, runtime_bytes=0)
+    too_small = make_plan(spec, 200 * 10**9, runtime=Share(0, 0))
     assert not too_small.fits
     assert too_small.nearest == ()
 

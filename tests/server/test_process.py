@@ -22,6 +22,7 @@ import transformers
 from quant.errors import QuantError
 from server.engine.process import Connection, explain, load_engine
 from server.errors import ServerError
+from server.memory.components import exact
 from server.memory.machine import anonymous_bytes
 from server.records import (
     KV_BLOCK_TOKENS,
@@ -151,7 +152,7 @@ def test_a_model_is_loaded_serves_and_shuts_down(engine: Engine, llama: Path) ->
     assert loaded.info.eos_token_ids == (2,)
     assert (loaded.info.max_model_len, loaded.info.dtype, loaded.info.device) == (512, "float32", "cpu")
     assert loaded.info.quantization == {}
-    assert loaded.memory.planned == loaded.memory.measured
+    assert exact(loaded.memory.planned) == exact(loaded.memory.measured)
     assert loaded.kv_blocks * KV_BLOCK_TOKENS >= loaded.info.max_model_len
     assert loaded.quality == (), "nothing was quantized"
 
@@ -187,7 +188,7 @@ def test_a_prompt_is_found_again_where_that_is_on(
     assert isinstance(loaded, Loaded), loaded
     assert loaded.info.prefix_caching == caching
     assert loaded.info.batching == ("packed" if architecture == "llama" else "padded")
-    assert loaded.memory.planned == loaded.memory.measured
+    assert exact(loaded.memory.planned) == exact(loaded.memory.measured)
     prompt, params = tuple(range(3, 43)), SamplingParams(max_tokens=4, temperature=0.0)
     for name, salt, found in (("a", "", 0), ("b", "", 32), ("c", "another tenant", 0)):
         engine.send(Generate(name, prompt, params, cache_salt=salt))
@@ -245,7 +246,7 @@ def test_quantized_the_plan_is_what_is_measured(llama: Path, quantization: str, 
         load_engine(spec(llama, threads=None, **changes), granted(theirs))
         *_, loaded = records_in(ours)
     assert isinstance(loaded, Loaded)
-    assert loaded.memory.planned == loaded.memory.measured
+    assert exact(loaded.memory.planned) == exact(loaded.memory.measured)
     assert loaded.memory.measured["packed_weights"] > 0
     groups = {quality.group: quality for quality in loaded.quality}
     assert {"self_attn.q_proj", "mlp.down_proj"} <= set(groups)

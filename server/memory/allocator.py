@@ -1,0 +1,74 @@
+"""What the C library's allocator says of itself, and how it is asked to give free pages back (glibc; else nothing).
+
+An engine's steps allocate and free tens of megabytes a time. glibc keeps much of that: after the first large ones it
+serves sizes up to 32 MiB from its heap, so that a step does not fault its pages in anew, and what is free in the heap's
+middle stays resident. That keeps steps fast, so its thresholds are left as they are; instead it is asked to give
+everything back when an engine has had nothing to do for a while. A fixed threshold (M_MMAP_THRESHOLD) would give each
+large block back at once, and fault its pages in again in every layer of every step.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+from collections.abc import Iterable
+from typing import Any, Final
+
+_FIELDS: Final = (
+    "arena",
+    "ordblks",
+    "smblks",
+    "hblks",
+    "hblkhd",
+    "usmblks",
+    "fsmblks",
+    "uordblks",
+    "fordblks",
+    "keepcost",
+)
+
+
+class _Mallinfo2(ctypes.Structure):
+    _fields_ = [(name, ctypes.c_size_t) for name in _FIELDS]
+
+
+def _library() -> Any:
+    try:
+        library = ctypes.CDLL(None)
+        library.mallinfo2.restype = _Mallinfo2
+        library.malloc_trim.argtypes = (ctypes.c_size_t,)
+        library.mincore.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_char_p)
+    except (OSError, AttributeError):  # another C library, or glibc before 2.33
+        return None
+    return library
+
+
+_LIBC: Final = _library()
+
+
+def in_use() -> int | None:
+    """Bytes that malloc has handed out and not got back, in its heaps and in mappings of their own."""
+    if _LIBC is None:
+        return None
+    info = _LIBC.mallinfo2()
+    return int(info.uordblks + info.hblkhd)
+
+
+def give_back() -> None:
+    """Lets the system have every whole page that is free; some milliseconds."""
+    if _LIBC is not None:
+        _LIBC.malloc_trim(0)
+
+
+def resident_bytes(ranges: Iterable[tuple[int, int]]) -> int:
+    """How much of these ranges of addresses, widened to whole pages, is in memory."""
+    if _LIBC is None:
+        return 0
+    resident = 0
+    for first, last in ranges:
+        start = first // mmap.PAGESIZE * mmap.PAGESIZE
+        pages = -(-(last - start) // mmap.PAGESIZE)
+        flags = ctypes.create_string_buffer(pages)
+        if _LIBC.mincore(start, last - start, flags) == 0:
+            resident += flags.raw[:pages].count(b"\x01") * mmap.PAGESIZE
+    return resident
