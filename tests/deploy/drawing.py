@@ -131,7 +131,7 @@ class Board:
         defaults = panel["fieldConfig"]["defaults"]
         stacked = defaults["custom"]["stacking"]["mode"] == "normal"
         base = [0.0] * len(history[0][1]) if history else []
-        highest = 0.0
+        highest = lowest = 0.0
         for number, (name, times, values) in enumerate(history):
             color = PALETTE[number % len(PALETTE)]
             moments = [moment(time) for time in times]
@@ -143,8 +143,9 @@ class Board:
                 axes.plot(moments, values, color=color, linewidth=1.4, label=name)
                 upper = values
             highest = max([highest, *(value for value in upper if math.isfinite(value))])
+            lowest = min([lowest, *(value for value in upper if math.isfinite(value))])
         axes.set_xlim(moment(self._begin), moment(self._end))
-        axes.set_ylim(0, defaults.get("max") or highest * 1.08 or 1)
+        axes.set_ylim(min(0.0, lowest * 1.08), defaults.get("max") or highest * 1.08 or 1)
         self._style(axes, defaults["unit"])
         if history:
             self._write_legend(axes)
