@@ -107,12 +107,14 @@ QUANTIZATION_FIELDS: Final = (
     "bnb_4bit_compute_dtype",
     "bnb_4bit_quant_storage",
     "bnb_4bit_activations",
+    "bnb_4bit_search",
     "llm_int8_threshold",
     "llm_int8_outliers",
     "llm_int8_has_fp16_weight",
     "llm_int8_skip_modules",
     "llm_int8_enable_fp32_cpu_offload",
     "quantize_embeddings",
+    "module_overrides",
 )
 """Fields of the effective quantization config that are labels of model_info; `quantization` says 4 or 8 bits itself."""
 MODEL_INFO: Final = GaugeSpec(

@@ -21,6 +21,7 @@ from safetensors import SafetensorError
 from transformers.utils import logging as transformers_logging
 
 import quant  # noqa: F401  importing it makes transformers load bitsandbytes' formats with our layers
+from quant.config import EXTENSIONS, BitsAndBytesConfig
 from quant.errors import CheckpointError, QuantError
 from quant.headers import ADAPTED, read_checkpoint_headers
 from quant.memory import auto_class, read_config
@@ -122,7 +123,7 @@ def load_model(spec: ModelSpec, progress: Progress) -> LoadedModel:
         model=model.eval().requires_grad_(False),
         dtype=dtype,
         device=device,
-        quantization={} if quantization is None else quantization.to_dict(),
+        quantization={} if quantization is None else _every_field(quantization),
         offload=offload,
         quality=tuple(meter.groups()),
     )
@@ -136,6 +137,11 @@ def _eos_token_ids(model: transformers.PreTrainedModel) -> tuple[int, ...]:
     if ids is None:
         return ()
     return (ids,) if isinstance(ids, int) else tuple(int(token) for token in ids)
+
+
+def _every_field(quantization: BitsAndBytesConfig) -> dict[str, Any]:
+    """The config as its JSON dictionary, with those of our own fields too that files leave out where unused."""
+    return quantization.to_dict() | {name: getattr(quantization, name) for name in EXTENSIONS}
 
 
 def _refuse_gaps(directory: Path, loading: dict[str, Any]) -> None:

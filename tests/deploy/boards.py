@@ -17,7 +17,7 @@ RULES = sorted((PROMETHEUS / "rules").glob("*.yml"))
 RULE_TESTS = sorted((PROMETHEUS / "tests").glob("*.yml"))
 DASHBOARDS = sorted((DEPLOY / "grafana" / "dashboards").glob("*.json"))
 
-VARIABLES: Mapping[str, str] = {"job": ".*", "instance": ".*", "model": ".*"}
+VARIABLES: Mapping[str, str] = {"job": "halfbyte", "instance": ".*", "model": ".*"}
 """What Grafana puts in the place of $job and so on where "All" is chosen."""
 _COMPARISONS = ("==", "!=", "<=", ">=", "<", ">")
 

@@ -27,6 +27,10 @@ from tests.end_to_end.server import Server, free_port, serve, start
 TRACEPARENT = "00-{:032x}-{:016x}-01"
 STATUSES = frozenset({200, 400, 429, 503, 504})
 """What the load may be answered; anything else is a fault."""
+PAUSE_SECONDS = {"_late": 3.0, "_wrong": 6.0, "_left": 1.0}
+"""How long a client of that kind thinks between two requests, on average; others a quarter of a second."""
+REFUSED_SECONDS = 2.0
+"""The same after a 503."""
 
 
 @dataclass(frozen=True)
@@ -141,7 +145,8 @@ class _Client:
                     self.faults.append(repr(error))
                 if status not in STATUSES:
                     self.faults.append(f"{self.kind.__name__}: {status}")
-                self.stop.wait(self.random.expovariate(4))
+                pause = REFUSED_SECONDS if status == 503 else PAUSE_SECONDS.get(self.kind.__name__, 0.25)
+                self.stop.wait(self.random.expovariate(1 / pause))
 
     def ask(self, client: httpx.Client, body: dict[str, Any], pieces: int | None, trace: str) -> int:
         if pieces is None:

@@ -15,7 +15,7 @@ from tests.deploy.test_rules import exposed_names
 SCHEMA = 39
 """Of Grafana 10.4 and 11, which newer ones migrate by themselves."""
 WIDTH = 24
-TYPES = {"timeseries", "stat", "bargauge", "table", "heatmap"}
+TYPES = {"timeseries", "stat", "bargauge", "table", "heatmap", "state-timeline"}
 DATASOURCE = {"type": "prometheus", "uid": "${datasource}"}
 boards = pytest.mark.parametrize("board", [dashboard(path) for path in DASHBOARDS], ids=[p.stem for p in DASHBOARDS])
 
@@ -51,9 +51,10 @@ def test_panels_ask_the_chosen_data_source_for_the_chosen_models(board: dict[str
     variables = {variable["name"]: variable for variable in board["templating"]["list"]}
     assert list(variables) == ["datasource", "job", "instance", "model"]
     assert variables["datasource"]["type"] == "datasource"
+    assert "allValue" not in variables["job"], "else All would take in jobs that are not Halfbyte's"
     for name in ("job", "instance", "model"):
         assert variables[name]["datasource"] == DATASOURCE
-        assert variables[name]["allValue"] == ".*"
+        assert variables[name]["includeAll"]
         assert metric_names(variables[name]["query"]["query"]) <= exposed_names()
     known = exposed_names() | {rule.name for rule in rules() if rule.kind == "record"}
     for panel in panels(board):

@@ -372,6 +372,7 @@ def test_the_fields_of_a_config_are_labels_where_they_apply() -> None:
         "llm_int8_threshold": 6.0,
         "llm_int8_skip_modules": ["lm_head", "router"],
         "quantize_embeddings": False,
+        "module_overrides": {"down_proj": {"bnb_4bit_blocksize": 32}},
     }
     four = dict(zip(QUANTIZATION_FIELDS, quantization_labels(config | {"load_in_4bit": True}), strict=True))
     assert four["bnb_4bit_use_double_quant"] == "true"
@@ -379,6 +380,7 @@ def test_the_fields_of_a_config_are_labels_where_they_apply() -> None:
     assert four["llm_int8_threshold"] == ""
     assert four["llm_int8_skip_modules"] == "lm_head,router"
     assert four["quantize_embeddings"] == "false"
+    assert four["module_overrides"] == '{"down_proj":{"bnb_4bit_blocksize":32}}'
     eight = dict(zip(QUANTIZATION_FIELDS, quantization_labels(config | {"load_in_8bit": True}), strict=True))
     assert (eight["llm_int8_threshold"], eight["bnb_4bit_quant_type"]) == ("6.0", "")
     assert set(quantization_labels({})) == {""}
