@@ -1,8 +1,8 @@
-"""One streamed completion over HTTP, as events with the time of their arrival. Standard library only.
+"""One completion over HTTP, streamed as events with the time of their arrival, or whole. Standard library only.
 
 The client shares the machine with the servers it measures, so it reads bytes itself: a general HTTP client takes
 several times as long for a chunk. It speaks as much HTTP/1.1 as the measured servers answer with, one request per
-connection. Leaving the generator closes the connection, which is a disconnect to the server.
+connection. Leaving the generator, or being cancelled, closes the connection, which is a disconnect to the server.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import contextlib
 import json
 import time
 from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import asynccontextmanager
 from typing import Any, Final, NamedTuple
 
 DONE: Final = "[DONE]"
@@ -26,12 +27,13 @@ class Event(NamedTuple):
 
 
 class StatusError(Exception):
-    """The server answered with another status than 200; the text is what it said."""
+    """The server answered with another status than 200; the text is what it said, retry_after its header."""
 
-    def __init__(self, status: int, text: str) -> None:
+    def __init__(self, status: int, text: str, retry_after: float | None = None) -> None:
         super().__init__(f"status {status}: {text[:500]}")
         self.status = status
         self.text = text
+        self.retry_after = retry_after
 
 
 class BrokenStreamError(Exception):
@@ -40,6 +42,23 @@ class BrokenStreamError(Exception):
 
 async def stream(host: str, port: int, path: str, body: dict[str, Any]) -> AsyncGenerator[Event, None]:
     """Posts `body` and gives the events of the answer. Raises StatusError and BrokenStreamError."""
+    async with _answer(host, port, path, body) as pieces:
+        async for line in _lines(pieces):
+            if line.startswith(b"data:"):
+                text = line[5:].strip()
+                yield Event(time.monotonic(), None if text == DONE.encode() else json.loads(text))
+
+
+async def whole(host: str, port: int, path: str, body: dict[str, Any]) -> dict[str, Any]:
+    """Posts `body` and gives the JSON object of the answer. Raises as stream does."""
+    async with _answer(host, port, path, body) as pieces:
+        found: dict[str, Any] = json.loads(b"".join([piece async for piece in pieces]))
+        return found
+
+
+@asynccontextmanager
+async def _answer(host: str, port: int, path: str, body: dict[str, Any]) -> AsyncGenerator[AsyncIterator[bytes], None]:
+    """The answer's body, in pieces."""
     try:
         reader, writer = await asyncio.open_connection(host, port, limit=LARGEST_EVENT_BYTES)
     except OSError as error:
@@ -50,11 +69,9 @@ async def stream(host: str, port: int, path: str, body: dict[str, Any]) -> Async
         status, headers = await _head(reader)
         pieces = _body(reader, headers)
         if status != 200:
-            raise StatusError(status, b"".join([piece async for piece in pieces]).decode(errors="replace"))
-        async for line in _lines(pieces):
-            if line.startswith(b"data:"):
-                text = line[5:].strip()
-                yield Event(time.monotonic(), None if text == DONE.encode() else json.loads(text))
+            text = b"".join([piece async for piece in pieces]).decode(errors="replace")
+            raise StatusError(status, text, float(headers["retry-after"]) if "retry-after" in headers else None)
+        yield pieces
     except (OSError, asyncio.IncompleteReadError, asyncio.LimitOverrunError, ValueError) as error:
         raise BrokenStreamError(f"the answer broke off: {error!r}") from error
     finally:

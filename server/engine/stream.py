@@ -84,13 +84,16 @@ class OutputStream:
             self._metrics.generated(count)
         self._outputs.put_nowait(output)
 
-    def close(self, reason: FinishReason = "abort") -> None:
-        """Ends the request, in the engine too if it is still running; `reason` is how the metrics count that."""
+    def close(self, reason: FinishReason | None = None) -> None:
+        """Ends the request, in the engine too if it is still running.
+
+        `reason` is how the metrics count that; without one it is the engine's, or "abort" where it had not ended.
+        """
         if self._closed:
             return
         self._closed = True
         self._forget(self.request_id, self._reason is None)
-        self._count(self._reason or reason)
+        self._count(reason or self._reason or "abort")
 
     def _count(self, reason: FinishReason) -> None:
         trace_id = self._origin.trace_id

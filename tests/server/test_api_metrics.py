@@ -118,3 +118,12 @@ def test_vllms_names_are_there_when_asked_for(serve_scripts: ServeScript, echo: 
         assert 'vllm:num_requests_running{engine="0",model_name="echo"}' in client.get("/metrics").text
     with echo.client() as client:
         assert "vllm:" not in client.get("/metrics").text
+
+
+def test_a_stop_string_in_the_last_token_counts_as_the_client_sees_it(serve_scripts: ServeScript) -> None:
+    body = {"model": "echo", "prompt": "abc", "max_tokens": 3, "stop": "c"}
+    with serve_scripts({"echo": {}}) as running, running.client() as client:
+        (choice,) = client.post("/v1/completions", json=body).json()["choices"]
+        assert (choice["text"], choice["finish_reason"]) == ("ab", "stop")
+        counted = {why: running.metric("requests_total", model="echo", finish_reason=why) for why in ("stop", "length")}
+    assert counted == {"stop": 1, "length": 0}
