@@ -9,7 +9,7 @@ namespace {
 struct AmxInt8 {
     using Tiles = AmxTiles;
     using Sum = int32_t;
-    static constexpr int64_t kGroup = 64;
+    [[maybe_unused]] static constexpr int64_t kGroup = 64;
     static constexpr int kRows = 1;
     static constexpr int kOffset = 0;
 

@@ -68,7 +68,7 @@ struct PlainBf16Int8 : PlainBf16 {
 
 struct PlainInt8 : Transposing {
     using Sum = int32_t;
-    static constexpr int64_t kGroup = 64;
+    [[maybe_unused]] static constexpr int64_t kGroup = 64;
     static constexpr int kRows = 1;
     static constexpr int kOffset = 0;
 
