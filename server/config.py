@@ -118,6 +118,9 @@ class ModelConfig(Settings):
     prefix_caching: bool = Field(
         default=True, description="Use again what the KV cache still holds of a prompt's beginning."
     )
+    speculative_tokens: Annotated[int, Field(ge=0, le=64)] = Field(
+        default=4, description="Tokens of a sequence that a step may guess and check at once, where that pays; 0: none."
+    )
     batch_invariant: bool = Field(
         default=False, description="Same bits for a token whatever else is in its step, at some cost; on a CPU only."
     )
@@ -157,6 +160,7 @@ class ModelConfig(Settings):
             max_batch_tokens=self.max_batch_tokens,
             max_sequences=self.max_sequences,
             prefix_caching=self.prefix_caching,
+            speculative_tokens=self.speculative_tokens,
             batch_invariant=self.batch_invariant,
             threads=self.threads or threads,
         )

@@ -72,6 +72,8 @@ class ModelSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Sequences that share a step at most."""
     prefix_caching: bool = True
     """Whether a sequence uses the cache blocks that another left of the same beginning."""
+    speculative_tokens: int = 4
+    """How many tokens of a sequence a step guesses and checks at most; 0 for none."""
     batch_invariant: bool = False
     """Whether a row's logits have the same bits in a batch of any size, at some cost."""
     threads: int | None = None
@@ -212,6 +214,8 @@ class ModelInfo(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     prefix_caching: bool = False
     """Whether beginnings are found in the cache: it was configured, and the model's runner can."""
     batching: Batching = "packed"
+    speculative_tokens: int = 0
+    """How many tokens a step guesses at most, as configured; 0 where the model's runner can't check any."""
     decoder_prompt_tokens: int = 0
     """0 where answers continue their prompt. An encoder-decoder's begin after so many tokens that nobody sees, and
     prompt and answer have `max_model_len` each."""
@@ -420,6 +424,10 @@ class StepReport(Record, frozen=True):
     """How many of those were found, and not computed."""
     preemptions: int = 0
     """Sequences that gave up their blocks for this step and wait again."""
+    draft_tokens: int = 0
+    """Guesses that were checked; computed beside the prefill and decode tokens."""
+    accepted_draft_tokens: int = 0
+    """How many of those came true, and were given out."""
 
 
 ToEngine = LoadModel | RoomGranted | Generate | Abort | Shutdown

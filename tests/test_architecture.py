@@ -94,12 +94,14 @@ ALLOWED: dict[str, set[str]] = {
     },
     "server.engine.scheduler": {
         "server.engine.blocks",
+        "server.engine.lookup",
         "server.engine.prefix",
         "server.errors",
         "server.model.batch",
         "server.model.history",
         "server.records",
     },
+    "server.engine.lookup": set(),
     "server.engine.prefix": set(),
     "server.engine.blocks": {"server.errors", "server.records"},
     "server.model": {

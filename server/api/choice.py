@@ -60,7 +60,8 @@ class ChoiceText:
         self._decoder = IncrementalDecoder(tokenizer)
         self._stops = StopStrings(stop, keep=keep_stop)
         self._keep_stop = keep_stop
-        self._tokens = 0
+        self.tokens = 0
+        """How many the text has taken so far, with those that ended it; none of those behind a stop string."""
         self._decoded = self._given = offset
         """Ends of the text that is decoded, and of what has been given out of it."""
         self._pending: list[ScoredToken] = []
@@ -79,6 +80,8 @@ class ChoiceText:
         if finish == "stop" and not self._keep_stop and ids and ids[-1] in self._params.stop_token_ids:
             ids = ids[:-1]
         text = "".join(self._read(ids, output.logprobs))
+        if not self.stopped:
+            self.tokens += len(output.token_ids) - len(ids)
         if finish is not None:
             text += self._stops.push(self._decoder.finish(), may_stop=self._may_stop)
             text += self._stops.finish()
@@ -90,16 +93,18 @@ class ChoiceText:
 
     @property
     def _may_stop(self) -> bool:
-        return self._tokens >= self._params.min_tokens
+        return self.tokens >= self._params.min_tokens
 
     def _read(self, ids: Sequence[int], logprobs: Sequence[TokenLogprobs]) -> Iterable[str]:
         for place, token in enumerate(ids):
             if logprobs:
                 self._pending.append(scored(self._tokenizer, token, logprobs[place], self._decoded))
-            self._tokens += 1
+            self.tokens += 1
             text = self._decoder.push((token,))
             self._decoded += len(text)
             yield self._stops.push(text, may_stop=self._may_stop)
+            if self.stopped:
+                return
 
     def _begun(self, *, all_of_them: bool) -> tuple[ScoredToken, ...]:
         """The tokens that begin in the text given out, each once."""

@@ -151,10 +151,11 @@ class TextJob:
                     yield Piece(index, echoed, "length" if options.limit == 0 else None, tokens)
                     if options.limit == 0:
                         return
-                self.completion_tokens += len(output.token_ids)
                 if index % options.choices == 0:  # as the prompt's own tokens, which count once
                     self.cached_tokens += output.cached_tokens
+                before = text.tokens
                 piece = text.push(output)
+                self.completion_tokens += text.tokens - before
                 if piece is not None:
                     yield piece
                 if text.stopped:

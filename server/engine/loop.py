@@ -47,6 +47,7 @@ class EngineLoop:
         upkeep: Upkeep | None = None,
     ) -> None:
         scheduler.prefix_caching &= runner.shares_blocks  # a runner that can't would compute nonsense
+        scheduler.speculative_tokens *= runner.checks_drafts
         self._scheduler = scheduler
         self._runner = runner
         self._inbox = inbox
@@ -178,13 +179,15 @@ class EngineLoop:
         queue_seconds: tuple[float, ...],
     ) -> StepReport:
         scheduler = self._scheduler
-        tokens, decodes = (batch.tokens, batch.decode_tokens) if batch is not None else (0, 0)
+        tokens, decodes, drafts = 0, 0, 0
+        if batch is not None:
+            tokens, decodes, drafts = batch.tokens, batch.decode_tokens, batch.drafted_tokens
         return StepReport(
             step=self._steps,
             outputs=tuple(outputs),
             running=len(scheduler.running),
             waiting=len(scheduler.waiting),
-            prefill_tokens=tokens - decodes,
+            prefill_tokens=tokens - decodes - drafts,
             decode_tokens=decodes,
             seconds=seconds,
             kv_blocks_used=scheduler.pool.used,
@@ -195,4 +198,6 @@ class EngineLoop:
             prefix_query_tokens=scheduler.queried_tokens,
             prefix_hit_tokens=scheduler.hit_tokens,
             preemptions=len(scheduler.preempted),
+            draft_tokens=drafts,
+            accepted_draft_tokens=scheduler.accepted_tokens,
         )

@@ -207,6 +207,7 @@ def load_engine(spec: ModelSpec, connection: Connection) -> EngineLoop:
         max_sequences=spec.max_sequences,
         max_model_len=plan.sequence_tokens,
         prefix_caching=spec.prefix_caching,
+        speculative_tokens=spec.speculative_tokens,
     )
     baseline = Baseline.take(plan.device)
     loaded = connection.loaded = load_model(spec, _Progress(connection))
@@ -233,6 +234,7 @@ def load_engine(spec: ModelSpec, connection: Connection) -> EngineLoop:
     info = loaded.info(
         plan.max_model_len,
         prefix_caching=scheduler.prefix_caching,
+        speculative_tokens=scheduler.speculative_tokens,
         batching=runner.batching,
         decoder_prompt_tokens=len(runner.decoder_prompt),
     )

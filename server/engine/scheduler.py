@@ -15,6 +15,9 @@ blocks for all its tokens are free, and one more for each sequence already runni
 at once. Blocks that still hold its beginning are shared instead of computed, but never all of it: the last token's
 logits are needed. A block can be found by others once the step that filled it was taken in without an error.
 
+What is left of the budget then may go to guesses (lookup.py) of what the sequences that decode say next, on blocks that
+are free, so they displace nobody. When the step is taken in, blocks beyond what came true are given back.
+
 Blocks are not reserved for tokens that a sequence may never generate. When a decode needs a block and none is free,
 the running sequence of the last rank waits again and loses its blocks; later its tokens are computed anew, as far as
 they aren't found (none is drawn anew). The first in rank is never a victim of another, and the pool holds at least
@@ -26,6 +29,7 @@ from __future__ import annotations
 import secrets
 from array import array
 from bisect import insort
+from collections import abc
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Final
@@ -33,6 +37,7 @@ from typing import Final
 import msgspec
 
 from server.engine.blocks import BlockPool
+from server.engine.lookup import MOST_ROWS, Lookup
 from server.engine.prefix import PrefixNames
 from server.errors import ConfigError, RequestError
 from server.model.batch import Batch, Chunk, Draw, Score, StepResult
@@ -41,6 +46,7 @@ from server.records import FinishReason, Generate, SequenceOutput
 
 PRIORITY_SECONDS: Final = 10.0
 """How much later a request of the next priority may come and still be served first."""
+Tokens = abc.Sequence[int]
 _SEED_BITS: Final = 64
 
 
@@ -54,6 +60,7 @@ class Sequence:
     seed: int
     stop_ids: frozenset[int]
     history: History | None
+    lookup: Lookup
     arrived: float
     rank: tuple[float, int]
     """Lower is served first; no two are equal."""
@@ -88,6 +95,7 @@ class Scheduler:
         max_sequences: int,
         max_model_len: int,
         prefix_caching: bool = True,
+        speculative_tokens: int = 0,
     ) -> None:
         """Raises ConfigError where the limits contradict each other."""
         if not 1 <= max_sequences <= max_batch_tokens:
@@ -106,6 +114,8 @@ class Scheduler:
         self.max_model_len = max_model_len
         self.prefix_caching = prefix_caching
         """Whether blocks are shared and found again; to be changed before the first request only."""
+        self.speculative_tokens = speculative_tokens
+        """How many tokens are guessed at most, per sequence and step; to be changed before the first request only."""
         self.running: list[Sequence] = []
         self.waiting: list[Sequence] = []
         self.preempted: list[str] = []
@@ -114,6 +124,8 @@ class Scheduler:
         """Prompt tokens of requests that first ran in the last `schedule`, and were looked for in the cache."""
         self.hit_tokens = 0
         """How many of those were found."""
+        self.accepted_tokens = 0
+        """How many tokens of the last `apply` had been guessed."""
         self._sequences: dict[str, Sequence] = {}
         self._names = PrefixNames(pool.block_tokens)
         self._added = 0
@@ -150,6 +162,7 @@ class Scheduler:
             rank=(now + PRIORITY_SECONDS * request.priority, self._added),
             names=self._names.start(request.cache_salt),
             history=History.needed(request.sampling, request.prompt[request.encoder_tokens :]),
+            lookup=Lookup(),
         )
         self._added += 1
         self._sequences[request.request_id] = sequence
@@ -175,33 +188,34 @@ class Scheduler:
         """Chooses the chunks of the next step and gives them their blocks; None where there is nothing to do."""
         self.preempted.clear()
         self.queried_tokens = self.hit_tokens = 0
-        budget = self.max_batch_tokens
+        decoding = [sequence for sequence in self.running.copy() if sequence.remaining == 1 and self._grow(sequence)]
+        budget = self.max_batch_tokens - len(decoding)
         chunks: list[Chunk] = []
-        for sequence in self.running.copy():
-            if sequence.remaining == 1 and self._grow(sequence):
-                chunks.append(_chunk(sequence, 1))
-                budget -= 1
         prefills = self._prefills()
         while budget > 0 and (prefill := next(prefills, None)) is not None:
             chunks.append(_chunk(prefill, min(prefill.remaining, budget)))
             budget -= len(chunks[-1].tokens)
-        return Batch(tuple(chunks)) if chunks else None
+        drafts = self._drafts(decoding, budget)
+        decodes = (_chunk(sequence, 1, draft) for sequence, draft in zip(decoding, drafts, strict=True))
+        return Batch((*decodes, *chunks)) if decoding or chunks else None
 
     def apply(self, batch: Batch, result: StepResult) -> list[SequenceOutput]:
         """Takes in what a step computed: sequences grow by their new token, and those that are done end."""
+        self.accepted_tokens = 0
         outputs: list[SequenceOutput] = []
         for chunk in batch.chunks:
             sequence = self._sequences[chunk.request_id]
-            sequence.computed = chunk.end
             if chunk.request_id in result.errors:
                 sentence, refused = result.errors[chunk.request_id], chunk.request_id in result.refused
                 outputs.append(self._end(sequence, "error", error=sentence, refused=refused))
                 continue
             sequence.scored += chunk.scored
-            self._name_blocks(sequence)
             if chunk.draw is not None:
-                outputs.append(_with_logprobs(self._append(sequence, result.tokens[chunk.request_id]), result))
-            elif chunk.scored:
+                outputs.append(_with_logprobs(self._append(sequence, chunk, result.tokens[chunk.request_id]), result))
+                continue
+            sequence.computed = chunk.end
+            self._name_blocks(sequence)
+            if chunk.scored:
                 outputs.append(_with_logprobs(SequenceOutput(chunk.request_id), result))
         return outputs
 
@@ -223,6 +237,29 @@ class Scheduler:
                 return False
         sequence.blocks.extend(self.pool.take(needed))
         return True
+
+    def _drafts(self, decoding: list[Sequence], budget: int) -> list[list[int]]:
+        """Guesses for each of these sequences, from the first in rank on, as far as they pay and there is room."""
+        rows = self.max_batch_tokens - budget
+        if not self.speculative_tokens or rows > MOST_ROWS:
+            return [[] for _ in decoding]
+        drafts = []
+        for sequence in decoding:
+            drafts.append(self._draft(sequence, rows, budget))
+            budget -= len(drafts[-1])
+        return drafts
+
+    def _draft(self, sequence: Sequence, rows: int, budget: int) -> list[int]:
+        """Guesses for one sequence, with blocks for them; none for its first token, and its last one is never one."""
+        rest = sequence.request.sampling.max_tokens - sequence.generated - 1
+        if rest < 1 or not sequence.generated:
+            return []
+        blocks, pool, length = sequence.blocks, self.pool, len(sequence.tokens)
+        room = (len(blocks) + pool.free) * pool.block_tokens - length
+        count = sequence.lookup.worth(rows, min(self.speculative_tokens, rest, budget, room))
+        draft = sequence.lookup.guess(sequence.tokens, max(count, 1))[:count]
+        blocks.extend(pool.take(max(0, pool.blocks_for(length + len(draft)) - len(blocks))))
+        return draft
 
     def _preempt(self, sequence: Sequence) -> None:
         self.running.remove(sequence)
@@ -288,21 +325,30 @@ class Scheduler:
             self.pool.name(sequence.blocks[block], sequence.names[block + 1])
         sequence.named = full
 
-    def _append(self, sequence: Sequence, token: int) -> SequenceOutput:
-        sequence.tokens.append(token)
+    def _append(self, sequence: Sequence, chunk: Chunk, drawn: Tokens) -> SequenceOutput:
+        """The sequence grows by what was drawn, up to where it ends; what its blocks hold beyond that is forgotten."""
+        tokens, reason = _up_to_its_end(sequence, drawn)
+        sequence.lookup.learn(tokens)
+        self.accepted_tokens += sum(1 for guess, token in zip(chunk.draft, tokens, strict=False) if guess == token)
+        sequence.tokens += tokens
         if sequence.history is not None:
-            sequence.history.append(token)
-        if token in sequence.stop_ids:
-            return self._end(sequence, "stop", token)
-        if sequence.generated >= sequence.request.sampling.max_tokens:
-            return self._end(sequence, "length", token)
-        return _output(sequence, token)
+            for token in tokens:
+                sequence.history.append(token)
+        sequence.computed = len(sequence.tokens) - 1
+        self._name_blocks(sequence)
+        if reason is not None:
+            return self._end(sequence, reason, tokens)
+        spare = sequence.blocks[self.pool.blocks_for(len(sequence.tokens)) :]
+        if spare:
+            del sequence.blocks[-len(spare) :]
+            self.pool.give_back(spare)
+        return _output(sequence, tokens)
 
     def _end(
         self,
         sequence: Sequence,
         reason: FinishReason,
-        token: int | None = None,
+        tokens: Tokens = (),
         error: str | None = None,
         *,
         refused: bool = False,
@@ -316,7 +362,7 @@ class Scheduler:
             self.pool.give_back(sequence.blocks)
         else:
             self.waiting.remove(sequence)
-        return _output(sequence, token, reason, error, refused=refused)
+        return _output(sequence, tokens, reason, error, refused=refused)
 
 
 def _rank(sequence: Sequence) -> tuple[float, int]:
@@ -333,7 +379,7 @@ def _too_late(sequence: Sequence, now: float) -> str:
 
 def _output(
     sequence: Sequence,
-    token: int | None,
+    tokens: Tokens,
     reason: FinishReason | None = None,
     error: str | None = None,
     *,
@@ -341,35 +387,48 @@ def _output(
 ) -> SequenceOutput:
     return SequenceOutput(
         sequence.request.request_id,
-        token_ids=() if token is None else (token,),
+        token_ids=tuple(tokens),
         finish_reason=reason,
         error=error,
         refused=refused,
-        cached_tokens=(sequence.reused or 0) if token is not None and sequence.generated == 1 else 0,
+        cached_tokens=(sequence.reused or 0) if tokens and sequence.generated == 1 else 0,
     )
 
 
 def _with_logprobs(output: SequenceOutput, result: StepResult) -> SequenceOutput:
-    own, prompt = result.logprobs.get(output.request_id), result.prompt_logprobs.get(output.request_id, ())
-    if own is None and not prompt:
+    own, prompt = result.logprobs.get(output.request_id, ()), result.prompt_logprobs.get(output.request_id, ())
+    if not own and not prompt:
         return output
-    return msgspec.structs.replace(output, logprobs=() if own is None else (own,), prompt_logprobs=tuple(prompt))
+    kept = len(output.token_ids)
+    return msgspec.structs.replace(output, logprobs=tuple(own[:kept]), prompt_logprobs=tuple(prompt))
 
 
-def _chunk(sequence: Sequence, count: int) -> Chunk:
-    """The next `count` tokens of a sequence; they draw where they reach its last one."""
+def _up_to_its_end(sequence: Sequence, drawn: Tokens) -> tuple[Tokens, FinishReason | None]:
+    """As many of the drawn tokens as the sequence takes, and why it ends with the last of them, if it does."""
+    rest = sequence.request.sampling.max_tokens - sequence.generated
+    for place, token in enumerate(drawn, start=1):
+        if token in sequence.stop_ids:
+            return drawn[:place], "stop"
+        if place == rest:
+            return drawn[:place], "length"
+    return drawn, None
+
+
+def _chunk(sequence: Sequence, count: int, draft: Tokens = ()) -> Chunk:
+    """The next `count` tokens of a sequence, which draw where they reach its last one, and guesses behind that."""
     end = sequence.computed + count
     draw = None
     if end == len(sequence.tokens):
         draw = Draw(sequence.request.sampling, sequence.seed, sequence.generated, sequence.history)
     return Chunk(
         request_id=sequence.request.request_id,
-        tokens=tuple(sequence.tokens[sequence.computed : end]),
+        tokens=(*sequence.tokens[sequence.computed : end], *draft),
         start=sequence.computed,
         blocks=sequence.blocks[:],
         draw=draw,
         encoder_tokens=sequence.request.encoder_tokens,
         score=_score(sequence, end),
+        drafted=len(draft),
     )
 
 

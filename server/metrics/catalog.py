@@ -201,7 +201,7 @@ STEP_DURATION: Final = HistogramSpec("engine_step_duration_seconds", "One engine
 STEP_SEQUENCES: Final = HistogramSpec(
     "engine_step_sequences", "Sequences that got a token in a step: the batch size.", buckets=SEQUENCE_BUCKETS
 )
-STEP_TOKENS: Final = CounterSpec("engine_step_tokens", "Tokens computed, by phase.", (MODEL, "phase"))
+STEP_TOKENS: Final = CounterSpec("engine_step_tokens", "Tokens computed, by phase; without guesses.", (MODEL, "phase"))
 PREEMPTIONS: Final = CounterSpec(
     "engine_preemptions", "Running sequences that gave their KV cache blocks up and were computed again later."
 )
@@ -218,6 +218,8 @@ PREFIX_QUERIES: Final = CounterSpec("prefix_cache_query_tokens", "Prompt tokens 
 PREFIX_HITS: Final = CounterSpec(
     "prefix_cache_hit_tokens", "Prompt tokens that were found in the KV cache and not computed."
 )
+DRAFT_TOKENS: Final = CounterSpec("draft_tokens", "Tokens that were guessed by lookup and checked.")
+DRAFT_ACCEPTED: Final = CounterSpec("draft_tokens_accepted", "Guessed tokens that came true and were given out.")
 
 # --- HTTP -------------------------------------------------------------------------------------------------------------
 

@@ -142,6 +142,8 @@ class ModelMetrics:
         self._add(c.PREFIX_QUERIES, report.prefix_query_tokens)
         self._add(c.PREFIX_HITS, report.prefix_hit_tokens)
         self._add(c.PREEMPTIONS, report.preemptions)
+        self._add(c.DRAFT_TOKENS, report.draft_tokens)
+        self._add(c.DRAFT_ACCEPTED, report.accepted_draft_tokens)
         self._add(c.STEPS)
         self._add(c.FORWARD_PASSES, report.forward_passes)
         if report.forward_passes:

@@ -43,6 +43,8 @@ ALIASES: Final = (
     Alias(c.PREFIX_QUERIES, "prefix_cache_queries"),
     Alias(c.PREFIX_HITS, "prefix_cache_hits"),
     Alias(c.PREEMPTIONS, "num_preemptions"),
+    Alias(c.DRAFT_TOKENS, "spec_decode_num_draft_tokens"),
+    Alias(c.DRAFT_ACCEPTED, "spec_decode_num_accepted_tokens"),
     Alias(c.PROMPT_TOKENS, "prompt_tokens"),
     Alias(c.GENERATION_TOKENS, "generation_tokens"),
     Alias(c.REQUESTS, "request_success", {"finish_reason": "finished_reason"}, ("stop", "length", "abort", "error")),

@@ -7,11 +7,16 @@ hundred in each step is a struct of msgspec, which is made in a tenth of the tim
     sequence tokens   t0 t1 t2 t3 t4 t5 t6 t7
                       |- computed -|- chunk -|        start = 4, tokens = (t4 .. t7)
                                           `-- the last token of all: its logits choose t8, so `draw` is set
+
+A chunk that draws may go on with drafted tokens, guesses of what will be drawn. Each row from the last known token on
+then draws the token after it, as if the guesses before had come true, and what was drawn counts as long as they did:
+
+    t7 | d8 d9     draws a, b, c        a != d8: a is t8           a = d8, b != d9: t8 = a, t9 = b        all three
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Final, Protocol
 
@@ -69,6 +74,35 @@ class Chunk(msgspec.Struct, frozen=True):
     """None where no prompt token's logprob hangs on this chunk."""
     encoder_tokens: int = 0
     """How many of the sequence's first tokens an encoder reads; the others are a decoder's."""
+    drafted: int = 0
+    """How many of `tokens`, at their end, are guesses. None without a draw, nor beside a score."""
+
+    @property
+    def draft(self) -> Sequence[int]:
+        return self.tokens[len(self.tokens) - self.drafted :]
+
+    @property
+    def draws(self) -> int:
+        """Rows that draw a token."""
+        return 0 if self.draw is None else 1 + self.drafted
+
+    def each_draw(self) -> Iterator[Draw]:
+        """One per row that draws: the numbers go on, and each history has the guesses before it, in a copy."""
+        draw = self.draw
+        if draw is None:
+            return
+        yield draw
+        for token in self.draft:
+            history = None if draw.history is None else draw.history.followed_by(token)
+            draw = Draw(draw.params, draw.seed, draw.index + 1, history)
+            yield draw
+
+    def kept(self, drawn: Sequence[int]) -> Sequence[int]:
+        """Of one token per row that draws: those behind guesses that all came true."""
+        for place, (guess, token) in enumerate(zip(self.draft, drawn, strict=False)):
+            if guess != token:
+                return drawn[: place + 1]
+        return drawn
 
     @property
     def scored(self) -> int:
@@ -78,7 +112,7 @@ class Chunk(msgspec.Struct, frozen=True):
     @property
     def wanted(self) -> int:
         """Rows whose logits are wanted; they are the last of the chunk."""
-        return self.scored + (self.draw is not None)
+        return self.scored + self.draws
 
     @property
     def end(self) -> int:
@@ -86,7 +120,7 @@ class Chunk(msgspec.Struct, frozen=True):
 
     @property
     def is_decode(self) -> bool:
-        return len(self.tokens) == 1 and self.draw is not None and self.draw.index > 0
+        return len(self.tokens) == 1 + self.drafted and self.draw is not None and self.draw.index > 0
 
 
 class Batch(msgspec.Struct, frozen=True):
@@ -98,8 +132,12 @@ class Batch(msgspec.Struct, frozen=True):
 
     @property
     def decode_tokens(self) -> int:
-        """Chunks that do nothing but extend a sequence by one token."""
+        """Chunks that do nothing but extend a sequence; drafted tokens are counted apart."""
         return sum(1 for chunk in self.chunks if chunk.is_decode)
+
+    @property
+    def drafted_tokens(self) -> int:
+        return sum(chunk.drafted for chunk in self.chunks)
 
     def passes(self, scored_rows: int) -> list[Batch]:
         """Batches to run one after the other, each of at most `scored_rows` scored rows; mostly just this one.
@@ -136,14 +174,14 @@ def _cut(chunk: Chunk, scored: int) -> tuple[Chunk, Chunk]:
 class StepResult:
     """What a runner made of a batch. Every chunk that draws appears in exactly one of the two dictionaries."""
 
-    tokens: dict[str, int] = field(default_factory=dict)
-    """The next token by request id."""
+    tokens: dict[str, Sequence[int]] = field(default_factory=dict)
+    """The next tokens by request id: one, and one more for each guess of a draft that came true."""
     errors: dict[str, str] = field(default_factory=dict)
     """One sentence by request id; may also name chunks that draw nothing. The others of the batch are unharmed."""
     refused: set[str] = field(default_factory=set)
     """Those of `errors` that their own request is to blame for."""
-    logprobs: dict[str, TokenLogprobs] = field(default_factory=dict)
-    """Of the token in `tokens`, where the request asks for it."""
+    logprobs: dict[str, list[TokenLogprobs]] = field(default_factory=dict)
+    """One per token of `tokens`, where the request asks for them."""
     prompt_logprobs: dict[str, list[TokenLogprobs]] = field(default_factory=dict)
     """One per token of the chunk's `score`."""
     forward_passes: int = 1
@@ -157,6 +195,8 @@ class Runner(Protocol):
     batching: Batching
     shares_blocks: bool
     """Whether what it caches is in the blocks, all of it, so that another sequence may go on from full ones."""
+    checks_drafts: bool
+    """Whether chunks may have drafted tokens: what it has cached of wrong guesses is overwritten, and never read."""
 
     def step(self, batch: Batch) -> StepResult:
         """Runs every chunk of the batch and draws where asked; raises StepError where the step failed as a whole."""

@@ -34,6 +34,8 @@ MOST_PADDED: Final = 2
 
 class CacheRunner:
     decoder_prompt: tuple[int, ...] = ()
+    checks_drafts = False
+    """Rows of unequal numbers of tokens take calls of their own: a draft would cost more than its guesses save."""
 
     def __init__(self, model: PreTrainedModel, cache: PagedCache, batching: Batching) -> None:
         """batching: which chunks share a call; "padded", "equal" lengths only, or "single"."""

@@ -32,8 +32,8 @@ _PROJECTIONS: Final = {
 }
 _HIDDEN: Final = 64
 _SEED: Final = 22
-_CHAINS_KEPT: Final = 4
-"""For numbers of rows; a batch that grows or shrinks by one meets them again."""
+_CHAINS_KEPT: Final = 16
+"""For numbers of rows; a batch that grows or shrinks by one, or that has more or fewer guesses, meets them again."""
 
 
 class FusedLayer(nn.Module):

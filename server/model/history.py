@@ -6,6 +6,7 @@ reads. numpy, no torch: what is counted here is counted once per token, on the h
 
 from __future__ import annotations
 
+import copy
 from collections import deque
 from collections.abc import Iterable
 
@@ -53,6 +54,14 @@ class History:
         if self.counts is not None:
             self.counts.add(token)
 
+    def followed_by(self, token: int) -> History:
+        """The history as it would be after this token; a copy, this one stays as it is."""
+        after = copy.copy(self)
+        after._tail = self._tail.copy()
+        after.counts = None if self.counts is None else self.counts.copy()
+        after.append(token)
+        return after
+
     def banned(self) -> list[int]:
         """What must not be drawn next: the ends of bad words that have begun, and stop ids before `min_tokens`."""
         tail = tuple(self._tail)
@@ -83,6 +92,11 @@ class TokenCounts:
             self._counts = np.concatenate([self._counts, np.zeros(room, dtype=np.int64)])
         self._tokens[place] = token
         self._counts[place] += 1
+
+    def copy(self) -> TokenCounts:
+        twin = copy.copy(self)
+        twin._place, twin._tokens, twin._counts = self._place.copy(), self._tokens.copy(), self._counts.copy()
+        return twin
 
     @property
     def tokens(self) -> Tokens:

@@ -50,7 +50,13 @@ class LoadedModel:
     """What quantizing cost; empty where nothing was quantized while loading."""
 
     def info(
-        self, max_model_len: int, *, prefix_caching: bool, batching: Batching, decoder_prompt_tokens: int
+        self,
+        max_model_len: int,
+        *,
+        prefix_caching: bool,
+        speculative_tokens: int,
+        batching: Batching,
+        decoder_prompt_tokens: int,
     ) -> ModelInfo:
         return ModelInfo(
             max_model_len=max_model_len,
@@ -61,6 +67,7 @@ class LoadedModel:
             device=self.device,
             quantization=self.quantization,
             prefix_caching=prefix_caching,
+            speculative_tokens=speculative_tokens,
             batching=batching,
             decoder_prompt_tokens=decoder_prompt_tokens,
         )

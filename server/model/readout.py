@@ -1,6 +1,6 @@
 """From the logits of a batch's wanted rows to a StepResult: next tokens, their logprobs, and those of prompt tokens.
 
-    wanted rows   | chunk a: draw | chunk b: score score score | chunk c: score score draw |
+    wanted rows   | chunk a: draw | chunk b: score score score | chunk c: score score draw | chunk d: draw draw draw |
 
 What both runners do with logits, however they came by them.
 """
@@ -8,7 +8,7 @@ What both runners do with logits, however they came by them.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from itertools import accumulate
+from itertools import accumulate, islice
 from typing import NamedTuple
 
 import torch
@@ -31,15 +31,18 @@ def read_logits(chunks: Sequence[Chunk], logits: torch.Tensor, result: StepResul
 
 
 def _draw(chunks: Sequence[Chunk], ends: Sequence[int], logits: torch.Tensor, result: StepResult) -> None:
-    drawing = [(end - 1, chunk, chunk.draw) for end, chunk in zip(ends, chunks, strict=True) if chunk.draw is not None]
-    tokens = sample(_rows(logits, [row for row, _, _ in drawing]), [draw for _, _, draw in drawing])
-    for (_, chunk, _), token in zip(drawing, tokens, strict=True):
-        if token in FAULTS:
-            result.errors[chunk.request_id] = FAULTS[token]
-            if token == NONE_LEFT:
+    drawing = [(end, chunk) for end, chunk in zip(ends, chunks, strict=True) if chunk.draw is not None]
+    rows = [row for end, chunk in drawing for row in range(end - chunk.draws, end)]
+    tokens = iter(sample(_rows(logits, rows), [draw for _, chunk in drawing for draw in chunk.each_draw()]))
+    for _, chunk in drawing:
+        kept = chunk.kept(list(islice(tokens, chunk.draws)))
+        fault = next((place for place, token in enumerate(kept) if token in FAULTS), None)
+        if fault == 0:
+            result.errors[chunk.request_id] = FAULTS[kept[0]]
+            if kept[0] == NONE_LEFT:
                 result.refused.add(chunk.request_id)
-        else:
-            result.tokens[chunk.request_id] = token
+        else:  # a fault behind others is found again by the next step, as its first
+            result.tokens[chunk.request_id] = kept[:fault]
 
 
 def _score(chunks: Sequence[Chunk], ends: Sequence[int], logits: torch.Tensor, result: StepResult) -> None:
@@ -54,7 +57,7 @@ def _score(chunks: Sequence[Chunk], ends: Sequence[int], logits: torch.Tensor, r
         elif one.of_prompt:
             result.prompt_logprobs.setdefault(one.request_id, []).append(logprobs)
         else:
-            result.logprobs[one.request_id] = logprobs
+            result.logprobs.setdefault(one.request_id, []).append(logprobs)
 
 
 class _Asked(NamedTuple):
@@ -73,7 +76,8 @@ def _asked(chunk: Chunk, end: int, result: StepResult) -> Iterator[_Asked]:
             yield _Asked(chunk.request_id, row, token, chunk.score.top, of_prompt=True)
     top = chunk.draw.params.logprobs if chunk.draw is not None else None
     if top is not None and chunk.request_id in result.tokens:
-        yield _Asked(chunk.request_id, end - 1, result.tokens[chunk.request_id], top, of_prompt=False)
+        for row, token in enumerate(result.tokens[chunk.request_id], start=end - chunk.draws):
+            yield _Asked(chunk.request_id, row, token, top, of_prompt=False)
 
 
 def _rows(logits: torch.Tensor, rows: list[int]) -> torch.Tensor:

@@ -42,6 +42,7 @@ class PagedRunner:
     ) -> None:
         self.model = model
         self.cache = cache
+        self.checks_drafts = all(store.is_cpu for store in cache.tensors)  # CUDA's kernel takes single rows only
         self.device = input_device(model)
         self._keeps_logits = keeps_logits(model)
         tables = (max_sequences, -(-max_model_len // cache.block_tokens))

@@ -31,6 +31,8 @@ class SingleRunner:
     decoder_prompt: tuple[int, ...] = ()
     shares_blocks = False
     """A cache belongs to a request: no other begins where it ends."""
+    checks_drafts = False
+    """Nor can a cache be cut back where a guess was wrong: a window or a state has moved on."""
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.model = model

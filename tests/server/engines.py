@@ -34,6 +34,7 @@ class Engine:
         max_model_len: int = 256,
         vocab_size: int = 320,
         prefix_caching: bool = True,
+        speculative_tokens: int = 0,
     ) -> None:
         self.runner = runner
         self.scheduler = Scheduler(
@@ -42,6 +43,7 @@ class Engine:
             max_sequences=max_sequences,
             max_model_len=max_model_len,
             prefix_caching=prefix_caching,
+            speculative_tokens=speculative_tokens,
         )
         self.reports: list[StepReport] = []
         self.answers: dict[str, list[int]] = {}

@@ -12,11 +12,17 @@ from server.model.batch import Batch, Chunk, StepError, StepResult
 from server.records import Batching, TokenLogprobs
 
 VOCABULARY = 1000
+REPETITIVE = 900
+"""A sequence that begins with this token goes in circles of PERIOD tokens, and breaks out of them now and then."""
+PERIOD = 5
 
 
 def next_token(tokens: Sequence[int]) -> int:
     """What the scripted model says after these tokens: a number that depends on all of them."""
-    return (sum((place + 1) * token for place, token in enumerate(tokens)) * 31 + len(tokens)) % VOCABULARY
+    number = sum((place + 1) * token for place, token in enumerate(tokens)) * 31 + len(tokens)
+    if tokens[0] == REPETITIVE and len(tokens) > PERIOD and number % 8:
+        return tokens[-PERIOD]
+    return number % VOCABULARY
 
 
 def expected_answer(prompt: Sequence[int], count: int) -> list[int]:
@@ -38,15 +44,18 @@ def read_out(chunk: Chunk, tokens: Sequence[int], result: StepResult) -> None:
         scores = scored(chunk.score.tokens, chunk.end - chunk.scored - (chunk.draw is not None) + 1)
         result.prompt_logprobs[chunk.request_id] = scores
     if chunk.draw is not None:
-        token = result.tokens[chunk.request_id] = next_token(tokens)
+        known = len(tokens) - chunk.drafted
+        drawn = chunk.kept([next_token(tokens[:end]) for end in range(known, len(tokens) + 1)])
+        result.tokens[chunk.request_id] = drawn
         if chunk.draw.params.logprobs is not None:
-            (result.logprobs[chunk.request_id],) = scored([token], len(tokens))
+            result.logprobs[chunk.request_id] = scored(drawn, known)
 
 
 class ScriptedRunner:
     batching: Batching = "packed"
     decoder_prompt: tuple[int, ...] = ()
     shares_blocks = False
+    checks_drafts = False
 
     def __init__(self) -> None:
         self.batches: list[Batch] = []
@@ -85,6 +94,7 @@ class PagedScriptedRunner:
     batching: Batching = "packed"
     decoder_prompt: tuple[int, ...] = ()
     shares_blocks = True
+    checks_drafts = True
 
     def __init__(self, block_tokens: int) -> None:
         self.block_tokens = block_tokens

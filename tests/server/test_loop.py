@@ -22,7 +22,7 @@ from server.records import (
     Shutdown,
     StepReport,
 )
-from tests.server.scripted import VOCABULARY, PagedScriptedRunner, ScriptedRunner, expected_answer
+from tests.server.scripted import PERIOD, REPETITIVE, VOCABULARY, PagedScriptedRunner, ScriptedRunner, expected_answer
 
 
 class Bench:
@@ -33,7 +33,9 @@ class Bench:
     ) -> None:
         self.runner = ScriptedRunner()
         pool = BlockPool(blocks)
-        self.scheduler = Scheduler(pool, max_batch_tokens=budget, max_sequences=sequences, max_model_len=200)
+        self.scheduler = Scheduler(
+            pool, max_batch_tokens=budget, max_sequences=sequences, max_model_len=200, speculative_tokens=4
+        )
         self.inbox: queue.SimpleQueue[Record] = queue.SimpleQueue()
         self.reports: list[StepReport] = []
         self.after_step: Callable[[StepReport], None] = lambda report: None
@@ -265,3 +267,24 @@ def test_an_answer_that_does_not_continue_its_prompt_has_a_beginning_of_its_own(
     assert bench.answer("a") == expected_answer([1, 2, 3, 7, 8], 4)
     assert bench.end("b").refused
     assert "logprobs of its prompt" in str(bench.end("b").error)
+
+
+def test_reports_count_guesses_and_a_runner_that_checks_none_gets_none() -> None:
+    prompt = [REPETITIVE, *(place % PERIOD for place in range(20))]
+    found: list[tuple[int, int, int, int]] = []
+    for runner in (PagedScriptedRunner(KV_BLOCK_TOKENS), None):
+        bench = Bench(runner=runner)
+        bench.generate("circles", prompt, 40)
+        bench.generate("plain", [5, 6], 10)
+        bench.loop.run()
+        assert bench.answer("circles") == expected_answer(prompt, 40)
+        assert bench.answer("plain") == expected_answer([5, 6], 10)
+        guesses = sum(report.draft_tokens for report in bench.reports)
+        accepted = sum(report.accepted_draft_tokens for report in bench.reports)
+        assert sum(report.prefill_tokens for report in bench.reports) == len(prompt) + 2
+        assert sum(report.decode_tokens for report in bench.reports) == 39 + 9 - accepted
+        found.append((len(bench.reports), guesses, accepted, bench.scheduler.speculative_tokens))
+    assert found[1] == (40, 0, 0, 0)
+    steps, guesses, accepted, _ = found[0]
+    assert steps == 40 - accepted
+    assert guesses > accepted > 10

@@ -161,13 +161,15 @@ def test_records_become_values(page: Page) -> None:
     assert value("quantization_outlier_ratio", group="self_attn.q_proj", format="int8") == 0.0002
     model.step(step(1, 3, queue_seconds=(0.5, 1.5)))
     model.step(step(2, 3, forward_passes=0, kv_blocks_cached=4, prefix_query_tokens=40, prefix_hit_tokens=32))
-    model.step(step(3, 3, preemptions=2))
+    model.step(step(3, 3, preemptions=2, draft_tokens=7, accepted_draft_tokens=5))
     assert value("engine_steps_total") == 3
     assert value("engine_forward_passes_total") == 2
     assert value("engine_step_duration_seconds_count") == 2
     assert value("engine_step_sequences_sum") == 6
     assert value("engine_step_tokens_total", phase="prefill") == 30
     assert value("engine_preemptions_total") == 2
+    assert value("draft_tokens_total") == 7
+    assert value("draft_tokens_accepted_total") == 5
     assert value("request_queue_seconds_sum") == 2.0
     assert value("prefix_cache_query_tokens_total") == 40
     assert value("prefix_cache_hit_tokens_total") == 32

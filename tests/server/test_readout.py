@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import random
 
 import pytest
@@ -10,9 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from server.model.batch import Batch, Chunk, Draw, Score, StepResult
+from server.model.history import History
 from server.model.logprobs import SLICE_ROWS, token_logprobs
 from server.model.readout import read_logits
-from server.records import MAX_TOP_LOGPROBS, SamplingParams
+from server.records import MAX_TOP_LOGPROBS, SamplingParams, TokenLogprobs
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -58,8 +60,11 @@ def test_results_are_told_apart_by_request() -> None:
     result = StepResult()
     read_logits(chunks, logits, result)
     best = logits.argmax(-1).tolist()
-    assert result.tokens == {"a": best[0], "d": best[8]}
-    assert {name: found.top_ids for name, found in result.logprobs.items()} == {"a": (best[0],), "d": (best[8],)}
+    assert result.tokens == {"a": [best[0]], "d": [best[8]]}
+    assert {name: [one.top_ids for one in found] for name, found in result.logprobs.items()} == {
+        "a": [(best[0],)],
+        "d": [(best[8],)],
+    }
     assert [found.top_ids[0] for found in result.prompt_logprobs["b"]] == best[1:5]
     assert [found.top_ids[0] for found in result.prompt_logprobs["d"]] == best[5:8]
     expected = torch.log_softmax(logits, -1)
@@ -82,6 +87,74 @@ def test_one_bad_row_is_its_request_s_error(row: int) -> None:
     assert list(result.tokens) == ["fine"]
     assert "not finite" in result.errors["bad"]
     assert result.refused == set()
+
+
+edits = st.fixed_dictionaries(
+    {},
+    optional={
+        "temperature": st.sampled_from([0.0, 0.3, 1.0]),
+        "top_k": st.just(3),
+        "repetition_penalty": st.just(1.7),
+        "frequency_penalty": st.just(2.0),
+        "presence_penalty": st.just(-1.0),
+        "logit_bias": st.just(((0, 1.5),)),
+        "allowed_token_ids": st.just((0, 1, 2, 3)),
+        "bad_words": st.just(((0, 1), (2, 3, 1), (3,))),
+        "min_tokens": st.integers(0, 6),
+        "stop_token_ids": st.just((1, 4)),
+    },
+)
+
+
+def drawn_one_by_one(rows: torch.Tensor, draft: list[int], draw: Draw) -> tuple[list[int], list[TokenLogprobs], str]:
+    """A step for each row; its tokens, their logprobs, and the error of the first one."""
+    tokens: list[int] = []
+    logprobs: list[TokenLogprobs] = []
+    for place, row in enumerate(rows):
+        result = StepResult()
+        one = Draw(draw.params, draw.seed, draw.index + place, draw.history)
+        read_logits([Chunk("a", [7], 10 + place, [0], one)], row[None], result)
+        if "a" in result.errors:
+            return tokens, logprobs, "" if tokens else result.errors["a"]
+        tokens += result.tokens["a"]
+        logprobs += result.logprobs["a"]
+        if draft[place : place + 1] != tokens[-1:]:
+            break
+        if draw.history is not None:
+            draw.history.append(tokens[-1])
+    return tokens, logprobs, ""
+
+
+@given(data=st.data(), fields=edits, draft=st.lists(st.integers(0, 5), max_size=5), seed=st.integers(0, 2**16))
+@settings(deadline=None, max_examples=300)
+def test_a_draft_gives_what_a_step_for_each_of_its_tokens_would_give(
+    data: st.DataObject, fields: dict[str, object], draft: list[int], seed: int
+) -> None:
+    """Whatever the parameters; another sequence stands beside it, and its own history stays as it was."""
+    params = SamplingParams(max_tokens=20, logprobs=2, **fields)  # type: ignore[arg-type]
+    prompt = data.draw(st.lists(st.integers(0, 5), min_size=1, max_size=6))
+    logits = torch.randn(len(draft) + 1, 6, generator=torch.Generator().manual_seed(seed))
+    for place, token in enumerate(draft):
+        if data.draw(st.booleans()):
+            logits[place, token] += 4.0  # else a guess would hardly come true
+    if data.draw(st.booleans()):
+        logits[data.draw(st.integers(0, len(draft)))] = torch.nan
+    draw = Draw(params, seed, 2, History.needed(params, prompt))
+    before = copy.deepcopy(draw.history)
+    result = StepResult()
+    chunks = [chunk("b", 1, 0, draw=True), Chunk("a", [prompt[-1], *draft], 10, [0], draw, None, len(draft))]
+    read_logits(chunks, torch.cat([torch.zeros(1, 6), logits]), result)
+    if draw.history is not None and before is not None:
+        assert draw.history.banned() == before.banned()
+        for counts, known in [(draw.history.counts, before.counts)]:
+            if counts is not None and known is not None:
+                assert counts.tokens.tolist() == known.tokens.tolist()
+                assert counts.generated.tolist() == known.generated.tolist()
+    tokens, logprobs, error = drawn_one_by_one(logits, draft, draw)
+    assert result.tokens["b"] == [0]
+    assert list(result.tokens.get("a", ())) == tokens
+    assert result.logprobs.get("a", []) == logprobs
+    assert result.errors.get("a", "") == error
 
 
 shapes = st.lists(st.tuples(st.integers(1, 20), st.integers(0, 20), st.booleans()), min_size=1, max_size=6)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections import Counter
 from typing import Any
 
@@ -11,11 +12,12 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 from server.engine.blocks import BlockPool
+from server.engine.lookup import Lookup
 from server.engine.scheduler import PRIORITY_SECONDS, Scheduler
 from server.errors import ConfigError, RequestError
-from server.model.batch import Batch, Chunk
+from server.model.batch import Batch, Chunk, StepResult
 from server.records import Generate, SamplingParams, SequenceOutput, TokenLogprobs
-from tests.server.scripted import PagedScriptedRunner, expected_answer, scored
+from tests.server.scripted import PERIOD, REPETITIVE, PagedScriptedRunner, expected_answer, scored
 
 BLOCK = 4
 
@@ -44,14 +46,22 @@ class SchedulerMachine(RuleBasedStateMachine):
         sequences=st.sampled_from([4, 3, 1]),
         limit=st.sampled_from([40, 24, 13]),
         caching=st.sampled_from([True, True, True, False]),
+        speculative=st.sampled_from([0, 1, 4, 9]),
     )
-    def start(self, extra_blocks: int, budget: int, sequences: int, limit: int, caching: bool) -> None:
+    def start(
+        self, extra_blocks: int, budget: int, sequences: int, limit: int, caching: bool, speculative: int
+    ) -> None:
         self.limit = limit
         self.budget = budget
         self.caching = caching
         pool = BlockPool(-(-limit // BLOCK) + extra_blocks, BLOCK)
         self.scheduler = Scheduler(
-            pool, max_batch_tokens=budget, max_sequences=sequences, max_model_len=limit, prefix_caching=caching
+            pool,
+            max_batch_tokens=budget,
+            max_sequences=sequences,
+            max_model_len=limit,
+            prefix_caching=caching,
+            speculative_tokens=speculative,
         )
         self.runner = PagedScriptedRunner(BLOCK)
         self.now = 0.0
@@ -67,18 +77,27 @@ class SchedulerMachine(RuleBasedStateMachine):
         priority=st.sampled_from([0, 0, -2, -1, 1, 2]),
         salt=st.sampled_from(["", "", "", "a"]),
         timeout=st.sampled_from([None, None, None, 0.0, 7.0, 40.0]),
+        circle=st.sampled_from([None, PERIOD]),
     )
-    def add(self, data: st.DataObject, fork: int, priority: int, salt: str, timeout: float | None) -> None:
-        """A prompt that is the common text up to a fork, or that goes on from what another said."""
+    def add(
+        self, data: st.DataObject, fork: int, priority: int, salt: str, timeout: float | None, circle: int | None
+    ) -> None:
+        """A prompt that is the common text up to a fork, or that goes on from what another said; or one in circles."""
         name = f"r{len(self.requests)}"
         length = data.draw(st.integers(1, self.limit - 1))
         begun = data.draw(st.sampled_from([None, *self.requests]))
         text = list(range(fork)) if begun is None else [*self.requests[begun].prompt, *self.answers[begun]]
-        prompt = [*text, *(100 + len(self.requests) + place for place in range(length))][:length]
+        if circle is not None and begun is None:
+            text = [REPETITIVE, *(place % circle for place in range(fork))]
+        own = (100 + len(self.requests) + (place % circle if circle else place) for place in range(length))
+        prompt = [*text, *own][:length]
+        most = data.draw(st.just(self.limit - length) | st.integers(1, self.limit - length))
+        ends = data.draw(st.none() | st.sampled_from(expected_answer(prompt, most)))
         self.requests[name] = request(
             name,
             prompt,
-            data.draw(st.just(self.limit - length) | st.integers(1, self.limit - length)),
+            most,
+            () if ends is None else (ends,),
             **data.draw(st.sampled_from([{}, {}, {"logprobs": 1}, {"prompt_logprobs": 1}])),
             priority=priority,
             cache_salt=salt,
@@ -165,10 +184,33 @@ class SchedulerMachine(RuleBasedStateMachine):
 
     def schedule(self) -> Batch | None:
         ran = {sequence.request.request_id for sequence in self.scheduler.running}
+        without = copy.deepcopy(self.scheduler) if self.scheduler.speculative_tokens else None
         batch = self.scheduler.schedule()
         if batch is not None:
             self.check_batch(batch, ran)
+        if without is not None:
+            self.check_that_guesses_displace_nothing(batch, without)
         return batch
+
+    def check_that_guesses_displace_nothing(self, batch: Batch | None, without: Scheduler) -> None:
+        """The same chunks on the same blocks, the same victims; and behind a draft there is still a token to draw."""
+        without.speculative_tokens = 0
+        plain = without.schedule()
+        assert without.preempted == self.scheduler.preempted
+        assert (batch is None) == (plain is None)
+        for chunk, other in zip(batch.chunks if batch else (), plain.chunks if plain else (), strict=True):
+            known = len(chunk.tokens) - chunk.drafted
+            assert (chunk.request_id, chunk.start, chunk.draw is None, chunk.score) == (
+                other.request_id, other.start, other.draw is None, other.score,
+            )  # fmt: skip
+            assert tuple(chunk.tokens[:known]) == tuple(other.tokens)
+            assert list(chunk.blocks[: len(other.blocks)]) == list(other.blocks)
+            assert len(chunk.blocks) == max(len(other.blocks), -(-chunk.end // BLOCK))
+            if chunk.drafted:
+                assert chunk.drafted <= self.scheduler.speculative_tokens
+                assert chunk.is_decode
+                assert chunk.draw is not None
+                assert chunk.draw.index + chunk.drafted < chunk.draw.params.max_tokens
 
     def check_batch(self, batch: Batch, ran: set[str]) -> None:
         assert 1 <= batch.tokens <= self.budget
@@ -178,7 +220,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         for chunk in batch.chunks:
             assert len(chunk.tokens) >= 1
             assert len(chunk.blocks) * BLOCK >= chunk.end
-            assert chunk.end <= len(running[chunk.request_id].tokens)
+            assert chunk.end - chunk.drafted <= len(running[chunk.request_id].tokens)
             self.check_what_is_read(chunk)
             for block in chunk.blocks[chunk.start // BLOCK :]:
                 assert self.scheduler.pool.owners(block) == 1, "what is written is read by another"
@@ -218,10 +260,16 @@ class SchedulerMachine(RuleBasedStateMachine):
             assert output.token_ids or output.prompt_logprobs
             return
         self.ends[name] += 1
+        answer = expected_answer(asked.prompt, asked.sampling.max_tokens)
+        stops = [place for place, token in enumerate(answer, start=1) if token in asked.sampling.stop_token_ids]
         if output.finish_reason == "length":
-            assert self.answers[name] == expected_answer(asked.prompt, asked.sampling.max_tokens)
+            assert self.answers[name] == answer
+            assert not stops
+        elif output.finish_reason == "stop":
+            assert self.answers[name] == answer[: stops[0]]
         else:
-            assert self.answers[name] == expected_answer(asked.prompt, len(self.answers[name]))
+            assert self.answers[name] == answer[: len(self.answers[name])]
+            assert not stops or len(self.answers[name]) < stops[0]
 
     @invariant()
     def blocks_have_as_many_owners_as_hold_them(self) -> None:
@@ -232,7 +280,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         assert [pool.owners(block) for block in range(pool.total)] == [held[block] for block in range(pool.total)]
         assert pool.used == len(held)
         for sequence in self.scheduler.running:
-            assert len(set(sequence.blocks)) == len(sequence.blocks) >= 1
+            assert 1 <= len(set(sequence.blocks)) == len(sequence.blocks) <= -(-len(sequence.tokens) // BLOCK)
         assert all(not sequence.blocks for sequence in self.scheduler.waiting)
         assert self.caching or pool.cached == 0
 
@@ -266,8 +314,16 @@ SchedulerMachine.TestCase.settings = settings(max_examples=300, stateful_step_co
 TestSchedulerProperties = SchedulerMachine.TestCase
 
 
-def make(blocks: int = 100, budget: int = 32, sequences: int = 8, limit: int = 64) -> Scheduler:
-    return Scheduler(BlockPool(blocks, BLOCK), max_batch_tokens=budget, max_sequences=sequences, max_model_len=limit)
+def make(
+    blocks: int = 100, budget: int = 32, sequences: int = 8, limit: int = 64, speculative_tokens: int = 0
+) -> Scheduler:
+    return Scheduler(
+        BlockPool(blocks, BLOCK),
+        max_batch_tokens=budget,
+        max_sequences=sequences,
+        max_model_len=limit,
+        speculative_tokens=speculative_tokens,
+    )
 
 
 def run_step(scheduler: Scheduler, runner: PagedScriptedRunner) -> tuple[Batch, list[SequenceOutput]]:
@@ -575,3 +631,122 @@ def test_an_aborted_prompt_leaves_what_was_computed_of_it() -> None:
     assert (scheduler.pool.used, scheduler.pool.cached) == (0, 2)
     scheduler.add(request("next", list(range(20)), 5), 0.0)
     assert answer_all(scheduler, runner)["next"].cached_tokens == 8
+
+
+CIRCLES = [REPETITIVE, *(place % PERIOD for place in range(14))]
+
+
+def drafted(batch: Batch) -> dict[str, int]:
+    return {chunk.request_id: chunk.drafted for chunk in batch.chunks}
+
+
+def test_a_text_in_circles_takes_fewer_steps_and_says_the_same() -> None:
+    scheduler, runner = make(speculative_tokens=4), PagedScriptedRunner(BLOCK)
+    scheduler.add(request("a", CIRCLES, 40, logprobs=0), 0.0)
+    answer: list[int] = []
+    guesses = accepted = steps = 0
+    while scheduler.has_work:
+        batch, (output,) = run_step(scheduler, runner)
+        steps += 1
+        assert scheduler.accepted_tokens <= batch.drafted_tokens <= 4
+        assert len(output.token_ids) == 1 + scheduler.accepted_tokens
+        answer += output.token_ids
+        guesses += batch.drafted_tokens
+        accepted += scheduler.accepted_tokens
+        assert list(output.logprobs) == scored(output.token_ids, len(CIRCLES) + len(answer) - len(output.token_ids))
+    assert answer == expected_answer(CIRCLES, 40)
+    assert steps == 40 - accepted
+    assert steps <= 25
+    assert accepted < guesses, "the circles are broken now and then"
+    assert runner.computed_tokens == len(CIRCLES) + steps - 1 + guesses
+    assert (scheduler.pool.used, scheduler.pool.cached) == (0, (len(CIRCLES) + 39) // BLOCK)
+
+
+def run_text(scheduler: Scheduler, text: list[int]) -> tuple[Batch, list[SequenceOutput]]:
+    """A step of a model that says this text, whatever it is given."""
+    batch = scheduler.schedule()
+    assert batch is not None
+    result = StepResult()
+    for chunk in batch.chunks:
+        if chunk.draw is not None:
+            result.tokens[chunk.request_id] = chunk.kept(text[chunk.end - chunk.drafted : chunk.end + 1])
+    return batch, scheduler.apply(batch, result)
+
+
+def test_guesses_stop_where_they_are_wrong_and_begin_again_where_they_would_be_right() -> None:
+    wrong = [token for place in range(40) for token in (1, 2, 3, 100 + place)]
+    right = [11, 12, 13, 14, 15] * 40
+    text = wrong + right
+    scheduler = make(blocks=200, limit=400, speculative_tokens=4)
+    scheduler.add(request("a", text[:8], len(text) - 8), 0.0)
+    drafts: list[tuple[int, int]] = []
+    while scheduler.has_work:
+        at = len((scheduler.running or scheduler.waiting)[0].tokens)
+        batch, _ = run_text(scheduler, text)
+        drafts.append((at, batch.drafted_tokens))
+    # What comes after 1, 2, 3 is another token each time, and alone in a step a rate of 0.5 * (7 / 8)^7 doesn't pay.
+    assert [at for at, count in drafts if count and at < len(wrong)] == list(range(11, 36, 4))
+    later = [count for at, count in drafts if at > len(wrong) + 30]
+    assert later[:-2] == [4] * (len(later) - 2), (
+        "a guess that nobody checks is compared with what was drawn all the same"
+    )
+    assert sum(later) + len(later) == len(right) - 30 - drafts[-len(later)][0] + len(wrong) + 30
+    assert scheduler.pool.used == 0
+
+
+def test_guesses_fill_what_prefills_leave_of_the_budget() -> None:
+    text = [1, 2, 3, 4, 5] * 40
+    scheduler = make(budget=12, limit=200, speculative_tokens=4)
+    scheduler.add(request("circles", text[:12], 100), 0.0)
+    while not (scheduler.running and scheduler.running[0].generated > 20):
+        run_text(scheduler, text)
+    scheduler.running[0].lookup.rate = 1.0  # so that it pays at any size
+    scheduler.add(request("long", list(range(11 + 9)), 5), 0.0)
+    batches = [run_text(scheduler, text)[0] for _ in range(3)]
+    assert [[(len(chunk.tokens), chunk.drafted) for chunk in batch.chunks] for batch in batches] == [
+        [(1, 0), (11, 0)],
+        [(3, 2), (9, 0)],
+        [(5, 4), (1, 0)],
+    ]
+    assert [batch.decode_tokens for batch in batches] == [1, 1, 2]
+    assert [batch.drafted_tokens for batch in batches] == [0, 2, 4]
+
+
+def test_guesses_take_free_blocks_only_and_give_back_what_did_not_come_true() -> None:
+    text = [1, 2, 3, 4] * 12
+    scheduler = make(blocks=6, limit=24, speculative_tokens=9)
+    scheduler.add(request("a", text[:7], 17), 0.0)
+    run_text(scheduler, text)
+    (sequence,) = scheduler.running
+    sequence.lookup.rate = 1.0
+    held = scheduler.pool.take(3)
+    batch, _ = run_text(scheduler, [*text[:8], 9, *text[8:]])
+    assert (batch.drafted_tokens, scheduler.accepted_tokens) == (4, 0), "its own two blocks, and the last free one"
+    assert (len(sequence.tokens), len(sequence.blocks), scheduler.pool.free) == (9, 3, 0)
+    scheduler.pool.give_back(held)
+    sequence.tokens[-1] = 1
+    sequence.lookup = Lookup()
+    sequence.lookup.rate = 1.0
+    batch, _ = run_text(scheduler, [*text[:10], 9, *text[9:]])
+    assert (batch.drafted_tokens, scheduler.accepted_tokens) == (9, 1)
+    assert (len(sequence.tokens), len(sequence.blocks), scheduler.pool.free) == (11, 3, 3)
+
+
+@pytest.mark.parametrize(
+    ("limit", "stop", "reason"), [(20, (8, 9), "stop"), (20, (5, 8), "stop"), (9, (), "length"), (9, (8,), "stop")]
+)
+def test_a_text_ends_among_guesses_that_came_true(limit: int, stop: tuple[int, ...], reason: str) -> None:
+    text = [*range(20), *range(20), 0]
+    scheduler = make(speculative_tokens=9)
+    scheduler.add(request("a", text[:20], limit, stop=stop, logprobs=0), 0.0)
+    answer: list[int] = []
+    while scheduler.has_work:
+        for sequence in scheduler.running:
+            sequence.lookup.rate = 1.0
+        batch, (output,) = run_text(scheduler, text)
+        answer += output.token_ids
+    assert answer == list(range(min([*stop, limit - 1]) + 1))
+    assert output.finish_reason == reason
+    if limit > 9:
+        assert batch.drafted_tokens > scheduler.accepted_tokens == len(output.token_ids) > 1
+    assert (scheduler.pool.used, scheduler.pool.cached) == (0, (20 + len(answer) - 1) // BLOCK)
