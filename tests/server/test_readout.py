@@ -142,7 +142,7 @@ def test_a_draft_gives_what_a_step_for_each_of_its_tokens_would_give(
     draw = Draw(params, seed, 2, History.needed(params, prompt))
     before = copy.deepcopy(draw.history)
     result = StepResult()
-    chunks = [chunk("b", 1, 0, draw=True), Chunk("a", [prompt[-1], *draft], 10, [0], draw, None, len(draft))]
+    chunks = [chunk("b", 1, 0, draw=True), Chunk("a", [prompt[-1], *draft], 10, [0], draw, drafted=len(draft))]
     read_logits(chunks, torch.cat([torch.zeros(1, 6), logits]), result)
     if draw.history is not None and before is not None:
         assert draw.history.banned() == before.banned()

@@ -48,7 +48,8 @@ def test_answers_are_those_without_guesses(architecture: str, settings: dict[str
         assert [one.top_ids for one in guessed] == [one.top_ids for one in plain]
         assert [one.logprob for one in guessed] == pytest.approx([one.logprob for one in plain], abs=1e-4)
     accepted = sum(report.accepted_draft_tokens for report in runs[1].reports)
-    assert accepted > 0
+    if "repetition_penalty" not in settings:  # which keeps a random model from saying again what it said
+        assert accepted > 0
     assert sum(report.decode_tokens for report in runs[0].reports) == accepted + sum(
         report.decode_tokens for report in runs[1].reports
     ), "each guess that came true saved its sequence a turn"
