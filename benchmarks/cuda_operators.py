@@ -201,7 +201,7 @@ def between_products(kernels: native.Kernels, x: torch.Tensor) -> Iterator[tuple
     slots = torch.randperm(tokens, device=x.device)
 
     def write() -> torch.Tensor:
-        kernels.cache_write(query, query, keys, values, slots)
+        kernels.cache_write(query, query, keys, values, slots, None)
         return keys
 
     yield "cache_write", 4 * query.nbytes, write
@@ -236,7 +236,7 @@ class Cached:
     def attend(self, kernels: native.Kernels, query: torch.Tensor) -> torch.Tensor:
         """One row a sequence, [S, H, D]."""
         places = (self.tables, self.offsets, self.starts)
-        return kernels.paged_attention(query, self.keys, self.values, *places, HEAD_DIM**-0.5, 0, 0.0, None)
+        return kernels.paged_attention(query, self.keys, self.values, *places, HEAD_DIM**-0.5, 0, 0.0, None, None)
 
     def attend_dense(self, query: torch.Tensor) -> torch.Tensor:
         """What torch makes of the same; in float64 where the query is."""

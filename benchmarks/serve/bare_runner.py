@@ -99,7 +99,7 @@ def serve(checkpoint: Path, quantization: dict[str, Any]) -> None:
             step = runner.step(Batch((Chunk("one", tokens, start, own, draw),)))
             result.pieces.append(time.monotonic())
             start += len(tokens)
-            tokens = (step.tokens["one"],)
+            tokens = tuple(step.tokens["one"])
         runner.release("one")
         result.ended = result.pieces[-1]
         return result
