@@ -263,7 +263,8 @@ def set_batch_invariant(wanted: bool) -> None:
     """Whether a row of a matmul has the same bits in a batch of any size, in this process from now on; False at first.
 
     Without it, on processors with BF16 vectors or AMX, a 4-bit layer that computes in bfloat16 adds up one to three
-    rows in another, faster order than more rows. Whatever the other rows hold, they never matter.
+    rows in another, faster order than more rows; with AMX an int8 layer that rounds no activations does too. Whatever
+    the other rows hold, they never matter.
     """
     global _batch_invariant
     _batch_invariant = int(wanted)
