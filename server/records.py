@@ -29,6 +29,12 @@ CPU: Final = "cpu"
 """What the machine's own memory is called among the devices."""
 DISK: Final = "disk"
 """Where a device map may put what is brought for each forward pass."""
+PSS: Final = "pss"
+DEVICE_USED: Final = "device_used"
+"""Keys of a MemoryReport's `process` that hold the device's own figure: on a CPU, on CUDA."""
+ELSEWHERE: Final = "weights_elsewhere"
+"""Key of `process`: bytes of weights in mapped files that are not in the figure: not read yet, dropped by the kernel,
+or the share of another process that maps the same file."""
 MAX_TIMEOUT_SECONDS: Final = 86400.0
 """The longest time that a request may be given, or ask for."""
 MAX_TOP_LOGPROBS: Final = 20
@@ -238,8 +244,8 @@ class MemoryReport(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     planned: dict[str, int]
     measured: dict[str, int]
     process: dict[str, int]
-    """The engine process as the system sees it: rss_anonymous, rss_file, peak_rss, ... in bytes. Under "pss" (on a CPU)
-    or "device_used" (on CUDA) is the device's own figure of all that `measured` is to explain."""
+    """The engine process as the system sees it: rss_anonymous, rss_file, peak_rss, ... in bytes. Under PSS (on a CPU)
+    or DEVICE_USED (on CUDA) is the device's own figure of all that `measured` is to explain."""
     device_capacity: int = 0
     """All memory of a CUDA device; 0 for the CPU, whose memory the HTTP process sees itself."""
     peak: dict[str, int] = {}

@@ -7,6 +7,8 @@ import threading
 from pathlib import Path
 from typing import Final
 
+from server.memory.machine import process_bytes
+
 SAMPLE_SECONDS: Final = 5.0
 """Between two looks at a tree's memory: a look walks all its pages, some 20 ms for a few gigabytes."""
 
@@ -26,19 +28,9 @@ def tree(pid: int) -> list[int]:
     return found
 
 
-def memory(pid: int, kind: str = "Pss") -> int:
-    """Bytes of one kind in smaps_rollup ("Pss", "Pss_Anon", "Rss", ...); 0 when the process is gone."""
-    with contextlib.suppress(OSError):
-        for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()[1:]:
-            name, _, value = line.partition(":")
-            if name == kind:
-                return int(value.split()[0]) * 1024
-    return 0
-
-
 def proportional_bytes(pid: int) -> int:
     """PSS of a process and its descendants: what they take, each shared page divided by those who share it."""
-    return sum(memory(one) for one in tree(pid))
+    return sum(found.pss for one in tree(pid) if (found := process_bytes(one)) is not None)
 
 
 class MemoryWatch:

@@ -10,6 +10,7 @@ from typing import Final
 
 from benchmarks.serve.processes import tree
 from benchmarks.soak.counts import Series, total
+from server.memory.machine import anonymous_bytes
 from server.metrics import catalog
 
 ENGINE: Final = b"server.engine.process"
@@ -52,15 +53,7 @@ class Growth:
 
 def engine_of(server: int) -> int:
     """The process id of the server's engine; 0 where there is none."""
-    return next((pid for pid in tree(server) if ENGINE in _read(pid, "cmdline")), 0)
-
-
-def anonymous_bytes(pid: int) -> int:
-    """Anonymous resident memory of a process, 0 when it is gone."""
-    for line in _read(pid, "status").splitlines():
-        if line.startswith(b"RssAnon:"):
-            return int(line.split()[1]) * 1024
-    return 0
+    return next((pid for pid in tree(server) if ENGINE in _command(pid)), 0)
 
 
 def take(server: int, series: Series, seconds: float, requests: int) -> Sample:
@@ -70,8 +63,8 @@ def take(server: int, series: Series, seconds: float, requests: int) -> Sample:
         seconds=round(seconds, 1),
         requests=requests,
         engine=engine,
-        http_bytes=anonymous_bytes(server),
-        engine_bytes=anonymous_bytes(engine),
+        http_bytes=anonymous_bytes(server) or 0,
+        engine_bytes=anonymous_bytes(engine) or 0,
         unaccounted_bytes=round(total(series, catalog.MEMORY_UNACCOUNTED)),
         blocks_used=round(total(series, catalog.KV_USED)),
         blocks_cached=round(total(series, catalog.KV_CACHED)),
@@ -98,8 +91,8 @@ def _growth(process: str, samples: Sequence[Sample], size: Callable[[Sample], in
     return Growth(process, requests, statistics.median(start) / MB, statistics.median(end) / MB)
 
 
-def _read(pid: int, name: str) -> bytes:
+def _command(pid: int) -> bytes:
     try:
-        return Path(f"/proc/{pid}/{name}").read_bytes()
+        return Path(f"/proc/{pid}/cmdline").read_bytes()
     except OSError:
         return b""

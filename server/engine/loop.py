@@ -47,7 +47,8 @@ class EngineLoop:
         upkeep: Upkeep | None = None,
     ) -> None:
         scheduler.prefix_caching &= runner.shares_blocks  # a runner that can't would compute nonsense
-        scheduler.speculative_tokens *= runner.checks_drafts
+        if not runner.checks_drafts:
+            scheduler.speculative_tokens = 0
         self._scheduler = scheduler
         self._runner = runner
         self._inbox = inbox

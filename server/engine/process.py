@@ -249,8 +249,7 @@ def load_engine(spec: ModelSpec, connection: Connection) -> EngineLoop:
 def plan_in_turn(spec: ModelSpec, connection: Connection) -> Plan:
     """The plan, once it is this engine's turn and what others have been promised is left to them."""
     from server.memory.components import MAPPED_FILES, RUNTIME_CONTEXT
-    from server.memory.ledger import process_memory
-    from server.memory.machine import Share
+    from server.memory.machine import Share, anonymous_bytes
     from server.memory.plan import make_plan, require_fit
 
     runtime: Share | None = None
@@ -268,7 +267,7 @@ def plan_in_turn(spec: ModelSpec, connection: Connection) -> Plan:
                 shortage = error.shortage
                 continue
             raise DoesNotFitError(f"{error}{_promises(granted, error.shortage)}", error.shortage) from error
-        held = {CPU: process_memory().get("rss_anonymous", 0)}
+        held = {CPU: anonymous_bytes(os.getpid()) or 0}
         devices = [device for device in plan.devices if device.device != DISK]
         connection.send(
             Planned(

@@ -37,19 +37,12 @@ from server.memory.components import (
     RUNTIME_CONTEXT,
     WORKSPACE,
 )
-from server.records import CPU, MemoryReport
+from server.records import CPU, DEVICE_USED, ELSEWHERE, PSS, MemoryReport
 
 if TYPE_CHECKING:
     from torch import nn
 
-PSS: Final = "pss"
-DEVICE_USED: Final = "device_used"
-"""Keys of a report's `process` that hold the device's own figure: on a CPU, on CUDA."""
-ELSEWHERE: Final = "weights_elsewhere"
-"""Key of `process`: bytes of weights in mapped files that are not in the figure: not read yet, dropped by the kernel,
-or the share of another process that maps the same file."""
 CHECKPOINT_SUFFIX: Final = ".safetensors"
-_KIB: Final = 1024
 _STATUS: Final = {
     "RssAnon": "rss_anonymous",
     "RssFile": "rss_file",
@@ -222,14 +215,8 @@ def process_memory(status: Path = Path("/proc/self/status")) -> dict[str, int]:
     rss_anonymous is memory that only this process pays for; rss_file are mapped file pages, which the kernel may drop
     at any time. Where there is no /proc, the dictionary is empty.
     """
-    if not status.is_file():
-        return {}
-    found: dict[str, int] = {}
-    for line in status.read_text(encoding="ascii", errors="replace").splitlines():
-        key, _, value = line.partition(":")
-        if key in _STATUS:
-            found[_STATUS[key]] = int(value.split()[0]) * _KIB
-    return found
+    found = machine.fields(status)
+    return {name: found[key] for key, name in _STATUS.items() if key in found}
 
 
 def _device_used(device: str) -> int:

@@ -36,7 +36,7 @@ class ProcessBytes(NamedTuple):
 
 def process_bytes(pid: int, proc: Path = Path("/proc")) -> ProcessBytes | None:
     """The kernel's own sums over a process's mappings; None where the process is gone or not ours to look at."""
-    found = _fields(proc / str(pid) / "smaps_rollup")
+    found = fields(proc / str(pid) / "smaps_rollup")
     if "Pss" not in found:
         return None
     return ProcessBytes(found["Pss"], found.get("Rss", 0), found.get("Anonymous", 0))
@@ -56,7 +56,7 @@ class Share(NamedTuple):
 
 def share(pid: int, proc: Path = Path("/proc")) -> Share | None:
     """PSS by kind; None where the process is gone, or the kernel doesn't tell. It walks all pages of the process."""
-    found = _fields(proc / str(pid) / "smaps_rollup")
+    found = fields(proc / str(pid) / "smaps_rollup")
     if "Pss_File" not in found:
         return None
     return Share(found["Pss"] - found["Pss_File"], found["Pss_File"])
@@ -99,13 +99,13 @@ def mapped_share(suffix: str, smaps: Path = Path("/proc/self/smaps")) -> int:
 
 
 def anonymous_bytes(pid: int, proc: Path = Path("/proc")) -> int | None:
-    """The same, of a process's memory in RAM, from a counter: cheap however large the process is."""
-    return _fields(proc / str(pid) / "status").get("RssAnon")
+    """Anonymous memory of a process in RAM, from a counter: cheap however large the process is."""
+    return fields(proc / str(pid) / "status").get("RssAnon")
 
 
 def machine_available(meminfo: Path = _MEMINFO) -> int | None:
     """MemAvailable: what new work may take before the machine swaps, page cache that can be dropped included."""
-    return _fields(meminfo).get("MemAvailable")
+    return fields(meminfo).get("MemAvailable")
 
 
 def available(meminfo: Path = _MEMINFO, cgroup: Path = _CGROUP) -> int | None:
@@ -116,7 +116,7 @@ def available(meminfo: Path = _MEMINFO, cgroup: Path = _CGROUP) -> int | None:
 
 def capacity(meminfo: Path = _MEMINFO, cgroup: Path = _CGROUP) -> int | None:
     """All memory of the machine, or as much of it as the control group allows."""
-    total = _fields(meminfo).get("MemTotal")
+    total = fields(meminfo).get("MemTotal")
     return None if total is None else min([total, *(limit for limit, _ in _limits(cgroup))])
 
 
@@ -129,8 +129,8 @@ def _limits(cgroup: Path) -> list[tuple[int, int]]:
     return found
 
 
-def _fields(file: Path) -> dict[str, int]:
-    """The lines `Name:   123 kB` of a file of /proc, in bytes."""
+def fields(file: Path) -> dict[str, int]:
+    """The lines `Name:   123 kB` of a file of /proc, in bytes; empty where it can't be read."""
     try:
         text = file.read_text(encoding="ascii", errors="replace")
     except OSError:

@@ -14,7 +14,7 @@ from server.metrics.catalog import (
     MODEL,
     PROCESS_MEMORY,
 )
-from server.records import CPU, MemoryReport
+from server.records import CPU, DEVICE_USED, ELSEWHERE, PSS, MemoryReport
 
 if TYPE_CHECKING:
     from server.metrics.registry import Metrics
@@ -78,6 +78,6 @@ def unaccounted(report: MemoryReport) -> int | None:
     On a CPU the figure is the process's proportional share of resident pages (PSS), and what of its weights lies in
     mapped files and is not among them; on CUDA what the driver says is in use beyond what was before loading.
     """
-    figure = report.process.get("pss" if report.device == CPU else "device_used")
-    elsewhere = report.process.get("weights_elsewhere", 0)
+    figure = report.process.get(PSS if report.device == CPU else DEVICE_USED)
+    elsewhere = report.process.get(ELSEWHERE, 0)
     return None if figure is None else figure + elsewhere - sum(report.measured.values())

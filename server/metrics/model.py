@@ -116,10 +116,9 @@ class ModelMetrics:
         self._set(c.LOAD_SECONDS, record.load_seconds)
         self._set(c.MODEL_MAX_LENGTH, info.max_model_len)
         self._set(c.KV_CAPACITY, record.kv_blocks)
+        # Files may have changed since the last life.
         for spec in (c.MODEL_INFO, c.KV_INFO, c.QUANTIZATION_ERROR, c.QUANTIZATION_OUTLIERS):
-            self._metrics.of(spec).remove_by_labels(
-                {c.MODEL: self._model}
-            )  # files may have changed since the last life
+            self._metrics.of(spec).remove_by_labels({c.MODEL: self._model})
         labels = (info.architecture, info.dtype, info.device, quantization_label(info.quantization))
         self._gauge(c.MODEL_INFO, *labels, *quantization_labels(info.quantization)).set(1)
         self._gauge(c.KV_INFO, str(KV_BLOCK_TOKENS), str(record.kv_blocks)).set(1)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Final, overload
+from typing import overload
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, disable_created_metrics
 from prometheus_client.exposition import choose_encoder
@@ -25,9 +25,8 @@ from server.metrics.catalog import (
     Spec,
 )
 from server.metrics.memory import MemoryMetrics
+from server.records import CPU
 
-CPU: Final = "cpu"
-"""What the machine's own memory is called among the devices."""
 disable_created_metrics()  # type: ignore[no-untyped-call]  # they would double the page
 
 
