@@ -8,19 +8,19 @@ from __future__ import annotations
 
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Body, Depends, Query
+from fastapi import APIRouter, Depends, Query
 from pydantic import BaseModel, ConfigDict, Field
 from starlette.responses import JSONResponse
 
+from server.api.entry import ENTRY_BODY, requested_entry
 from server.api.fleet import Unloaded
 from server.api.models import describe
 from server.api.service import Service, get_service
-from server.config import MAX_DRAIN_SECONDS, ModelConfig, load_entry
+from server.config import MAX_DRAIN_SECONDS, ModelConfig
 from server.errors import RequestError, ServerError, load_refusal
 from server.records import Loaded
 
 router = APIRouter()
-_ENTRY = {"requestBody": {"content": {"application/json": {"schema": ModelConfig.model_json_schema()}}}}
 
 
 class UnloadQuery(BaseModel):
@@ -29,16 +29,16 @@ class UnloadQuery(BaseModel):
     drain_seconds: Annotated[float, Field(ge=0, le=MAX_DRAIN_SECONDS, allow_inf_nan=False)] | None = None
 
 
-@router.post("/admin/models", status_code=201, openapi_extra=_ENTRY)
+@router.post("/admin/models", status_code=201, openapi_extra=ENTRY_BODY)
 async def load_model(
-    entry: Annotated[dict[str, Any], Body()], service: Annotated[Service, Depends(get_service)]
+    entry: Annotated[ModelConfig, Depends(requested_entry)], service: Annotated[Service, Depends(get_service)]
 ) -> JSONResponse:
     """Loads one model, described as in models.yaml, and answers when it is ready.
 
     Refused with 400 (the entry), 409 (the name), 422 (the checkpoint), 507 (the memory); 500 when its engine failed.
     """
     try:
-        model, evicted = await service.load_model(load_entry(entry, "the request body", service.config.folder))
+        model, evicted = await service.load_model(entry)
     except RequestError:
         raise
     except ServerError as error:

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated
 
-from fastapi import APIRouter, Body, Depends, Request
+from fastapi import APIRouter, Depends, Request
 from starlette.responses import JSONResponse
 
-from server.api.service import Service, get_service
-from server.config import ModelConfig, load_entry, thread_share
+from server.api.entry import ENTRY_BODY, requested_entry
+from server.config import ModelConfig, thread_share
 from server.engine.planner import Planner
 from server.errors import ServerError, load_refusal
 
 router = APIRouter()
-_ENTRY = {"requestBody": {"content": {"application/json": {"schema": ModelConfig.model_json_schema()}}}}
 
 
 def get_planner(request: Request) -> Planner:
@@ -24,10 +23,9 @@ def get_planner(request: Request) -> Planner:
     return planner
 
 
-@router.post("/admin/plan", openapi_extra=_ENTRY)
+@router.post("/admin/plan", openapi_extra=ENTRY_BODY)
 async def plan(
-    entry: Annotated[dict[str, Any], Body()],
-    service: Annotated[Service, Depends(get_service)],
+    entry: Annotated[ModelConfig, Depends(requested_entry)],
     planner: Annotated[Planner, Depends(get_planner)],
 ) -> JSONResponse:
     """The plan of one model, described as in models.yaml: the document of `halfbyte plan --json`.
@@ -36,8 +34,7 @@ async def plan(
     checkpoint); 500 where planning itself failed.
     """
     try:
-        model = load_entry(entry, "the request body", service.config.folder)
-        made = await planner.plan(model.spec(thread_share(1)))
+        made = await planner.plan(entry.spec(thread_share(1)))
     except ServerError as error:
         raise load_refusal(error) from error
     return JSONResponse(made.document())
