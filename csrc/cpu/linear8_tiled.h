@@ -2,7 +2,8 @@
 // Rows of x are split, and outliers meet the weight, as linear8_kernel.h has it; only the exact product is another, of
 // signed codes (tile_product.h). Its sums are exact, so every bit is that of the other levels.
 //
-// A panel of weight rows is copied a stretch at a time into the cache, padded with zeros, and meets all of x there.
+// A panel of weight rows is copied a stretch at a time into the cache, padded with zeros, and meets all of x there; few
+// rows of x meet whole tiles of the weight where it lies.
 //
 // Everything is in an unnamed namespace, as in linear8_kernel.h and for the same reason.
 #pragma once

@@ -178,7 +178,7 @@ struct Tiled {
                 const float* const own = absmax + ((n * K + k) / blocksize - at.n * K / blocksize);
                 return decode_anyhow(*job.call, n, k, count, own, to);
             } else {
-                if (block == kGroup) {
+                if (block == kGroup) {  // known to the compiler, the usual size needs no inner loop
                     decode_blocks(codes, count, kGroup, table, scales, next, to);
                 } else {
                     decode_blocks(codes, count, block, table, scales, next, to);
