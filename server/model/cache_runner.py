@@ -9,6 +9,7 @@ them. An architecture whose logits that changes gets calls of rows of one length
 from __future__ import annotations
 
 import logging
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Final
 
@@ -19,7 +20,7 @@ from server.model.batch import SCORED_ROWS, Batch, Chunk, StepError, StepResult,
 from server.model.gather import Gather, Span
 from server.model.readout import read_logits
 from server.model.runner import input_device, keeps_logits, memory_guard, takes
-from server.records import Batching
+from server.records import Batching, ModelSpec
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -32,21 +33,18 @@ MOST_PADDED: Final = 2
 """In larger calls, how many columns there may be for each token."""
 
 
-class CacheRunner:
+class CallRunner(ABC):
+    """What runners of whole forward calls share: a step is some calls, each with chunks and a cache of its own."""
+
+    batching: Batching
     decoder_prompt: tuple[int, ...] = ()
     checks_drafts = False
     """Rows of unequal numbers of tokens take calls of their own: a draft would cost more than its guesses save."""
 
-    def __init__(self, model: PreTrainedModel, cache: PagedCache, batching: Batching) -> None:
-        """batching: which chunks share a call; "padded", "equal" lengths only, or "single"."""
+    def __init__(self, model: PreTrainedModel) -> None:
         self.model = model
-        self.cache = cache
-        self.batching = batching
         self.device = input_device(model)
-        # Computed alone, a row must not depend on what else ran; what others computed in other chunks differs in bits.
-        self.shares_blocks = batching != "single"
         self._keeps_logits = keeps_logits(model)
-        self._takes_positions = takes(model, "position_ids")
         self._cache_argument = cache_argument(model)
 
     def step(self, batch: Batch) -> StepResult:
@@ -70,13 +68,6 @@ class CacheRunner:
                 read_logits(computed, torch.cat([rows[chunk.request_id] for chunk in computed]), result)
         return result
 
-    def release(self, request_id: str) -> None:
-        """Nothing to forget: what a sequence left is in its blocks, and the scheduler knows who may read them."""
-
-    @property
-    def kv_tensors(self) -> list[torch.Tensor]:
-        return self.cache.tensors
-
     @property
     def buffers(self) -> list[torch.Tensor]:
         """None: what a call needs is made for it."""
@@ -89,13 +80,37 @@ class CacheRunner:
             rows |= self._forward(group)
         return torch.cat([rows[chunk.request_id] for chunk in batch.chunks if chunk.request_id in rows])
 
+    @abstractmethod
     def _calls(self, chunks: Sequence[Chunk]) -> list[list[Chunk]]:
         """The chunks of each forward call."""
+
+    @abstractmethod
+    def _forward(self, group: Sequence[Chunk]) -> dict[str, torch.Tensor]:
+        """One call; the logits of each chunk's wanted rows, [wanted, vocabulary], by request."""
+
+
+class CacheRunner(CallRunner):
+    def __init__(self, model: PreTrainedModel, cache: PagedCache, batching: Batching) -> None:
+        """batching: which chunks share a call; "padded", "equal" lengths only, or "single"."""
+        super().__init__(model)
+        self.cache = cache
+        self.batching = batching
+        # Computed alone, a row must not depend on what else ran; what others computed in other chunks differs in bits.
+        self.shares_blocks = batching != "single"
+        self._takes_positions = takes(model, "position_ids")
+
+    def release(self, request_id: str) -> None:
+        """Nothing to forget: what a sequence left is in its blocks, and the scheduler knows who may read them."""
+
+    @property
+    def kv_tensors(self) -> list[torch.Tensor]:
+        return self.cache.tensors
+
+    def _calls(self, chunks: Sequence[Chunk]) -> list[list[Chunk]]:
         return groups(chunks, self.batching)
 
     @torch.inference_mode()
     def _forward(self, group: Sequence[Chunk]) -> dict[str, torch.Tensor]:
-        """One call; the logits of each chunk's wanted rows, [wanted, vocabulary], by request."""
         spans = [Span(chunk.blocks, 0, chunk.start, chunk.end) for chunk in group]
         gather = Gather(self.cache, spans, self.device)
         arguments: dict[str, Any] = {self._cache_argument: gather.layers(), "use_cache": True}
@@ -114,6 +129,11 @@ class CacheRunner:
 def cache_argument(model: PreTrainedModel) -> str:
     """What the forward call names its cache; transformers 5.24 renamed it, model by model, and warns of the old one."""
     return "cache" if takes(model, "cache") else "past_key_values"
+
+
+def batchings(spec: ModelSpec) -> list[Batching]:
+    """The ways to share calls that a model may be served in, the best one first."""
+    return ["single"] if spec.batch_invariant else ["padded", "equal"]
 
 
 def groups(chunks: Sequence[Chunk], batching: Batching) -> list[list[Chunk]]:

@@ -18,13 +18,13 @@ from server.errors import LoadError
 from server.memory.kv import kv_dtype
 from server.model.attention import LayerShape, PagedCache
 from server.model.batch import Chunk
-from server.model.cache_runner import cache_argument
+from server.model.cache_runner import batchings, cache_argument
 from server.model.encoder_decoder import EncoderDecoderRunner
 from server.model.fuse import fuse
 from server.model.gather import cached_shapes
-from server.model.proof import DRAW, Provable, first_proven, logits_of, probe_prompts, relative
+from server.model.proof import DRAW, Provable, architecture_of, first_proven, logits_of, probe_prompts, relative
 from server.model.runner import input_device
-from server.records import Batching, ModelSpec
+from server.records import ModelSpec
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -42,8 +42,7 @@ def choose_encoder_decoder_runner(
     fuse(model)
     layers = [shape.stored_as(kv_dtype(spec, shape.computed)) for shape in _cached_layers(model, proof)]
     cache = PagedCache(layers, blocks, block_tokens)
-    ways: list[Batching] = ["single"] if spec.batch_invariant else ["padded", "equal"]
-    candidates = [partial(EncoderDecoderRunner, model, cache, way, beginning) for way in ways]
+    candidates = [partial(EncoderDecoderRunner, model, cache, way, beginning) for way in batchings(spec)]
     return first_proven(model, candidates, proof.difference)
 
 
@@ -58,7 +57,7 @@ def decoder_prompt(model: PreTrainedModel) -> tuple[int, ...]:
         start = settings.bos_token_id
     if not isinstance(start, int):
         raise LoadError(
-            f"architecture {model.config.model_type!r} ({type(model).__name__}) cannot be served: its configuration "
+            f"{architecture_of(model)} cannot be served: its configuration "
             f"has decoder_start_token_id {start!r}; accepted is the id of one token"
         )
     forced = settings.forced_bos_token_id
@@ -125,7 +124,7 @@ def _own_logits(model: PreTrainedModel, prompt: list[int], answer: list[int]) ->
 @torch.inference_mode()
 def _cached_layers(model: PreTrainedModel, proof: EncoderDecoderProof) -> list[LayerShape]:
     """What each layer of the decoder keeps per token; raises LoadError where the pages cannot hold it."""
-    name = f"architecture {model.config.model_type!r} ({type(model).__name__})"
+    name = architecture_of(model)
     decoder: Any = model.get_decoder()  # type: ignore[no-untyped-call]
     own, crossed = (DynamicCache(config=decoder.config) for _ in range(2))
     prompt, answer = proof.prompts[-1], proof.answers[-1]

@@ -30,14 +30,14 @@ from server.errors import LoadError
 from server.memory.kv import kv_dtype
 from server.model.attention import ATTENTION_NAME, CONTEXT_ARGUMENT, Call, LayerShape, PagedCache, register
 from server.model.batch import Batch, Chunk, Draw
-from server.model.cache_runner import CacheRunner, cache_argument
+from server.model.cache_runner import CacheRunner, batchings, cache_argument
 from server.model.encoder_probe import choose_encoder_decoder_runner
 from server.model.fuse import fuse
 from server.model.gather import cached_shapes
-from server.model.proof import LARGEST_DIFFERENCE, Proof, first_proven
+from server.model.proof import LARGEST_DIFFERENCE, Proof, architecture_of, first_proven
 from server.model.runner import PagedRunner, input_device
 from server.model.single_runner import SingleRunner
-from server.records import KV_BLOCK_TOKENS, Batching, ModelSpec, SamplingParams
+from server.records import KV_BLOCK_TOKENS, ModelSpec, SamplingParams
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -91,14 +91,14 @@ def choose_cache_runner(
     if not layers:
         if spec.kv_cache_dtype != "auto":
             raise LoadError(
-                f"architecture {model.config.model_type!r} ({type(model).__name__}) keeps more than keys and values, "
+                f"{architecture_of(model)} keeps more than keys and values, "
                 f"as it computes them; kv_cache.dtype is {spec.kv_cache_dtype!r}, accepted is auto"
             )
         log.warning("%s keeps more than keys and values: its sequences run one at a time", type(model).__name__)
         return first_proven(model, [partial(SingleRunner, model)], proof.difference)
     cache = PagedCache(layers, blocks, proof.block_tokens)
-    ways: list[Batching] = ["single"] if spec.batch_invariant else ["padded", "equal"]
-    return first_proven(model, [partial(CacheRunner, model, cache, way) for way in ways], proof.difference)
+    candidates = [partial(CacheRunner, model, cache, way) for way in batchings(spec)]
+    return first_proven(model, candidates, proof.difference)
 
 
 def _paged_runner(

@@ -80,7 +80,7 @@ def first_proven(
     model: PreTrainedModel, candidates: Sequence[Callable[[], Candidate]], difference_of: Callable[[Candidate], float]
 ) -> Candidate:
     """The first candidate whose logits are the model's own; raises LoadError, with what was seen of the last one."""
-    name = f"architecture {model.config.model_type!r} ({type(model).__name__})"
+    name = architecture_of(model)
     refusal = LoadError(f"{name} cannot be served")
     for candidate in candidates:
         runner = candidate()
@@ -98,6 +98,11 @@ def first_proven(
             f"(relative difference {difference:.2g}); accepted are models that transformers can cache"
         )
     raise refusal
+
+
+def architecture_of(model: PreTrainedModel) -> str:
+    """How refusals call a model: its type in config.json, and its class."""
+    return f"architecture {model.config.model_type!r} ({type(model).__name__})"
 
 
 def logits_of(runner: Provable, steps: Sequence[Sequence[Chunk]]) -> torch.Tensor:
@@ -129,7 +134,7 @@ def _refuse_unless_causal(model: PreTrainedModel, prompt: list[int]) -> None:
     difference = relative(short, whole)
     if difference > LARGEST_DIFFERENCE:
         raise LoadError(
-            f"architecture {model.config.model_type!r} ({type(model).__name__}) cannot be served: later tokens change "
+            f"{architecture_of(model)} cannot be served: later tokens change "
             f"the logits of earlier ones (relative difference {difference:.2g}); accepted are causal language models"
         )
 

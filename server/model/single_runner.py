@@ -8,61 +8,29 @@ as they do for everybody.
 
 from __future__ import annotations
 
-import logging
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import DynamicCache
 
-from server.model.batch import SCORED_ROWS, Batch, Chunk, StepError, StepResult, failure_sentence
-from server.model.cache_runner import cache_argument
-from server.model.readout import read_logits
-from server.model.runner import input_device, keeps_logits, memory_guard
+from server.model.batch import Chunk, StepError
+from server.model.cache_runner import CallRunner
 from server.records import Batching
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-log = logging.getLogger(__name__)
 
-
-class SingleRunner:
+class SingleRunner(CallRunner):
     batching: Batching = "single"
-    decoder_prompt: tuple[int, ...] = ()
     shares_blocks = False
-    """A cache belongs to a request: no other begins where it ends."""
-    checks_drafts = False
-    """Nor can a cache be cut back where a guess was wrong: a window or a state has moved on."""
+    """A cache belongs to a request: no other begins where it ends. Nor can it be cut back where a guess was wrong: a
+    window or a state has moved on."""
 
     def __init__(self, model: PreTrainedModel) -> None:
-        self.model = model
-        self.device = input_device(model)
-        self._keeps_logits = keeps_logits(model)
-        self._cache_argument = cache_argument(model)
+        super().__init__(model)
         self._caches: dict[str, DynamicCache] = {}
-
-    def step(self, batch: Batch) -> StepResult:
-        """One forward call per chunk; what goes wrong in one is that request's error and nobody else's."""
-        result = StepResult(forward_passes=0)
-        for part in batch.passes(SCORED_ROWS):
-            rows: list[torch.Tensor] = []
-            computed: list[Chunk] = []
-            for chunk in part.chunks:
-                if chunk.request_id in result.errors:
-                    continue
-                try:
-                    with memory_guard(len(chunk.tokens)):
-                        rows.append(self._forward(chunk))
-                    computed.append(chunk)
-                except StepError as error:
-                    result.errors[chunk.request_id] = str(error)
-                except Exception as error:
-                    log.exception("request %s failed", chunk.request_id)
-                    result.errors[chunk.request_id] = failure_sentence(error)
-            if computed:
-                read_logits(computed, torch.cat(rows), result)
-            result.forward_passes += len(part.chunks)
-        return result
 
     def release(self, request_id: str) -> None:
         self._caches.pop(request_id, None)
@@ -76,18 +44,12 @@ class SingleRunner:
         ]
         return [tensor for tensor in found if isinstance(tensor, torch.Tensor)]
 
-    @property
-    def buffers(self) -> list[torch.Tensor]:
-        """None: what a call needs is made for it."""
-        return []
-
-    def logits(self, batch: Batch) -> torch.Tensor:
-        """[wanted rows, vocabulary], in the order of the batch."""
-        return torch.cat([self._forward(chunk) for chunk in batch.chunks])
+    def _calls(self, chunks: Sequence[Chunk]) -> list[list[Chunk]]:
+        return [[chunk] for chunk in chunks]
 
     @torch.inference_mode()
-    def _forward(self, chunk: Chunk) -> torch.Tensor:
-        """The logits of a chunk's wanted rows, [wanted, vocabulary]."""
+    def _forward(self, group: Sequence[Chunk]) -> dict[str, torch.Tensor]:
+        (chunk,) = group
         if chunk.start == 0:
             self._caches[chunk.request_id] = DynamicCache(config=self.model.config)
         cache = self._caches.get(chunk.request_id)
@@ -99,4 +61,4 @@ class SingleRunner:
             arguments["logits_to_keep"] = max(1, chunk.wanted)  # 0 would keep all
         output = self.model(input_ids=ids, use_cache=True, **arguments)
         logits: torch.Tensor = output.logits[0]
-        return logits[len(logits) - chunk.wanted :]
+        return {chunk.request_id: logits[len(logits) - chunk.wanted :]}
