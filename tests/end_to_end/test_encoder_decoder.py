@@ -18,6 +18,7 @@ import yaml
 
 from quant.config import from_spec
 from server.memory.components import exact
+from tests.end_to_end.generation import greedy_with_gaps
 from tests.end_to_end.server import Server, serve
 from tests.tiny_models import VOCABULARY, save_tiny
 
@@ -44,19 +45,8 @@ class Case:
 @torch.inference_mode()
 def decided_answer(model: transformers.PreTrainedModel, prompt: tuple[int, ...]) -> list[int] | None:
     """NEW_TOKENS tokens; None where one was chosen so narrowly that the order of a sum may decide."""
-    ids = torch.tensor([prompt])
-    output = model.generate(
-        ids,
-        attention_mask=torch.ones_like(ids),
-        max_new_tokens=NEW_TOKENS,
-        do_sample=False,
-        return_dict_in_generate=True,
-        output_logits=True,
-    )
-    logits = torch.cat(output.logits)
-    best = logits.topk(2).values
-    narrow = (best[:, 0] - best[:, 1]) / logits.std(dim=1) <= DECIDED
-    return None if bool(narrow.any()) else list(output.sequences[0, 1:].tolist())
+    sequence, gaps = greedy_with_gaps(model, prompt, NEW_TOKENS)
+    return None if bool((gaps <= DECIDED).any()) else list(sequence[1:].tolist())
 
 
 def make_case(path: Path, quantization: str) -> Case:
