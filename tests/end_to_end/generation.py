@@ -3,17 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 import transformers
 
 
-def greedy_with_gaps(
-    model: transformers.PreTrainedModel, prompt: Sequence[int], count: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """`generate` of `count` new tokens: the sequence that it gives, and per new token the gap between the two best
-    logits, in standard deviations of all. Where that is small the order of a sum may decide.
-    """
+class Greedy(NamedTuple):
+    sequence: torch.Tensor
+    """What `generate` gives: with the prompt, or what a decoder begins after."""
+    logits: torch.Tensor
+    """Of each new token's step, [new tokens, vocabulary]."""
+
+    @property
+    def gaps(self) -> torch.Tensor:
+        """Between the two best logits of each step, in standard deviations of all. Where that is small the order of a
+        sum may decide."""
+        best = self.logits.topk(2).values
+        return (best[:, 0] - best[:, 1]) / self.logits.std(dim=1)
+
+
+def greedy(model: transformers.PreTrainedModel, prompt: Sequence[int], count: int) -> Greedy:
+    """`generate` of `count` new tokens."""
     ids = torch.tensor([prompt])
     output = model.generate(
         ids,
@@ -23,6 +34,4 @@ def greedy_with_gaps(
         return_dict_in_generate=True,
         output_logits=True,
     )
-    logits = torch.cat(output.logits)
-    best = logits.topk(2).values
-    return output.sequences[0], (best[:, 0] - best[:, 1]) / logits.std(dim=1)
+    return Greedy(output.sequences[0], torch.cat(output.logits))

@@ -21,7 +21,7 @@ import yaml
 
 import quant
 from server.memory.components import exact
-from tests.end_to_end.generation import greedy_with_gaps
+from tests.end_to_end.generation import greedy
 from tests.end_to_end.server import Server, serve
 from tests.tiny_models import save_tiny
 
@@ -68,11 +68,11 @@ def expected_texts(path: Path, fields: dict[str, object] | None) -> list[str]:
     smallest_gap = INT8_GAP if fields and fields.get("load_in_8bit") else 0.0
     texts, decided = [], 0
     for prompt in PROMPTS:
-        sequence, gaps = greedy_with_gaps(model, prompt, NEW_TOKENS)
-        open_steps = (gaps <= smallest_gap).nonzero().flatten().tolist()
-        steps = open_steps[0] if open_steps else len(gaps)
+        found = greedy(model, prompt, NEW_TOKENS)
+        open_steps = (found.gaps <= smallest_gap).nonzero().flatten().tolist()
+        steps = open_steps[0] if open_steps else len(found.gaps)
         decided += steps
-        answer = sequence[len(prompt) : len(prompt) + steps]
+        answer = found.sequence[len(prompt) : len(prompt) + steps]
         texts.append(tokenizer.decode(answer, skip_special_tokens=True))
     assert decided > 3 * len(PROMPTS), "too few tokens are left to compare"
     return texts
