@@ -7,10 +7,18 @@ import random
 import torch
 import transformers
 
+from server.model.encoder_probe import decoder_prompt
 from server.model.probe import ModelRunner
 from server.records import Abort
 from tests.server.engines import Engine, generate
 from tests.tiny_models import VOCABULARY
+
+FP32_TIE = 1e-3
+"""In standard deviations of a row's logits. The order of float32 sums was seen to move the logits of decoders by 6e-6;
+of the steps of a model with random weights one in a thousand is chosen more narrowly than this."""
+INT8_TIE = 0.05
+"""Activations are rounded to int8 in every layer: where one lies between two steps, a difference of 1e-7 in its input
+turns it over, which moves the logits by about 0.01 (in 1 prompt of 20)."""
 
 
 def prompt_of(length: int) -> list[int]:
@@ -28,6 +36,28 @@ def expected(model: transformers.PreTrainedModel, prompt: list[int], count: int,
     return list(found[0, -count:].tolist())
 
 
+@torch.inference_mode()
+def same_up_to_a_tie(
+    model: transformers.PreTrainedModel, prompt: list[int], found: list[int], answer: list[int], tie: float = FP32_TIE
+) -> None:
+    """Equal, or equal up to a token where the model's own two best are so near that rounding may choose."""
+    assert len(found) == len(answer)
+    different = [place for place, (ours, theirs) in enumerate(zip(found, answer, strict=True)) if ours != theirs]
+    if different:
+        place = different[0]
+        logits = next_logits(model, prompt, answer[:place])
+        gap = float(logits[answer[place]] - logits[found[place]])
+        assert gap < tie * float(logits.std()), f"{found} where {answer} was expected; place {place} has a gap of {gap}"
+
+
+def next_logits(model: transformers.PreTrainedModel, prompt: list[int], answer: list[int]) -> torch.Tensor:
+    """The model's own logits of the token that follows."""
+    if not model.config.is_encoder_decoder:
+        return model(input_ids=torch.tensor([prompt + answer]), use_cache=False).logits[0, -1]
+    ids, answered = (torch.tensor([tokens]) for tokens in (prompt, [*decoder_prompt(model), *answer]))
+    return model(input_ids=ids, decoder_input_ids=answered, use_cache=False).logits[0, -1]
+
+
 def check_greedy(runner: ModelRunner, model: transformers.PreTrainedModel) -> None:
     """The runner's answers are the model's: alone, and among neighbours that come and go."""
     for _ in range(10):  # a model of random weights may say the same again and again, but not whatever it is asked
@@ -41,13 +71,14 @@ def check_greedy(runner: ModelRunner, model: transformers.PreTrainedModel) -> No
     requests = {name: generate(name, prompt, counts[name]) for name, prompt in prompts.items()}
 
     engine = Engine(runner, max_batch_tokens=24)
-    assert engine.serve([requests["r3"]]) == {"r3": answers["r3"]}
+    same_up_to_a_tie(model, prompts["r3"], engine.serve([requests["r3"]])["r3"], answers["r3"])
     alone = len(engine.reports)
 
     neighbours = [generate(f"n{i}", prompt_of(random.randint(1, 30)), 20, temperature=1.0) for i in range(4)]
     later = {2: [requests["r1"], neighbours[2]], 4: [requests["r4"], Abort("n0")], 7: [requests["r2"], neighbours[3]]}
     found = engine.serve([requests["r0"], *neighbours[:2], requests["r3"]], later)
-    assert {name: found[name] for name in prompts} == answers
+    for name, prompt in prompts.items():
+        same_up_to_a_tie(model, prompt, found[name], answers[name])
     assert engine.ends["n0"] == ("abort", None)
     mixed = [report for report in engine.reports[alone:] if report.prefill_tokens and report.decode_tokens]
     assert len(mixed) >= 3, "chunks of prompts were computed beside decodes"

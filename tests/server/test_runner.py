@@ -30,7 +30,7 @@ from server.model.runner import PagedRunner
 from server.model.single_runner import SingleRunner
 from server.records import KV_BLOCK_TOKENS, Batching, ModelSpec, SamplingParams
 from tests.server.engines import Engine, generate
-from tests.server.greedy import check_greedy, expected, prompt_of
+from tests.server.greedy import INT8_TIE, check_greedy, expected, prompt_of, same_up_to_a_tie
 from tests.tiny_models import auto_class, save_tiny, tiny_model
 
 GPTJ_CALLS_THE_INTERFACE = hasattr(modeling_gptj, "ALL_ATTENTION_FUNCTIONS")
@@ -128,7 +128,8 @@ def test_greedy_survives_preemption(architecture: str) -> None:
     prompts = {f"r{i}": prompt_of(30) for i in range(4)}
     engine = Engine(runner_for(architecture), blocks=6, max_model_len=6 * KV_BLOCK_TOKENS)
     found = engine.serve([generate(name, prompt, 40) for name, prompt in prompts.items()])
-    assert found == {name: expected(model, prompt, 40) for name, prompt in prompts.items()}
+    for name, prompt in prompts.items():
+        same_up_to_a_tie(model, prompt, found[name], expected(model, prompt, 40))
     recomputed = sum(report.prefill_tokens for report in engine.reports) - 4 * 30
     assert recomputed > 0, "the pool was small enough to throw somebody out"
 
@@ -152,11 +153,10 @@ def test_greedy_is_the_same_with_a_beginning_from_the_cache(architecture: str) -
         # r1 shares 51 tokens, r2 42, r3 33, all but the last of what "again" has are full blocks: 75 of 76.
         assert hits == (48 + 32 + 32 + 64 if caching else 0)
         assert engine.reports[-1].kv_blocks_used == 0
-    assert (
-        answers[0]
-        == answers[1]
-        == {name: expected(original(architecture), prompt, 12) for name, prompt in prompts.items()}
-    )
+    for name, prompt in prompts.items():
+        answer = expected(original(architecture), prompt, 12)
+        for found in answers:
+            same_up_to_a_tie(original(architecture), prompt, found[name], answer)
     assert computed[1] - computed[0] == 48 + 32 + 32 + 64
 
 
@@ -177,9 +177,9 @@ def test_quantized_models_answer_as_transformers_does(architecture: str, quantiz
     for name, prompt in prompts.items():
         answer = expected(model, prompt, 12)
         if quantization == "int8":
-            same_up_to_a_tie(model, prompt, found[name], answer)
+            same_up_to_a_tie(model, prompt, found[name], answer, INT8_TIE)
         else:
-            assert found[name] == answer
+            same_up_to_a_tie(model, prompt, found[name], answer)
 
 
 @pytest.mark.parametrize("skips", [None, ["decoder", "lm_head", "wo"]])
@@ -222,36 +222,11 @@ def test_packed_embeddings_and_offloaded_layers_are_paged(
     prompt = prompt_of(30)
     found = Engine(runner, max_batch_tokens=24).serve([generate("r", prompt, 12)])["r"]
     if dtype == "float32":
-        assert found == expected(alone.model, prompt, 12)
+        same_up_to_a_tie(alone.model, prompt, found, expected(alone.model, prompt, 12))
     assert len(found) == 12
     for loaded in (alone, served):
         if loaded.offload is not None:
             loaded.offload.cleanup()
-
-
-INT8_TIE = 0.05
-"""In standard deviations of a row's logits. Activations are rounded to int8 in every layer: where one lies between two
-steps, a difference of 1e-7 in its input turns it over, which moves the logits by about 0.01 (in 1 prompt of 20)."""
-
-
-@torch.inference_mode()
-def same_up_to_a_tie(
-    model: transformers.PreTrainedModel, prompt: list[int], found: list[int], answer: list[int]
-) -> None:
-    """Equal, or equal up to a token where the model's own two best are as near as one turned rounding moves them."""
-    different = [place for place, (ours, theirs) in enumerate(zip(found, answer, strict=True)) if ours != theirs]
-    if different:
-        place = different[0]
-        logits = next_logits(model, prompt, answer[:place])
-        assert float(logits[answer[place]] - logits[found[place]]) < INT8_TIE * float(logits.std())
-
-
-def next_logits(model: transformers.PreTrainedModel, prompt: list[int], answer: list[int]) -> torch.Tensor:
-    """The model's own logits of the token that follows."""
-    if not model.config.is_encoder_decoder:
-        return model(input_ids=torch.tensor([prompt + answer]), use_cache=False).logits[0, -1]
-    ids, answered = (torch.tensor([tokens]) for tokens in (prompt, [*decoder_prompt(model), *answer]))
-    return model(input_ids=ids, decoder_input_ids=answered, use_cache=False).logits[0, -1]
 
 
 @pytest.mark.parametrize(("architecture", "prefills"), [("llama", 0), ("bloom", 1), ("t5", 1)])
@@ -328,7 +303,7 @@ def test_logits_that_are_not_numbers_end_one_request_only(architecture: str) -> 
     found = engine.serve([generate("good", good, 10), generate("bad", [5, 77, 9], 10)])
     assert engine.ends["bad"][0] == "error"
     assert "not finite" in str(engine.ends["bad"][1])
-    assert found["good"] == answer
+    same_up_to_a_tie(whole, good, found["good"], answer)
 
 
 def test_running_out_of_memory_ends_the_step_and_not_the_engine() -> None:
@@ -353,7 +328,7 @@ def test_prompts_of_an_encoder_that_are_not_numbers_end_their_own_requests() -> 
     prompt = prompt_of(12)
     found = engine.serve([generate("good", prompt, 10), generate("bad", [5, 77, 9], 10)])
     assert "not finite" in str(engine.ends["bad"][1])
-    assert found["good"] == expected(original("t5"), prompt, 10)
+    same_up_to_a_tie(original("t5"), prompt, found["good"], expected(original("t5"), prompt, 10))
 
 
 def test_an_encoder_decoder_shares_no_beginnings_and_scores_no_prompts() -> None:
@@ -361,7 +336,8 @@ def test_an_encoder_decoder_shares_no_beginnings_and_scores_no_prompts() -> None
     prompt = prompt_of(40)
     found = engine.serve([generate(name, prompt, 5) for name in "ab"] + [generate("c", prompt, 5, prompt_logprobs=0)])
     assert not engine.scheduler.prefix_caching
-    assert found["a"] == found["b"] == expected(original("t5"), prompt, 5)
+    assert found["a"] == found["b"]
+    same_up_to_a_tie(original("t5"), prompt, found["a"], expected(original("t5"), prompt, 5))
     assert "an encoder-decoder has no logprobs of its prompt" in str(engine.ends["c"][1])
 
 
