@@ -6,13 +6,13 @@ import json
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from benchmarks.hardware import describe
-from benchmarks.load_memory import RESULTS
+from benchmarks.soak import balance
 from benchmarks.soak.requests import KINDS
 from benchmarks.soak.watch import MB, Sample
-from server.metrics import catalog
 
 if TYPE_CHECKING:
     from benchmarks.soak.__main__ import Soak
@@ -22,37 +22,40 @@ SHOWN_SAMPLES: Final = 12
 SHOWN_PROBLEMS: Final = 20
 
 
-def write(soaked: Soak, *, dry: bool) -> str:
-    """The page; without `dry` also as a file, beside the record."""
-    page = _page(soaked)
-    if not dry:
-        RESULTS.mkdir(exist_ok=True)
+def write(soaked: Soak, command: str, file: Path | None) -> str:
+    """The page; where there is a file for the record, also as one beside it."""
+    page = _page(soaked, command)
+    if file is not None:
         record = {
             "machine": describe(),
-            "requests": soaked.requests,
+            "command": command,
+            "requests": soaked.pace.begun,
             "kills": soaked.killed,
-            "seconds": round(soaked.seconds, 1),
+            "seconds": soaked.seconds,
             "ends": Counter(one.end for one in soaked.attempts),
             "problems": soaked.problems,
             "counts": [asdict(one) for one in soaked.counts],
             "growths": [asdict(one) for one in soaked.growths],
+            "unaccounted": asdict(rest) if (rest := balance.unaccounted(soaked.samples)) else None,
             "samples": [asdict(one) for one in _thinned(soaked.samples, KEPT_SAMPLES)],
         }
-        (RESULTS / "soak.json").write_text(json.dumps(record) + "\n")
-        (RESULTS / "soak.md").write_text(page)
+        file.write_text(json.dumps(record) + "\n")
+        file.with_suffix(".md").write_text(page)
     return page
 
 
-def _page(soaked: Soak) -> str:
+def _page(soaked: Soak, command: str) -> str:
     machine = ", ".join(f"{key} {value}" for key, value in describe().items())
     lines = [
-        f"# {soaked.requests:,} requests, {soaked.killed} engine kills",
+        f"# {soaked.pace.begun:,} requests, {soaked.killed} engine kills",
         "",
-        f"{len(soaked.attempts):,} attempts in {soaked.seconds:.0f} s. Made by `python -m benchmarks.soak`.",
+        f"{len(soaked.attempts):,} attempts in {soaked.seconds:.0f} s. Made by `{command}`.",
         *_verdict(soaked.problems),
         *_ends(soaked),
         *_counts(soaked),
         *_memory(soaked),
+        *balance.lines(soaked.samples),
+        *_over_time(soaked),
         "",
         f"Machine: {machine}.",
     ]
@@ -94,19 +97,22 @@ def _memory(soaked: Soak) -> list[str]:
     for one in soaked.growths:
         grown = f"{one.start_mb:.1f} | {one.end_mb:.1f} | {one.bytes_per_request:+.0f}"
         lines.append(f"| {one.process} | {one.requests:,} | {grown} |")
-    lines += [
+    return lines
+
+
+def _over_time(soaked: Soak) -> list[str]:
+    lines = [
         "",
         "## Over its time",
         "",
-        f"`unaccounted` is `{catalog.MEMORY_UNACCOUNTED.exposed_name}`.",
-        "",
-        "| seconds | ended requests | HTTP, MB | engine, MB | unaccounted, MB | blocks used | cached | running |",
-        "|---:|---:|---:|---:|---:|---:|---:|---:|",
+        "| seconds | ended requests | HTTP, MB | engine, MB | its PSS | unaccounted | blocks used | cached | running |",
+        "|---:|---:|---:|---:|---:|---:|---:|---:|---:|",
     ]
     for at in _thinned(soaked.samples, SHOWN_SAMPLES):
-        sizes = " | ".join(f"{size / MB:.1f}" for size in (at.http_bytes, at.engine_bytes, at.unaccounted_bytes))
-        rest = f"{at.blocks_used} | {at.blocks_cached} | {at.running}"
-        lines.append(f"| {at.seconds:.0f} | {at.requests:,} | {sizes} | {rest} |")
+        sizes = " | ".join(f"{size / MB:.1f}" for size in (at.http_bytes, at.engine_bytes, at.pss_bytes))
+        own = balance.own_bytes(at)
+        rest = f"{balance.shown(at.unaccounted_bytes, own) if own else '-'} | {at.blocks_used} | {at.blocks_cached}"
+        lines.append(f"| {at.seconds:.0f} | {at.requests:,} | {sizes} | {rest} | {at.running} |")
     return lines
 
 

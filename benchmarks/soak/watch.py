@@ -12,6 +12,7 @@ from benchmarks.serve.processes import tree
 from benchmarks.soak.counts import Series, total
 from server.memory.machine import anonymous_bytes
 from server.metrics import catalog
+from server.records import PSS
 
 ENGINE: Final = b"server.engine.process"
 MB: Final = 1e6
@@ -31,6 +32,10 @@ class Sample:
     http_bytes: int
     engine_bytes: int
     unaccounted_bytes: int
+    pss_bytes: int
+    """Of the engine, in the ledger's last report, as the components are."""
+    components: dict[str, int]
+    """As measured; empty where there was no report."""
     blocks_used: int
     blocks_cached: int
     running: int
@@ -66,11 +71,21 @@ def take(server: int, series: Series, seconds: float, requests: int) -> Sample:
         http_bytes=anonymous_bytes(server) or 0,
         engine_bytes=anonymous_bytes(engine) or 0,
         unaccounted_bytes=round(total(series, catalog.MEMORY_UNACCOUNTED)),
+        pss_bytes=round(total(series, catalog.PROCESS_MEMORY, kind=PSS)),
+        components=_components(series),
         blocks_used=round(total(series, catalog.KV_USED)),
         blocks_cached=round(total(series, catalog.KV_CACHED)),
         running=round(total(series, catalog.REQUESTS_RUNNING)),
         waiting=round(total(series, catalog.REQUESTS_WAITING)),
     )
+
+
+def _components(series: Series) -> dict[str, int]:
+    return {
+        dict(labels)["component"]: round(value)
+        for (name, labels), value in series.items()
+        if name == catalog.MEMORY.exposed_name
+    }
 
 
 def growths(samples: Sequence[Sample]) -> list[Growth]:
