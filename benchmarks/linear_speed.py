@@ -1,11 +1,12 @@
 """Milliseconds of one linear layer on a CPU, beside torch's in bfloat16 and bitsandbytes' own, with cold weights.
 
-    python -m benchmarks.linear_speed [--bitsandbytes DIR] [--shapes 2048x2048 ...] [--rows 1 2 ...] [--seconds 1.0]
+    python -m benchmarks.linear_speed [--bitsandbytes DIR] [--shapes 2048x2048 ...] [--rows 1 2 ...] [--rounds 5]
 
-Contenders take turns, call by call, in a new order each round: whoever follows a large weight is slower. Each has a
-list of layers that together are larger than any cache: a weight has left the cache when its turn comes again.
-Activations are bfloat16, the layers' compute dtype too; a few columns hold outliers, as those of language models do.
-Medians of wall time; the roof is what torch's sum reads a large tensor with.
+Contenders take turns in a new order each round. Each is a process of its own (linear_side.py), since threads of two
+libraries in one process look for work on each other's processors, and has layers that together are larger than any
+cache: in a turn one call follows the other, and a weight has left the cache when its turn comes again. Activations are
+bfloat16, the layers' compute dtype too; a few columns hold outliers, as those of language models do. Medians over all
+calls of wall time; the roof is what torch's sum reads a large tensor with, before the shapes and after each.
 
 bitsandbytes is found in this environment or in DIR (`pip install --no-deps --target DIR bitsandbytes==0.50.2`); without
 it its columns stay empty. Results: benchmarks/results/linear_speed.json and .md.
@@ -14,45 +15,30 @@ it its columns stay empty. Results: benchmarks/results/linear_speed.json and .md
 from __future__ import annotations
 
 import argparse
-import importlib
-import itertools
 import json
 import os
 import random
 import statistics
+import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 import torch
-from torch import nn
 
+from benchmarks.child import Child
 from benchmarks.hardware import describe
-from quant import BitsAndBytesConfig, Linear4bit, Linear8bit, native
-from quant.linear import PackedLinear
+from benchmarks.linear_side import CONFIGS, THEIRS, TORCH
+from quant import native
+from server.engine.process import OPENMP_WAITING
 
 RESULTS: Final = Path(__file__).parent / "results"
-DTYPE: Final = torch.bfloat16
-COLD_BYTES: Final = 192 << 20
-"""Weights of one contender; several times the caches of the machines that this was run on."""
-OUTLIER_COLUMNS: Final = 6
-FOUR_BIT: Final[dict[str, Any]] = {
-    "load_in_4bit": True,
-    "bnb_4bit_quant_type": "nf4",
-    "bnb_4bit_compute_dtype": DTYPE,
-}
-CONFIGS: Final = {
-    "nf4": BitsAndBytesConfig(**FOUR_BIT),
-    "nf4-dq": BitsAndBytesConfig(**FOUR_BIT, bnb_4bit_use_double_quant=True),
-    "nf4, int8 activations": BitsAndBytesConfig(**FOUR_BIT, bnb_4bit_activations="int8"),
-    "int8": BitsAndBytesConfig(load_in_8bit=True),
-    "int8 weights only": BitsAndBytesConfig(load_in_8bit=True, llm_int8_outliers="all"),
-}
-THEIRS: Final = ("bitsandbytes nf4", "bitsandbytes nf4-dq", "bitsandbytes int8")
-TORCH: Final = "torch bfloat16"
+PAUSE_SECONDS: Final = 0.03
+"""Between two turns: until threads that look for work have gone to sleep."""
 
 
 @dataclass(frozen=True)
@@ -67,75 +53,38 @@ class Result:
     calls: int
 
 
-def ours(linear: nn.Linear, name: str) -> PackedLinear:
-    config = CONFIGS[name]
-    return (Linear8bit if config.load_in_8bit else Linear4bit).from_float(linear, config)
-
-
-def bitsandbytes_layer(linear: nn.Linear, name: str) -> nn.Module:
-    bnb = importlib.import_module("bitsandbytes")
-    out_features, in_features = linear.weight.shape
-    if name == "bitsandbytes int8":
-        layer = bnb.nn.Linear8bitLt(in_features, out_features, bias=False, has_fp16_weights=False, threshold=6.0)
-    else:
-        layer = bnb.nn.Linear4bit(
-            in_features, out_features, False, DTYPE, compress_statistics=name.endswith("dq"), quant_type="nf4"
+def start(shape: str, directory: str | None) -> dict[str, Child]:
+    """Every contender that this machine has, with its layers; ours wait for work as they do in an engine."""
+    theirs = os.environ | ({} if directory is None else {"PYTHONPATH": directory})
+    ours = os.environ | dict([OPENMP_WAITING])
+    probe = [sys.executable, "-c", "import bitsandbytes"]
+    found = subprocess.run(probe, env=theirs, capture_output=True, check=False).returncode == 0
+    names = [TORCH, *CONFIGS, *(THEIRS if found else ())]
+    return {
+        name: Child(
+            [sys.executable, "-m", "benchmarks.linear_side", name, shape], dict(ours if name in CONFIGS else theirs)
         )
-    layer.load_state_dict({"weight": linear.weight.detach()})
-    packed: nn.Module = layer.to("cpu").eval()
-    return packed
+        for name in names
+    }
 
 
-def contenders(directory: str | None) -> dict[str, Callable[[nn.Linear], nn.Module]]:
-    found: dict[str, Callable[[nn.Linear], nn.Module]] = {TORCH: lambda linear: linear}
-    for name in CONFIGS:
-        found[name] = lambda linear, name=name: ours(linear, name)  # type: ignore[misc]
-    if directory is not None:
-        sys.path.append(directory)
-    try:
-        importlib.import_module("bitsandbytes")
-    except ImportError:
-        return found
-    for name in THEIRS:
-        found[name] = lambda linear, name=name: bitsandbytes_layer(linear, name)  # type: ignore[misc]
-    return found
-
-
-def size_of(layer: nn.Module) -> int:
-    return sum(tensor.nbytes for tensor in itertools.chain(layer.parameters(), layer.buffers()))
-
-
-def activations(rows: int, columns: int) -> torch.Tensor:
-    x = torch.randn(rows, columns)
-    x[:, torch.arange(OUTLIER_COLUMNS) * 37 % columns] *= 10
-    return x.to(DTYPE)
-
-
-def measure(shape: tuple[int, int], rows: list[int], directory: str | None, seconds: float) -> Iterator[Result]:
-    """All contenders on one shape [N, K]."""
-    N, K = shape
-    layers: dict[str, list[nn.Module]] = {}
-    for name, make in contenders(directory).items():
-        first = make(nn.Linear(K, N, bias=False, dtype=DTYPE))
-        count = max(2, -(-COLD_BYTES // size_of(first)))
-        layers[name] = [first, *(make(nn.Linear(K, N, bias=False, dtype=DTYPE)) for _ in range(count - 1))]
-    for M in rows:
-        x = activations(M, K)
-        times: dict[str, list[float]] = {name: [] for name in layers}
-        for own in layers.values():  # what is packed or started on first use
-            for layer in own:
-                layer(x)
-        turn, end = 0, time.perf_counter() + seconds * len(layers)
-        while turn < 7 or time.perf_counter() < end:
-            for name, own in random.sample(list(layers.items()), len(layers)):
-                layer = own[turn % len(own)]
-                start = time.perf_counter()
-                layer(x)
-                times[name].append(time.perf_counter() - start)
-            turn += 1
-        for name, own in layers.items():
-            median = round(statistics.median(times[name]) * 1e3, 4)
-            yield Result(f"{N}x{K}", M, name, median, size_of(own[0]), turn)
+def measure(shape: str, rows: list[int], directory: str | None, rounds: int, seconds: float) -> Iterator[Result]:
+    """All contenders on one shape NxK."""
+    with ExitStack() as stack:
+        children = start(shape, directory)
+        for child in children.values():
+            stack.callback(child.end)
+        for M in rows:
+            times: dict[str, list[float]] = {name: [] for name in children}
+            sizes: dict[str, int] = {}
+            for _ in range(rounds):
+                for name in random.sample(list(children), len(children)):
+                    time.sleep(PAUSE_SECONDS)
+                    answer = json.loads(children[name].ask(f"{M} {seconds}"))
+                    times[name] += answer["milliseconds"]
+                    sizes[name] = answer["weight_bytes"]
+            for name, own in times.items():
+                yield Result(shape, M, name, round(statistics.median(own), 4), sizes[name], len(own))
 
 
 def read_bandwidth() -> float:
@@ -154,8 +103,9 @@ def table(results: list[Result], bandwidth: float) -> str:
     lines = [
         "# One linear layer on a CPU, cold weights, bfloat16 activations",
         "",
-        "Median milliseconds of alternating calls. The last columns: NF4's bytes a second against the memory's, and "
-        "how many times faster than bitsandbytes. Made by `python -m benchmarks.linear_speed`.",
+        "Median milliseconds of calls in alternating turns, each contender a process of its own. The last columns: "
+        "NF4's bytes a second against the memory's, and how many times faster than bitsandbytes. Made by "
+        "`python -m benchmarks.linear_speed`.",
         "",
     ]
     for shape in dict.fromkeys(result.shape for result in results):
@@ -191,16 +141,17 @@ def main() -> None:
     parser.add_argument("--bitsandbytes", metavar="DIR")
     parser.add_argument("--shapes", nargs="+", default=["2048x2048", "5632x2048", "2048x5632"])
     parser.add_argument("--rows", nargs="+", type=int, default=[1, 2, 3, 4, 8, 16, 64, 256])
-    parser.add_argument("--seconds", type=float, default=1.0, help="per contender, shape and number of rows")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--seconds", type=float, default=0.15, help="of a turn")
     arguments = parser.parse_args()
     results: list[Result] = []
-    bandwidth = read_bandwidth()
-    with torch.inference_mode():
-        for shape in arguments.shapes:
-            N, K = map(int, shape.split("x"))
-            for result in measure((N, K), arguments.rows, arguments.bitsandbytes, arguments.seconds):
-                print(f"{result.shape} {result.rows:5} {result.contender:22} {result.milliseconds:9.4f} ms", flush=True)
-                results.append(result)
+    bandwidths = [read_bandwidth()]
+    for shape in arguments.shapes:
+        for result in measure(shape, arguments.rows, arguments.bitsandbytes, arguments.rounds, arguments.seconds):
+            print(f"{result.shape} {result.rows:5} {result.contender:22} {result.milliseconds:9.4f} ms", flush=True)
+            results.append(result)
+        bandwidths.append(read_bandwidth())
+    bandwidth = statistics.median(bandwidths)
     RESULTS.mkdir(exist_ok=True)
     record = {"machine": describe(), "read_gb_per_s": bandwidth, "results": [asdict(result) for result in results]}
     (RESULTS / "linear_speed.json").write_text(json.dumps(record) + "\n")

@@ -21,10 +21,11 @@ import sys
 import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import IO, Final
+from typing import Final
 
 import torch
 
+from benchmarks.child import Child
 from benchmarks.hardware import describe
 from benchmarks.load_memory import RESULTS, make_checkpoint
 from quant import native
@@ -108,11 +109,11 @@ def prefill(count):
 def decode(sequences, count):
     for which in range(sequences):
         runner.step(Batch((Chunk(str(which), prompt(16), 0, blocks(which), greedy(0)),)))
-    tokens = {str(which): 5 for which in range(sequences)}
+    tokens = {str(which): (5,) for which in range(sequences)}
     start = time.perf_counter()
     for at in range(16, 16 + count):
         tokens = runner.step(Batch(tuple(
-            Chunk(name, (token,), at, blocks(int(name)), greedy(at)) for name, token in tokens.items()))).tokens
+            Chunk(name, last[-1:], at, blocks(int(name)), greedy(at)) for name, last in tokens.items()))).tokens
     return time.perf_counter() - start
 
 answer(prefill, decode)
@@ -160,41 +161,6 @@ class Result:
     runs: list[float]
 
 
-class Child:
-    """A contender's process."""
-
-    def __init__(self, command: list[str], environment: dict[str, str]) -> None:
-        # A file: a pipe that nobody reads would hold up who warns a lot. It lives as long as the process.
-        self.complaints = tempfile.TemporaryFile("w+")  # noqa: SIM115
-        self.process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.complaints, text=True, env=environment
-        )
-        self._expect("ready")
-
-    def ask(self, question: str) -> float:
-        pipe(self.process.stdin).write(question + "\n")
-        pipe(self.process.stdin).flush()
-        return float(self._expect(None))
-
-    def _expect(self, wanted: str | None) -> str:
-        line = pipe(self.process.stdout).readline().strip()
-        if not line or (wanted is not None and line != wanted):
-            self.process.kill()
-            self.complaints.seek(0)
-            raise RuntimeError(f"a contender failed: {self.complaints.read()[-2000:]}")
-        return line
-
-    def end(self) -> None:
-        pipe(self.process.stdin).close()
-        self.process.wait()
-
-
-def pipe(stream: IO[str] | None) -> IO[str]:
-    if stream is None:
-        raise RuntimeError("a contender was started without the pipes that were asked for")
-    return stream
-
-
 def start(checkpoint: Path, bitsandbytes: str | None, llama_cpp: str | None, threads: int) -> dict[str, Child]:
     """Every contender that this machine has, loaded."""
     as_an_engine = os.environ | dict([OPENMP_WAITING])
@@ -225,7 +191,7 @@ def measure(children: dict[str, Child], rounds: int) -> list[Result]:
     for _ in range(rounds):
         for task, (question, tokens) in TASKS.items():
             for name, child in children.items():
-                speed = tokens / child.ask(question)
+                speed = tokens / float(child.ask(question))
                 seconds.setdefault((name, task), []).append(round(speed, 2))
                 print(f"{task:12} {name:36} {speed:8.2f} tok/s", flush=True)
     return [Result(*key, round(statistics.median(runs), 1), runs) for key, runs in seconds.items()]

@@ -77,7 +77,7 @@ async def respond(request: Request, job: TextJob, body: Sampling, form: Format) 
     try:
         if body.stream:
             first = await unless_gone(request, anext(pieces))
-            return EventStream(_events(first, pieces, job, form, include_usage=body.include_usage), pieces)
+            return EventStream(_events(first, pieces, job, form, body), pieces)
         async with contextlib.aclosing(pieces):
             return JSONResponse(await unless_gone(request, _whole(pieces, job, form)))
     except ClientGoneError:
@@ -93,22 +93,27 @@ async def _whole(pieces: AsyncGenerator[Piece, None], job: TextJob, form: Format
 
 
 async def _events(
-    first: Piece, pieces: AsyncGenerator[Piece, None], job: TextJob, form: Format, *, include_usage: bool
+    first: Piece, pieces: AsyncGenerator[Piece, None], job: TextJob, form: Format, body: Sampling
 ) -> AsyncGenerator[dict[str, Any], None]:
-    opened: set[int] = set()
     async with contextlib.aclosing(pieces):
-        async for piece in _chained(first, pieces):
-            if piece.index not in opened:
-                opened.add(piece.index)
-                opening = form.opening(piece.index)
-                if opening is not None:
-                    yield opening
-            if piece.text or piece.tokens:
-                yield form.chunk(piece.index, piece.text, piece.tokens, None)
-            if piece.finish is not None:
-                yield form.chunk(piece.index, "", (), piece.finish)
-        if include_usage:
+        async for chunk in _chunks(_chained(first, pieces), form):
+            yield chunk | {"usage": usage(job)} if body.usage_in_every_chunk else chunk
+        if body.usage_at_the_end:
             yield form.usage_chunk(usage(job))
+
+
+async def _chunks(pieces: AsyncGenerator[Piece, None], form: Format) -> AsyncGenerator[dict[str, Any], None]:
+    opened: set[int] = set()
+    async for piece in pieces:
+        if piece.index not in opened:
+            opened.add(piece.index)
+            opening = form.opening(piece.index)
+            if opening is not None:
+                yield opening
+        if piece.text or piece.tokens:
+            yield form.chunk(piece.index, piece.text, piece.tokens, None)
+        if piece.finish is not None:
+            yield form.chunk(piece.index, "", (), piece.finish)
 
 
 async def _chained(first: Piece, rest: AsyncGenerator[Piece, None]) -> AsyncGenerator[Piece, None]:

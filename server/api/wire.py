@@ -85,6 +85,7 @@ _PROMPT_SCHEMA: Final = {
 
 class StreamOptions(Wire):
     include_usage: bool = False
+    continuous_usage_stats: bool = False
     include_obfuscation: Any = only(False)
 
 
@@ -102,11 +103,19 @@ class Sampling(SamplingFields):
     def _check_stream_options(self) -> Sampling:
         if self.stream_options is not None and not self.stream:
             raise ValueError("'stream_options' is given, and accepted only with stream: true")
+        if self.usage_in_every_chunk and not self.usage_at_the_end:
+            raise ValueError(
+                "'stream_options.continuous_usage_stats' is true, and accepted only with include_usage: true"
+            )
         return self
 
     @property
-    def include_usage(self) -> bool:
+    def usage_at_the_end(self) -> bool:
         return self.stream_options is not None and self.stream_options.include_usage
+
+    @property
+    def usage_in_every_chunk(self) -> bool:
+        return self.stream_options is not None and self.stream_options.continuous_usage_stats
 
 
 class CompletionRequest(Sampling):

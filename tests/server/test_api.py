@@ -195,6 +195,16 @@ def test_a_chat_stream(echo: RunningApp) -> None:
     assert [c["finish_reason"] for chunk in chunks for c in chunk["choices"]][-1] == "length"
     assert chunks[-1]["choices"] == []
     assert chunks[-1]["usage"]["completion_tokens"] == 8
+    assert not any(chunk.get("usage") for chunk in chunks[:-1])
+
+
+def test_every_chunk_says_what_was_used_so_far_where_that_is_asked_for(echo: RunningApp) -> None:
+    options = {"include_usage": True, "continuous_usage_stats": True}
+    chunks = events(chat(echo, stream=True, max_completion_tokens=8, stream_options=options))
+    counts = [chunk["usage"]["completion_tokens"] for chunk in chunks]
+    assert counts == sorted(counts)
+    assert counts[-2:] == [8, 8]
+    assert len(set(counts)) > 2
 
 
 REFUSED: list[tuple[dict[str, Any], str, str]] = [
@@ -223,6 +233,7 @@ REFUSED: list[tuple[dict[str, Any], str, str]] = [
     ({"stream": "yes"}, "stream", "boolean"),
     ({"stream_options": {"include_usage": True}}, "", "'stream_options'"),
     ({"stream": True, "stream_options": {"usage": True}}, "stream_options.usage", "include_usage"),
+    ({"stream": True, "stream_options": {"continuous_usage_stats": True}}, "", "include_usage: true"),
     ({"n": 0}, "n", "greater than or equal to 1"),
     ({"n": 129}, "n", "less than or equal to 128"),
     ({"n": True}, "n", "integer"),
