@@ -26,6 +26,7 @@ from server.config import ServerConfig
 from server.engine.client import Cut, engine_command
 from server.engine.planner import Planner
 from server.errors import ConfigError, ServerError
+from server.memory import allocator
 
 log = logging.getLogger(__name__)
 CLOSE_SECONDS: Final = 3
@@ -113,6 +114,7 @@ def run(config: ServerConfig) -> None:
     )
     if config.log_level == "info":
         logging.getLogger("uvicorn.error").setLevel(logging.WARNING)  # it says at info what we say ourselves
+    allocator.keep_little()
     listener = bind(config.host, config.port)
     with contextlib.closing(listener):
         asyncio.run(_serve(config, listener))

@@ -173,7 +173,7 @@ class Fleet:
 
     async def _remove(self, model: ServedModel, why: str) -> None:
         """Ends the engine, then forgets the model; in this order, so that its name stays taken until then."""
-        await model.engine.shutdown(why)
+        await model.end(why)
         if self.models.get(model.name) is model:
             model.metrics.forget()
             del self.models[model.name]

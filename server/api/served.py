@@ -12,6 +12,7 @@ from server.api.admission import Admission
 from server.engine.client import EngineClient
 from server.engine.supervisor import ModelState, Supervisor
 from server.errors import EngineUnavailableError
+from server.memory import allocator
 from server.metrics import ModelMetrics
 from server.records import Loaded, ModelInfo, ModelSpec
 from server.text.chat_template import ChatTemplate, load_chat_template
@@ -51,8 +52,17 @@ class ServedModel:
 
     def _load_text(self) -> tuple[Tokenizer, ChatTemplate | None]:
         path = Path(self.spec.path)
-        tokenizer = Tokenizer.from_directory(path)
-        return tokenizer, load_chat_template(path, tokenizer)
+        try:
+            tokenizer = Tokenizer.from_directory(path)
+            return tokenizer, load_chat_template(path, tokenizer)
+        finally:
+            allocator.give_back()  # reading a large tokenizer takes several times what it keeps
+
+    async def end(self, why: str) -> None:
+        """Ends the engine and lets the tokenizer go; requests that still run have it as long as they do."""
+        await self.engine.shutdown(why)
+        self._tokenizer = None
+        await asyncio.to_thread(allocator.give_back)
 
     @property
     def client(self) -> EngineClient:
@@ -83,7 +93,7 @@ class ServedModel:
     @property
     def tokenizer(self) -> Tokenizer:
         if self._tokenizer is None:
-            raise EngineUnavailableError(f"model {self.name!r} is still loading its tokenizer")
+            raise EngineUnavailableError(self.engine.parting or f"model {self.name!r} is still loading its tokenizer")
         return self._tokenizer
 
     @property

@@ -1,10 +1,15 @@
 """What the C library's allocator says of itself, and how it is asked to give free pages back (glibc; else nothing).
+No torch here.
 
 An engine's steps allocate and free tens of megabytes a time. glibc keeps much of that: after the first large ones it
 serves sizes up to 32 MiB from its heap, so that a step does not fault its pages in anew, and what is free in the heap's
 middle stays resident. That keeps steps fast, so its thresholds are left as they are; instead it is asked to give
 everything back when an engine has had nothing to do for a while. A fixed threshold (M_MMAP_THRESHOLD) would give each
 large block back at once, and fault its pages in again in every layer of every step.
+
+The HTTP process has no steps. What it allocates much of is tokenizers. Reading one takes several times what it keeps,
+in whichever thread that is; and each thread has a heap of its own, whose free end no asking gives back. So there the
+thresholds stay as small as they begin.
 """
 
 from __future__ import annotations
@@ -44,6 +49,9 @@ def _library() -> Any:
 
 
 _LIBC: Final = _library()
+_M_TRIM_THRESHOLD: Final = -1
+_SMALL_END: Final = 128 * 1024
+"""glibc's own first value."""
 
 
 def in_use() -> int | None:
@@ -58,6 +66,12 @@ def give_back() -> None:
     """Lets the system have every whole page that is free; some milliseconds."""
     if _LIBC is not None:
         _LIBC.malloc_trim(0)
+
+
+def keep_little() -> None:
+    """From now on the free end of every heap goes back at once. For the whole process, and to be called once."""
+    if _LIBC is not None:
+        _LIBC.mallopt(_M_TRIM_THRESHOLD, _SMALL_END)
 
 
 def resident_bytes(ranges: Iterable[tuple[int, int]]) -> int:

@@ -1,25 +1,29 @@
 """Models loaded and unloaded again and again, by a real server with real engines: everything must be as it was before.
 
-What a leak would cost is made large and known: the model's tokenizer has a hundred thousand tokens, so that keeping one
-of twenty alive would cost the HTTP process more than all else that twenty cycles may leave in its heap.
+What a leak would cost is made large and known: the models' tokenizer has a hundred thousand tokens of its own, so that
+keeping those of models that are gone would cost more than all else that twenty cycles may leave in a process.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import httpx
 import pytest
 from tokenizers import Tokenizer
 
+from server.memory.components import RUNTIME_CONTEXT, exact
 from server.memory.machine import ProcessBytes, process_bytes
-from tests.end_to_end.server import Server, alive, children, serve
+from tests.end_to_end.server import Server, alive, serve
 from tests.tiny_models import save_tiny
 
 ADMIN = {"Authorization": "Bearer secret-admin-key"}
 CYCLES = 20
+NAMES = ("one", "other")
+"""What is loaded at once, as a machine of two cores has room for."""
+WARM_UP_ROUNDS = 2
 SPARE_TOKENS = 100_000
 
 
@@ -40,16 +44,23 @@ def server(tmp_path: Path) -> Iterator[Server]:
         yield server
 
 
-def load(client: httpx.Client, path: Path, /, name: str = "tiny", **entry: Any) -> dict[str, Any]:
-    answer = client.post("/admin/models", json={"name": name, "path": str(path)} | entry, headers=ADMIN)
-    assert answer.status_code == 201, answer.text
+def ask(server: Server, method: str, path: str, status: int, body: Any = None) -> dict[str, Any]:
+    """The answer, which must have that status; over a connection of its own."""
+    with server.client(headers=ADMIN) as client:
+        answer = client.request(method, path, json=body, timeout=None)
+    assert answer.status_code == status, answer.text
     return dict(answer.json())
 
 
-def unload(client: httpx.Client, name: str = "tiny") -> dict[str, Any]:
-    answer = client.delete(f"/admin/models/{name}", headers=ADMIN)
-    assert answer.status_code == 200, answer.text
-    return dict(answer.json())
+def load_and_ask(server: Server, path: Path, name: str) -> dict[str, Any]:
+    """Loads a model and has it answer; what the loading said."""
+    loaded = ask(server, "POST", "/admin/models", 201, {"name": name, "path": str(path), "quantization": "nf4-dq"})
+    ask(server, "POST", "/v1/completions", 200, {"model": name, "prompt": [10, 20, 30], "max_tokens": 8})
+    return loaded
+
+
+def unload(server: Server, name: str) -> dict[str, Any]:
+    return ask(server, "DELETE", f"/admin/models/{name}", 200)
 
 
 def held(server: Server) -> ProcessBytes:
@@ -58,46 +69,63 @@ def held(server: Server) -> ProcessBytes:
     return found
 
 
-def traces(server: Server, client: httpx.Client, temporary: Path) -> dict[str, Any]:
+def traces(server: Server, temporary: Path) -> dict[str, Any]:
     """Everything of a server that a model could leave behind, but for memory."""
-    descriptors = Path(f"/proc/{server.process.pid}/fd")
-    return {
-        "children": children(server.process.pid),
-        "files": sorted(path.relative_to(temporary) for path in temporary.rglob("*")),
-        "series": [line for line in client.get("/metrics").text.splitlines() if 'model="tiny"' in line],
-        "models": client.get("/v1/models").json()["data"],
-        "probe": client.get("/readyz").json()["status"],
-        "descriptors": len(list(descriptors.iterdir())),  # the client's own connection is open by now
-    }
+    with server.client() as client:
+        page = client.get("/metrics").text
+        return {
+            "engines": server.engines(),
+            "files": sorted(path.relative_to(temporary) for path in temporary.rglob("*")),
+            "series": [line for line in page.splitlines() if any(f'model="{name}"' in line for name in NAMES)],
+            "models": client.get("/v1/models").json()["data"],
+            "probe": client.get("/readyz").json()["status"],
+            "descriptors": len(list(Path(f"/proc/{server.process.pid}/fd").iterdir())),
+        }
+
+
+def cycle(server: Server, path: Path, pool: ThreadPoolExecutor, before: dict[str, Any]) -> tuple[list[int], int]:
+    """Both models come, answer and go. The engines they had, and what the HTTP process held while they were there."""
+    loaded = list(pool.map(lambda name: load_and_ask(server, path, name), NAMES))
+    engines = sorted(set(server.engines()) - set(before["engines"]))
+    assert len(engines) == len(NAMES)
+    there = held(server).anonymous
+    returned = list(pool.map(lambda name: unload(server, name), NAMES))
+    for came, went in zip(loaded, returned, strict=True):
+        assert exact(came["measured"]) == exact(came["planned"])
+        assert went["cut"] == {"requests": 0, "tokens": 0}
+        # Packed weights lie in anonymous memory, beside all that was there before them: with the process it is gone.
+        assert went["process"]["anonymous"] >= came["measured"]["packed_weights"] + came["measured"][RUNTIME_CONTEXT]
+    assert not any(map(alive, engines))
+    return engines, there
 
 
 @pytest.mark.timeout(900)
 def test_twenty_cycles_return_to_the_baseline(server: Server, model: Path, tmp_path: Path) -> None:
+    """Of memory, the HTTP process may keep what a tenth of the models would take in it, where a leak keeps all of them.
+
+    It can't keep nothing: Python's small objects lie in arenas that go back only when all in them is gone, and each
+    worker thread has a heap of its own, with ends of pages in it. That grows for the first cycles, by less than one
+    model takes (13 of 19 MB), and then is flat; the bound is twice what one takes.
+    """
+    before = traces(server, tmp_path)
+    assert len(before["files"]) == 1, "the demo's engine has a directory of its own"
     engines: list[int] = []
-    with server.client() as client:
-        before, held_before = traces(server, client, tmp_path), held(server)
-        assert len(before["files"]) == 1, "the demo's engine has a directory of its own"
-        cost = 0
-        for _ in range(CYCLES):
-            loaded = load(client, model, quantization="nf4-dq")
-            exact = {kind: loaded["measured"][kind] for kind in ("packed_weights", "kv_cache")}
-            assert exact.items() <= loaded["planned"].items()
-            (engine,) = set(children(server.process.pid)) - set(before["children"])
-            engines.append(engine)
-            cost = cost or held(server).rss - held_before.rss
-            body = {"model": "tiny", "prompt": [10, 20, 30], "max_tokens": 8}
-            assert client.post("/v1/completions", json=body).status_code == 200
-            returned = unload(client)
-            assert returned["cut"] == {"requests": 0, "tokens": 0}
-            # The weights and the cache are anonymous memory of the process, and that is gone.
-            assert returned["process"]["anonymous"] >= sum(exact.values())
-            assert not alive(engine)
-            assert traces(server, client, tmp_path) == before
-        held_after = held(server)
+    with ThreadPoolExecutor(len(NAMES)) as pool:
+        for _ in range(WARM_UP_ROUNDS):
+            cycle(server, model, pool, before)
+        held_before = held(server)
+        costs = []
+        for _ in range(CYCLES // len(NAMES)):
+            own, there = cycle(server, model, pool, before)
+            engines += own
+            costs.append((there - held(server).anonymous) // len(NAMES))
+            assert traces(server, tmp_path) == before
+    held_after = held(server)
+    cost = min(costs)
     assert cost > 10 * SPARE_TOKENS, "a token costs more than ten bytes, or this test sees nothing"
-    for kind in ("pss", "rss", "anonymous"):
-        grown = getattr(held_after, kind) - getattr(held_before, kind)
-        assert grown < cost, f"{kind} grew by {grown:,} bytes in {CYCLES} cycles; one model takes {cost:,}"
+    for kind, after, at_first in zip(ProcessBytes._fields, held_after, held_before, strict=True):
+        grown = after - at_first
+        assert grown < CYCLES * cost // 10, f"{kind} grew by {grown:,} bytes; a model's tokenizer takes {cost:,}"
     assert len(set(engines)) == CYCLES
     shared = [entry.name for entry in Path("/dev/shm").iterdir()]
     assert [name for name in shared for engine in engines if str(engine) in name] == []

@@ -1,7 +1,7 @@
 """The real engine process, which kills itself with SIGKILL at a given point of loading. Not a test.
 
-Points are counted as the process passes them: `record N` is right after the Nth record was sent, `tensor N` right after
-the Nth turn of the loading loop, whether a record tells of it or not. A process that passes fewer lives on.
+Points are counted as the process passes them: after each record it sends on the way to Loaded, and after each turn of
+the loop that loads tensors, whether a record tells of that turn or not. A process that passes fewer lives on.
 """
 
 from __future__ import annotations
@@ -12,37 +12,55 @@ import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from server.engine import process
+from server.records import Loaded, LoadProgress, Record
 
 ROOT = Path(__file__).parent.parent.parent
-_START = "import tests.server.dying_engine as engine; engine.main(*sys.argv[1:])"
+TENSOR = "tensor"
 LITTER = "left.bin"
+"""A temporary file that is there from the start."""
+_START = "import tests.server.dying_engine as engine; engine.main(*sys.argv[1:])"
 
 
-def command(point: str, number: int, notes: Path) -> Callable[[int], list[str]]:
+def command(number: int, notes: Path) -> Callable[[int], list[str]]:
     """How a test starts this engine: the `command` of EngineClient and create_app."""
     code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); {_START}"
-    return lambda descriptor: [sys.executable, "-P", "-c", code, point, str(number), str(notes), str(descriptor)]
+    return lambda descriptor: [sys.executable, "-P", "-c", code, str(number), str(notes), str(descriptor)]
 
 
-def main(point: str, number: str, notes: str, descriptor: str) -> None:
-    """Runs the engine on an open socket; writes into `notes` which temporary files there were when it died."""
-    scratch = Path(tempfile.gettempdir())
-    (scratch / LITTER).write_bytes(b"as a module would be that goes to disk")
-    where: type[Any] = {"record": process.Connection, "tensor": process._Progress}[point]
-    method = {"record": "send", "tensor": "__call__"}[point]
-    passing = getattr(where, method)
+def main(number: str, notes: str, descriptor: str) -> None:
+    """Runs the engine on an open socket; writes into `notes` at which point it died, and what it had on disk then."""
+    (Path(tempfile.gettempdir()) / LITTER).write_bytes(b"as a module would be that goes to disk")
+    _count_points(int(number), Path(notes))
+    process.main(int(descriptor))
+
+
+def _count_points(last: int, notes: Path) -> None:
+    """Has every point counted from now on; at the last one the process dies."""
     passed = 0
+    is_loading = True
+    send, turn = process.Connection.send, process._Progress.__call__
 
-    def pass_and_die(*arguments: Any) -> None:
+    def pass_point(name: str) -> None:
         nonlocal passed
-        passing(*arguments)
-        passed += 1
-        if passed == int(number):
-            Path(notes).write_text("\n".join(file.name for file in scratch.rglob("*")))
+        passed += is_loading
+        if is_loading and passed == last:
+            files = [file.name for file in Path(tempfile.gettempdir()).rglob("*")]
+            notes.write_text("\n".join([name, *files]))
             os.kill(os.getpid(), signal.SIGKILL)
 
-    setattr(where, method, pass_and_die)
-    process.main(int(descriptor))
+    def send_and_count(connection: process.Connection, record: Record) -> None:
+        nonlocal is_loading
+        is_loading &= not isinstance(record, Loaded)
+        send(connection, record)
+        name = record.phase if isinstance(record, LoadProgress) else type(record).__name__
+        if name != "weights":  # its turns are points already
+            pass_point(name)
+
+    def turn_and_count(progress: process._Progress, loaded: int, total: int) -> None:
+        turn(progress, loaded, total)
+        pass_point(TENSOR)
+
+    process.Connection.send = send_and_count  # type: ignore[method-assign]
+    process._Progress.__call__ = turn_and_count  # type: ignore[method-assign]

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
+import gc
 import random
 import threading
+import weakref
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -15,7 +18,12 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 from pydantic import SecretStr
 
+from server.api.fleet import Fleet
+from server.config import ModelConfig, ServerConfig
+from server.errors import EngineUnavailableError
+from server.metrics import Metrics
 from tests.server.conftest import RunningApp, ServeScript, wait_for
+from tests.server.scripted_engine import command
 
 ADMIN = {"Authorization": "Bearer secret-admin-key"}
 SETTINGS: dict[str, Any] = {"admin_key": SecretStr("secret-admin-key")}
@@ -70,6 +78,29 @@ def series_of(running: RunningApp, model: str) -> list[str]:
 def in_background(work: Any, *arguments: Any, **options: Any) -> Iterator[Future[httpx.Response]]:
     with ThreadPoolExecutor(1) as pool:
         yield pool.submit(work, *arguments, **options)
+
+
+def test_no_object_of_a_model_outlives_it(model_path: Path) -> None:
+    """Its tokenizer, which may be large, goes with the last reference; what is small may wait for the collector."""
+
+    async def live() -> tuple[weakref.ref[object], list[weakref.ref[object]]]:
+        fleet = Fleet(ServerConfig(models=()), Metrics(), command)
+        model, _ = await fleet.load(ModelConfig(name="m", path=model_path, quantization={}))
+        tokenizer, *rest = map(weakref.ref, (model.tokenizer, model, model.engine, model.client, model.metrics))
+        await fleet.unload("m", 0)
+        with pytest.raises(EngineUnavailableError, match="model 'm' is being unloaded"):
+            _ = model.tokenizer
+        await fleet.shutdown()
+        return tokenizer, rest
+
+    gc.disable()
+    try:
+        tokenizer, rest = asyncio.run(live())
+        assert tokenizer() is None
+    finally:
+        gc.enable()
+    gc.collect()
+    assert [left() for left in rest] == [None] * len(rest)
 
 
 def test_a_model_comes_serves_and_goes(running: RunningApp, model_path: Path) -> None:

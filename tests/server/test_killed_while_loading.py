@@ -8,23 +8,24 @@ from __future__ import annotations
 
 import asyncio
 import gc
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from quant.headers import read_checkpoint_headers
 from server.api.fleet import Fleet
 from server.config import KvCacheConfig, ModelConfig, ServerConfig
 from server.errors import LoadError
 from server.metrics import Metrics
-from tests.server.dying_engine import LITTER, command
+from tests.server.dying_engine import LITTER, TENSOR, command
 from tests.tiny_models import save_tiny
 
-RECORDS = ["start", "plan", "room wanted", "planned", "weights", "weights", "cache", "warmup", "ready", "loaded"]
-"""What a load sends at least; how many records tell of weights depends on the time they take."""
+BEFORE_TENSORS = ["start", "plan", "RoomWanted", "Planned"]
+AFTER_TENSORS = ["cache", "warmup", "ready"]
 ON_CPU = ("model.embed_tokens", "model.norm", "model.rotary_emb", "lm_head")
+OFFLOADED = "halfbyte-offload-"
 KILLED = "the engine of model 'm' was killed by signal 9 (SIGKILL) while loading"
 AT_ONCE = 2
 
@@ -35,14 +36,14 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def temporary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+def temporary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where this process, and so every engine's own directory, has its temporary files."""
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    yield tmp_path
-    assert list(tmp_path.iterdir()) == []
+    return tmp_path
 
 
 class Watched(Fleet):
-    """A fleet that remembers the processes it started, and the directories it gave them."""
+    """A fleet that remembers the processes it started."""
 
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
@@ -77,43 +78,45 @@ def open_files() -> int:
     return len(list(Path("/proc/self/fd").iterdir()))
 
 
-async def killed_at(point: str, number: int, path: Path, notes: Path) -> str:
-    """Loads with an engine that dies there, and checks that nothing is left; the sentence, or "" if it lived."""
+async def loaded_and_killed(number: int, path: Path, notes: Path) -> str:
+    """Loads with an engine that dies at that point; checks that nothing is left. The sentence, or "" if it lived."""
     metrics = Metrics()
-    fleet = Watched(ServerConfig(models=()), metrics, command(point, number, notes))
+    fleet = Watched(ServerConfig(models=()), metrics, command(number, notes))
     sentence = await fleet.try_to_load(entry(path))
     if not sentence:
         await fleet.unload("m", 0)
     (pid,) = fleet.processes
-    assert not Path(f"/proc/{pid}").exists(), "not even a zombie"
-    if sentence == KILLED:
-        assert LITTER in notes.read_text().split(), "there was a file to be left"
-    assert fleet.models == {}
-    assert fleet._room._claims == {}, "its promise is free for others"
-    assert b'model="m"' not in metrics.page()[0]
+    assert not Path(f"/proc/{pid}").exists(), "not even a zombie: its memory is the system's again"
     assert not any(str(pid) in file.name for file in Path("/dev/shm").iterdir())
+    assert fleet.models == {}, "its name is free"
+    assert fleet._room._claims == {}, "what it was promised is free for others"
+    assert b'model="m"' not in metrics.page()[0]
     await fleet.shutdown()
     assert [task for task in asyncio.all_tasks() if task is not asyncio.current_task()] == []
     return sentence
 
 
-@pytest.mark.timeout(600)
-@pytest.mark.parametrize("point", ["record", "tensor"])
-@pytest.mark.usefixtures("temporary")
+@pytest.mark.timeout(900)
 def test_nothing_is_left_of_an_engine_that_is_killed_while_it_loads(
-    point: str, model: Path, tmp_path_factory: pytest.TempPathFactory
+    model: Path, temporary: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
-    """Goes on to later points until the engine survives, which is when there are no more."""
+    """One engine for each point; the last one passes them all, and serves."""
+    tensors = [TENSOR] * (1 + len(read_checkpoint_headers(model)) + 1)  # one turn before the first, and one after all
+    points = [*BEFORE_TENSORS, *tensors, *AFTER_TENSORS]
+    notes = tmp_path_factory.mktemp("notes")
     before = open_files()
 
-    def die(number: int) -> str:
-        return asyncio.run(killed_at(point, number, model, tmp_path_factory.mktemp("notes") / "files"))
+    def load(number: int) -> str:
+        return asyncio.run(loaded_and_killed(number, model, notes / str(number)))
 
+    numbers = range(1, len(points) + 1)
     with ThreadPoolExecutor(AT_ONCE) as pool:
-        sentences: list[str] = []
-        while set(sentences) <= {KILLED}:
-            sentences += pool.map(die, range(len(sentences) + 1, len(sentences) + 1 + AT_ONCE))
-    points = sentences.count(KILLED)
-    assert sentences == [KILLED] * points + [""] * (len(sentences) - points)
-    assert points >= (len(RECORDS) if point == "record" else 12), "so many there are at least"
+        sentences = list(pool.map(load, [*numbers, len(points) + 1]))
+    assert sentences == [KILLED] * len(points) + [""]
+    told = [(notes / str(number)).read_text().splitlines() for number in numbers]
+    assert [point for point, *_ in told] == points
+    assert all(LITTER in files for _, *files in told), "there was a file to be left"
+    on_disk = [any(file.startswith(OFFLOADED) for file in files) for _, *files in told]
+    assert on_disk == [point not in BEFORE_TENSORS for point in points], "and modules that wait on disk"
+    assert list(temporary.iterdir()) == []
     assert open_files() == before

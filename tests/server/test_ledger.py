@@ -156,6 +156,39 @@ def test_malloc_counts_what_it_has_handed_out() -> None:
     assert after - before < MEGABYTE
 
 
+RESIDENT = """
+import os, sys, threading
+from server.memory import allocator
+from server.memory.machine import anonymous_bytes
+if sys.argv[1] == "little":
+    allocator.keep_little()
+bytearray(20 * 2**20)  # a large block that is freed: glibc now keeps as much at the end of every heap
+before = anonymous_bytes(os.getpid())
+def work():
+    held = [bytearray(4000) for _ in range(5000)]
+    del held
+    done.set()
+    leave.wait()
+done, leave = threading.Event(), threading.Event()
+threading.Thread(target=work).start()
+done.wait()
+allocator.give_back()
+print(anonymous_bytes(os.getpid()) - before)
+leave.set()
+"""
+
+
+def test_a_process_that_keeps_little_gives_the_end_of_every_heap_back() -> None:
+    """Twenty megabytes freed in another thread's heap, where asking alone changes nothing."""
+    grown = {}
+    for kind in ("little", "much"):
+        result = subprocess.run([sys.executable, "-c", RESIDENT, kind], capture_output=True, text=True, check=True)
+        grown[kind] = int(result.stdout)
+    assert grown["little"] < 4 * MEGABYTE
+    if grown["much"] < 15 * MEGABYTE:
+        pytest.skip("this C library keeps little by itself")
+
+
 class Counting:
     """An upkeep that notes what it is told."""
 
