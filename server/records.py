@@ -291,9 +291,16 @@ class DevicePlan(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Held at most beside weights and runtime while loading, and given back before the cache is allocated."""
     peak_bytes: int
     """The larger of the two: loading, and serving at the limits."""
-    available_bytes: int
-    """What is free for the model. What the planning process itself holds counts as free: an engine's runtime context,
+    free_bytes: int
+    """What the device has free. What the planning process itself holds counts as free: an engine's runtime context,
     which is among the components, takes its place."""
+    promised_bytes: int = 0
+    """How much of that others are going to take: models that have been planned and have not touched all of it."""
+
+    @property
+    def available_bytes(self) -> int:
+        """What is left for the model."""
+        return max(0, self.free_bytes - self.promised_bytes)
 
     @property
     def total_bytes(self) -> int:
@@ -357,7 +364,8 @@ class Plan(Record, frozen=True):
     def document(self) -> dict[str, Any]:
         """As JSON shows it: its fields, and what follows from them."""
         devices = [
-            msgspec.to_builtins(device) | {"total_bytes": device.total_bytes, "fits": device.fits}
+            msgspec.to_builtins(device)
+            | {"available_bytes": device.available_bytes, "total_bytes": device.total_bytes, "fits": device.fits}
             for device in self.devices
         ]
         fields = {name: getattr(self, name) for name in self.__struct_fields__}

@@ -22,7 +22,7 @@ from server.memory import machine
 from server.memory.facts import read_facts
 from server.memory.machine import Share
 from server.memory.nearest import in_words, nearest
-from server.memory.needs import Room, plan_for, weights_by_device
+from server.memory.needs import Supply, plan_for, weights_by_device
 from server.records import CPU, DISK, DevicePlan, ModelSpec, Plan, Shortage
 
 
@@ -45,15 +45,13 @@ def make_plan(
     facts = read_facts(spec)
     weights = weights_by_device(facts, facts.quantization)
     own = machine.share(os.getpid()) or Share(0, 0)
-    available = {device: free_bytes(device) for device in weights.devices}
-    available[CPU] += own.anonymous
+    free = {device: free_bytes(device) for device in weights.devices}
+    free[CPU] += own.anonymous
     if available_bytes is not None:
-        available[facts.device] = available_bytes
-    for device, size in (promised or {}).items():
-        available[device] = max(0, available.get(device, 0) - size)
-    room = Room(available, runtime or own)
-    plan = plan_for(spec, facts, weights, room)
-    return plan if plan.fits else msgspec.structs.replace(plan, nearest=nearest(spec, facts, weights, room))
+        free[facts.device] = available_bytes
+    supply = Supply(free, promised or {}, runtime or own)
+    plan = plan_for(spec, facts, weights, supply)
+    return plan if plan.fits else msgspec.structs.replace(plan, nearest=nearest(spec, facts, weights, supply))
 
 
 def require_fit(plan: Plan) -> None:
