@@ -151,6 +151,30 @@ def test_what_is_promised_to_others_is_not_free(path: str) -> None:
     assert device.available_bytes == 0
 
 
+def test_models_that_start_together_leave_each_other_room(path: str) -> None:
+    small, huge = (ModelSpec(name, path, kv_cache_tokens=tokens) for name, tokens in (("small", 512), ("huge", 2**40)))
+    first, none, second, third = plan.make_plans([small, huge, small, small])
+    assert (first.fits, none.fits, second.fits, third.fits) == (True, False, True, True)
+    assert first.devices[0].promised_bytes == 0
+    runtime = first.components["runtime_context"] + first.components["mapped_files"]
+    peak = first.devices[0].peak_bytes - runtime + first.components["runtime_context"]
+    assert none.devices[0].promised_bytes == second.devices[0].promised_bytes == peak, "what does not fit takes nothing"
+    assert third.devices[0].promised_bytes > 1.9 * peak
+    for made in (second, third):
+        (device,) = made.devices
+        assert device.available_bytes == device.free_bytes - device.promised_bytes
+
+
+def test_a_promise_has_what_the_process_holds_in_place_of_its_runtime(path: str) -> None:
+    made = plan.make_plan(ModelSpec("m", path, kv_cache_tokens=16, max_model_len=16), GIB, runtime=Share(1000, 50))
+    (device,) = made.devices
+    promised = plan.promise(made, 1007)
+    assert promised.peak == {"cpu": device.peak_bytes - 43}
+    assert promised.kept == {"cpu": device.total_bytes - 43}
+    assert promised.is_on_cpu
+    assert plan.runtime_of(made) == Share(1000, 50)
+
+
 @pytest.mark.parametrize("tokens", [None, 512, 5000])
 def test_what_does_not_fit_says_what_would(path: str, tokens: int | None) -> None:
     fields: dict[str, Any] = {"kv_cache_tokens": tokens}
