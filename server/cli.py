@@ -100,11 +100,11 @@ def _plan(
     # Imported here: planning needs torch's dtypes, and `serve` must not load torch into the HTTP process.
     from rich.console import Console
 
-    from server.memory.plan import make_plan
+    from server.memory.plan import make_plans
     from server.memory.table import plan_json, print_plan
 
     with _explained():
-        plans = [make_plan(spec) for spec in config.specs()]
+        plans = make_plans(config.specs())
     if as_json:
         typer.echo(plan_json(plans))
     else:

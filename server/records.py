@@ -6,7 +6,7 @@ Nothing here is ever pickled, and nothing here imports torch: both processes imp
     HTTP -> engine    LoadModel, RoomGranted for each RoomWanted, then any of Generate, Abort, Shutdown
     engine -> HTTP    LoadProgress*, RoomWanted and Planned among them, then LoadFailed or Loaded,
                       then StepReport* and MemoryChanged*
-    planner -> HTTP   LoadFailed or Plan, the answer to one LoadModel
+    HTTP -> planner   PlanModel, answered by LoadFailed or Plan
 """
 
 from __future__ import annotations
@@ -88,6 +88,14 @@ class ModelSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 class LoadModel(Record, frozen=True):
     spec: ModelSpec
+
+
+class PlanModel(Record, frozen=True):
+    """Sent to a planning process, which loads nothing."""
+
+    spec: ModelSpec
+    promised: dict[str, int] = {}
+    """By device: bytes that are free and that somebody else is going to take."""
 
 
 class SamplingParams(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -197,6 +205,11 @@ class Planned(Record, frozen=True):
     kept: dict[str, int]
     """Afterwards."""
 
+    @property
+    def is_on_cpu(self) -> bool:
+        """Whether what has been taken of it shows from outside, as a process's memory does."""
+        return set(self.peak) == {CPU}
+
 
 class LoadFailed(Record, frozen=True):
     kind: FailureKind
@@ -291,9 +304,16 @@ class DevicePlan(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Held at most beside weights and runtime while loading, and given back before the cache is allocated."""
     peak_bytes: int
     """The larger of the two: loading, and serving at the limits."""
-    available_bytes: int
-    """What is free for the model. What the planning process itself holds counts as free: an engine's runtime context,
+    free_bytes: int
+    """What the device has free. What the planning process itself holds counts as free: an engine's runtime context,
     which is among the components, takes its place."""
+    promised_bytes: int = 0
+    """How much of that others are going to take: models that have been planned and have not touched all of it."""
+
+    @property
+    def available_bytes(self) -> int:
+        """What is left for the model."""
+        return max(0, self.free_bytes - self.promised_bytes)
 
     @property
     def total_bytes(self) -> int:
@@ -357,7 +377,8 @@ class Plan(Record, frozen=True):
     def document(self) -> dict[str, Any]:
         """As JSON shows it: its fields, and what follows from them."""
         devices = [
-            msgspec.to_builtins(device) | {"total_bytes": device.total_bytes, "fits": device.fits}
+            msgspec.to_builtins(device)
+            | {"available_bytes": device.available_bytes, "total_bytes": device.total_bytes, "fits": device.fits}
             for device in self.devices
         ]
         fields = {name: getattr(self, name) for name in self.__struct_fields__}
@@ -442,6 +463,7 @@ FromEngine = LoadProgress | RoomWanted | Planned | LoadFailed | Loaded | StepRep
 _encoder = msgspec.msgpack.Encoder()
 _to_engine: msgspec.msgpack.Decoder[ToEngine] = msgspec.msgpack.Decoder(ToEngine)
 _from_engine: msgspec.msgpack.Decoder[FromEngine] = msgspec.msgpack.Decoder(FromEngine)
+_to_planner: msgspec.msgpack.Decoder[PlanModel] = msgspec.msgpack.Decoder(PlanModel)
 _from_planner: msgspec.msgpack.Decoder[Plan | LoadFailed] = msgspec.msgpack.Decoder(Plan | LoadFailed)
 
 
@@ -471,6 +493,11 @@ def decode_from_engine(body: bytes) -> FromEngine:
     return _from_engine.decode(body)
 
 
+def decode_to_planner(body: bytes) -> PlanModel:
+    """The record in a frame's body, as a planning process is asked; raises msgspec.DecodeError."""
+    return _to_planner.decode(body)
+
+
 def decode_from_planner(body: bytes) -> Plan | LoadFailed:
-    """The record in a frame's body, as a planning process answers a LoadModel; raises msgspec.DecodeError."""
+    """The record in a frame's body, as a planning process answers; raises msgspec.DecodeError."""
     return _from_planner.decode(body)

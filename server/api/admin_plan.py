@@ -8,6 +8,7 @@ from fastapi import APIRouter, Depends, Request
 from starlette.responses import JSONResponse
 
 from server.api.entry import ENTRY_BODY, requested_entry
+from server.api.service import Service, get_service
 from server.config import ModelConfig, thread_share
 from server.engine.planner import Planner
 from server.errors import ServerError, load_refusal
@@ -27,14 +28,16 @@ def get_planner(request: Request) -> Planner:
 async def plan(
     entry: Annotated[ModelConfig, Depends(requested_entry)],
     planner: Annotated[Planner, Depends(get_planner)],
+    service: Annotated[Service, Depends(get_service)],
 ) -> JSONResponse:
     """The plan of one model, described as in models.yaml: the document of `halfbyte plan --json`.
 
+    It is for the memory that the models here leave: `promised_bytes` of `free_bytes` are theirs, and not touched yet.
     That a model does not fit is an answer (`fits`, `nearest`), no error. Refused with 400 (the entry) and 422 (the
     checkpoint); 500 where planning itself failed.
     """
     try:
-        made = await planner.plan(entry.spec(thread_share(1)))
+        made = await planner.plan(entry.spec(thread_share(1)), service.promised_bytes)
     except ServerError as error:
         raise load_refusal(error) from error
     return JSONResponse(made.document())

@@ -78,6 +78,10 @@ class Fleet:
             raise ModelNotFoundError(f"there is no model {shown(name)} here; {here}", param="model")
         return self.models[name]
 
+    def promised_bytes(self) -> dict[str, int]:
+        """By device: what is free and one of these models is going to take."""
+        return self._room.promised_bytes()
+
     async def load(self, entry: ModelConfig) -> tuple[ServedModel, list[Unloaded]]:
         """A new model, ready to serve, and what was evicted for it. It goes on loading when the caller is cancelled.
 

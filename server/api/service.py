@@ -37,6 +37,10 @@ class Service:
     def models(self) -> dict[str, ServedModel]:
         return self._fleet.models
 
+    def promised_bytes(self) -> dict[str, int]:
+        """By device: what is free and a model here is going to take, such as cache blocks that nothing has touched."""
+        return self._fleet.promised_bytes()
+
     async def load(self) -> None:
         """Loads all configured models at once; raises the first failure. One that is unloaded meanwhile is none."""
         tasks = [self._fleet.start(model) for model in self.models.values()]

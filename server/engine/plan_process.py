@@ -1,4 +1,4 @@
-"""A planning process: `python -P -m server.engine.plan_process`, one LoadModel frame in, one Plan or LoadFailed out.
+"""A planning process: `python -P -m server.engine.plan_process`, one PlanModel frame in, one Plan or LoadFailed out.
 
 It exists so that the HTTP process, which imports no torch, can say what a model would need. It reads headers, loads
 nothing, and ends.
@@ -14,10 +14,9 @@ from server.engine.process import QUIET, explain
 from server.records import (
     LENGTH_PREFIX_BYTES,
     LoadFailed,
-    LoadModel,
     ModelSpec,
     Plan,
-    decode_to_engine,
+    decode_to_planner,
     encode_frame,
     frame_length,
 )
@@ -36,15 +35,13 @@ def answer(requests: BinaryIO) -> Plan | LoadFailed:
     """The plan of the model that the first frame asks for, or why there is none."""
     spec = ModelSpec(name="(none)", path="")
     try:
-        record = decode_to_engine(requests.read(frame_length(requests.read(LENGTH_PREFIX_BYTES))))
-        if not isinstance(record, LoadModel):
-            raise TypeError(f"the record must be LoadModel and was {type(record).__name__}")
+        record = decode_to_planner(requests.read(frame_length(requests.read(LENGTH_PREFIX_BYTES))))
         spec = record.spec
         from server.memory.plan import make_plan
         from server.model.load import check_path
 
         check_path(spec)
-        return make_plan(spec)
+        return make_plan(spec, promised=record.promised)
     except Exception as error:
         return explain(error, spec)
 

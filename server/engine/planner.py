@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import sys
+from collections.abc import Callable
 from typing import Final
 
 import msgspec
@@ -16,9 +17,9 @@ from server.errors import LoadError, load_failure
 from server.records import (
     LENGTH_PREFIX_BYTES,
     LoadFailed,
-    LoadModel,
     ModelSpec,
     Plan,
+    PlanModel,
     decode_from_planner,
     encode_frame,
     frame_length,
@@ -41,9 +42,10 @@ class Planner:
         self._seconds = seconds
         self._turn = asyncio.Lock()
 
-    async def plan(self, spec: ModelSpec) -> Plan:
+    async def plan(self, spec: ModelSpec, promised: Callable[[], dict[str, int]] = dict) -> Plan:
         """The plan of a model that is not loaded; it may say that the model does not fit.
 
+        `promised` says when the turn comes what of each device is free and somebody else's.
         Raises what a LoadFailed record stands for, and LoadError where the process gives no answer in time.
         """
         async with self._turn:
@@ -54,7 +56,8 @@ class Planner:
                 start_new_session=True,  # Ctrl-C is for the server
             )
             try:
-                output, _ = await asyncio.wait_for(process.communicate(encode_frame(LoadModel(spec))), self._seconds)
+                question = encode_frame(PlanModel(spec, promised()))
+                output, _ = await asyncio.wait_for(process.communicate(question), self._seconds)
             except TimeoutError:
                 raise LoadError(f"planning model {spec.name!r} took longer than {self._seconds:g} seconds") from None
             finally:

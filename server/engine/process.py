@@ -22,7 +22,6 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, NoReturn
 
@@ -33,12 +32,9 @@ from server.engine.loop import EngineLoop
 from server.engine.scheduler import Scheduler
 from server.errors import ConfigError, DoesNotFitError, LoadError
 from server.records import (
-    CPU,
-    DISK,
     KV_BLOCK_TOKENS,
     LENGTH_PREFIX_BYTES,
     SCRATCH_PREFIX,
-    DevicePlan,
     FailureKind,
     GroupQuality,
     LayerMemory,
@@ -49,7 +45,6 @@ from server.records import (
     LoadProgress,
     ModelSpec,
     Plan,
-    Planned,
     Record,
     RoomGranted,
     RoomWanted,
@@ -248,9 +243,8 @@ def load_engine(spec: ModelSpec, connection: Connection) -> EngineLoop:
 
 def plan_in_turn(spec: ModelSpec, connection: Connection) -> Plan:
     """The plan, once it is this engine's turn and what others have been promised is left to them."""
-    from server.memory.components import MAPPED_FILES, RUNTIME_CONTEXT
     from server.memory.machine import Share, anonymous_bytes
-    from server.memory.plan import make_plan, require_fit
+    from server.memory.plan import make_plan, promise, require_fit, runtime_of
 
     runtime: Share | None = None
     shortage: Shortage | None = None
@@ -258,8 +252,7 @@ def plan_in_turn(spec: ModelSpec, connection: Connection) -> Plan:
         granted = connection.ask(RoomWanted(shortage))
         promised = {device: sum(models.values()) for device, models in granted.promised.items()}
         plan = make_plan(spec, promised=promised, runtime=runtime)
-        host = next(device.components for device in plan.devices if device.device == CPU)
-        runtime = Share(host[RUNTIME_CONTEXT], host[MAPPED_FILES])  # the same in each try
+        runtime = runtime_of(plan)  # the same in each try
         try:
             require_fit(plan)
         except DoesNotFitError as error:
@@ -267,23 +260,8 @@ def plan_in_turn(spec: ModelSpec, connection: Connection) -> Plan:
                 shortage = error.shortage
                 continue
             raise DoesNotFitError(f"{error}{_promises(granted, error.shortage)}", error.shortage) from error
-        held = {CPU: anonymous_bytes(os.getpid()) or 0}
-        devices = [device for device in plan.devices if device.device != DISK]
-        connection.send(
-            Planned(
-                {device.device: _taken(device.peak_bytes, device, held) for device in devices},
-                {device.device: _taken(device.total_bytes, device, held) for device in devices},
-            )
-        )
+        connection.send(promise(plan, anonymous_bytes(os.getpid()) or 0))
         return plan
-
-
-def _taken(size: int, device: DevicePlan, held: Mapping[str, int]) -> int:
-    """What of a device will be in use: as planned, with what the process holds now in the place of its runtime."""
-    from server.memory.components import MAPPED_FILES, RUNTIME_CONTEXT
-
-    own = device.components.get(RUNTIME_CONTEXT, 0) + device.components.get(MAPPED_FILES, 0)
-    return size - own + held.get(device.device, 0)
 
 
 def _promises(granted: RoomGranted, shortage: Shortage | None) -> str:

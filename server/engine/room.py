@@ -32,7 +32,11 @@ class Room:
         found = self._claims[model] = Claim(self, model)
         return found
 
-    def promised_to_others(self, claim: Claim) -> dict[str, dict[str, int]]:
+    def promised_bytes(self) -> dict[str, int]:
+        """By device: what has been promised to any model and is not taken yet."""
+        return {device: sum(models.values()) for device, models in self.promised_to_others(None).items()}
+
+    def promised_to_others(self, claim: Claim | None) -> dict[str, dict[str, int]]:
         """By device and model: what has been promised and is not taken yet. Only what is not zero."""
         found: dict[str, dict[str, int]] = {}
         for other in self._claims.values():
@@ -96,7 +100,7 @@ class Claim:
         """
         self._planned = record
         self.promised = record.peak
-        if set(record.peak) == {CPU}:
+        if record.is_on_cpu:
             self._room.leave(self)
 
     def loaded(self, memory: MemoryReport) -> None:

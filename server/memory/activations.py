@@ -10,6 +10,7 @@ docs/memory.md holds the estimate beside what was measured.
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Mapping
 from typing import Any, Final
 
 import torch
@@ -30,10 +31,15 @@ SAMPLING_BYTES: Final = 48
 (server/model/sampler.py, filters.py)."""
 
 
-def activation_bytes(model: transformers.PreTrainedModel, dtype: torch.dtype, tokens: int, rows: int) -> int:
+Widths = Mapping[str, tuple[int, int]]
+"""Per module with linear layers of its own: numbers per token of all they give, and of the widest input."""
+
+
+def activation_bytes(
+    config: transformers.PretrainedConfig, widths: Widths, dtype: torch.dtype, tokens: int, rows: int
+) -> int:
     """Bytes of a step of `tokens` tokens at its largest moment, where `rows` of them have logits that are sampled."""
-    text = model.config.get_text_config(decoder=True)
-    widths = _block_widths(model, text)
+    text = config.get_text_config(decoder=True)
     widest = max((given + PRODUCTS * taken for given, taken in widths.values()), default=0)
     widest_input = max((taken for _, taken in widths.values()), default=0)
     in_blocks = tokens * (RESIDUALS * int(text.hidden_size) + widest) * dtype.itemsize
@@ -43,8 +49,8 @@ def activation_bytes(model: transformers.PreTrainedModel, dtype: torch.dtype, to
     return max(in_blocks, at_logits) + min(MOST_RETAINED, 2 * largest)
 
 
-def _block_widths(model: transformers.PreTrainedModel, text: Any) -> dict[str, tuple[int, int]]:
-    """Per module with linear layers of its own: numbers per token of all they give, and of the widest input."""
+def block_widths(model: transformers.PreTrainedModel) -> Widths:
+    """Those of a model on the meta device; the head is none of them."""
     outputs: dict[str, int] = defaultdict(int)
     inputs: dict[str, int] = defaultdict(int)
     head: Any = model.get_output_embeddings()  # type: ignore[no-untyped-call]
@@ -56,7 +62,7 @@ def _block_widths(model: transformers.PreTrainedModel, text: Any) -> dict[str, t
             block = name.rpartition(".")[0]
             outputs[block] += shape[0]
             inputs[block] = max(inputs[block], shape[1])
-    chosen = _experts_per_token(text)
+    chosen = _experts_per_token(model.config.get_text_config(decoder=True))
     for name, projections in find_experts(model).items():
         widths = [len(projection.names) * projection.rows for projection in projections]
         outputs[name] = chosen * sum(widths)

@@ -20,6 +20,7 @@ from quant.hf import HalfbyteQuantizer
 from quant.offload import is_offloaded, spelled
 from quant.tied import untie_what_differs
 from server.errors import ConfigError
+from server.memory.activations import Widths, block_widths
 from server.records import ModelSpec
 
 DTYPES: Final = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -39,6 +40,10 @@ class Facts:
     hf_config: transformers.PretrainedConfig
     quantization: BitsAndBytesConfig | None
     meta: transformers.PreTrainedModel
+    parameters: int
+    """Numbers in the weights, tied ones once."""
+    widths: Widths
+    """Of what its linear layers take and give."""
     headers: dict[str, TensorHeader]
     """Empty where there is only a config.json: shapes are known all the same."""
     checkpoint_bytes: int
@@ -64,6 +69,8 @@ def read_facts(spec: ModelSpec) -> Facts:
         hf_config=hf_config,
         quantization=quantization,
         meta=meta,
+        parameters=sum(parameter.numel() for parameter in meta.parameters()),
+        widths=block_widths(meta),
         headers=headers,
         checkpoint_bytes=sum(file.stat().st_size for file in files),
         prequantized=getattr(hf_config, "quantization_config", None) is not None,

@@ -7,7 +7,7 @@ cache classes, which serve architectures that never call our attention, hold the
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Final
 
 import torch
 import transformers
@@ -16,6 +16,14 @@ from torch import nn
 from quant.kv import DTYPES, head_bytes
 from server.errors import ConfigError
 from server.records import ModelSpec
+
+KEYS_AND_VALUES: Final = frozenset({"full_attention", "sliding_attention"})
+"""What a config calls layers that keep keys and values and nothing else."""
+
+
+def other_layers(text: Any) -> list[str]:
+    """The types of a text config's layers that keep anything else: a state, a window of inputs."""
+    return sorted(set(getattr(text, "layer_types", None) or ()) - KEYS_AND_VALUES)
 
 
 def kv_dtype(spec: ModelSpec, computed: torch.dtype) -> torch.dtype:

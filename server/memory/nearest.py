@@ -1,7 +1,8 @@
 """Where a model does not fit: the nearest configurations that would, each planned and found to fit.
 
-First with less room for requests (a smaller cache or shorter context, then smaller steps, then fewer sequences), then
-in a smaller format: the largest that fits with all else as asked, or failing that the largest that fits with less room.
+First with less room for requests (a smaller cache or shorter context, then smaller steps, then fewer sequences), and
+with a cache in 8 bits where that leaves more room; then in a smaller format: the largest that fits with all else as
+asked, or failing that the largest that fits with less room.
 """
 
 from __future__ import annotations
@@ -10,10 +11,12 @@ from collections.abc import Iterator
 from typing import Any, Final
 
 import msgspec
+import torch
 
 from quant.config import BitsAndBytesConfig, from_spec
 from server.memory.facts import Facts, describe
-from server.memory.needs import Room, Weights, plan_for, weights_by_device, whole_blocks
+from server.memory.kv import kv_dtype, layer_bytes_per_token, other_layers
+from server.memory.needs import Supply, Weights, plan_for, weights_by_device, whole_blocks
 from server.records import Alternative, ModelSpec, Plan
 
 SMALLEST_CONTEXT: Final = 256
@@ -34,18 +37,20 @@ FORMATS: Final[tuple[str | dict[str, Any], ...]] = (
     },
 )
 """From large to small."""
+SMALLEST_CACHE: Final = "int8"
+"""The kv_cache.dtype that takes least."""
 
 
-def nearest(spec: ModelSpec, facts: Facts, weights: Weights, room: Room) -> tuple[Alternative, ...]:
+def nearest(spec: ModelSpec, facts: Facts, weights: Weights, supply: Supply) -> tuple[Alternative, ...]:
     """What would fit; empty where nothing of the kind does."""
-    found = list(_with_less(spec, facts, weights, room, {}))
+    found = list(_with_either_cache(spec, facts, weights, supply, {}))
     if facts.prequantized:
         return tuple(found)
-    smaller = []
+    smaller: list[Alternative] = []
     for name, other in _smaller_formats(facts, weights):
-        if (fitting := _fitting(spec, facts, other, room, {"quantization": name})) is not None:
+        if (fitting := _fitting(spec, facts, other, supply, {"quantization": name})) is not None:
             return (*found, fitting)
-        smaller += list(_with_less(spec, facts, other, room, {"quantization": name}))
+        smaller += _with_either_cache(spec, facts, other, supply, {"quantization": name})
     return (*found, *smaller[:1])
 
 
@@ -55,8 +60,7 @@ def in_words(alternative: Alternative) -> str:
     parts = []
     if "quantization" in changes:
         parts.append(f"quantization {_format_in_words(changes.pop('quantization'))}")
-    if "kv_cache" in changes:
-        changes["kv_cache.tokens"] = changes.pop("kv_cache")["tokens"]
+    changes |= {f"kv_cache.{key}": value for key, value in changes.pop("kv_cache", {}).items()}
     parts += [f"{key} {value}" for key, value in changes.items()]
     return parts[0] + (f" with {' and '.join(parts[1:])}" if parts[1:] else "")
 
@@ -67,53 +71,82 @@ def _format_in_words(quantization: str | dict[str, Any]) -> str:
     return f"{describe(BitsAndBytesConfig(**quantization))} and its quantize_embeddings true"
 
 
-def _with_less(
-    spec: ModelSpec, facts: Facts, weights: Weights, room: Room, changes: dict[str, Any]
+def _with_either_cache(
+    spec: ModelSpec, facts: Facts, weights: Weights, supply: Supply, changes: dict[str, Any]
 ) -> Iterator[Alternative]:
-    """The first of ever smaller steps beside which a cache fits, with the largest such cache; at most one."""
+    """With less room for requests, in a cache as asked; and in the smallest one, if less must then be given up."""
+    as_asked = _with_less(spec, facts, weights, supply, changes)
+    if as_asked is not None:
+        yield as_asked
+    if not _has_smaller_cache(spec, facts):
+        return
+    in_smallest = _with_less(spec, facts, weights, supply, changes | {"kv_cache": {"dtype": SMALLEST_CACHE}})
+    if in_smallest is not None and (as_asked is None or _apart_from_dtype(in_smallest) != as_asked.changes):
+        yield in_smallest
+
+
+def _has_smaller_cache(spec: ModelSpec, facts: Facts) -> bool:
+    """Whether the model's cache can be kept in less; one of anything but keys and values can't."""
+    asked = layer_bytes_per_token(facts.hf_config, kv_dtype(spec, facts.dtype))
+    smallest = layer_bytes_per_token(facts.hf_config, torch.int8)
+    return smallest < asked and not other_layers(facts.hf_config.get_text_config(decoder=True))
+
+
+def _apart_from_dtype(alternative: Alternative) -> dict[str, Any]:
+    cache = {key: value for key, value in alternative.changes["kv_cache"].items() if key != "dtype"}
+    others = {key: value for key, value in alternative.changes.items() if key != "kv_cache"}
+    return others | ({"kv_cache": cache} if cache else {})
+
+
+def _with_less(
+    spec: ModelSpec, facts: Facts, weights: Weights, supply: Supply, changes: dict[str, Any]
+) -> Alternative | None:
+    """The first of ever smaller steps beside which a cache fits, with the largest such cache."""
     step, sequences = min(spec.max_batch_tokens, SMALLEST_STEP), min(spec.max_sequences, FEWEST_SEQUENCES)
     for less in ({}, {"max_batch_tokens": step}, {"max_batch_tokens": step, "max_sequences": sequences}):
         own = {key: value for key, value in less.items() if value != getattr(spec, key)}
-        shrunk = msgspec.structs.replace(spec, **own)
-        plan = plan_for(msgspec.structs.replace(shrunk, kv_cache_tokens=None), facts, weights, room)
+        shrunk = _changed(spec, changes | own)
+        plan = plan_for(msgspec.structs.replace(shrunk, kv_cache_tokens=None), facts, weights, supply)
         shortest = min(SMALLEST_CONTEXT, plan.max_model_len)
         for context in (plan.longest_context, shortest):  # a short one leaves a little more room, having smaller tables
-            cache = _cache(spec, plan, max(context, shortest))
-            if (fitting := _fitting(shrunk, facts, weights, room, changes | own | cache)) is not None:
-                yield fitting
-                return
+            length, tokens = _cache(spec, plan, max(context, shortest))
+            cache = changes.get("kv_cache", {}) | tokens
+            candidate = changes | own | length | ({"kv_cache": cache} if cache else {})
+            if (fitting := _fitting(spec, facts, weights, supply, candidate)) is not None:
+                return fitting
+    return None
 
 
-def _cache(spec: ModelSpec, plan: Plan, context: int) -> dict[str, Any]:
-    """Keys for sequences of `context` tokens, as far as they are not as planned, and as many as there is room for."""
+def _cache(spec: ModelSpec, plan: Plan, context: int) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What changes of the model, and of its cache, for sequences of `context` tokens, as many as there is room for."""
     context = min(plan.max_model_len, context)
-    changes: dict[str, Any] = {} if context == plan.max_model_len else {"max_model_len": context}
-    if spec.kv_cache_tokens is not None:
-        sequence = plan.sequence_tokens // plan.max_model_len * context
-        tokens = sequence if changes else max(1, plan.most_sequences) * whole_blocks(sequence)
-        changes["kv_cache"] = {"tokens": min(spec.kv_cache_tokens, tokens)}
-    return changes
+    length = {} if context == plan.max_model_len else {"max_model_len": context}
+    if spec.kv_cache_tokens is None:
+        return length, {}
+    sequence = plan.sequence_tokens // plan.max_model_len * context
+    tokens = min(spec.kv_cache_tokens, sequence if length else max(1, plan.most_sequences) * whole_blocks(sequence))
+    return length, {} if tokens == spec.kv_cache_tokens else {"tokens": tokens}
 
 
 def _fitting(
-    spec: ModelSpec, facts: Facts, weights: Weights, room: Room, changes: dict[str, Any]
+    spec: ModelSpec, facts: Facts, weights: Weights, supply: Supply, changes: dict[str, Any]
 ) -> Alternative | None:
     """A configuration as an alternative, if it fits."""
-    fields = {key: value for key, value in changes.items() if key not in ("quantization", "kv_cache")}
-    if "kv_cache" in changes:
-        fields["kv_cache_tokens"] = changes["kv_cache"]["tokens"]
-    plan = plan_for(msgspec.structs.replace(spec, **fields), facts, weights, room)
+    plan = plan_for(_changed(spec, changes), facts, weights, supply)
     return Alternative(changes, plan.devices[0].peak_bytes) if plan.fits else None
+
+
+def _changed(spec: ModelSpec, changes: dict[str, Any]) -> ModelSpec:
+    """A spec with what an alternative changes, but for the quantization: `Weights` are of one already."""
+    fields = {key: value for key, value in changes.items() if key not in ("quantization", "kv_cache")}
+    fields |= {f"kv_cache_{key}": value for key, value in changes.get("kv_cache", {}).items()}
+    return msgspec.structs.replace(spec, **fields)
 
 
 def _smaller_formats(facts: Facts, weights: Weights) -> Iterator[tuple[str | dict[str, Any], Weights]]:
     """Formats that make the main device's weights smaller than they are, from large to small."""
-    size = _size(facts, weights)
+    size = weights.bytes_on(facts.device)
     for name in FORMATS:
         other = weights_by_device(facts, from_spec(name, compute_dtype=facts.dtype))
-        if _size(facts, other) < size:
+        if other.bytes_on(facts.device) < size:
             yield name, other
-
-
-def _size(facts: Facts, weights: Weights) -> int:
-    return sum(portion.nbytes for portion in weights.portions[facts.device])

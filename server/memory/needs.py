@@ -31,13 +31,17 @@ UNBOUNDED_CONTEXT: Final = 2048
 
 
 @dataclass(frozen=True, slots=True)
-class Room:
-    """What there is to fill."""
+class Supply:
+    """What there is to fill, in bytes by device; a device that is not named has nothing."""
 
-    available_bytes: Mapping[str, int]
-    """By device; a device that is not named has nothing."""
+    free: Mapping[str, int]
+    promised: Mapping[str, int]
+    """Of what is free: what others are going to take."""
     runtime: Share
     """Of the engine's process before loading, on the CPU."""
+
+    def available(self, device: str) -> int:
+        return max(0, self.free.get(device, 0) - self.promised.get(device, 0))
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,11 +49,17 @@ class Weights:
     """A model's tensors under one quantization, by device."""
 
     quantization: BitsAndBytesConfig | None
-    portions: Mapping[str, list[Portion]]
+    components: Mapping[str, Mapping[str, int]]
+    """Main device first."""
+    largest: Mapping[str, int]
+    """The bytes of the largest tensor as it arrives."""
 
     @property
     def devices(self) -> list[str]:
-        return list(self.portions)
+        return list(self.components)
+
+    def bytes_on(self, device: str) -> int:
+        return sum(self.components[device].values())
 
 
 def weights_by_device(facts: Facts, quantization: BitsAndBytesConfig | None) -> Weights:
@@ -60,27 +70,29 @@ def weights_by_device(facts: Facts, quantization: BitsAndBytesConfig | None) -> 
         device = facts.device if portion.is_buffer else place(portion.name)
         portions.setdefault(device, []).append(portion)
     portions.setdefault(CPU, [])  # wherever a model computes, its process lives here
-    return Weights(quantization, portions)
+    largest = {device: max((each.arriving_bytes for each in here), default=0) for device, here in portions.items()}
+    largest[facts.device] = max(largest[facts.device], *(header.nbytes for header in facts.headers.values()), 0)
+    return Weights(quantization, {device: by_component(here) for device, here in portions.items()}, largest)
 
 
-def plan_for(spec: ModelSpec, facts: Facts, weights: Weights, room: Room) -> Plan:
+def plan_for(spec: ModelSpec, facts: Facts, weights: Weights, supply: Supply) -> Plan:
     """The needs of one configuration. Raises ConfigError where its numbers contradict each other or the model."""
     limit = context_limit(facts.hf_config)
     length = _length(spec, limit)
     kv_per_token = _kv_per_token(spec, facts, weights)
-    fixed = {device: _without_cache(spec, facts, weights, device, length, room) for device in weights.devices}
-    kv_room = _kv_room(fixed, kv_per_token, room)
+    fixed = {device: _without_cache(spec, facts, weights, device, length, supply) for device in weights.devices}
+    kv_room = _kv_room(fixed, kv_per_token, supply)
     texts = texts_per_sequence(facts.hf_config)
     tokens = _kv_tokens(spec, length, texts * length, kv_room)
     devices = []
     for device, components in fixed.items():
         if kv_per_token[device]:
             components = components | {KV_CACHE: tokens * kv_per_token[device]}
-        devices.append(_device_plan(device, components, weights.portions[device], facts, room))
+        devices.append(_device_plan(device, components, weights, supply))
     return Plan(
         model=spec.name,
         architecture=type(facts.meta).__name__,
-        parameters=sum(parameter.numel() for parameter in facts.meta.parameters()),
+        parameters=facts.parameters,
         quantization=describe(weights.quantization),
         dtype=str(facts.dtype).removeprefix("torch."),
         devices=tuple(devices),
@@ -132,27 +144,27 @@ def _kv_per_token(spec: ModelSpec, facts: Facts, weights: Weights) -> Counter[st
 
 
 def _without_cache(
-    spec: ModelSpec, facts: Facts, weights: Weights, device: str, length: int, room: Room
+    spec: ModelSpec, facts: Facts, weights: Weights, device: str, length: int, supply: Supply
 ) -> dict[str, int]:
-    components = dict(by_component(weights.portions[device]))
+    components = dict(weights.components[device])
     if device == DISK:
         return components
     if device == CPU:
-        components |= {RUNTIME_CONTEXT: room.runtime.anonymous, MAPPED_FILES: room.runtime.file}
+        components |= {RUNTIME_CONTEXT: supply.runtime.anonymous, MAPPED_FILES: supply.runtime.file}
     if device == facts.device or device not in (CPU, DISK):
         tokens = min(spec.max_batch_tokens, spec.max_sequences * length)
         if facts.hf_config.is_encoder_decoder:
             tokens += length  # a prompt that came in chunks is computed at once
         rows = min(spec.max_sequences, tokens)
         components[WORKSPACE] = workspace_bytes(spec, length)
-        components[ACTIVATIONS] = activation_bytes(facts.meta, facts.dtype, tokens, rows)
+        components[ACTIVATIONS] = activation_bytes(facts.hf_config, facts.widths, facts.dtype, tokens, rows)
     return components
 
 
-def _kv_room(fixed: Mapping[str, Mapping[str, int]], kv_per_token: Mapping[str, int], room: Room) -> int:
+def _kv_room(fixed: Mapping[str, Mapping[str, int]], kv_per_token: Mapping[str, int], supply: Supply) -> int:
     """Tokens, in whole blocks, of the largest cache that fits beside everything else on every device."""
     fitting = [
-        max(0, room.available_bytes.get(device, 0) - sum(components.values())) // kv_per_token[device]
+        max(0, supply.available(device) - sum(components.values())) // kv_per_token[device]
         for device, components in fixed.items()
         if kv_per_token[device]
     ]
@@ -172,19 +184,14 @@ def _kv_tokens(spec: ModelSpec, length: int, sequence: int, kv_room: int) -> int
     return whole_blocks(tokens)
 
 
-def _device_plan(
-    device: str, components: dict[str, int], portions: list[Portion], facts: Facts, room: Room
-) -> DevicePlan:
-    largest = max((portion.arriving_bytes for portion in portions), default=0)
-    if device == facts.device:
-        largest = max(largest, *(header.nbytes for header in facts.headers.values()), 0)
-    loading = 0 if device == DISK else 2 * largest  # once as read and once in the making
-    before_cache = sum(by_component(portions).values()) + components.get(RUNTIME_CONTEXT, 0)
-    before_cache += components.get(MAPPED_FILES, 0)
+def _device_plan(device: str, components: dict[str, int], weights: Weights, supply: Supply) -> DevicePlan:
+    loading = 0 if device == DISK else 2 * weights.largest[device]  # once as read and once in the making
+    before_cache = weights.bytes_on(device) + components.get(RUNTIME_CONTEXT, 0) + components.get(MAPPED_FILES, 0)
     return DevicePlan(
         device=device,
         components=components,
         loading_bytes=loading,
         peak_bytes=max(before_cache + loading, sum(components.values())),
-        available_bytes=room.available_bytes.get(device, 0),
+        free_bytes=supply.free.get(device, 0),
+        promised_bytes=supply.promised.get(device, 0),
     )

@@ -12,18 +12,20 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping
 
 import msgspec
 import torch
 
 from server.errors import ConfigError, DoesNotFitError
 from server.memory import machine
+from server.memory.components import MAPPED_FILES, RUNTIME_CONTEXT
 from server.memory.facts import read_facts
 from server.memory.machine import Share
 from server.memory.nearest import in_words, nearest
-from server.memory.needs import Room, plan_for, weights_by_device
-from server.records import CPU, DISK, DevicePlan, ModelSpec, Plan, Shortage
+from server.memory.needs import Supply, plan_for, weights_by_device
+from server.records import CPU, DISK, DevicePlan, ModelSpec, Plan, Planned, Shortage
 
 
 def make_plan(
@@ -45,15 +47,44 @@ def make_plan(
     facts = read_facts(spec)
     weights = weights_by_device(facts, facts.quantization)
     own = machine.share(os.getpid()) or Share(0, 0)
-    available = {device: free_bytes(device) for device in weights.devices}
-    available[CPU] += own.anonymous
+    free = {device: free_bytes(device) for device in weights.devices}
+    free[CPU] += own.anonymous
     if available_bytes is not None:
-        available[facts.device] = available_bytes
-    for device, size in (promised or {}).items():
-        available[device] = max(0, available.get(device, 0) - size)
-    room = Room(available, runtime or own)
-    plan = plan_for(spec, facts, weights, room)
-    return plan if plan.fits else msgspec.structs.replace(plan, nearest=nearest(spec, facts, weights, room))
+        free[facts.device] = available_bytes
+    supply = Supply(free, promised or {}, runtime or own)
+    plan = plan_for(spec, facts, weights, supply)
+    return plan if plan.fits else msgspec.structs.replace(plan, nearest=nearest(spec, facts, weights, supply))
+
+
+def make_plans(specs: Iterable[ModelSpec]) -> list[Plan]:
+    """The plans of models that one server starts with, in their order: each for what those before it leave."""
+    plans = []
+    promised: Counter[str] = Counter()
+    for spec in specs:
+        plan = make_plan(spec, promised=promised)
+        plans.append(plan)
+        if plan.fits:
+            own = promise(plan, runtime_of(plan).anonymous)
+            promised.update(own.peak if own.is_on_cpu else own.kept)  # on a GPU the next waits until this one is loaded
+    return plans
+
+
+def promise(plan: Plan, held: int) -> Planned:
+    """What the plan's engine will take of each device, with what it holds on the CPU now in place of its runtime."""
+    peak, kept = {}, {}
+    for device in plan.devices:
+        if device.device != DISK:
+            runtime = device.components.get(RUNTIME_CONTEXT, 0) + device.components.get(MAPPED_FILES, 0)
+            now = held if device.device == CPU else 0
+            peak[device.device] = device.peak_bytes - runtime + now
+            kept[device.device] = device.total_bytes - runtime + now
+    return Planned(peak, kept)
+
+
+def runtime_of(plan: Plan) -> Share:
+    """What it counts as the process's own before loading."""
+    host = next(device.components for device in plan.devices if device.device == CPU)
+    return Share(host[RUNTIME_CONTEXT], host[MAPPED_FILES])
 
 
 def require_fit(plan: Plan) -> None:

@@ -56,7 +56,10 @@ def _device_table(device: DevicePlan) -> Table:
     table.add_row("total", *_figures(device.total_bytes), style="bold")
     table.add_row("more while loading", *_figures(device.loading_bytes))
     table.add_row("peak", *_figures(device.peak_bytes))
-    table.add_row("free", *_figures(device.available_bytes))
+    table.add_row("free", *_figures(device.free_bytes))
+    if device.promised_bytes:
+        table.add_row("promised to other models", *_figures(device.promised_bytes))
+        table.add_row("left", *_figures(device.available_bytes))
     return table
 
 

@@ -21,13 +21,13 @@ from __future__ import annotations
 
 import logging
 from functools import partial
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING
 
 import torch
 from transformers import DynamicCache
 
 from server.errors import LoadError
-from server.memory.kv import kv_dtype
+from server.memory.kv import kv_dtype, other_layers
 from server.model.attention import ATTENTION_NAME, CONTEXT_ARGUMENT, Call, LayerShape, PagedCache, register
 from server.model.batch import Batch, Chunk, Draw
 from server.model.cache_runner import CacheRunner, batchings, cache_argument
@@ -45,8 +45,6 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 ModelRunner = PagedRunner | CacheRunner | SingleRunner
-
-PAGED_LAYER_TYPES: Final = frozenset({"full_attention", "sliding_attention"})
 
 
 class NotPagedError(Exception):
@@ -125,8 +123,7 @@ def _probe_layers(model: PreTrainedModel, prompt: list[int], spec: ModelSpec) ->
     """Sets the model to our attention and sees every layer call it; raises NotPagedError where one does not."""
     text = model.config.get_text_config()
     types = getattr(text, "layer_types", None) or []
-    foreign = sorted(set(types) - PAGED_LAYER_TYPES)
-    if foreign:
+    if foreign := other_layers(text):
         raise NotPagedError(f"has layers of type {', '.join(foreign)}")
     register()
     recorder = _Recorder()

@@ -52,12 +52,23 @@ def test_a_plan_is_that_of_the_command(running: RunningApp, path: Path) -> None:
     for each in (document["devices"][0], expected["devices"][0]):
         assert each["components"].pop("runtime_context") > 50_000_000
         assert each["components"].pop("mapped_files") > 0
-        for varying in ("available_bytes", "total_bytes", "peak_bytes"):
+        for varying in ("free_bytes", "available_bytes", "total_bytes", "peak_bytes"):
             del each[varying]
     for whole in (document, expected):
         del whole["most_sequences"]  # of what is free now
     assert document == json.loads(json.dumps(expected))
     assert document["fits"]
+
+
+def test_what_models_here_have_been_promised_is_not_left(serve_scripts: ServeScript, path: Path) -> None:
+    """Half of the promise, or more, is not what the process has taken: it is a few imports large."""
+    promise = 2**33
+    script = {"plan": {"device": "cpu", "capacity": 2**60, "peak": promise, "kept": promise}}
+    with serve_scripts({"first": script}, admin_key=SecretStr("secret-admin-key")) as running:
+        (device,) = ask(running, {"path": str(path), "kv_cache": {"tokens": 512}, "device": "cpu"}).json()["devices"]
+    assert promise / 2 < device["promised_bytes"] < promise
+    assert device["available_bytes"] == max(0, device["free_bytes"] - device["promised_bytes"])
+    assert device["fits"] == (device["peak_bytes"] <= device["available_bytes"])
 
 
 def test_what_does_not_fit_is_an_answer(running: RunningApp, path: Path) -> None:

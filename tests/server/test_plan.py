@@ -43,7 +43,7 @@ def configured(path: str, alternative: Alternative, **fields: Any) -> dict[str, 
     """The fields of a spec with an alternative's changes."""
     changes = dict(alternative.changes)
     if "kv_cache" in changes:
-        changes["kv_cache_tokens"] = changes.pop("kv_cache")["tokens"]
+        changes |= {f"kv_cache_{key}": value for key, value in changes.pop("kv_cache").items()}
     return fields | changes
 
 
@@ -114,7 +114,7 @@ def test_activations_grow_with_the_step_and_not_with_the_cache(path: str) -> Non
 
 def test_activations_of_few_tokens_are_the_logits(path: str) -> None:
     facts = read_facts(ModelSpec("m", path))
-    one, two = (activation_bytes(facts.meta, torch.bfloat16, rows, rows) for rows in (1, 2))
+    one, two = (activation_bytes(facts.hf_config, facts.widths, torch.bfloat16, rows, rows) for rows in (1, 2))
     assert two == 2 * one > 320 * 4
 
 
@@ -151,6 +151,30 @@ def test_what_is_promised_to_others_is_not_free(path: str) -> None:
     assert device.available_bytes == 0
 
 
+def test_models_that_start_together_leave_each_other_room(path: str) -> None:
+    small, huge = (ModelSpec(name, path, kv_cache_tokens=tokens) for name, tokens in (("small", 512), ("huge", 2**40)))
+    first, none, second, third = plan.make_plans([small, huge, small, small])
+    assert (first.fits, none.fits, second.fits, third.fits) == (True, False, True, True)
+    assert first.devices[0].promised_bytes == 0
+    runtime = first.components["runtime_context"] + first.components["mapped_files"]
+    peak = first.devices[0].peak_bytes - runtime + first.components["runtime_context"]
+    assert none.devices[0].promised_bytes == second.devices[0].promised_bytes == peak, "what does not fit takes nothing"
+    assert third.devices[0].promised_bytes > 1.9 * peak
+    for made in (second, third):
+        (device,) = made.devices
+        assert device.available_bytes == device.free_bytes - device.promised_bytes
+
+
+def test_a_promise_has_what_the_process_holds_in_place_of_its_runtime(path: str) -> None:
+    made = plan.make_plan(ModelSpec("m", path, kv_cache_tokens=16, max_model_len=16), GIB, runtime=Share(1000, 50))
+    (device,) = made.devices
+    promised = plan.promise(made, 1007)
+    assert promised.peak == {"cpu": device.peak_bytes - 43}
+    assert promised.kept == {"cpu": device.total_bytes - 43}
+    assert promised.is_on_cpu
+    assert plan.runtime_of(made) == Share(1000, 50)
+
+
 @pytest.mark.parametrize("tokens", [None, 512, 5000])
 def test_what_does_not_fit_says_what_would(path: str, tokens: int | None) -> None:
     fields: dict[str, Any] = {"kv_cache_tokens": tokens}
@@ -178,6 +202,48 @@ def test_the_nearest_is_the_smallest_step_away(path: str) -> None:
     smaller = planned(path, without_steps + 800_000, quantization="int8").nearest[0]
     assert smaller.changes["max_batch_tokens"] == SMALLEST_STEP
     assert "quantization" not in smaller.changes
+
+
+def test_a_cache_in_8_bits_is_offered_where_it_gives_up_less(path: str) -> None:
+    """A head of 32 takes 36 bytes in place of 64: as many tokens as asked, or more than a cache as asked would hold."""
+    whole = planned(path, kv_cache_tokens=512).devices[0].peak_bytes
+    first, second, *_ = planned(path, whole - 1, kv_cache_tokens=512).nearest
+    assert first.changes == {"max_model_len": 496, "kv_cache": {"tokens": 496}}
+    assert second.changes == {"kv_cache": {"dtype": "int8"}}
+    assert in_words(second) == "kv_cache.dtype int8"
+    saved = 512 * (KV_PER_TOKEN - 2 * 2 * 2 * 36)
+    first, second, *_ = planned(path, whole - saved - 1, kv_cache_tokens=512).nearest
+    assert first.changes["kv_cache"]["tokens"] < second.changes["kv_cache"]["tokens"] < 512
+    assert second.changes["kv_cache"]["dtype"] == "int8"
+
+
+def test_a_cache_in_8_bits_is_offered_only_where_it_is_smaller_and_possible(path: str, tmp_path: Path) -> None:
+    def offers(path: str, **fields: Any) -> list[dict[str, Any]]:
+        whole = planned(path, 100 * GIB, kv_cache_tokens=512, **fields).devices[0].peak_bytes
+        made = planned(path, whole - 1, kv_cache_tokens=512, **fields)
+        assert made.nearest
+        return [offer.changes for offer in made.nearest]
+
+    def is_in_8_bits(changes: dict[str, Any]) -> bool:
+        return "dtype" in changes.get("kv_cache", {})
+
+    assert any(map(is_in_8_bits, offers(path)))
+    assert not any(map(is_in_8_bits, offers(path, kv_cache_dtype="int8")))
+    small_heads = str(save_tiny("llama", tmp_path / "heads", dtype=torch.bfloat16, head_dim=2))
+    assert not any(map(is_in_8_bits, offers(small_heads)))  # two codes and a scale, for two numbers in 16 bits
+    config = json.loads((Path(path) / "config.json").read_text())
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "config.json").write_text(json.dumps(config | {"layer_types": ["linear_attention", "full_attention"]}))
+    assert not any(map(is_in_8_bits, offers(str(other))))
+
+
+def test_no_room_for_steps_is_no_reason_for_a_cache_in_8_bits(path: str) -> None:
+    whole = planned(path, max_model_len=16)
+    without_steps = whole.devices[0].peak_bytes - whole.components["activations"]
+    offers = planned(path, without_steps + 800_000, max_model_len=16).nearest
+    assert offers[0].changes == {"max_batch_tokens": SMALLEST_STEP}
+    assert not any("kv_cache" in offer.changes for offer in offers)
 
 
 def test_a_format_is_offered_where_less_is_not_enough(path: str) -> None:

@@ -54,6 +54,8 @@ def test_turns_come_in_the_order_of_the_starts_and_see_what_was_promised_before(
         first.loaded(report(CPU, packed_weights=40))
         second.drop()
         assert (await third.ask(None)).promised == {CPU: {"first": 50}}, "what loading needed is given back"
+        third.planned(Planned({CPU: 5, GPU: 9}, {CPU: 5, GPU: 9}))
+        assert room.promised_bytes() == {CPU: 55, GPU: 9}
 
     run(test)
 
