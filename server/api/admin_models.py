@@ -80,6 +80,7 @@ def _returned(unloaded: Unloaded) -> dict[str, Any]:
         "seconds": round(unloaded.seconds, 3),
         "cut": unloaded.cut._asdict(),
         "process": None if process is None else process._asdict(),
+        "device": None if unloaded.device is None else unloaded.device._asdict(),
         "machine_available": {
             "before": before,
             "after": after,

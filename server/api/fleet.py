@@ -12,6 +12,7 @@ import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from server.api.eviction import Idle, choose
 from server.api.served import ServedModel
@@ -22,10 +23,17 @@ from server.engine.supervisor import Supervision, Supervisor
 from server.errors import DoesNotFitError, EngineUnavailableError, ModelExistsError, ModelNotFoundError
 from server.memory.machine import ProcessBytes, machine_available, process_bytes
 from server.metrics import Metrics, ModelMetrics
-from server.records import Loaded, ModelSpec, Shortage
+from server.records import DEVICE_USED, Loaded, ModelSpec, Shortage
 from server.sentences import listed, shown
 
 log = logging.getLogger(__name__)
+
+
+class DeviceBytes(NamedTuple):
+    """The driver's figure when the engine last looked: what was in use, less what was before it loaded."""
+
+    name: str
+    used: int
 
 
 @dataclass(frozen=True)
@@ -37,6 +45,8 @@ class Unloaded:
     cut: Cut
     process: ProcessBytes | None
     """What the engine's process held just before it was ended. It is gone, so all of it is back."""
+    device: DeviceBytes | None
+    """What it held of a device beside the CPU."""
     available_before: int | None
     available_after: int | None
     """The machine's; other processes move it too."""
@@ -145,6 +155,7 @@ class Fleet:
             cut = model.client.end_requests(f"model {model.name!r} was unloaded; this request did not end in time")
             pid = model.client.process_id
             held = None if pid is None else await asyncio.to_thread(process_bytes, pid)
+            device = _device_bytes(model.client.loaded)
             before = machine_available()
             loading = self._loading.get(model.name)
             if loading is not None:
@@ -156,7 +167,7 @@ class Fleet:
             del self._unloading[model.name]
         seconds = time.monotonic() - started
         log.info("unloaded %r in %.1f s, %d requests and their %d tokens were cut", model.name, seconds, *cut)
-        return Unloaded(model.name, seconds, cut, held, before, after)
+        return Unloaded(model.name, seconds, cut, held, device, before, after)
 
     async def _make_room(self, asking: str, shortage: Shortage) -> bool:
         """Evicts what makes room for a model that is loaded by a request; no server evicts one that it starts with."""
@@ -194,6 +205,11 @@ class Fleet:
         tasks = [*self._loading.values(), *self._unloading.values()]
         await asyncio.gather(*(model.engine.shutdown() for model in self.models.values()))
         await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def _device_bytes(loaded: Loaded | None) -> DeviceBytes | None:
+    used = None if loaded is None else loaded.memory.process.get(DEVICE_USED)
+    return None if loaded is None or used is None else DeviceBytes(loaded.memory.device, used)
 
 
 def _look_at(task: asyncio.Task[Loaded] | asyncio.Task[Unloaded]) -> None:

@@ -1,10 +1,6 @@
 """The image builds, runs as a stranger would run it, and stops with a drain. Needs buildah, podman and a base image.
 
-    python -m pytest tests/end_to_end/test_container.py
-
-CONTAINER_TEST_BASE_IMAGE names another base than the Dockerfile's; CONTAINER_TEST_BUILD_ARGS holds more arguments for
-`buildah bud`: mounts or build arguments that a network needs. docs/container.md says how to make a base image where no
-registry can be reached.
+python -m pytest tests/end_to_end/test_container.py
 """
 
 from __future__ import annotations
@@ -13,38 +9,21 @@ import contextlib
 import json
 import os
 import re
-import shlex
-import shutil
 import subprocess
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.end_to_end.containers import BUILD_SECONDS, ROOT, TAG, build, missing, podman
 from tests.end_to_end.server import Server, free_port, start
 
-ROOT = Path(__file__).parent.parent.parent
-DOCKERFILE = (ROOT / "Dockerfile").read_text()
-(DEFAULT_BASE,) = re.findall(r"^ARG BASE_IMAGE=(\S+)$", DOCKERFILE, re.MULTILINE)
-BASE_IMAGE = os.environ.get("CONTAINER_TEST_BASE_IMAGE", DEFAULT_BASE)
-TAG = "localhost/halfbyte-test"
-BUILD_SECONDS = 1500
 STREAMS = 4
 STREAMED_TOKENS = 1000
 BUILD_TOOLS = ("as", "c++", "cc", "cmake", "g++", "gcc", "git", "ld", "make", "ninja", "nvcc", "pip", "pip3", "strip")
 OWN_LAYER_BYTES = 50_000_000
-
-
-def missing() -> str:
-    """What this machine lacks; empty where the tests can run."""
-    absent = [program for program in ("buildah", "podman") if not shutil.which(program)]
-    if absent:
-        return f"needs {' and '.join(absent)}"
-    found = subprocess.run(["podman", "image", "exists", BASE_IMAGE], capture_output=True, check=False)
-    return "" if found.returncode == 0 else f"needs the image {BASE_IMAGE} in podman's storage"
 
 
 pytestmark = [
@@ -54,19 +33,9 @@ pytestmark = [
 ]
 
 
-def podman(*arguments: str) -> str:
-    result = subprocess.run(["podman", *arguments], capture_output=True, text=True, check=False)
-    assert result.returncode == 0, result.stdout + result.stderr
-    return result.stdout.strip()
-
-
 @pytest.fixture(scope="module")
 def image() -> Iterator[str]:
-    command = ["buildah", "bud", "--format", "docker", "--isolation", "chroot", "--layers", "-t", TAG]
-    command += ["--build-arg", f"BASE_IMAGE={BASE_IMAGE}"]
-    command += shlex.split(os.environ.get("CONTAINER_TEST_BUILD_ARGS", ""))
-    result = subprocess.run([*command, str(ROOT)], capture_output=True, text=True, check=False)
-    assert result.returncode == 0, result.stdout[-5000:] + result.stderr[-5000:]
+    build(TAG, ROOT)
     yield TAG
     podman("rmi", TAG)
 

@@ -8,6 +8,7 @@ as ModelSpec.quantization:
     {"fail": [kind, message]}     answers LoadModel with LoadFailed
     {"die_while_loading": CODE}   exits with that code before Loaded
     {"load_seconds": S}           takes that long to load, in slices, reporting progress
+    {"device_used": N}            is on a device of which the driver says that so many bytes came into use
     {"step_seconds": S}           takes that long per step
     {"die_after_steps": N}        kills itself with SIGKILL after N steps
     {"exit_after_steps": N}       ends with exit code 3 after N steps
@@ -139,11 +140,12 @@ class Engine:
             prefix_caching=True,
             decoder_prompt_tokens=self.script.get("decoder_prompt_tokens", 0),
         )
+        used = self.script.get("device_used")
         memory = MemoryReport(
-            device="cpu",
+            device="cpu" if used is None else "test:0",
             planned={"packed_weights": 4096, "kv_cache": 1024},
             measured={"packed_weights": 4096, "kv_cache": 1024},
-            process={"pss": 6000},
+            process={"pss": 6000} if used is None else {"device_used": used},
         )
         layers = (LayerMemory("model.layers.0", "nf4", {"packed_weights": 4096}),)
         self.send(Loaded(info, memory, 0.25, layers=layers))

@@ -123,6 +123,7 @@ def test_a_model_comes_serves_and_goes(running: RunningApp, model_path: Path) ->
     returned = answer.json()
     assert returned["cut"] == {"requests": 0, "tokens": 0}
     assert returned["process"]["rss"] >= returned["process"]["pss"] > 0
+    assert returned["device"] is None
     assert returned["process"]["anonymous"] > 2**20, "an interpreter is larger than that"
     available = returned["machine_available"]
     assert available["difference"] == available["after"] - available["before"]
@@ -360,6 +361,11 @@ def test_loads_and_unloads_of_one_name_at_once(running: RunningApp, model_path: 
     assert series_of(running, "second") == []
     assert load(running, entry(model_path)).status_code == 201
     assert complete(running).status_code == 200
+
+
+def test_what_came_back_of_a_device_is_the_drivers_figure(running: RunningApp, model_path: Path) -> None:
+    assert load(running, entry(model_path, device_used=123456)).status_code == 201
+    assert unload(running, "second").json()["device"] == {"name": "test:0", "used": 123456}
 
 
 def plan(peak: int, kept: int | None = None, capacity: int = 100) -> dict[str, Any]:
