@@ -34,6 +34,7 @@ ENTRYPOINT ["prometheus"]
 """
 SERVICES = ("halfbyte", "prometheus")
 READY_SECONDS = 120.0
+WEIGHTS = 'halfbyte_memory_bytes{component="packed_weights"}'
 
 pytestmark = [
     pytest.mark.slow,
@@ -66,12 +67,12 @@ class Project:
         return f"{self.name}_{service}_1"
 
     def is_up(self) -> bool:
-        """Whether the server is ready and Prometheus has seen it."""
+        """Whether the server is ready and Prometheus has seen what is loaded."""
         try:
             for probe in (self.url + "/readyz", self.prometheus.url + "/-/ready"):
                 if httpx.get(probe, timeout=5).status_code != 200:
                     return False
-            return [one["value"][1] for one in self.prometheus.query('up{job="halfbyte"}')] == ["1"]
+            return bool(self.prometheus.query(WEIGHTS))
         except httpx.TransportError:
             return False
 
@@ -99,7 +100,7 @@ def test_answers_and_is_scraped(project: Project) -> None:
     body = {"model": "halfbyte-demo", "prompt": "The harbour", "max_tokens": 4}
     answer = httpx.post(project.url + "/v1/completions", json=body, timeout=60)
     assert answer.json()["usage"]["completion_tokens"] == 4
-    (weights,) = project.prometheus.query('halfbyte_memory_bytes{component="packed_weights"}')
+    (weights,) = project.prometheus.query(WEIGHTS)
     assert weights["metric"]["job"] == "halfbyte"
     assert weights["metric"]["model"] == "halfbyte-demo"
     models = httpx.get(project.url + "/memory", timeout=10).json()["models"]
