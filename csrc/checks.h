@@ -262,11 +262,15 @@ inline hb_status check(const hb_dequantize8_args* a) {
     return check_tensor(a->out, count, dtype_bytes(a->out_dtype));
 }
 
+inline hb_status check_outliers(double threshold, int64_t rule) {
+    const bool known_rule = rule >= HB_OUTLIERS_VALUE && rule <= HB_OUTLIERS_ALL;
+    return fail_unless(known_rule && threshold >= 0, HB_BAD_OPTION);
+}
+
 inline hb_status check_linear8_shape(const hb_linear8_args* a) {
     HB_REQUIRE(check_call(a == nullptr ? nullptr : &a->call, sizeof *a));
     HB_REQUIRE(check_dtype(a->x_dtype));
-    const bool known_rule = a->outlier_rule >= HB_OUTLIERS_VALUE && a->outlier_rule <= HB_OUTLIERS_ALL;
-    HB_REQUIRE(fail_unless(known_rule && a->threshold >= 0, HB_BAD_OPTION));
+    HB_REQUIRE(check_outliers(a->threshold, a->outlier_rule));
     int64_t count = 0;
     HB_REQUIRE(check_shape(a->M, a->K, &count));
     HB_REQUIRE(check_shape(a->M, a->N, &count));
@@ -294,6 +298,32 @@ inline hb_status check_linear8_group(const hb_linear8_args* items, int64_t count
         HB_REQUIRE(fail_unless(same, HB_BAD_OPTION));
     }
     return HB_OK;
+}
+
+inline hb_status check_linear8_experts_shape(const hb_linear8_experts_args* a) {
+    HB_REQUIRE(check_call(a == nullptr ? nullptr : &a->call, sizeof *a));
+    HB_REQUIRE(check_dtype(a->x_dtype));
+    HB_REQUIRE(check_outliers(a->threshold, a->outlier_rule));
+    int64_t count = 0;
+    HB_REQUIRE(check_shape(a->M, a->K, &count));
+    HB_REQUIRE(check_shape(a->M, a->N, &count));
+    HB_REQUIRE(check_shape(a->N, a->K, &count));
+    HB_REQUIRE(check_shape(a->E, count, &count));
+    HB_REQUIRE(check_shape(a->E, a->N, &count));
+    return fail_unless(a->K <= INT32_MAX, HB_BAD_SHAPE);  // outlier columns are kept as int32
+}
+
+inline hb_status check(const hb_linear8_experts_args* a) {
+    HB_REQUIRE(check_linear8_experts_shape(a));
+    HB_REQUIRE(check_tensor(a->x, a->M * a->K, dtype_bytes(a->x_dtype)));
+    HB_REQUIRE(check_tensor(a->ends, a->E, sizeof(int64_t)));
+    HB_REQUIRE(check_tensor(a->codes, a->E * a->N * a->K, 1));
+    HB_REQUIRE(check_tensor(a->absmax, a->E * a->N, sizeof(float)));
+    if (a->bias != nullptr) {
+        HB_REQUIRE(check_dtype(a->bias_dtype));
+        HB_REQUIRE(check_tensor(a->bias, a->E * a->N, dtype_bytes(a->bias_dtype)));
+    }
+    return check_tensor(a->out, a->M * a->N, dtype_bytes(a->x_dtype));
 }
 
 // How far the strides of a tensor [rows, heads, size] reach, from its first value to its last.

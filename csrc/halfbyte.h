@@ -25,7 +25,7 @@ extern "C" {
 #define HB_API __attribute__((visibility("default")))
 
 /* Goes up with every change of a struct, a code or a meaning in this file. */
-#define HB_ABI_VERSION 6
+#define HB_ABI_VERSION 7
 /* Required alignment of a workspace. */
 #define HB_WORKSPACE_ALIGNMENT 64
 /* The largest number of elements that any tensor may have. */
@@ -292,6 +292,31 @@ HB_API hb_status hb_linear8_workspace(const hb_linear8_args* args, int64_t* byte
 /* As hb_linear4_group; items also have the same threshold and outlier_rule. */
 HB_API hb_status hb_linear8_group(const hb_linear8_args* items, int64_t count);
 HB_API hb_status hb_linear8_group_workspace(const hb_linear8_args* items, int64_t count, int64_t* bytes);
+
+/* Products of rows with the int8 matrix of the expert that each row belongs to, in one call: expert e has the rows of x
+ * from ends[e - 1] (0 for the first) up to ends[e], and of each what hb_linear8 gives for the expert's rows and matrix,
+ * bit for bit; a column counts as one of outliers (HB_OUTLIERS_BATCH) over the rows of one expert. Rows behind the last
+ * end become zeros. Nothing of an expert without rows is read. `ends` as for hb_linear4_experts. */
+typedef struct hb_linear8_experts_args {
+    hb_call call;
+    const void* x;        /* [M, K] */
+    int64_t x_dtype;      /* dtype of x and out */
+    int64_t M;            /* rows of x */
+    int64_t E;            /* experts */
+    int64_t N;            /* output features */
+    int64_t K;            /* input features */
+    const int64_t* ends;  /* [E] rising, from 0 to M */
+    const int8_t* codes;  /* [E, N, K] */
+    const float* absmax;  /* [E, N] */
+    double threshold;     /* 0: no outliers; must not be negative or NaN */
+    int64_t outlier_rule; /* HB_OUTLIERS_VALUE, HB_OUTLIERS_BATCH or HB_OUTLIERS_ALL */
+    const void* bias;     /* [E, N] or null */
+    int64_t bias_dtype;   /* dtype of bias; ignored without bias */
+    void* out;            /* out [M, N] in x_dtype */
+} hb_linear8_experts_args;
+HB_API hb_status hb_linear8_experts(const hb_linear8_experts_args* args);
+/* Writes the bytes of workspace that hb_linear8_experts needs for these shapes and threads; reads no other pointer. */
+HB_API hb_status hb_linear8_experts_workspace(const hb_linear8_experts_args* args, int64_t* bytes);
 
 /* Attention over a paged cache. A batch packs the new rows of S sequences; row r of a sequence stands at
  * position start + r and sees the sequence's positions up to its own, or the last `window` of them.

@@ -184,6 +184,27 @@ def check_int8(CB: torch.Tensor, SCB: torch.Tensor) -> None:
     check_same_device("SCB", SCB, "CB", CB)
 
 
+def check_experts8(
+    x: torch.Tensor, ends: torch.Tensor, CB: torch.Tensor, SCB: torch.Tensor, bias: torch.Tensor | None
+) -> None:
+    """Rows [M, K] and the int8 matrices of experts, [E, N, K]; where rows end is for who reads it."""
+    check_values("x", x)
+    if CB.dtype != torch.int8 or CB.dim() != 3:
+        raise ShapeError(f"CB is {CB.dtype} {list(CB.shape)}; it must be int8 with three dimensions, [E, N, K].")
+    E, N, K = CB.shape
+    if x.dim() != 2 or x.shape[1] != K:
+        raise ShapeError(f"x has shape {list(x.shape)}; it must be [rows, {K}], as in CB's [E, N, K].")
+    check_vector("ends", ends, torch.int64, E, "where each expert's rows end")
+    if bias is not None:
+        check_values("bias", bias)
+    for name, tensor, dtype in (("SCB", SCB, torch.float32), ("bias", bias, None if bias is None else bias.dtype)):
+        if tensor is not None and (tensor.dtype != dtype or tuple(tensor.shape) != (E, N)):
+            raise ShapeError(f"{name} is {tensor.dtype} {list(tensor.shape)}; it must be {dtype} {[E, N]}.")
+    for name, tensor in (("ends", ends), ("CB", CB), ("SCB", SCB), ("bias", bias)):
+        if tensor is not None:
+            check_same_device(name, tensor, "x", x)
+
+
 def check_outliers(threshold: float, outliers: str) -> None:
     """The outlier rule of LLM.int8()."""
     if outliers not in OUTLIER_RULES:

@@ -23,7 +23,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from quant import formats, ops, pages
 from quant.config import BitsAndBytesConfig
 from quant.errors import CheckpointError
-from quant.grouped import grouped_linear_4bit_int8, grouped_linear_8bit
+from quant.grouped import grouped_linear_4bit_int8
 from quant.hooks import Offloadable
 from quant.packed import bits_kept
 from quant.state import NAMES_4BIT, NAMES_8BIT, Packed4bit, Packed8bit, PackedWeight, SecondLevel, layer_tensor
@@ -290,11 +290,23 @@ class PackedExperts(Offloadable):
     def _project(self, leaf: str, x: torch.Tensor, ids: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
         """Rows sorted by expert through one stack: [S, K] -> [S, N], the matrices of an expert side by side."""
         template = self._templates[leaf][0]
-        if isinstance(template, Packed4bit) and self.options.bnb_4bit_activations == "float":
+        if isinstance(template, Packed8bit):
+            return self._project_8bit(leaf, x, ends)
+        if not isinstance(template, Packed4bit):
+            raise TypeError(f"a {type(template).__name__} cannot be computed with")
+        if self.options.bnb_4bit_activations == "float":
             return self._project_4bit(leaf, template, x, ends)
-        out = torch.cat([self._product(leaf, part, x, ends) for part in range(len(self.projections[leaf].names))], -1)
+        parts = len(self.projections[leaf].names)
+        out = torch.cat([self._product(leaf, template, part, x, ends) for part in range(parts)], -1)
         bias = getattr(self, f"{leaf}_bias")
         return out if bias is None else out + bias[ids.clamp(max=bias.shape[0] - 1)]
+
+    def _project_8bit(self, leaf: str, x: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
+        """All matrices of the active experts in one call, where an expert's are one, row under row."""
+        CB, SCB = self._codes(leaf).flatten(1, 2), getattr(self, f"{leaf}_SCB").flatten(1, 2)
+        options = self.options
+        rule = (options.llm_int8_threshold, options.llm_int8_outliers)
+        return ops.linear_8bit_experts(x, ends, CB, SCB, *rule, getattr(self, f"{leaf}_bias"))
 
     def _project_4bit(self, leaf: str, template: Packed4bit, x: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
         """All matrices of the active experts in one call."""
@@ -315,19 +327,9 @@ class PackedExperts(Offloadable):
         )
         return out.to(x.dtype)
 
-    def _product(self, leaf: str, part: int, x: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
-        """One matrix of each active expert, one after another."""
+    def _product(self, leaf: str, template: Packed4bit, part: int, x: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
+        """One matrix of each active expert, one after another, activations in int8."""
         codes = self._codes(leaf)[:, part]
-        template = self._templates[leaf][part]
-        if isinstance(template, Packed8bit):
-            SCB = getattr(self, f"{leaf}_SCB")[:, part]
-            options = self.options
-            product: torch.Tensor = grouped_linear_8bit(
-                x, ends, codes, SCB, options.llm_int8_threshold, options.llm_int8_outliers
-            )
-            return product
-        if not isinstance(template, Packed4bit):
-            raise TypeError(f"a {type(template).__name__} cannot be computed with")
         absmax, nested_absmax, offset = (getattr(self, f"{leaf}_{name}") for name in _STATISTICS[:3])
         bytes_used = formats.packed_bytes(self.projections[leaf].rows * self.projections[leaf].columns)
         out: torch.Tensor = grouped_linear_4bit_int8(

@@ -1,9 +1,9 @@
-"""Linear layers of a stack of experts that no kernel takes as a whole: in int8, and in 4 bits with activations in int8.
+"""Linear layers of a stack of experts that no kernel takes as a whole: in 4 bits with activations in int8.
 
-Two operators on top of those in ops.py, so that a compiled model sees one node per stack: rows sorted by expert, each
+An operator on top of those in ops.py, so that a compiled model sees one node per stack: rows sorted by expert, each
 multiplied by the packed matrix of its own. Only experts that have rows are touched, one after another; no weight is
-ever built in forward, and one at a time in backward. Not here: 4-bit stacks with float activations
-(ops.linear_4bit_experts), which rows go where and what happens between two products (experts.py).
+ever built in forward, and one at a time in backward. Not here: other stacks (ops.linear_4bit_experts,
+ops.linear_8bit_experts), which rows go where and what happens between two products (experts.py).
 """
 
 from __future__ import annotations
@@ -47,18 +47,6 @@ def grouped_linear_4bit_int8(
     return _by_expert(x, ends, rows, product)
 
 
-@torch.library.custom_op("halfbyte::grouped_linear_8bit", mutates_args=())
-def grouped_linear_8bit(
-    x: torch.Tensor, ends: torch.Tensor, CB: torch.Tensor, SCB: torch.Tensor, threshold: float, outliers: str
-) -> torch.Tensor:
-    """The same in int8: CB int8 [E, N, K], SCB float32 [E, N]; x [S, K] -> [S, N]. See ops.linear_8bit."""
-
-    def product(expert: int, part: torch.Tensor) -> torch.Tensor:
-        return ops.linear_8bit(part, CB[expert], SCB[expert], threshold, outliers)
-
-    return _by_expert(x, ends, CB.shape[1], product)
-
-
 def _by_expert(
     x: torch.Tensor, ends: torch.Tensor, columns: int, product: Callable[[int, torch.Tensor], torch.Tensor]
 ) -> torch.Tensor:
@@ -71,11 +59,6 @@ def _by_expert(
 @grouped_linear_4bit_int8.register_fake
 def _fake_4bit(x: torch.Tensor, ends: torch.Tensor, packed: torch.Tensor, *rest: Any) -> torch.Tensor:
     return x.new_empty(x.shape[0], rest[3])
-
-
-@grouped_linear_8bit.register_fake
-def _fake_8bit(x: torch.Tensor, ends: torch.Tensor, CB: torch.Tensor, *rest: Any) -> torch.Tensor:
-    return x.new_empty(x.shape[0], CB.shape[1])
 
 
 def _setup_4bit(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
@@ -98,19 +81,4 @@ def _backward_4bit(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | Non
     return to_x, *(None,) * 9
 
 
-def _setup_8bit(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
-    ctx.save_for_backward(*inputs[1:4])
-
-
-def _backward_8bit(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-    ends, CB, SCB = ctx.saved_tensors
-
-    def product(expert: int, part: torch.Tensor) -> torch.Tensor:
-        return part @ ops.dequantize_8bit(CB[expert], SCB[expert], part.dtype)
-
-    to_x = _by_expert(gradient, ends, CB.shape[2], product) if ctx.needs_input_grad[0] else None
-    return to_x, *(None,) * 5
-
-
 grouped_linear_4bit_int8.register_autograd(_backward_4bit, setup_context=_setup_4bit)
-grouped_linear_8bit.register_autograd(_backward_8bit, setup_context=_setup_8bit)

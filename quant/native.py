@@ -20,7 +20,7 @@ import torch
 from quant import formats, pages, reference
 from quant.errors import NativeError
 
-ABI_VERSION: Final = 6
+ABI_VERSION: Final = 7
 MAX_THREADS: Final = 1024
 DTYPE_CODES: Final = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 STORE_CODES: Final = {**DTYPE_CODES, torch.int8: 3}
@@ -99,6 +99,9 @@ STRUCTS: Final = {
     "hb_quantize8": _struct("Quantize8", "*w w_dtype N K *codes *absmax"),
     "hb_dequantize8": _struct("Dequantize8", "*codes *absmax N K *out out_dtype"),
     "hb_linear8": _struct("Linear8", "*x x_dtype M N K *codes *absmax %threshold outlier_rule *bias bias_dtype *out"),
+    "hb_linear8_experts": _struct(
+        "Linear8Experts", "*x x_dtype M E N K *ends *codes *absmax %threshold outlier_rule *bias bias_dtype *out"
+    ),
     "hb_paged_attention": _struct(
         "PagedAttention",
         "*query query_row_stride query_head_stride *keys *values store_dtype *scales dtype T H G D E blocks"
@@ -123,6 +126,7 @@ ENTRIES_WITH_WORKSPACE: Final = (
     "hb_linear4_int8",
     "hb_linear4_experts",
     "hb_linear8",
+    "hb_linear8_experts",
     "hb_paged_attention",
 )
 CPU_ONLY: Final = frozenset({"hb_linear4_int8"})
@@ -575,6 +579,39 @@ class Kernels:
             M=_rows(x),
             N=N,
             K=K,
+            codes=CB,
+            absmax=SCB,
+            threshold=threshold,
+            outlier_rule=OUTLIER_CODES[outliers],
+            bias=bias,
+            bias_dtype=0 if bias is None else DTYPE_CODES[bias.dtype],
+            out=out,
+        )
+        return out
+
+    def linear_8bit_experts(
+        self,
+        x: torch.Tensor,
+        ends: torch.Tensor,
+        CB: torch.Tensor,
+        SCB: torch.Tensor,
+        threshold: float,
+        outliers: str,
+        bias: torch.Tensor | None,
+    ) -> torch.Tensor:
+        x, ends, CB, SCB, bias = ready(x), ready(ends), ready(CB), ready(SCB), ready_or_none(bias)
+        E, N, K = CB.shape
+        out = torch.empty((x.shape[0], N), dtype=x.dtype, device=x.device)
+        self.call(
+            "hb_linear8_experts",
+            x.device,
+            x=x,
+            x_dtype=DTYPE_CODES[x.dtype],
+            M=x.shape[0],
+            E=E,
+            N=N,
+            K=K,
+            ends=ends,
             codes=CB,
             absmax=SCB,
             threshold=threshold,

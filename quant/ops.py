@@ -46,6 +46,8 @@ _SCHEMAS: Final = (
     "quantize_8bit(Tensor w) -> (Tensor, Tensor)",
     "dequantize_8bit(Tensor CB, Tensor SCB, ScalarType dtype) -> Tensor",
     "linear_8bit(Tensor x, Tensor CB, Tensor SCB, float threshold, str outliers, Tensor? bias) -> Tensor",
+    "linear_8bit_experts(Tensor x, Tensor ends, Tensor CB, Tensor SCB, float threshold, str outliers, Tensor? bias)"
+    " -> Tensor",
     "paged_attention(Tensor query, Tensor keys, Tensor values, Tensor tables, Tensor offsets, Tensor starts,"
     " float scale, int window, float softcap, Tensor? sinks, Tensor? scales) -> Tensor",
     "rms_norm(Tensor x, Tensor weight, float eps) -> Tensor",
@@ -265,6 +267,27 @@ def linear_8bit(
     rounded once. Gradients flow to x and bias. Raises ShapeError.
     """
     return cast(torch.Tensor, torch.ops.halfbyte.linear_8bit(x, CB, SCB, threshold, outliers, bias))
+
+
+def linear_8bit_experts(
+    x: torch.Tensor,
+    ends: torch.Tensor,
+    CB: torch.Tensor,
+    SCB: torch.Tensor,
+    threshold: float,
+    outliers: str,
+    bias: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Rows sorted by expert times the int8 matrix of their expert: a grouped matmul in one call.
+
+    x: [M, K] float32 / float16 / bfloat16. ends: int64 [E], as for linear_4bit_experts. CB: int8 [E, N, K]; SCB:
+    float32 [E, N]; several matrices of an expert are one, row under row. threshold and outliers: as for linear_8bit,
+    "batch" over the rows of one expert. bias: [E, N]. Returns [M, N] in x's dtype, for each expert what linear_8bit
+    gives, bit for bit on one device; rows behind the last end give zeros. An expert without rows is not touched.
+    Gradients flow to x and bias. Raises ShapeError; NativeError where ends are on a CPU and fall or leave x (on CUDA
+    nothing waits for them: such ends give some rows wrong values).
+    """
+    return cast(torch.Tensor, torch.ops.halfbyte.linear_8bit_experts(x, ends, CB, SCB, threshold, outliers, bias))
 
 
 def paged_attention(
@@ -586,6 +609,30 @@ def _fake_linear_8bit(
     return x.new_empty([*x.shape[:-1], CB.shape[0]])
 
 
+def _check_linear_8bit_experts(
+    x: torch.Tensor,
+    ends: torch.Tensor,
+    CB: torch.Tensor,
+    SCB: torch.Tensor,
+    threshold: float,
+    outliers: str,
+    bias: torch.Tensor | None,
+) -> None:
+    arguments.check_experts8(x, ends, CB, SCB, bias)
+    arguments.check_outliers(threshold, outliers)
+
+
+def _linear_8bit_experts(x: torch.Tensor, *rest: Any) -> torch.Tensor:
+    _check_linear_8bit_experts(x, *rest)
+    return cast(torch.Tensor, _run("linear_8bit_experts", x.device, x, *rest))
+
+
+def _fake_linear_8bit_experts(x: torch.Tensor, *rest: Any) -> torch.Tensor:
+    _check_linear_8bit_experts(x, *rest)
+    CB: torch.Tensor = rest[1]
+    return x.new_empty(x.shape[0], CB.shape[1])
+
+
 def _paged_attention(query: torch.Tensor, *rest: Any) -> torch.Tensor:
     arguments.check_paged_attention(query, *rest)
     return cast(torch.Tensor, _run("paged_attention", query.device, query, *rest))
@@ -693,11 +740,16 @@ def _backward_linear_4bit_experts(ctx: Any, grad: torch.Tensor) -> tuple[torch.T
     if ctx.needs_input_grad[0]:
         grad_x = _experts_to_x(grad, ends, packed, absmax, *ctx.layout, nested_absmax, offset)
     if ctx.bias_dtype is not None and ctx.needs_input_grad[10]:
-        experts = ends.shape[0]
-        own = torch.bucketize(torch.arange(grad.shape[0], device=grad.device), ends, right=True)
-        sums = grad.new_zeros(experts + 1, grad.shape[1], dtype=torch.float32).index_add(0, own, grad.float())
-        grad_bias = sums[:experts].to(ctx.bias_dtype)
+        grad_bias = _experts_to_bias(grad, ends, ctx.bias_dtype)
     return grad_x, None, None, None, None, None, None, None, None, None, grad_bias
+
+
+def _experts_to_bias(grad: torch.Tensor, ends: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """[E, N]: the sum over each expert's rows in float32."""
+    experts = ends.shape[0]
+    own = torch.bucketize(torch.arange(grad.shape[0], device=grad.device), ends, right=True)
+    sums = grad.new_zeros(experts + 1, grad.shape[1], dtype=torch.float32).index_add(0, own, grad.float())
+    return sums[:experts].to(dtype)
 
 
 @torch.library.custom_op("halfbyte::linear_4bit_experts_to_x", mutates_args=())
@@ -747,6 +799,35 @@ def _backward_linear_8bit(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | 
     return grad_x, None, None, None, None, _bias_gradient(ctx, 5, grad)
 
 
+def _setup_linear_8bit_experts(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+    _, ends, CB, SCB, _, _, bias = inputs
+    ctx.save_for_backward(ends, CB, SCB)
+    ctx.bias_dtype = None if bias is None else bias.dtype
+
+
+def _backward_linear_8bit_experts(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    ends, CB, SCB = ctx.saved_tensors
+    grad_x = _experts8_to_x(grad, ends, CB, SCB) if ctx.needs_input_grad[0] else None
+    grad_bias = None
+    if ctx.bias_dtype is not None and ctx.needs_input_grad[6]:
+        grad_bias = _experts_to_bias(grad, ends, ctx.bias_dtype)
+    return grad_x, None, None, None, None, None, grad_bias
+
+
+@torch.library.custom_op("halfbyte::linear_8bit_experts_to_x", mutates_args=())
+def _experts8_to_x(grad: torch.Tensor, ends: torch.Tensor, CB: torch.Tensor, SCB: torch.Tensor) -> torch.Tensor:
+    """As _experts_to_x."""
+    grad_x = grad.new_zeros(grad.shape[0], CB.shape[2])
+    for expert, rows in reference.expert_rows(ends):
+        grad_x[rows] = grad[rows] @ dequantize_8bit(CB[expert], SCB[expert], grad.dtype)
+    return grad_x
+
+
+@_experts8_to_x.register_fake
+def _fake_experts8_to_x(grad: torch.Tensor, ends: torch.Tensor, CB: torch.Tensor, SCB: torch.Tensor) -> torch.Tensor:
+    return grad.new_empty(grad.shape[0], CB.shape[2])
+
+
 def _bias_gradient(ctx: Any, index: int, grad: torch.Tensor) -> torch.Tensor | None:
     """The sum over rows in float32, in the bias's dtype."""
     if ctx.bias_dtype is None or not ctx.needs_input_grad[index]:
@@ -762,7 +843,7 @@ def _register() -> None:
         kernel: Callable[..., Any] = globals()[f"_{name}"]
         _LIBRARY.impl(name, kernel, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
         torch.library.register_fake(f"halfbyte::{name}", globals()[f"_fake_{name}"], lib=_LIBRARY)
-    for name in ("linear_4bit", "linear_4bit_int8", "linear_4bit_experts", "linear_8bit"):
+    for name in ("linear_4bit", "linear_4bit_int8", "linear_4bit_experts", "linear_8bit", "linear_8bit_experts"):
         torch.library.register_autograd(
             f"halfbyte::{name}", globals()[f"_backward_{name}"], setup_context=globals()[f"_setup_{name}"], lib=_LIBRARY
         )

@@ -246,7 +246,7 @@ def linear_8bit(
 ) -> torch.Tensor:
     """LLM.int8(): an exact int8 product of the ordinary values plus float32 outlier terms, column by column; or, with
     outliers="all", the float32 product with the dequantized weight."""
-    rows = x.reshape(-1, x.shape[-1]).float()
+    rows = x.reshape(_count(x.shape[:-1]), x.shape[-1]).float()
     if outliers == "all":
         out = (rows @ CB.float().t()) * (SCB / _int8_max(SCB))
         out = out if bias is None else out + bias.float()
@@ -268,6 +268,23 @@ def linear_8bit(
     if bias is not None:
         out = out + bias.float()
     return out.to(x.dtype).view(*x.shape[:-1], CB.shape[0])
+
+
+def linear_8bit_experts(
+    x: torch.Tensor,
+    ends: torch.Tensor,
+    CB: torch.Tensor,
+    SCB: torch.Tensor,
+    threshold: float,
+    outliers: str,
+    bias: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """linear_8bit of each expert's rows with its matrix."""
+    out = x.new_zeros(x.shape[0], CB.shape[1])
+    for expert, rows in expert_rows(ends):
+        own_bias = None if bias is None else bias[expert]
+        out[rows] = linear_8bit(x[rows], CB[expert], SCB[expert], threshold, outliers, own_bias)
+    return out
 
 
 def paged_attention(

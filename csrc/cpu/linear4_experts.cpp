@@ -1,9 +1,8 @@
 // The 4-bit matmul of rows with the matrices of their experts: the entry. What it runs is in decoded.cpp, where the
 // matrices of an expert are calls that share its rows of x.
-#include <string.h>
-
 #include "checks.h"
 #include "decoded.h"
+#include "experts.h"
 #include "halfbyte.h"
 
 namespace hb {
@@ -34,15 +33,6 @@ DecodedCalls decoded_calls(const hb_linear4_experts_args& a) {
     return calls;
 }
 
-hb_status check_ends(const hb_linear4_experts_args& a) {
-    int64_t begin = 0;
-    for (int64_t e = 0; e < a.E; ++e) {
-        HB_REQUIRE(fail_unless(a.ends[e] >= begin && a.ends[e] <= a.M, HB_BAD_EXPERTS));
-        begin = a.ends[e];
-    }
-    return HB_OK;
-}
-
 }  // namespace
 
 }  // namespace hb
@@ -64,7 +54,6 @@ extern "C" hb_status hb_linear4_experts(const hb_linear4_experts_args* args) {
     const DecodedCalls calls = decoded_calls(a);
     HB_REQUIRE(check_workspace(a.call, decoded_workspace(calls, a.call.threads)));
     run_decoded(calls, a.call.threads, a.call.workspace);
-    const int64_t last = a.E == 0 ? 0 : a.ends[a.E - 1], row_bytes = a.P * a.N * dtype_bytes(a.x_dtype);
-    memset(static_cast<char*>(a.out) + last * row_bytes, 0, static_cast<size_t>((a.M - last) * row_bytes));
+    clear_rows_of_nobody(a, a.P * a.N);
     return HB_OK;
 }

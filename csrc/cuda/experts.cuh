@@ -10,54 +10,29 @@
 
 namespace hb {
 
-// Where experts' matrices lie: `matrices` of each side by side, in elements from one to the next but for the codes.
-struct Experts {
-    const int64_t* ends;
-    int64_t count;
-    int64_t matrices;
-    int64_t packed_bytes;
-    int64_t blocks;         // of a matrix's absmax
-    int64_t nested_blocks;  // and of the second level
+// Which rows of x are whose.
+struct ExpertRows {
+    const int64_t* ends;  // [count]
+    int64_t count;        // of experts
+    int64_t M;            // rows of x
 
-    explicit Experts(const hb_linear4_experts_args& a)
-        : ends(a.ends),
-          count(a.E),
-          matrices(a.P),
-          packed_bytes(a.packed_bytes),
-          blocks(ceil_div(a.N * a.K, a.blocksize)),
-          nested_blocks(a.nested_absmax == nullptr ? 0 : ceil_div(blocks, a.nested_blocksize)) {}
-
-    // The absmax of a matrix, counted over all experts.
-    __device__ Absmax absmax_of(const Absmax& first, int64_t matrix) const {
-        Absmax own = first;
-        if (first.nested_absmax == nullptr) {
-            own.absmax = static_cast<const float*>(first.absmax) + matrix * blocks;
-        } else {
-            own.absmax = static_cast<const uint8_t*>(first.absmax) + matrix * blocks;
-            own.nested_absmax += matrix * nested_blocks;
-            own.offset += matrix;
-        }
-        return own;
+    // Where an expert's rows end, and nobody's (expert `count`); never outside of x, whatever the ends say.
+    __device__ int64_t end(int64_t expert) const {
+        if (expert < 0) return 0;
+        const int64_t end = expert < count ? ends[expert] : M;
+        return end < 0 ? 0 : (end < M ? end : M);
+    }
+    __device__ int64_t tiles(int64_t expert, int64_t tile_rows) const {
+        const int64_t rows = end(expert) - end(expert - 1);
+        return rows > 0 ? (rows + tile_rows - 1) / tile_rows : 0;
     }
 };
 
 struct ExpertTile {
-    int64_t expert;  // Experts::count: nobody
+    int64_t expert;  // ExpertRows::count: nobody
     int64_t first;   // row
     int64_t rows;    // 0: no such tile
 };
-
-// Where an expert's rows end, and nobody's; never outside of x, whatever the ends say.
-__device__ inline int64_t end_of_rows(const Experts& experts, int64_t M, int64_t expert) {
-    if (expert < 0) return 0;
-    const int64_t end = expert < experts.count ? experts.ends[expert] : M;
-    return end < 0 ? 0 : (end < M ? end : M);
-}
-
-__device__ inline int64_t tiles_of(const Experts& experts, int64_t M, int64_t expert, int64_t tile_rows) {
-    const int64_t rows = end_of_rows(experts, M, expert) - end_of_rows(experts, M, expert - 1);
-    return rows > 0 ? (rows + tile_rows - 1) / tile_rows : 0;
-}
 
 // The sum over the lanes before this one; `value` becomes that over all.
 __device__ inline int64_t sum_before(int64_t& value) {
@@ -71,18 +46,18 @@ __device__ inline int64_t sum_before(int64_t& value) {
 }
 
 // Tile number `wanted`, found by a whole warp: each lane counts the tiles of some neighbouring experts.
-__device__ inline ExpertTile find_expert_tile(const Experts& experts, int64_t M, int64_t tile_rows, int64_t wanted) {
+__device__ inline ExpertTile find_expert_tile(const ExpertRows& experts, int64_t tile_rows, int64_t wanted) {
     const int64_t owners = experts.count + 1, share = (owners + kWarp - 1) / kWarp;
     const int64_t first = lane() * share, last = first + share < owners ? first + share : owners;
     int64_t tiles = 0;
-    for (int64_t expert = first; expert < last; ++expert) tiles += tiles_of(experts, M, expert, tile_rows);
+    for (int64_t expert = first; expert < last; ++expert) tiles += experts.tiles(expert, tile_rows);
     int64_t left = wanted - sum_before(tiles);
     ExpertTile found = {0, 0, 0};
     for (int64_t expert = first; expert < last && left >= 0; ++expert) {
-        const int64_t own = tiles_of(experts, M, expert, tile_rows);
+        const int64_t own = experts.tiles(expert, tile_rows);
         if (left < own) {
-            const int64_t begin = end_of_rows(experts, M, expert - 1) + left * tile_rows;
-            const int64_t rows = end_of_rows(experts, M, expert) - begin;
+            const int64_t begin = experts.end(expert - 1) + left * tile_rows;
+            const int64_t rows = experts.end(expert) - begin;
             found = {expert, begin, rows < tile_rows ? rows : tile_rows};
             break;
         }
@@ -90,6 +65,14 @@ __device__ inline ExpertTile find_expert_tile(const Experts& experts, int64_t M,
     }
     // One lane at most has found something: the sum is what it found.
     return {sum_in_warp(found.expert), sum_in_warp(found.first), sum_in_warp(found.rows)};
+}
+
+// Zeros for rows that are nobody's, by a whole block: `columns` of each from `to` on.
+template <typename T>
+__device__ void clear_rows(T* to, int64_t stride, int64_t rows, int64_t columns) {
+    for (int64_t i = threadIdx.x; i < rows * columns; i += blockDim.x) {
+        to[i / columns * stride + i % columns] = from_float<T>(0.0f);
+    }
 }
 
 }  // namespace hb

@@ -1,9 +1,9 @@
-// The 4-bit matmul of rows with the matrices of their experts: the entry, and the kernel for what linear4_mma.cu does
-// not take, float32 and any K. Which rows are whose is found on the device (experts.cuh); nothing is waited for and
-// there is no workspace, so that a graph can hold the call.
+// The 4-bit matmul of rows with the matrices of their experts: the entry, and the kernel for what
+// linear4_experts_mma.cu does not take, float32 and any K. Which rows are whose is found on the device (experts.cuh);
+// nothing is waited for and there is no workspace, so that a graph can hold the call.
 //
 // Both kernels add up as those of hb_linear4 do and have their bits; Hopper's has no counterpart here.
-#include "experts.cuh"
+#include "linear4_experts.cuh"
 #include "linear4_mma.h"
 #include "linear4_warp.cuh"
 
@@ -13,15 +13,15 @@ namespace {
 
 // A warp makes the outputs of one weight row for one tile of an expert's rows.
 template <typename T>
-__global__ void linear4_experts(const T* x, int64_t M, int64_t N, int64_t K, WarpWeight first, Experts experts,
+__global__ void linear4_experts(const T* x, int64_t N, int64_t K, WarpWeight first, Experts4 experts,
                                 int64_t token_tiles, const void* bias, int64_t bias_dtype, T* out) {
     const int64_t columns = experts.matrices * N;
     for (int64_t task = warp_index(); task < columns * token_tiles; task += warp_count()) {
         const int64_t column = task % columns, matrix = column / N;
-        const ExpertTile tile = find_expert_tile(experts, M, kWarpRows, task / columns);
+        const ExpertTile tile = find_expert_tile(experts.rows, kWarpRows, task / columns);
         T* const to = out + tile.first * columns + column;
         if (tile.rows == 0) continue;
-        if (tile.expert == experts.count) {
+        if (tile.expert == experts.rows.count) {
             if (lane() < tile.rows) to[lane() * columns] = from_float<T>(0.0f);
             continue;
         }
@@ -63,7 +63,7 @@ extern "C" hb_status hb_linear4_experts(const hb_linear4_experts_args* args) {
     with_dtype(a.x_dtype, [&](auto type) {
         using T = decltype(type);
         launch(linear4_experts<T>, blocks, kWarpsPerBlock * kWarp, 0, stream_of(a.call), static_cast<const T*>(a.x),
-               a.M, a.N, a.K, first, Experts(a), token_tiles, a.bias, a.bias_dtype, static_cast<T*>(a.out));
+               a.N, a.K, first, Experts4(a), token_tiles, a.bias, a.bias_dtype, static_cast<T*>(a.out));
     });
     return launched();
 }

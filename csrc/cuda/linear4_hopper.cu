@@ -4,7 +4,7 @@
 //
 //     arrange_x        copies x into the order in which tensor cores read it
 //     linear4_hopper   the product; its codes are on the way before arrange_x has ended
-//     add_slices       where sums are shared out among thread blocks (linear4_parts.cuh)
+//     add_slices       where sums are shared out among thread blocks (float_sums.cuh)
 //
 // A thread block has a producer warpgroup, which copies, and two consumers with 64 rows of W each and all of the tile's
 // rows of x. Between them is a ring of stages of 128 values of K; two barriers a stage say that it is full, or empty.
@@ -89,7 +89,7 @@ __global__ void __launch_bounds__(kHopper ? kThreads : kWarp, Blocks) linear4_ho
         const int stages = static_cast<int>((p.K + kStageValues - 1) / kStageValues);
         const int begin = slice * p.slice_stages;
         const int slice_end = begin + p.slice_stages;
-        const int end = p.slices != nullptr && slice_end < stages ? slice_end : stages;
+        const int end = p.outputs.slices != nullptr && slice_end < stages ? slice_end : stages;
         // Registers go from those who copy to those who multiply.
         if (threadIdx.x >= kConsumerThreads) {
             release_registers<Blocks == 1 ? 56 : 48>();
@@ -123,45 +123,30 @@ void launch_panel(const hb_linear4_args& a, const T* x, int64_t M, T* out) {
     const HopperPlan plan = plan_hopper(M, a.N, a.K);
     const cudaStream_t stream = stream_of(a.call);
     unsigned char* const image = static_cast<unsigned char*>(a.call.workspace);
+    float* const slices = plan.cut.apart ? reinterpret_cast<float*>(image + plan.image_bytes) : nullptr;
     HopperProblem problem = {};
     problem.image = image;
     problem.packed = a.packed;
     problem.scales = Scales(a);
-    problem.M = M, problem.N = a.N, problem.K = a.K;
+    problem.K = a.K;
     problem.format = a.format;
-    problem.bias = a.bias;
-    problem.bias_dtype = a.bias_dtype;
-    problem.out = out;
-    problem.slices = plan.cut.apart ? reinterpret_cast<float*>(image + plan.image_bytes) : nullptr;
-    problem.slice_stages = static_cast<int>(plan.cut.slice_stages);
-    problem.token_tiles = ceil_div(M, plan.cut.tile.tokens);
+    problem.outputs = Outputs{M, a.N, nullptr, a.bias, a.bias_dtype, out, a.N, slices};
+    problem.slice_stages = static_cast<int>(plan.cut.slice_values / kStageValues);
+    problem.token_tiles = plan.cut.token_tiles;
     problem.tiles = plan.cut.tiles;
 
     const bool aligned = reinterpret_cast<uintptr_t>(x) % kPieceBytes == 0;
-    const int64_t rows = round_up(M, plan.cut.tile.tokens);
+    const int64_t rows = round_up(M, plan.tokens);
     launch(arrange_x<T>, blocks_for_adding(plan.image_bytes / (kOrdered * 2)), kAddingThreads, 0, stream, x, aligned, M,
-           a.K, plan.cut.tile.tokens, rows, image);
-    const unsigned blocks = static_cast<unsigned>(plan.cut.tiles * (plan.cut.apart ? plan.cut.slices : 1));
-    const bool small_blocks = a.blocksize < kTileValues;
-    switch (plan.cut.tile.tokens) {
-        case 8:
-            launch_tile<T, 8, 6, 2>(problem, small_blocks, blocks, stream);
-            break;
-        case 16:
-            launch_tile<T, 16, 4, 2>(problem, small_blocks, blocks, stream);
-            break;
-        case 32:
-            launch_tile<T, 32, 3, 2>(problem, small_blocks, blocks, stream);
-            break;
-        case 64:
-            launch_tile<T, 64, 4, 1>(problem, small_blocks, blocks, stream);
-            break;
-        default:
-            launch_tile<T, 128, 3, 1>(problem, small_blocks, blocks, stream);
-    }
+           a.K, plan.tokens, rows, image);
+    with_number<count_of(kTilesOfHopper)>(plan.cut.tile, [&](auto number) {
+        constexpr MatmulTile tile = kTilesOfHopper[decltype(number)::value];
+        constexpr int blocks = tile.tokens <= 32 ? 2 : 1;  // beside each other
+        launch_tile<T, tile.tokens, tile.stages, blocks>(problem, a.blocksize < kTileValues, plan.cut.blocks(), stream);
+    });
     if (!plan.cut.apart) return;
-    launch_behind(add_slices<T>, blocks_for_adding(M * a.N), kAddingThreads, 0, stream, problem.slices, plan.cut.slices,
-                  M, a.N, a.bias, a.bias_dtype, out);
+    launch_behind(add_slices<T>, blocks_for_adding(M * a.N), kAddingThreads, 0, stream, problem.outputs,
+                  plan.cut.slices);
 }
 
 template <typename T>

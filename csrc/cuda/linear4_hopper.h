@@ -1,6 +1,6 @@
 // Choosing how Hopper's kernel of the 4-bit matmul cuts its work. Plain host code; linear4_hopper.cu computes.
 //
-// Slices of K are those of linear4_mma.h, for tiles with more rows of W. Many rows of x are multiplied a panel at a
+// Slices of K are cut as for linear4_mma.cu, for tiles with more rows of W. Many rows of x are multiplied a panel at a
 // time, so that the copy of x that the kernel reads, rearranged, does not grow with them.
 #pragma once
 
@@ -8,7 +8,7 @@
 
 namespace hb {
 
-constexpr int64_t kHopperRows = 128;        // of W, in a tile of any size
+constexpr int kHopperRows = 128;            // of W, in a tile of any size
 constexpr int64_t kHopperPanelRows = 2048;  // of x, at a time; a multiple of every tile's
 constexpr int64_t kHopperMostK = int64_t{1} << 30;
 
@@ -19,16 +19,15 @@ inline bool hopper_takes(const hb_linear4_args& a) {
     return mma_takes(a) && nested_shift && a.K < kHopperMostK;
 }
 
-inline Linear4Tile hopper_tile_for(int64_t M) {
-    if (M <= 8) return {kHopperRows, 8, 6};
-    if (M <= 16) return {kHopperRows, 16, 4};
-    if (M <= 32) return {kHopperRows, 32, 3};
-    if (M <= 64) return {kHopperRows, 64, 4};
-    return {kHopperRows, 128, 3};
-}
+constexpr MatmulTile kTilesOfHopper[] = {
+    {kHopperRows, 8, 1, kStageValues, 6},   {kHopperRows, 16, 1, kStageValues, 4},
+    {kHopperRows, 32, 1, kStageValues, 3},  {kHopperRows, 64, 1, kStageValues, 4},
+    {kHopperRows, 128, 1, kStageValues, 3},
+};
 
 struct HopperPlan {
-    Linear4Plan cut;
+    MatmulPlan cut;
+    int64_t tokens;       // rows of x in a tile
     int64_t image_bytes;  // of x rearranged, in the workspace's beginning
     int64_t slice_bytes;  // behind it
 
@@ -38,8 +37,9 @@ struct HopperPlan {
 // Of one panel.
 inline HopperPlan plan_hopper(int64_t M, int64_t N, int64_t K) {
     HopperPlan plan = {};
-    plan.cut = cut_work(hopper_tile_for(M), kHopperRows, M, N, K);
-    plan.image_bytes = round_up(M, plan.cut.tile.tokens) * round_up(K, kStageValues) * 2;
+    plan.cut = plan_float_sums(kTilesOfHopper, kHopperRows, M, N, K);
+    plan.tokens = kTilesOfHopper[plan.cut.tile].tokens;
+    plan.image_bytes = round_up(M, plan.tokens) * round_up(K, kStageValues) * 2;
     plan.slice_bytes = plan.cut.workspace_bytes(M, N);
     return plan;
 }

@@ -10,7 +10,7 @@ namespace hb {
 constexpr int kConsumers = 2;  // warpgroups
 constexpr int kConsumerThreads = kConsumers * kWarpgroup;
 constexpr int kThreads = kConsumerThreads + kWarpgroup;
-constexpr int kRows = static_cast<int>(kHopperRows);
+constexpr int kRows = kHopperRows;
 constexpr int kOrdered = 32;     // values of K within which x changes places
 constexpr int kStep = 16;        // values of K that a tensor core takes at once
 constexpr int kTileValues = 64;  // of K, in a row of a tile of x
@@ -23,12 +23,9 @@ struct HopperProblem {
     const unsigned char* image;  // x, rearranged
     const uint8_t* packed;
     Scales scales;
-    int64_t M, N, K;  // M of a panel
+    int64_t K;
     int64_t format;
-    const void* bias;
-    int64_t bias_dtype;
-    void* out;
-    float* slices;  // [slices, M, N], or null: a thread block adds up its slices itself
+    Outputs outputs;  // of a panel
     int slice_stages;
     int64_t token_tiles;
     int64_t tiles;
@@ -101,7 +98,7 @@ struct HopperBlock {
             : block(of),
               own(thread),
               weight((of.first_row + thread) * of.p.K),
-              is_row(of.first_row + thread < of.p.N) {}
+              is_row(of.first_row + thread < of.p.outputs.N) {}
 
         __device__ bool has_scale(int stage, int i) const {
             return is_row && stage * kStageValues + i * Scaled < block.p.K;
@@ -131,7 +128,7 @@ struct HopperBlock {
 #pragma unroll
             for (int i = 0; i < pieces; ++i) {
                 const int row = (i * kWarpgroup + own) / pieces;
-                const bool there = block.first_row + row < p.N && k < p.K;
+                const bool there = block.first_row + row < p.outputs.N && k < p.K;
                 const uint8_t* const from = there ? p.packed + ((block.first_row + row) * p.K + k) / 2 : p.packed;
                 copy_16_bytes(to + place_of_codes(row, piece), from, there);
             }
@@ -289,23 +286,22 @@ struct HopperBlock {
         }
 
         __device__ void write(int slice) const {
-            const HopperProblem& p = block.p;
+            const Outputs& outputs = block.p.outputs;
             group_barrier(2 + group_row / 64, kWarpgroup);
             const int64_t first_token = block.token_tile * Tokens;
             const int warp = static_cast<int>(threadIdx.x) % kWarpgroup / kWarp;
-            for (int token = warp; token < Tokens && first_token + token < p.M; token += kWarpgroup / kWarp) {
+            for (int token = warp; token < Tokens && first_token + token < outputs.M; token += kWarpgroup / kWarp) {
                 const int64_t m = first_token + token;
 #pragma unroll
                 for (int half = 0; half < 2; ++half) {
                     const int at = group_row + half * kWarp + lane();
                     const int64_t n = block.first_row + at;
-                    if (n >= p.N) continue;
+                    if (n >= outputs.N) continue;
                     const float total = block.totals()[token * kTotalRow + at];
-                    if (p.slices != nullptr) {
-                        p.slices[(slice * p.M + m) * p.N + n] = total;
+                    if (outputs.slices != nullptr) {
+                        outputs.slices[(slice * outputs.M + m) * outputs.N + n] = total;
                     } else {
-                        const float add = p.bias == nullptr ? 0.0f : load_float(p.bias, p.bias_dtype, n);
-                        static_cast<T*>(p.out)[m * p.N + n] = from_float<T>(__fadd_rn(total, add));
+                        outputs.template finish<T>(total, m, n);
                     }
                 }
             }

@@ -1,9 +1,8 @@
-// What the tensor-core kernels of the 4-bit matmul share: reading scales, and adding up slices of K. No entry.
+// What the tensor-core kernels of the 4-bit matmul share: reading scales. No entry.
 #pragma once
 
+#include "float_sums.cuh"
 #include "linear4_mma.h"
-#include "pieces.cuh"
-#include "vocabulary_hopper.cuh"
 
 namespace hb {
 
@@ -49,26 +48,5 @@ struct Scales {
         return __fadd_rn(__fmul_rn(map[scale.code], scale.value), *absmax.offset);
     }
 };
-
-constexpr int kAddingThreads = 128;
-
-// out = the sums of the slices [count, M, N], added up in order, and the bias.
-template <typename T>
-__global__ void add_slices(const float* slices, int64_t count, int64_t M, int64_t N, const void* bias,
-                           int64_t bias_dtype, T* out) {
-    predecessors_wait();
-    const int64_t stride = static_cast<int64_t>(gridDim.x) * kAddingThreads;
-    for (int64_t i = static_cast<int64_t>(blockIdx.x) * kAddingThreads + threadIdx.x; i < M * N; i += stride) {
-        float sum = 0;
-        for (int64_t slice = 0; slice < count; ++slice) sum = __fadd_rn(sum, slices[slice * M * N + i]);
-        const float add = bias == nullptr ? 0.0f : load_float(bias, bias_dtype, i % N);
-        out[i] = from_float<T>(__fadd_rn(sum, add));
-    }
-}
-
-inline unsigned blocks_for_adding(int64_t values) {
-    const int64_t wanted = ceil_div(values, kAddingThreads);
-    return static_cast<unsigned>(wanted < kMostBlocks ? wanted : kMostBlocks);
-}
 
 }  // namespace hb

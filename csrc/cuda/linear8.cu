@@ -14,7 +14,7 @@ namespace {
 int64_t workspace_bytes(const hb_linear8_args& a) {
     if (a.M == 0 || a.N == 0) return 0;
     if (a.outlier_rule != HB_OUTLIERS_ALL) {
-        return Linear8Layout(a).slices_at + plan_int8_products(a.M, a.N, a.K).workspace_bytes(a.M, a.N);
+        return Linear8Layout<hb_linear8_args>(a).sums_at + plan_int8_products(a.M, a.N, a.K).workspace_bytes(a.M, a.N);
     }
     return a.x_dtype == HB_FLOAT32 ? 0 : plan_int8_weights(a.M, a.N, a.K).workspace_bytes(a.M, a.N);
 }
@@ -38,11 +38,10 @@ extern "C" hb_status hb_linear8(const hb_linear8_args* args) {
     if (a.M == 0 || a.N == 0) return HB_OK;
     HB_REQUIRE(check_workspace(a.call, workspace_bytes(a)));
     if (a.outlier_rule != HB_OUTLIERS_ALL) {
-        const Linear8Layout layout(a);
-        const SplitRows rows = layout.rows(a);
+        const Linear8Layout<hb_linear8_args> layout(a);
+        const SplitRows rows = layout.rows();
         launch_split(a, rows);
-        int* const slices = reinterpret_cast<int*>(static_cast<char*>(a.call.workspace) + layout.slices_at);
-        launch_linear8_mma(a, rows, plan_int8_products(a.M, a.N, a.K), slices);
+        launch_linear8_mma(a, rows, plan_int8_products(a.M, a.N, a.K), layout.at<int>(layout.sums_at));
     } else if (a.x_dtype == HB_FLOAT32) {
         launch_linear8_float(a);
     } else {

@@ -3,6 +3,7 @@
 
 #include <math.h>
 
+#include "experts_plan.h"
 #include "linear8_plan.h"
 
 namespace hb {
@@ -11,58 +12,65 @@ constexpr int kWordColumns = 32;  // columns of x in a word of a mask: column k 
 
 // x as LLM.int8() takes it apart, in the workspace.
 struct SplitRows {
-    int64_t stride;    // of a row of codes: K rounded up to whole stages
-    int8_t* codes;     // [M, stride] zeros for outliers and behind K
-    float* absmax;     // [M] of the ordinary values
-    unsigned* found;   // [M] 1: the row has outliers; null, as what follows, where none are looked for
-    unsigned* masks;   // [M, stride / 32] each row's outliers by value
-    unsigned* joined;  // [stride / 32] for the batch rule: columns with an outlier in any row; else null
-    float threshold;   // NaN where no outliers are looked for: no value compares with it
+    int64_t stride;   // of a row of codes: K rounded up to whole stages
+    int8_t* codes;    // [M, stride] zeros for outliers and behind K
+    float* absmax;    // [M] of the ordinary values
+    unsigned* found;  // [M] 1: the row has outliers; null, as what follows, where none are looked for
+    unsigned* masks;  // [M, stride / 32] each row's outliers
+    bool by_column;   // the batch rule: rows that belong together have the same masks, and all values count there
+    float threshold;  // NaN where no outliers are looked for: no value compares with it
 };
 
-// Where these begin in the workspace, in bytes; then come the sums of slices.
+// Where these begin in the workspace, in bytes; then come sums. `Args`: of one weight, or of experts.
+template <typename Args>
 struct Linear8Layout {
+    const Args& a;
     bool outliers;
-    bool by_column;
     int64_t stride;
-    int64_t absmax_at = 0, found_at = 0, masks_at = 0, joined_at = 0, slices_at = 0;
+    int64_t absmax_at, found_at, masks_at, sums_at;
 
-    explicit Linear8Layout(const hb_linear8_args& a)
-        : outliers(a.threshold > 0),
-          by_column(outliers && a.outlier_rule == HB_OUTLIERS_BATCH && a.K > 0),
+    explicit Linear8Layout(const Args& args)
+        : a(args),
+          outliers(a.threshold > 0),
           stride(round_up(a.K, kSliceStep)),
           absmax_at(padded(a.M * stride)),
           found_at(absmax_at + padded(a.M * 4)),
           masks_at(found_at + (outliers ? padded(a.M * 4) : 0)),
-          joined_at(masks_at + (outliers ? padded(a.M * stride / 8) : 0)),
-          slices_at(joined_at + (by_column ? padded(stride / 8) : 0)) {}
+          sums_at(masks_at + (outliers ? padded(a.M * stride / 8) : 0)) {}
 
-    SplitRows rows(const hb_linear8_args& a) const {
-        char* const base = static_cast<char*>(a.call.workspace);
-        const auto words_at = [&](bool there, int64_t at) {
-            return there ? reinterpret_cast<unsigned*>(base + at) : nullptr;
-        };
+    SplitRows rows() const {
         return {stride,
-                reinterpret_cast<int8_t*>(base),
-                reinterpret_cast<float*>(base + absmax_at),
-                words_at(outliers, found_at),
-                words_at(outliers, masks_at),
-                words_at(by_column, joined_at),
+                at<int8_t>(0),
+                at<float>(absmax_at),
+                outliers ? at<unsigned>(found_at) : nullptr,
+                outliers ? at<unsigned>(masks_at) : nullptr,
+                outliers && a.outlier_rule == HB_OUTLIERS_BATCH && a.K > 0,
                 outliers ? static_cast<float>(a.threshold) : NAN};
+    }
+
+    template <typename T>
+    T* at(int64_t offset) const {
+        return reinterpret_cast<T*>(static_cast<char*>(a.call.workspace) + offset);
     }
 
   private:
     static int64_t padded(int64_t bytes) { return round_up(bytes, HB_WORKSPACE_ALIGNMENT); }
 };
 
-// x into codes, maxima and masks.
+// x into codes, maxima and masks. Under the batch rule rows of one expert belong together, or all rows (no `ends`).
 void launch_split(const hb_linear8_args& a, const SplitRows& rows);
+void launch_split(const hb_linear8_experts_args& a, const SplitRows& rows);
 
 // The product of what that left; `slices`, of plan_int8_products, is workspace for plan.workspace_bytes.
-void launch_linear8_mma(const hb_linear8_args& a, const SplitRows& rows, const Linear8Plan& plan, int* slices);
+void launch_linear8_mma(const hb_linear8_args& a, const SplitRows& rows, const MatmulPlan& plan, int* slices);
+
+// With the weights of experts. `wide`: room for M * N sums over more columns than an int32 holds, or null.
+void launch_linear8_experts_mma(const hb_linear8_experts_args& a, const SplitRows& rows, int64_t* wide);
 
 // Where no activation is rounded: x in float32, and in 16 bits with the workspace of plan_int8_weights.
 void launch_linear8_float(const hb_linear8_args& a);
-void launch_linear8_weights(const hb_linear8_args& a, const Linear8Plan& plan);
+void launch_linear8_weights(const hb_linear8_args& a, const MatmulPlan& plan);
+void launch_linear8_experts_float(const hb_linear8_experts_args& a);
+void launch_linear8_experts_weights(const hb_linear8_experts_args& a);
 
 }  // namespace hb

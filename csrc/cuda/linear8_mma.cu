@@ -1,5 +1,6 @@
 // LLM.int8() on tensor cores (sm_80 and later): int8 codes of x times those of W with exact sums in int32, then scales,
-// outliers and bias in float32 on the sums, in the order of the CPU library and the reference.
+// outliers and bias in float32 on the sums, in the order of the CPU library and the reference. For one W, and for those
+// of experts, whose rows of x are found on the device (experts.cuh).
 //
 //     a stage:        64 or 128 bytes of the tile's rows of W | as many of its rows of x's codes
 //     a chunk:        64 values of K, two tensor-core steps of 32
@@ -10,6 +11,7 @@
 // itself. Slices are never longer than an int32 holds, and are added up in 64 bits.
 //
 // Promises: results equal to the reference bit for bit, so that they do not depend on M, other rows, or slices.
+#include "experts.cuh"
 #include "int8.cuh"
 #include "linear8_outliers.cuh"
 
@@ -156,9 +158,70 @@ __global__ void __launch_bounds__(FinishedTile::kThreads) finish_slices(Int8Prod
     finish(tile, [&](int, int, int, int64_t m, int64_t n) { return __int_as_float(p.slices[m * p.N + n]); });
 }
 
-}  // namespace
+// An expert's weight, on its rows alone.
+__device__ Int8Product product_of(const Int8Product& all, const ExpertTile& tile) {
+    Int8Product own = all;
+    const int64_t bytes = all.x_dtype == HB_FLOAT32 ? 4 : 2, bias_bytes = all.bias_dtype == HB_FLOAT32 ? 4 : 2;
+    own.M = tile.rows;
+    own.codes = all.codes.behind(tile.expert * all.N * all.K, all.N);
+    own.absmax += tile.expert * all.N;
+    if (all.bias != nullptr) {
+        own.bias = static_cast<const unsigned char*>(all.bias) + tile.expert * all.N * bias_bytes;
+    }
+    own.x = all.x.from(tile.first, tile.rows);
+    own.values = static_cast<const unsigned char*>(all.values) + tile.first * all.K * bytes;
+    own.rows.absmax += tile.first;
+    if (all.rows.found != nullptr) {
+        own.rows.found += tile.first;
+        own.rows.masks += tile.first * (all.rows.stride / kWordColumns);
+    }
+    own.out = static_cast<unsigned char*>(all.out) + tile.first * all.N * bytes;
+    if (all.wide != nullptr) own.wide += tile.first * all.N;
+    return own;
+}
 
-void launch_linear8_mma(const hb_linear8_args& a, const SplitRows& rows, const Linear8Plan& plan, int* slices) {
+// Neighbouring blocks have the same rows of W of neighbouring tiles, which often are one expert's. A block goes over
+// all of K. Wide: that is more than an int32 holds, and each thread adds up its outputs' slices in `wide`.
+template <int Number, bool Wide>
+__global__ void __launch_bounds__(Int8Tile<Number>::kThreads)
+    multiply_int8_experts(Int8Product all, ExpertRows experts) {
+    using Tile = Int8Tile<Number>;
+    const int64_t first_row = blockIdx.x / all.token_tiles * Tile::kRows;
+    const ExpertTile found = find_expert_tile(experts, Tile::kTokens, blockIdx.x % all.token_tiles);
+    if (found.rows == 0) return;
+    if (found.expert == experts.count) {
+        const int64_t columns = all.N - first_row < Tile::kRows ? all.N - first_row : Tile::kRows;
+        const int64_t first = found.first * all.N + first_row;
+        if (all.x_dtype == HB_FLOAT32) {
+            clear_rows(static_cast<float*>(all.out) + first, all.N, found.rows, columns);
+        } else {  // a zero has the same bits in either format
+            clear_rows(static_cast<__half*>(all.out) + first, all.N, found.rows, columns);
+        }
+        return;
+    }
+    const Int8Product p = product_of(all, found);
+    const Tile tile(p, first_row, 0);
+    typename Tile::Sums sums = {};
+    const Int8Multiplier<Number> multiplier{tile};
+    if constexpr (Wide) {
+        for (int64_t begin = 0; begin < p.K; begin += kExactTerms) {
+            // Stages go on where the slice before ended, in the ring too.
+            multiplier.multiply(sums, begin, p.K - begin < kExactTerms ? p.K : begin + kExactTerms);
+            tile.for_each_output([&](int w, int t, int i, int64_t m, int64_t n) {
+                p.wide[m * p.N + n] = (begin == 0 ? 0 : p.wide[m * p.N + n]) + sums[w][t][i];
+                sums[w][t][i] = 0;
+            });
+        }
+        finish(tile, [&](int, int, int, int64_t m, int64_t n) { return static_cast<float>(p.wide[m * p.N + n]); });
+    } else {
+        multiplier.multiply(sums, 0, p.K);
+        finish(tile, [&](int w, int t, int i, int64_t, int64_t) { return static_cast<float>(sums[w][t][i]); });
+    }
+}
+
+// Of one weight, or of the first expert's. `Plan`: MatmulPlan or ExpertsPlan.
+template <typename Args, typename Plan>
+Int8Product product_for(const Args& a, const SplitRows& rows, const Plan& plan) {
     Int8Product product = {};
     product.codes = Rows(a.codes, a.N, a.K);
     product.x = Rows(rows.codes, a.M, rows.stride);
@@ -170,9 +233,16 @@ void launch_linear8_mma(const hb_linear8_args& a, const SplitRows& rows, const L
     product.bias = a.bias;
     product.bias_dtype = a.bias_dtype;
     product.out = a.out;
+    product.token_tiles = plan.token_tiles;
+    return product;
+}
+
+}  // namespace
+
+void launch_linear8_mma(const hb_linear8_args& a, const SplitRows& rows, const MatmulPlan& plan, int* slices) {
+    Int8Product product = product_for(a, rows, plan);
     product.slices = plan.apart ? slices : nullptr;
     product.slice_values = plan.slice_values;
-    product.token_tiles = plan.token_tiles;
     product.tiles = plan.tiles;
     const cudaStream_t stream = stream_of(a.call);
     with_number<count_of(kTilesOfInt8)>(plan.tile, [&](auto number) {
@@ -184,6 +254,28 @@ void launch_linear8_mma(const hb_linear8_args& a, const SplitRows& rows, const L
     product.token_tiles = ceil_div(a.M, FinishedTile::kTokens);
     const unsigned tiles = static_cast<unsigned>(ceil_div(a.N, FinishedTile::kRows) * product.token_tiles);
     launch(finish_slices, tiles, FinishedTile::kThreads, FinishedTile::kSharedBytes, stream, product, plan.slices);
+}
+
+void launch_linear8_experts_mma(const hb_linear8_experts_args& a, const SplitRows& rows, int64_t* wide) {
+    // So many columns are seldom: one size of tiles does.
+    const ExpertsPlan plan = plan_experts(kTilesOfInt8, wide == nullptr ? a.M : 0, a.E, a.N, a.K);
+    const ExpertRows experts = {a.ends, a.E, a.M};
+    const cudaStream_t stream = stream_of(a.call);
+    Int8Product product = product_for(a, rows, plan);
+    product.wide = wide;
+    product.token_tiles = most_expert_tiles(a.M, a.E, kTilesOfInt8[plan.tile].tokens);
+    const unsigned blocks = static_cast<unsigned>(product.token_tiles * plan.row_tiles);
+    if (wide != nullptr) {
+        launch(multiply_int8_experts<0, true>, blocks, Int8Tile<0>::kThreads, Int8Tile<0>::kSharedBytes, stream,
+               product, experts);
+        return;
+    }
+    with_number<count_of(kTilesOfInt8)>(plan.tile, [&](auto number) {
+        constexpr int which = decltype(number)::value;
+        using Tile = Int8Tile<which>;
+        launch(multiply_int8_experts<which, false>, blocks, Tile::kThreads, Tile::kSharedBytes, stream, product,
+               experts);
+    });
 }
 
 }  // namespace hb

@@ -40,7 +40,6 @@ struct Outliers {
     // This lane's word of a window's columns, joined over the tile's rows of x.
     __device__ unsigned joined_word(int64_t window) const {
         const int64_t word = window * kWarp + lane(), count = p.rows.stride / kWordColumns;
-        if (p.rows.joined != nullptr) return word < count ? p.rows.joined[word] : 0;
         const int warp = static_cast<int>(threadIdx.x) / kWarp;
         unsigned joined = 0;
         for (int token = warp; token < Tile::kTokens; token += Tile::kWarps) {
@@ -101,7 +100,7 @@ struct Outliers {
 #pragma unroll
             for (int which = 0; which < 2; ++which) {
                 const float value = column_values[Tile::warp_token() + t * 8 + lane() % 4 * 2 + which];
-                if (p.rows.joined == nullptr && !(fabsf(value) >= p.rows.threshold)) continue;
+                if (!p.rows.by_column && !(fabsf(value) >= p.rows.threshold)) continue;
 #pragma unroll
                 for (int w = 0; w < Tile::kWeightTiles; ++w) {
 #pragma unroll

@@ -3,12 +3,15 @@
 //
 //     split_rows     one block per row, twice over it: the maximum and the bits, then the codes
 //     mark_rows      for the batch rule, before that: the bits alone
-//     join_rows      for the batch rule, between the two: one warp per word of bits, over all rows
+//     join_rows      for the batch rule, between the two: gives the rows of an owner, an expert or everyone, the bits
+//     of
+//                    all of them, one warp per owner and word of bits
 //
 // A thread takes eight values at a time: eight bits, eight codes. The second time over a row it is in the cache.
+#include "experts.cuh"
 #include "int8.cuh"
 #include "linear8.h"
-#include "linear8_stages.cuh"
+#include "tile_stages.cuh"
 
 namespace hb {
 
@@ -63,13 +66,15 @@ __global__ void mark_rows(Values<T> x, SplitRows rows) {
     }
 }
 
-__global__ void join_rows(int64_t M, SplitRows rows) {
+__global__ void join_rows(ExpertRows owners, SplitRows rows) {
     const int64_t words = rows.stride / kWordColumns;
-    for (int64_t word = warp_index(); word < words; word += warp_count()) {
+    for (int64_t task = warp_index(); task < (owners.count + 1) * words; task += warp_count()) {
+        const int64_t owner = task / words, end = owners.end(owner);
+        unsigned* const masks = rows.masks + task % words;
         unsigned any = 0;
-        for (int64_t row = lane(); row < M; row += kWarp) any |= rows.masks[row * words + word];
+        for (int64_t row = owners.end(owner - 1) + lane(); row < end; row += kWarp) any |= masks[row * words];
         any = __reduce_or_sync(kAllLanes, any);
-        if (lane() == 0) rows.joined[word] = any;
+        for (int64_t row = owners.end(owner - 1) + lane(); row < end; row += kWarp) masks[row * words] = any;
     }
 }
 
@@ -78,7 +83,6 @@ __global__ void __launch_bounds__(kThreads) split_rows(Values<T> x, SplitRows ro
     unsigned* const room = reinterpret_cast<unsigned*>(shared_memory());
     const int64_t pieces = rows.stride / kTogether;
     uint8_t* const masks = reinterpret_cast<uint8_t*>(rows.masks);
-    const uint8_t* const joined = reinterpret_cast<const uint8_t*>(rows.joined);
     for (int64_t row = blockIdx.x; row < x.M; row += gridDim.x) {
         // Ordinary values in an outlier column still count for the maximum, as in bitsandbytes.
         unsigned largest = 0, found = 0;
@@ -90,8 +94,8 @@ __global__ void __launch_bounds__(kThreads) split_rows(Values<T> x, SplitRows ro
             for (int i = 0; i < kTogether; ++i) {
                 if ((by_value >> i & 1u) == 0) largest = max(largest, magnitude_bits(values[i]));
             }
-            if (masks != nullptr && joined == nullptr) masks[row * pieces + piece] = static_cast<uint8_t>(by_value);
-            found |= joined == nullptr ? by_value : joined[piece];
+            if (masks != nullptr && !rows.by_column) masks[row * pieces + piece] = static_cast<uint8_t>(by_value);
+            found |= rows.by_column ? masks[row * pieces + piece] : by_value;
         }
         const float absmax = __uint_as_float(largest_in_block(largest, room));
         const unsigned any = largest_in_block(found, room + kThreads / kWarp);
@@ -99,7 +103,8 @@ __global__ void __launch_bounds__(kThreads) split_rows(Values<T> x, SplitRows ro
         for (int64_t piece = threadIdx.x; piece < pieces; piece += kThreads) {
             float values[kTogether];
             x.load(row, piece * kTogether, values);
-            const unsigned outliers = joined == nullptr ? outliers_among(values, rows.threshold) : joined[piece];
+            const unsigned outliers =
+                rows.by_column ? masks[row * pieces + piece] : outliers_among(values, rows.threshold);
             alignas(kTogether) int8_t codes[kTogether];
 #pragma unroll
             for (int i = 0; i < kTogether; ++i) {
@@ -114,15 +119,16 @@ __global__ void __launch_bounds__(kThreads) split_rows(Values<T> x, SplitRows ro
     }
 }
 
-template <typename T>
-void launch_for(const hb_linear8_args& a, const SplitRows& rows) {
+template <typename T, typename Args>
+void launch_for(const Args& a, const ExpertRows& owners, const SplitRows& rows) {
     const cudaStream_t stream = stream_of(a.call);
     const Values<T> x = {static_cast<const T*>(a.x), a.M, a.K, Rows(a.x, a.M, a.K * dtype_bytes(a.x_dtype)).aligned};
     constexpr int warps = kThreads / kWarp;
-    if (rows.joined != nullptr) {
+    if (rows.by_column) {
         const int64_t pieces = a.M * rows.stride / kTogether;
         launch(mark_rows<T>, blocks_for_warps(ceil_div(pieces, kWarp)), kWarpsPerBlock * kWarp, 0, stream, x, rows);
-        launch(join_rows, blocks_for_warps(rows.stride / kWordColumns), kWarpsPerBlock * kWarp, 0, stream, a.M, rows);
+        launch(join_rows, blocks_for_warps((owners.count + 1) * rows.stride / kWordColumns), kWarpsPerBlock * kWarp, 0,
+               stream, owners, rows);
     }
     const unsigned blocks = static_cast<unsigned>(a.M < kMostBlocks ? a.M : kMostBlocks);
     launch(split_rows<T>, blocks, kThreads, 2 * warps * 4, stream, x, rows);
@@ -131,7 +137,13 @@ void launch_for(const hb_linear8_args& a, const SplitRows& rows) {
 }  // namespace
 
 void launch_split(const hb_linear8_args& a, const SplitRows& rows) {
-    with_dtype(a.x_dtype, [&](auto type) { launch_for<decltype(type)>(a, rows); });
+    const ExpertRows everyone = {nullptr, 0, a.M};
+    with_dtype(a.x_dtype, [&](auto type) { launch_for<decltype(type)>(a, everyone, rows); });
+}
+
+void launch_split(const hb_linear8_experts_args& a, const SplitRows& rows) {
+    const ExpertRows experts = {a.ends, a.E, a.M};
+    with_dtype(a.x_dtype, [&](auto type) { launch_for<decltype(type)>(a, experts, rows); });
 }
 
 }  // namespace hb

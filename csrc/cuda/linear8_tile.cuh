@@ -9,7 +9,7 @@
 #pragma once
 
 #include "linear8.h"
-#include "linear8_stages.cuh"
+#include "tile_stages.cuh"
 
 namespace hb {
 
@@ -24,7 +24,8 @@ struct Int8Product {
     const void* bias;
     int64_t bias_dtype;
     void* out;
-    int* slices;  // [slices, M, N], or null: there is one, and it is finished at once
+    int* slices;    // [slices, M, N], or null: there is one, and it is finished at once
+    int64_t* wide;  // [M, N] of experts, where a block adds up slices that an int32 does not hold together; or null
     int64_t slice_values;
     int64_t token_tiles;
     int64_t tiles;
@@ -58,11 +59,10 @@ struct Int8Tile {
     int64_t first_token;
     unsigned char* shared;
 
+    __device__ Int8Tile(const Int8Product& product, int64_t row, int64_t token)
+        : p(product), first_row(row), first_token(token), shared(shared_memory()) {}
     __device__ Int8Tile(const Int8Product& product, int64_t tile)
-        : p(product),
-          first_row(tile / p.token_tiles * kRows),
-          first_token(tile % p.token_tiles * kTokens),
-          shared(shared_memory()) {}
+        : Int8Tile(product, tile / product.token_tiles * kRows, tile % product.token_tiles * kTokens) {}
 
     // This warp's first row of W and of x in the tile.
     __device__ static int warp_row() {

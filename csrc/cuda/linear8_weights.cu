@@ -1,50 +1,42 @@
 // out = x * W^T + bias on tensor cores (sm_80 and later) with W in int8 and x in 16 bits, which hold a code exactly: no
-// activation is rounded. Sums are float32 of x times codes; the row's absmax / 127 scales them at the end.
+// activation is rounded. Sums are float32 of x times codes; the row's absmax / 127 scales them at the end. For one W,
+// and for those of experts, whose rows of x are found on the device (experts.cuh).
 //
 // A thread block of four warps makes a tile of out; each warp has 16 or 32 rows of W of its own and all of the tile's
-// rows of x, so that a weight is converted once per tile. W is the left operand: its rows fill the 16 that the tensor
-// core wants whatever M is, and rows of x come in eights.
+// rows of x, so that a weight is converted once per tile (float_sums.cuh).
 //
 //     a stage:   64 or 128 values of K:   codes of the rows of W | x
 //     a chunk:   64 values of K, four tensor-core steps of 16
 //
-//     step j, lane t:  the tensor core's columns 2t, 2t+1, 2t+8, 2t+9  are  k = 16t + 4j + 0, 1, 2, 3
+// linear4_tile.cuh is this for 4 bits.
 //
-// linear4_mma.cu is this for 4 bits.
-//
-// Promises: a row's result does not depend on M (linear8_plan.h), nor on how x is aligned; the same bits every time.
-#include "int8.cuh"
-#include "linear8_stages.cuh"
+// Promises: a row's result does not depend on M (slices.h), nor on how x is aligned; the same bits every time.
+#include "float_sums.cuh"
+#include "linear8.h"
 
 namespace hb {
 
 namespace {
 
-constexpr int kThreads = kWarpsPerBlock * kWarp;
-
 struct Problem {
     Rows codes;
     Rows x;
-    const float* absmax;
-    int64_t M, N, K;
-    const void* bias;
-    int64_t bias_dtype;
-    void* out;
-    float* slices;  // [slices, M, N], or null: a thread block adds up its slices itself
+    int64_t K;
+    Outputs outputs;
     int64_t slice_values;
     int64_t token_tiles;
     int64_t tiles;
 
-    template <typename T>
-    __device__ void finish(float sum, int64_t m, int64_t n) const {
-        const float scaled = __fmul_rn(sum, int8_scale(absmax[n]));
-        const float add = bias == nullptr ? 0.0f : load_float(bias, bias_dtype, n);
-        static_cast<T*>(out)[m * N + n] = from_float<T>(__fadd_rn(scaled, add));
-    }
-};
-
-struct PlaceOfX {
-    __device__ static int of(int row, int piece) { return piece ^ (row & 1); }
+    // Of one weight, or of the first expert's. `Plan`: MatmulPlan or ExpertsPlan.
+    template <typename Args, typename Plan>
+    Problem(const Args& a, const Plan& plan, float* slices)
+        : codes(a.codes, a.N, a.K),
+          x(a.x, a.M, a.K * 2),
+          K(a.K),
+          outputs{a.M, a.N, a.absmax, a.bias, a.bias_dtype, a.out, a.N, slices},
+          slice_values(plan.slice_values),
+          token_tiles(plan.token_tiles),
+          tiles(0) {}
 };
 
 template <typename T, int Number>
@@ -55,7 +47,6 @@ struct WeightsTile {
     static constexpr int kStages = kTilesOfInt8Weights[Number].stages;
     static constexpr int kWarpRows = kRows / kWarpsPerBlock;
     static constexpr int kWeightTiles = kWarpRows / 16;
-    static constexpr int kTokenTiles = kTokens / 8;
     static constexpr int kChunks = kStageValues / kChunkBytes;
     static constexpr int kXRowBytes = kStageValues * 2;
     static constexpr int kStageBytes = kRows * kStageValues + kTokens * kXRowBytes;
@@ -66,18 +57,20 @@ struct WeightsTile {
     int64_t first_row;
     int64_t first_token;
     unsigned char* shared;
-    float sums[kWeightTiles][kTokenTiles][4];    // of this slice
-    float totals[kWeightTiles][kTokenTiles][4];  // of the slices before
+    FloatSums<T, kWeightTiles, kTokens / 8> sums;
+
+    __device__ WeightsTile(const Problem& problem, int64_t row, int64_t token)
+        : p(problem), first_row(row), first_token(token), shared(shared_memory()), sums{} {}
 
     __device__ unsigned char* codes_of(int64_t stage) const { return shared + stage % kStages * kStageBytes; }
     __device__ unsigned char* x_of(int64_t stage) const { return codes_of(stage) + kRows * kStageValues; }
 
     __device__ static int warp_row() { return static_cast<int>(threadIdx.x) / kWarp * kWarpRows; }
 
-    __device__ void fetch(int64_t stage) {
-        copy_rows<PlaceOfCodes, kRows, kStageValues, kThreads>(codes_of(stage), p.codes, first_row,
-                                                               stage * kStageValues);
-        copy_rows<PlaceOfX, kTokens, kXRowBytes, kThreads>(x_of(stage), p.x, first_token, stage * kXRowBytes);
+    __device__ void fetch(int64_t stage) const {
+        copy_rows<PlaceOfCodes, kRows, kStageValues, kMmaThreads>(codes_of(stage), p.codes, first_row,
+                                                                  stage * kStageValues);
+        copy_rows<PlaceOfX, kTokens, kXRowBytes, kMmaThreads>(x_of(stage), p.x, first_token, stage * kXRowBytes);
     }
 
     __device__ void multiply_chunk(const unsigned char* codes, const unsigned char* x, int chunk) {
@@ -98,42 +91,15 @@ struct WeightsTile {
                 }
             }
         }
-#pragma unroll
-        for (int tile = 0; tile < kTokenTiles; ++tile) {
-            const int row = tile * 8 + group;
-            const int piece = chunk * (kChunkBytes * 2 / kPieceBytes) + member * 2;
-            const unsigned char* const values = x + row * kXRowBytes;
-            const uint4 near = *reinterpret_cast<const uint4*>(values + PlaceOfX::of(row, piece) * kPieceBytes);
-            const uint4 far = *reinterpret_cast<const uint4*>(values + PlaceOfX::of(row, piece + 1) * kPieceBytes);
-            const unsigned tokens[4][2] = {{near.x, near.y}, {near.z, near.w}, {far.x, far.y}, {far.z, far.w}};
-#pragma unroll
-            for (int step = 0; step < 4; ++step) {
-#pragma unroll
-                for (int w = 0; w < kWeightTiles; ++w) {
-                    multiply_tiles<T>(sums[w][tile], weights[w][step], tokens[step]);
-                }
-            }
-        }
+        sums.template multiply<kXRowBytes>(weights, x, chunk);
     }
 
-    __device__ void end_slice() {
-#pragma unroll
-        for (int w = 0; w < kWeightTiles; ++w) {
-#pragma unroll
-            for (int tile = 0; tile < kTokenTiles; ++tile) {
-#pragma unroll
-                for (int i = 0; i < 4; ++i) {
-                    totals[w][tile][i] = __fadd_rn(totals[w][tile][i], sums[w][tile][i]);
-                    sums[w][tile][i] = 0;
-                }
-            }
-        }
-    }
-
-    __device__ void multiply_stages(int64_t begin, int64_t end) {
+    // Columns [begin, end) of K, of whole slices but for the last one.
+    __device__ void multiply(int64_t begin, int64_t end) {
         const int64_t slice_stages = p.slice_values / kStageValues;
+        const int64_t last = (end + kStageValues - 1) / kStageValues;
         run_pipeline<kStages>(
-            begin, end, [&](int64_t stage) { fetch(stage); },
+            begin / kStageValues, last, [&](int64_t stage) { fetch(stage); },
             [&](int64_t stage) {
 #pragma unroll
                 for (int chunk = 0; chunk < kChunks; ++chunk) {
@@ -141,87 +107,87 @@ struct WeightsTile {
                         multiply_chunk(codes_of(stage), x_of(stage), chunk);
                     }
                 }
-                if ((stage + 1) % slice_stages == 0 || stage + 1 == end) end_slice();
+                if ((stage + 1) % slice_stages == 0 || stage + 1 == last) sums.end_slice();
             });
     }
 
-    __device__ void write(int64_t slice) const {
-#pragma unroll
-        for (int w = 0; w < kWeightTiles; ++w) {
-#pragma unroll
-            for (int tile = 0; tile < kTokenTiles; ++tile) {
-#pragma unroll
-                for (int i = 0; i < 4; ++i) {
-                    const int64_t n = first_row + warp_row() + w * 16 + i / 2 * 8 + lane() / 4;
-                    const int64_t m = first_token + tile * 8 + lane() % 4 * 2 + i % 2;
-                    if (n >= p.N || m >= p.M) continue;
-                    if (p.slices != nullptr) {
-                        p.slices[(slice * p.M + m) * p.N + n] = totals[w][tile][i];
-                    } else {
-                        p.template finish<T>(totals[w][tile][i], m, n);
-                    }
-                }
-            }
-        }
-    }
+    __device__ void write(int64_t slice) const { sums.write(p.outputs, first_row + warp_row(), first_token, slice); }
 };
 
 // Neighbouring blocks have the same rows of W and different ones of x: W comes from memory once, x from the cache.
 template <typename T, int Number>
-__global__ void __launch_bounds__(kThreads) multiply_by_weights(Problem p) {
+__global__ void __launch_bounds__(kMmaThreads) multiply_by_weights(Problem p) {
     using Tile = WeightsTile<T, Number>;
     const int64_t number = blockIdx.x % p.tiles;
     const int64_t slice = blockIdx.x / p.tiles;
-    Tile tile = {p, number / p.token_tiles * Tile::kRows, number % p.token_tiles * Tile::kTokens, shared_memory(), {},
-                 {}};
+    Tile tile(p, number / p.token_tiles * Tile::kRows, number % p.token_tiles * Tile::kTokens);
     const int64_t begin = slice * p.slice_values;
     const int64_t slice_end = begin + p.slice_values;
-    const int64_t end = p.slices != nullptr && slice_end < p.K ? slice_end : p.K;
-    tile.multiply_stages(begin / Tile::kStageValues, (end + Tile::kStageValues - 1) / Tile::kStageValues);
+    tile.multiply(begin, p.outputs.slices != nullptr && slice_end < p.K ? slice_end : p.K);
     tile.write(slice);
 }
 
-template <typename T>
-__global__ void add_slices(Problem p, int64_t count) {
-    const int64_t stride = static_cast<int64_t>(gridDim.x) * blockDim.x;
-    for (int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x; i < p.M * p.N; i += stride) {
-        float sum = 0;
-        for (int64_t slice = 0; slice < count; ++slice) sum = __fadd_rn(sum, p.slices[slice * p.M * p.N + i]);
-        p.template finish<T>(sum, i / p.N, i % p.N);
+// Neighbouring blocks have the same rows of W of neighbouring tiles, which often are one expert's.
+template <typename T, int Number>
+__global__ void __launch_bounds__(kMmaThreads) multiply_by_experts(Problem all, ExpertRows experts) {
+    using Tile = WeightsTile<T, Number>;
+    const int64_t first_row = blockIdx.x / all.token_tiles * Tile::kRows;
+    const ExpertTile found = find_expert_tile(experts, Tile::kTokens, blockIdx.x % all.token_tiles);
+    if (found.rows == 0) return;
+    Problem p = all;
+    p.x = all.x.from(found.first, found.rows);
+    p.outputs = all.outputs.template of_expert<T>(found, found.expert, 0);
+    if (found.expert == experts.count) {
+        p.outputs.template clear<T>(first_row, Tile::kRows);
+        return;
     }
+    p.codes = all.codes.behind(found.expert * all.outputs.N * all.K, all.outputs.N);
+    Tile tile(p, first_row, 0);
+    tile.multiply(0, p.K);
+    tile.write(0);
 }
 
 template <typename T>
-void launch_for(const Problem& p, const Linear8Plan& plan, cudaStream_t stream) {
+void launch_for(const hb_linear8_args& a, const MatmulPlan& plan) {
+    Problem problem(a, plan, plan.apart ? static_cast<float*>(a.call.workspace) : nullptr);
+    problem.tiles = plan.tiles;
     with_number<count_of(kTilesOfInt8Weights)>(plan.tile, [&](auto number) {
         constexpr int which = decltype(number)::value;
         constexpr int bytes = WeightsTile<T, which>::kSharedBytes;
-        launch(multiply_by_weights<T, which>, plan.blocks(), kThreads, bytes, stream, p);
+        launch(multiply_by_weights<T, which>, plan.blocks(), kMmaThreads, bytes, stream_of(a.call), problem);
     });
     if (!plan.apart) return;
-    launch(add_slices<T>, blocks_for_warps(ceil_div(p.M * p.N, kWarp)), kThreads, 0, stream, p, plan.slices);
+    launch(add_slices<T>, blocks_for_adding(a.M * a.N), kAddingThreads, 0, stream_of(a.call), problem.outputs,
+           plan.slices);
+}
+
+template <typename T>
+void launch_for(const hb_linear8_experts_args& a, const ExpertsPlan& plan) {
+    const Problem problem(a, plan, nullptr);
+    const ExpertRows experts = {a.ends, a.E, a.M};
+    with_number<count_of(kTilesOfInt8Weights)>(plan.tile, [&](auto number) {
+        constexpr int which = decltype(number)::value;
+        constexpr int bytes = WeightsTile<T, which>::kSharedBytes;
+        launch(multiply_by_experts<T, which>, plan.blocks(1), kMmaThreads, bytes, stream_of(a.call), problem, experts);
+    });
 }
 
 }  // namespace
 
-void launch_linear8_weights(const hb_linear8_args& a, const Linear8Plan& plan) {
-    const Problem p = {Rows(a.codes, a.N, a.K),
-                       Rows(a.x, a.M, a.K * 2),
-                       a.absmax,
-                       a.M,
-                       a.N,
-                       a.K,
-                       a.bias,
-                       a.bias_dtype,
-                       a.out,
-                       plan.apart ? static_cast<float*>(a.call.workspace) : nullptr,
-                       plan.slice_values,
-                       plan.token_tiles,
-                       plan.tiles};
+void launch_linear8_weights(const hb_linear8_args& a, const MatmulPlan& plan) {
     if (a.x_dtype == HB_FLOAT16) {
-        launch_for<__half>(p, plan, stream_of(a.call));
+        launch_for<__half>(a, plan);
     } else {
-        launch_for<__nv_bfloat16>(p, plan, stream_of(a.call));
+        launch_for<__nv_bfloat16>(a, plan);
+    }
+}
+
+void launch_linear8_experts_weights(const hb_linear8_experts_args& a) {
+    const ExpertsPlan plan = plan_experts(kTilesOfInt8Weights, a.M, a.E, a.N, a.K);
+    if (a.x_dtype == HB_FLOAT16) {
+        launch_for<__half>(a, plan);
+    } else {
+        launch_for<__nv_bfloat16>(a, plan);
     }
 }
 

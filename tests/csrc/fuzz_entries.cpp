@@ -270,24 +270,40 @@ void fuzz_linear4_int8(Input& input) {
     fuzz_linear4_with(input, hb_linear4_int8_workspace, hb_linear4_int8);
 }
 
-// Rows that mostly lie where they can; else nothing would get past the checks.
+// Whether there are so few experts that their ends can be made.
+bool has_ends(int64_t experts) {
+    return experts >= 0 && experts <= 64;
+}
+
+// The ends of args.E experts' rows, which mostly lie where they can, else nothing would get past the checks; and M.
+template <typename Args>
+std::vector<int64_t> spread_rows(Input& input, Args* args) {
+    const bool few = has_ends(args->E);
+    std::vector<int64_t> ends;
+    int64_t rows = 0;
+    for (int64_t e = 0; few && e < args->E; ++e) {
+        rows += input.any<uint8_t>() % 5;
+        ends.push_back(input.any<uint8_t>() < 250 ? rows : input.any<int64_t>());
+    }
+    args->ends = few ? ends.data() : nullptr;
+    args->M = input.any<uint8_t>() < 240 ? rows + input.any<uint8_t>() % 3 : input.size();
+    return ends;
+}
+
+// The product of two sizes of a tensor, or -1 where it cannot be had.
+__int128 product(__int128 a, __int128 b) {
+    return a < 0 || b < 0 || b > kLargestTensor ? -1 : a * b;
+}
+
 void fuzz_linear4_experts(Input& input) {
     Tensors tensors(input);
     auto args = start<hb_linear4_experts_args>(input);
     args.x_dtype = input.option(3), args.E = input.option(9), args.P = input.option(3), args.N = input.size();
     args.K = input.size(), args.format = input.option(2), args.blocksize = input.blocksize();
-    const bool few = args.E >= 0 && args.E <= 64;
-    std::vector<int64_t> ends;
-    int64_t rows = 0;
-    for (int64_t e = 0; few && e < args.E; ++e) {
-        rows += input.any<uint8_t>() % 5;
-        ends.push_back(input.any<uint8_t>() < 250 ? rows : input.any<int64_t>());
-    }
-    args.ends = few ? ends.data() : nullptr;
-    args.M = input.any<uint8_t>() < 240 ? rows + input.any<uint8_t>() % 3 : input.size();
+    const std::vector<int64_t> ends = spread_rows(input, &args);
+    const bool few = has_ends(args.E);
     const __int128 matrices = args.P < 0 || args.P > 64 || !few ? -1 : args.E * args.P;
     const __int128 count = args.N < 0 || args.K < 0 ? -1 : static_cast<__int128>(args.N) * args.K;
-    const auto product = [](__int128 a, __int128 b) { return a < 0 || b < 0 || b > kLargestTensor ? -1 : a * b; };
     const __int128 blocks = blocks_of(count, args.blocksize);
     const uint8_t padding = input.any<uint8_t>();
     args.packed_bytes = padding < 250 ? static_cast<int64_t>((count + 1) / 2) + padding % 3 : input.size();
@@ -348,6 +364,26 @@ void fuzz_linear8(Input& input) {
     }
     args.out = tensors.out<void>(args.M < 0 ? -1 : static_cast<__int128>(args.M) * args.N, element_bytes(args.x_dtype));
     run_with_workspace(input, args, tensors, hb_linear8_workspace, hb_linear8, args.M > 0 && args.N > 0,
+                       products_of(args));
+}
+
+void fuzz_linear8_experts(Input& input) {
+    Tensors tensors(input);
+    auto args = start<hb_linear8_experts_args>(input);
+    args.x_dtype = input.option(3), args.E = input.option(9), args.N = input.size(), args.K = input.size();
+    args.outlier_rule = input.option(3);
+    args.threshold = input.any<uint8_t>() % 4 == 0 ? input.any<double>() : input.any<uint8_t>() / 32.0;
+    const std::vector<int64_t> ends = spread_rows(input, &args);
+    const __int128 experts = has_ends(args.E) ? args.E : -1;
+    args.codes = tensors.in<int8_t>(product(product(experts, args.N), args.K), 1);
+    args.absmax = tensors.in<float>(product(experts, args.N), 4);
+    args.x = tensors.in<void>(product(args.M, args.K), element_bytes(args.x_dtype));
+    if (input.any<uint8_t>() % 2 == 1) {
+        args.bias_dtype = input.option(3);
+        args.bias = tensors.in<void>(product(experts, args.N), element_bytes(args.bias_dtype));
+    }
+    args.out = tensors.out<void>(product(args.M, args.N), element_bytes(args.x_dtype));
+    run_with_workspace(input, args, tensors, hb_linear8_experts_workspace, hb_linear8_experts, args.M > 0 && args.N > 0,
                        products_of(args));
 }
 
@@ -515,6 +551,7 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
         fuzz_add,
         fuzz_cache_write,
         fuzz_linear4_experts,
+        fuzz_linear8_experts,
     };
     Input input(data, size);
     kEntries[input.any<uint8_t>() % (sizeof kEntries / sizeof kEntries[0])](input);

@@ -92,6 +92,13 @@ struct Valid {
         a.x = x, a.M = 2, a.N = 3, a.K = 21, a.codes = codes, a.absmax = absmax, a.out = out;
         return a;
     }
+    // Three experts of 20 codes each; the second has no rows, the last row belongs to none.
+    hb_linear8_experts_args linear8_experts() {
+        auto a = args_with<hb_linear8_experts_args>();
+        a.call.workspace = large, a.call.workspace_bytes = sizeof large;
+        a.x = x, a.M = 4, a.E = 3, a.N = 2, a.K = 10, a.ends = ends, a.codes = codes, a.absmax = absmax, a.out = out;
+        return a;
+    }
     hb_rms_norm_args rms_norm() {
         auto a = args_with<hb_rms_norm_args>();
         a.x = x, a.M = 3, a.K = 21, a.weight = absmax, a.eps = 1e-6, a.out = out;
@@ -182,6 +189,7 @@ TEST(every_entry_refuses_a_bad_call) {
     REFUSED_CALLS(quantize8);
     REFUSED_CALLS(dequantize8);
     REFUSED_CALLS(linear8);
+    REFUSED_CALLS(linear8_experts);
     REFUSED_CALLS(paged_attention);
     REFUSED_CALLS(rms_norm);
     REFUSED_CALLS(swiglu);
@@ -271,6 +279,12 @@ TEST(null_pointers_are_refused) {
     REFUSED(linear8, a.absmax = nullptr, HB_NULL_POINTER);
     REFUSED(linear8, a.out = nullptr, HB_NULL_POINTER);
     REFUSED(linear8, a.call.workspace = nullptr, HB_NULL_POINTER);
+    REFUSED(linear8_experts, a.x = nullptr, HB_NULL_POINTER);
+    REFUSED(linear8_experts, a.ends = nullptr, HB_NULL_POINTER);
+    REFUSED(linear8_experts, a.codes = nullptr, HB_NULL_POINTER);
+    REFUSED(linear8_experts, a.absmax = nullptr, HB_NULL_POINTER);
+    REFUSED(linear8_experts, a.out = nullptr, HB_NULL_POINTER);
+    REFUSED(linear8_experts, a.call.workspace = nullptr, HB_NULL_POINTER);
     REFUSED(rms_norm, a.x = nullptr, HB_NULL_POINTER);
     REFUSED(rms_norm, a.weight = nullptr, HB_NULL_POINTER);
     REFUSED(rms_norm, a.out = nullptr, HB_NULL_POINTER);
@@ -332,6 +346,11 @@ TEST(misaligned_pointers_are_refused) {
     REFUSED(linear8, a.x = shifted(a.x), HB_MISALIGNED);
     REFUSED(linear8, a.bias = shifted(a.x), HB_MISALIGNED);
     REFUSED(linear8, a.call.workspace = shifted(a.call.workspace, 4), HB_WORKSPACE_MISALIGNED);
+    REFUSED(linear8_experts, a.x = shifted(a.x), HB_MISALIGNED);
+    REFUSED(linear8_experts, a.ends = shifted(a.ends, 4), HB_MISALIGNED);
+    REFUSED(linear8_experts, a.absmax = shifted(a.absmax, 2), HB_MISALIGNED);
+    REFUSED(linear8_experts, a.bias = shifted(a.x), HB_MISALIGNED);
+    REFUSED(linear8_experts, a.call.workspace = shifted(a.call.workspace, 4), HB_WORKSPACE_MISALIGNED);
     REFUSED(rms_norm, a.x = shifted(a.x, 2), HB_MISALIGNED);
     REFUSED(rms_norm, (a.dtype = HB_FLOAT16, a.weight = shifted(a.weight)), HB_MISALIGNED);
     REFUSED(rms_norm, a.out = shifted(a.out), HB_MISALIGNED);
@@ -402,6 +421,11 @@ TEST(unknown_choices_are_refused) {
     REFUSED(linear8, a.outlier_rule = -1, HB_BAD_OPTION);
     REFUSED(linear8, a.threshold = -1.0, HB_BAD_OPTION);
     REFUSED(linear8, a.threshold = std::numeric_limits<double>::quiet_NaN(), HB_BAD_OPTION);
+    REFUSED(linear8_experts, a.x_dtype = 3, HB_BAD_DTYPE);
+    REFUSED(linear8_experts, (a.bias = a.x, a.bias_dtype = 7), HB_BAD_DTYPE);
+    REFUSED(linear8_experts, a.outlier_rule = 3, HB_BAD_OPTION);
+    REFUSED(linear8_experts, a.threshold = -1.0, HB_BAD_OPTION);
+    REFUSED(linear8_experts, a.M = 2, HB_BAD_EXPERTS);  // and three rows in experts
 }
 
 TEST(options_of_attention_are_refused) {
@@ -521,6 +545,15 @@ TEST(negative_and_huge_sizes_are_refused) {
             EXPECT(hb_linear8(&linear) == HB_BAD_SHAPE, "%lld", static_cast<long long>(size));
             EXPECT(hb_linear8_workspace(&linear, &bytes) == HB_BAD_SHAPE, "%lld", static_cast<long long>(size));
         }
+        using Experts8 = hb_linear8_experts_args;
+        for (int64_t Experts8::* field : {&Experts8::M, &Experts8::E, &Experts8::N, &Experts8::K}) {
+            auto experts8 = valid.linear8_experts();
+            experts8.*field = size;
+            int64_t bytes = 0;
+            EXPECT(hb_linear8_experts(&experts8) == HB_BAD_SHAPE, "%lld", static_cast<long long>(size));
+            EXPECT(hb_linear8_experts_workspace(&experts8, &bytes) == HB_BAD_SHAPE, "%lld",
+                   static_cast<long long>(size));
+        }
         for (int64_t hb_rotary_args::* field : {&hb_rotary_args::T, &hb_rotary_args::H, &hb_rotary_args::G}) {
             auto rotary = valid.rotary();
             rotary.*field = size;
@@ -568,6 +601,9 @@ TEST(negative_and_huge_sizes_are_refused) {
     auto experts = valid.linear4_experts();
     experts.E = int64_t{1} << 32, experts.N = experts.K = int64_t{1} << 16, experts.packed_bytes = int64_t{1} << 31;
     EXPECT(hb_linear4_experts(&experts) == HB_BAD_SHAPE, "2^32 experts of 2^32 weights");
+    auto experts8 = valid.linear8_experts();
+    experts8.E = int64_t{1} << 32, experts8.N = experts8.K = int64_t{1} << 16;
+    EXPECT(hb_linear8_experts(&experts8) == HB_BAD_SHAPE, "2^32 experts of 2^32 weights");
 }
 
 TEST(a_workspace_one_byte_short_is_refused) {
@@ -594,6 +630,15 @@ TEST(a_workspace_one_byte_short_is_refused) {
     EXPECT(hb_linear8(&linear8) == HB_OK, "linear8 with what it asked for");
     --linear8.call.workspace_bytes;
     EXPECT(hb_linear8(&linear8) == HB_WORKSPACE_TOO_SMALL, "linear8");
+    for (const int64_t rule : {HB_OUTLIERS_VALUE, HB_OUTLIERS_BATCH, HB_OUTLIERS_ALL}) {
+        auto experts8 = valid.linear8_experts();
+        experts8.outlier_rule = rule;
+        EXPECT(hb_linear8_experts_workspace(&experts8, &experts8.call.workspace_bytes) == HB_OK, "linear8_experts");
+        EXPECT(hb_linear8_experts(&experts8) == HB_OK, "linear8_experts with what it asked for");
+        --experts8.call.workspace_bytes;
+        EXPECT(hb_linear8_experts(&experts8) == HB_WORKSPACE_TOO_SMALL, "linear8_experts");
+        EXPECT(hb_linear8_experts_workspace(&experts8, nullptr) == HB_NULL_POINTER, "nowhere to write the size");
+    }
     auto attention = valid.paged_attention();
     EXPECT(hb_paged_attention_workspace(&attention, &attention.call.workspace_bytes) == HB_OK, "attention");
     EXPECT(hb_paged_attention(&attention) == HB_OK, "attention with what it asked for");

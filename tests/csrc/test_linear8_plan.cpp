@@ -12,13 +12,13 @@ int64_t any_size(int64_t largest) {
 }
 
 template <int Count>
-void expect_cut(const hb::Linear8Plan& plan, const hb::Linear8Tile (&tiles)[Count], int64_t M, int64_t N, int64_t K) {
+void expect_cut(const hb::MatmulPlan& plan, const hb::MatmulTile (&tiles)[Count], int64_t M, int64_t N, int64_t K) {
     const bool known = plan.tile >= 0 && plan.tile < Count;
     EXPECT(known, "%d", plan.tile);
     if (!known) return;
-    const hb::Linear8Tile& tile = tiles[plan.tile];
+    const hb::MatmulTile& tile = tiles[plan.tile];
     EXPECT(M <= tile.tokens || plan.tile + 1 == Count, "%d rows in %d", (int)M, tile.tokens);
-    for (const hb::Linear8Tile& other : tiles) {
+    for (const hb::MatmulTile& other : tiles) {
         EXPECT(other.tokens >= tile.tokens || M > other.tokens, "%d rows fit %d", (int)M, other.tokens);
     }
     EXPECT(plan.token_tiles * tile.tokens >= M, "M %d", (int)M);
@@ -35,9 +35,9 @@ void expect_cut(const hb::Linear8Plan& plan, const hb::Linear8Tile (&tiles)[Coun
 TEST(plans_cover_the_output_and_k) {
     for (int i = 0; i < 2000; ++i) {
         const int64_t M = any_size(10000), N = any_size(100000), K = any_of({0, any_size(400000)});
-        const hb::Linear8Plan floats = hb::plan_int8_weights(M, N, K);
+        const hb::MatmulPlan floats = hb::plan_int8_weights(M, N, K);
         expect_cut(floats, hb::kTilesOfInt8Weights, M, N, K);
-        const hb::Linear8Plan alone = hb::plan_int8_weights(1, N, K);
+        const hb::MatmulPlan alone = hb::plan_int8_weights(1, N, K);
         EXPECT(alone.slice_values == floats.slice_values, "slices of %d rows and of one", (int)M);
         EXPECT(!floats.apart || floats.tiles < hb::kEnoughBlocks, "%d tiles are enough", (int)floats.tiles);
     }
@@ -47,7 +47,7 @@ TEST(sums_of_a_slice_fit_an_int32) {
     EXPECT(hb::kExactTerms * 127 * 128 <= INT32_MAX, "%d", (int)hb::kExactTerms);
     for (int i = 0; i < 2000; ++i) {
         const int64_t M = any_size(10000), N = any_size(100000), K = any_of({0, any_size(3000000)});
-        const hb::Linear8Plan plan = hb::plan_int8_products(M, N, K);
+        const hb::MatmulPlan plan = hb::plan_int8_products(M, N, K);
         expect_cut(plan, hb::kTilesOfInt8, M, N, K);
         EXPECT(plan.slice_values <= hb::kExactTerms, "%d for %d x %d x %d", (int)plan.slice_values, (int)M, (int)N,
                (int)K);

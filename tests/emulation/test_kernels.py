@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import ctypes
+import dataclasses
 
 import pytest
 import torch
 
 from quant import native, ops
 from quant.errors import NativeError
-from tests.quant.operands import Experts4, same_bits
+from tests.quant.operands import Experts4, Experts8, same_bits
 
 # Collected here, they run with this directory's `device`.
 from tests.quant.test_hopper import (  # noqa: F401
@@ -19,6 +20,14 @@ from tests.quant.test_hopper import (  # noqa: F401
     test_hopper_rows_are_the_same_however_the_work_is_cut,
     test_hopper_rows_are_the_same_in_every_panel,
     test_what_hopper_does_not_take_goes_the_other_way,
+)
+from tests.quant.test_linear_8bit_experts import (  # noqa: F401
+    test_an_outlier_column_is_one_of_an_experts_rows_alone,
+    test_linear_8bit_experts_have_the_bits_of_products_alone,
+    test_linear_8bit_experts_of_nothing,
+    test_linear_8bit_experts_read_operands_that_no_wide_copy_can_be_made_of,
+    test_linear_8bit_experts_sums_beyond_int32_are_exact,
+    test_linear_8bit_experts_without_rows_are_not_read,
 )
 from tests.quant.test_native import (  # noqa: F401
     no_reference_behind_the_back,
@@ -56,6 +65,7 @@ LINEAR4 = {
     "absmax": torch.zeros(8 * 1088 // 64),
     "blocksize": 64,
 }
+ONE_EXPERT = {"E": 1, "ends": torch.ones(1, dtype=torch.int64)}
 LINEAR8 = {"codes": torch.zeros(8 * 1088, dtype=torch.int8), "absmax": torch.zeros(8), "threshold": 1.0}
 
 
@@ -75,11 +85,27 @@ def test_experts_rows_that_end_where_they_cannot_stay_inside(
             assert same_bits(out[10:], right[10:])
 
 
+@pytest.mark.parametrize("outliers", ["batch", "all"])
+def test_int8_experts_rows_that_end_where_they_cannot_stay_inside(
+    device: str, outliers: str, generator: torch.Generator
+) -> None:
+    for dtype in (torch.float32, torch.float16):
+        given = Experts8.random([9, 1, 10], (70, 64), 0, dtype, generator)
+        right = given.multiply(device, 2.5, outliers)
+        for ends in ([9, 2, 20], [-7, 2**62, 20], [2**63 - 1, -(2**63), 5], [30, 20, 10], [-1, -1, -1]):
+            out = dataclasses.replace(given, ends=torch.tensor(ends)).multiply(device, 2.5, outliers)
+            assert out.shape == right.shape
+            if ends[0] == 9 and outliers == "all":  # where experts agree about a row it is right
+                assert same_bits(out[:2], right[:2])
+                assert same_bits(out[10:], right[10:])
+
+
 @pytest.mark.parametrize(
     ("entry", "weight"),
     [
         ("hb_linear4", LINEAR4),
         *(("hb_linear8", {**LINEAR8, "outlier_rule": rule}) for rule in native.OUTLIER_CODES.values()),
+        *(("hb_linear8_experts", {**LINEAR8, **ONE_EXPERT, "outlier_rule": rule}) for rule in (0, 1)),
     ],
 )
 def test_a_workspace_that_is_missing_or_small_is_refused(

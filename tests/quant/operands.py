@@ -178,6 +178,42 @@ class Operands8:
 
 
 @dataclasses.dataclass(frozen=True)
+class Experts8:
+    """Rows x [M, K] sorted by expert and the int8 matrices of experts, any code among them: CB [E, N, K], SCB and bias
+    [E, N]."""
+
+    x: torch.Tensor
+    ends: torch.Tensor
+    CB: torch.Tensor
+    SCB: torch.Tensor
+    bias: torch.Tensor
+
+    @classmethod
+    def random(
+        cls, rows: Sequence[int], shape: tuple[int, int], behind: int, dtype: torch.dtype, generator: torch.Generator
+    ) -> Experts8:
+        """rows: of each expert; behind: of none."""
+        experts, (N, K) = len(rows), shape
+        CB = torch.randint(-128, 128, (experts, N, K), generator=generator, dtype=torch.int8)
+        x = torch.randn(sum(rows) + behind, K, generator=generator).to(dtype)
+        ends = torch.tensor(rows, dtype=torch.int64).cumsum(0)
+        SCB, bias = torch.rand(experts, N, generator=generator), torch.randn(experts, N, generator=generator)
+        return cls(x, ends, CB, SCB, bias)
+
+    def arguments(self, threshold: float, outliers: str, with_bias: bool = True) -> tuple[Any, ...]:
+        """What linear_8bit_experts takes."""
+        return (self.x, self.ends, self.CB, self.SCB, threshold, outliers, self.bias if with_bias else None)
+
+    def multiply(self, device: str, threshold: float, outliers: str, with_bias: bool = True) -> torch.Tensor:
+        given = self.arguments(threshold, outliers, with_bias)
+        moved = [a.to(device) if isinstance(a, torch.Tensor) else a for a in given]
+        return ops.linear_8bit_experts(*moved).cpu()
+
+    def reference(self, threshold: float, outliers: str, with_bias: bool = True) -> torch.Tensor:
+        return reference.linear_8bit_experts(*self.arguments(threshold, outliers, with_bias))
+
+
+@dataclasses.dataclass(frozen=True)
 class Paged:
     """Sequences in a paged cache: blocks in random order, NaN wherever no row looks, and table entries of nonsense.
 

@@ -11,7 +11,7 @@ import torch
 from quant import formats, native, ops, reference
 from quant.errors import NativeError, ShapeError
 from tests.quant import operands
-from tests.quant.operands import Experts4, Paged, Weight4
+from tests.quant.operands import Experts4, Experts8, Paged, Weight4
 
 DTYPES = list(formats.VALUE_DTYPES)
 
@@ -33,6 +33,7 @@ def sample_arguments(name: str, generator: torch.Generator, dtype: torch.dtype =
     new_rows = [torch.randn(shape, generator=generator).to(dtype) for shape in [(3, 2, 6), (3, 2, 5)]]
     sinks = torch.randn(4, generator=generator)
     experts = Experts4.random([2, 0, 3], 2, (7, 33), "nf4", 64, 256, generator, padding=3)
+    experts8 = Experts8.random([2, 0, 3], (7, 33), 1, dtype, generator)
     return {
         "quantize_4bit": [x, "fp4", 64],
         "encode_4bit": [x, torch.randn(4, generator=generator), "nf4", 64],
@@ -49,6 +50,7 @@ def sample_arguments(name: str, generator: torch.Generator, dtype: torch.dtype =
         "quantize_8bit": [x[0]],
         "dequantize_8bit": [CB, SCB, dtype],
         "linear_8bit": [x, CB, SCB, 2.0, "value", bias],
+        "linear_8bit_experts": [*experts8.arguments(2.0, "batch")[:6], experts8.bias.to(dtype)],
         "paged_attention": [*paged.arguments(), 0.5, 3, 20.0, sinks, None],
         "paged_attention_int8": [*paged8.arguments(), 0.5, 3, 20.0, sinks, paged8.scales],
         "rms_norm": [x, torch.randn(33, generator=generator).to(dtype), 1e-6],
@@ -86,7 +88,9 @@ def test_opcheck(name: str, dtype: torch.dtype, generator: torch.Generator) -> N
     torch.library.opcheck(operator(name), sample_arguments(name, generator, dtype))
 
 
-@pytest.mark.parametrize("name", ["linear_4bit", "linear_4bit_int8", "linear_4bit_experts", "linear_8bit"])
+@pytest.mark.parametrize(
+    "name", ["linear_4bit", "linear_4bit_int8", "linear_4bit_experts", "linear_8bit", "linear_8bit_experts"]
+)
 def test_opcheck_with_gradients(name: str, generator: torch.Generator) -> None:
     arguments = sample_arguments(name, generator)
     arguments[0].requires_grad_()
@@ -185,6 +189,28 @@ def test_linear_4bit_experts_gradients(dtype: torch.dtype, nested: int | None, g
         assert g.dtype == dtype
         torch.testing.assert_close(g.float(), w, rtol=tolerance, atol=tolerance * w.abs().max().item())
     assert not got[0][8:].any(), "rows of no expert"
+    assert not got[1][1].any()
+
+
+@pytest.mark.parametrize("outliers", ["value", "all"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_linear_8bit_experts_gradients(dtype: torch.dtype, outliers: str, generator: torch.Generator) -> None:
+    """Those of each expert's product alone; rows of no expert, and an expert without rows, have none."""
+    given = Experts8.random([3, 0, 5], (7, 33), 2, dtype, generator)
+    x, bias = given.x.clone().requires_grad_(), given.bias.to(dtype).requires_grad_()
+    out = ops.linear_8bit_experts(x, given.ends, given.CB, given.SCB, 2.0, outliers, bias)
+    grad = torch.randn(out.shape, generator=generator).to(dtype)
+    got = torch.autograd.grad(out, [x, bias], grad)
+    values, biases = given.x.clone().requires_grad_(), bias.detach().clone().requires_grad_()
+    parts = [
+        ops.linear_8bit(values[begin:end], given.CB[expert], given.SCB[expert], 2.0, outliers, biases[expert])
+        for begin, end, expert in ((0, 3, 0), (3, 8, 2))
+    ]
+    want = torch.autograd.grad(torch.cat(parts), [values, biases], grad[:8])
+    room = 4 * torch.finfo(dtype).eps  # sums over rows are in another order
+    for g, w in zip(got, want, strict=True):
+        torch.testing.assert_close(g, w, rtol=room, atol=room * float(w.abs().max()))
+    assert not got[0][8:].any()
     assert not got[1][1].any()
 
 
@@ -311,6 +337,17 @@ REFUSALS: list[tuple[str, int, Callable[[Any], Any], str]] = [
     ("linear_8bit", 3, lambda _: -1.0, "threshold is -1.0"),
     ("linear_8bit", 3, lambda _: float("nan"), "threshold is nan"),
     ("linear_8bit", 4, lambda _: "column", "outliers is 'column'"),
+    ("linear_8bit_experts", 0, lambda x: x[..., :-1], r"x has shape \[6, 32\]; it must be \[rows, 33\]"),
+    ("linear_8bit_experts", 0, lambda x: x.int(), "x has dtype torch.int32"),
+    ("linear_8bit_experts", 1, lambda e: e[1:], r"ends has shape \[2\]; it must be \[3\]"),
+    ("linear_8bit_experts", 1, lambda e: e.to("meta"), "ends is on meta but x is on cpu"),
+    ("linear_8bit_experts", 2, lambda c: c[0], r"CB is torch.int8 \[7, 33\]; .* three dimensions"),
+    ("linear_8bit_experts", 2, lambda c: c.view(torch.uint8), "CB is torch.uint8"),
+    ("linear_8bit_experts", 3, lambda s: s[:, 1:], r"SCB is torch.float32 \[3, 6\]; it must be .* \[3, 7\]"),
+    ("linear_8bit_experts", 4, lambda _: -1.0, "threshold is -1.0"),
+    ("linear_8bit_experts", 5, lambda _: "column", "outliers is 'column'"),
+    ("linear_8bit_experts", 6, lambda b: b[0], r"bias is torch.float32 \[7\]; it must be .* \[3, 7\]"),
+    ("linear_8bit_experts", 6, lambda b: b.double(), "bias has dtype torch.float64"),
     ("rms_norm", 0, lambda x: x.double(), "x has dtype torch.float64"),
     ("rms_norm", 0, lambda x: x[0, 0, 0], "x has no dimensions"),
     ("rms_norm", 1, lambda w: w.half(), "weight has dtype torch.float16; it must be torch.float32"),

@@ -1,4 +1,4 @@
-// What the 8-bit matmuls share: rows of a matrix copied into shared memory, and the pipeline of its stages.
+// What the matmuls on mma.sync share: rows of a matrix copied into shared memory, and the pipeline of its stages.
 //
 // Nothing is rearranged in memory: the order of K within a chunk of 64 is free as long as both operands agree. Lane t
 // of a group of four takes values 16t .. 16t+15, which lie side by side in either operand.
@@ -9,12 +9,13 @@
 
 #include <type_traits>
 
-#include "linear8.h"
+#include "matmul_plan.h"
 #include "pieces.cuh"
 #include "vocabulary.cuh"
 
 namespace hb {
 
+constexpr int kMmaThreads = kWarpsPerBlock * kWarp;          // of a block whose warps share out the rows of W
 constexpr int kChunkBytes = static_cast<int>(kChunkValues);  // of int8 codes
 
 // Of rows of 64 or 128 bytes of int8 codes: two rows are read at once, 64 bytes of each.
@@ -36,6 +37,17 @@ struct Rows {
           count(rows),
           bytes(row_bytes),
           aligned((reinterpret_cast<uintptr_t>(matrix) | static_cast<uintptr_t>(row_bytes)) % kPieceBytes == 0) {}
+
+    // `rows` of its rows.
+    __device__ Rows from(int64_t first, int64_t rows) const { return behind(first * bytes, rows); }
+    // A matrix like this one, but for its rows, that begins so many bytes behind it, a multiple of kPieceBytes where
+    // this one is aligned.
+    __device__ Rows behind(int64_t distance, int64_t rows) const {
+        Rows other = *this;
+        other.at += distance;
+        other.count = rows;
+        return other;
+    }
 };
 
 // Starts copying `Bytes` from byte `begin` on of `Count` rows; zeros for what lies outside of the matrix.
