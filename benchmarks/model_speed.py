@@ -19,6 +19,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Final
@@ -97,7 +98,9 @@ if options["head"] is not None:
     config = quant.BitsAndBytesConfig(**(config.to_diff_dict() | {"module_overrides": {"lm_head": options["head"]}}))
 model = transformers.AutoModelForCausalLM.from_pretrained(
     path, quantization_config=config, dtype=torch.bfloat16, device_map={"": "cpu"})
-runner = choose_runner(model, ModelSpec("m", path), blocks=1024, max_model_len=1024)
+spec = ModelSpec("m", path, batch_invariant=options.get("batch_invariant", False))
+quant.set_batch_invariant(spec.batch_invariant)
+runner = choose_runner(model, spec, blocks=1024, max_model_len=1024)
 greedy = lambda index: Draw(SamplingParams(max_tokens=1024, temperature=0.0), seed=0, index=index)
 blocks = lambda which: list(range(64 * which, 64 * which + 64))
 
@@ -161,13 +164,15 @@ class Result:
     runs: list[float]
 
 
+def start_ours(checkpoint: Path, options: Mapping[str, object], threads: int) -> Child:
+    """A process of ours with the checkpoint in it; `options` are those of OURS, and `batch_invariant`."""
+    command = [sys.executable, "-c", OUR_CHILD, str(checkpoint), json.dumps(options), str(threads)]
+    return Child(command, os.environ | dict([OPENMP_WAITING]))
+
+
 def start(checkpoint: Path, bitsandbytes: str | None, llama_cpp: str | None, threads: int) -> dict[str, Child]:
     """Every contender that this machine has, loaded."""
-    as_an_engine = os.environ | dict([OPENMP_WAITING])
-    found = {
-        name: Child([sys.executable, "-c", OUR_CHILD, str(checkpoint), json.dumps(options), str(threads)], as_an_engine)
-        for name, options in OURS.items()
-    }
+    found = {name: start_ours(checkpoint, options, threads) for name, options in OURS.items()}
     environment = os.environ | ({} if bitsandbytes is None else {"PYTHONPATH": bitsandbytes})
     probe = subprocess.run(
         [sys.executable, "-c", "import bitsandbytes"], env=environment, capture_output=True, check=False

@@ -62,8 +62,11 @@ def read_facts(spec: ModelSpec) -> Facts:
     meta = weights.meta_model(hf_config, dtype)
     untie_what_differs(meta, headers)
     device_map = _device_map(spec, hf_config, dtype, quantization, files)
+    device = resolve_device(spec) if device_map is None else _main_device(spec, device_map)
+    if spec.batch_invariant:
+        _refuse_what_varies(spec, device, quantization)
     return Facts(
-        device=resolve_device(spec) if device_map is None else _main_device(spec, device_map),
+        device=device,
         device_map=device_map,
         dtype=dtype,
         hf_config=hf_config,
@@ -105,6 +108,23 @@ def effective_quantization(
     fields = own if isinstance(own, dict) else own.to_dict()
     config_in_files: BitsAndBytesConfig = BitsAndBytesConfig.from_dict(fields)
     return config_in_files
+
+
+def _refuse_what_varies(spec: ModelSpec, device: str, quantization: BitsAndBytesConfig | None) -> None:
+    """Raises ConfigError where a row's bits would depend on the rows beside it."""
+    if device != "cpu":
+        raise ConfigError(
+            f"model {spec.name!r}: batch_invariant is true, and the device is {device!r}; accepted is the CPU"
+        )
+    if quantization is None:
+        return
+    rules: list[Any] = [quantization.llm_int8_outliers] if quantization.load_in_8bit else []
+    rules += [fields.get("llm_int8_outliers") for fields in quantization.module_overrides.values() if fields]
+    if "batch" in rules:
+        raise ConfigError(
+            f"model {spec.name!r}: batch_invariant is true, and llm_int8_outliers is 'batch', by which rows look at "
+            "each other; accepted are value and all"
+        )
 
 
 def resolve_device(spec: ModelSpec) -> str:

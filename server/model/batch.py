@@ -104,6 +104,16 @@ class Chunk(msgspec.Struct, frozen=True):
                 return drawn[: place + 1]
         return drawn
 
+    def one_by_one(self) -> Iterator[Chunk]:
+        """The same work in chunks of one token each, in order; only for chunks without guesses."""
+        unwanted = len(self.tokens) - self.wanted
+        for place, token in enumerate(self.tokens):
+            score = None
+            if self.score is not None and unwanted <= place < unwanted + self.scored:
+                score = Score(self.score.tokens[place - unwanted :][:1], self.score.top)
+            draw = self.draw if place == len(self.tokens) - 1 else None
+            yield msgspec.structs.replace(self, tokens=(token,), start=self.start + place, draw=draw, score=score)
+
     @property
     def scored(self) -> int:
         """Rows whose logits score a prompt token."""

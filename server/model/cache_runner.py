@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 from abc import ABC, abstractmethod
+from collections import defaultdict
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Final
 
@@ -51,21 +52,24 @@ class CallRunner(ABC):
         """A forward call per group of chunks; what goes wrong in one is the error of its requests and nobody else's."""
         result = StepResult(forward_passes=0)
         for part in batch.passes(SCORED_ROWS):
-            rows: dict[str, torch.Tensor] = {}
+            rows: Rows = defaultdict(list)
             alive = [chunk for chunk in part.chunks if chunk.request_id not in result.errors]
-            for group in self._calls(alive):
+            for call in self._calls(alive):
+                group = [chunk for chunk in call if chunk.request_id not in result.errors]
+                if not group:
+                    continue
                 result.forward_passes += 1
                 try:
                     with memory_guard(sum(len(chunk.tokens) for chunk in group)):
-                        rows |= self._forward(group)
+                        self._forward(group, rows)
                 except StepError as error:
                     result.errors |= {chunk.request_id: str(error) for chunk in group}
                 except Exception as error:
                     log.exception("requests %s failed", ", ".join(chunk.request_id for chunk in group))
                     result.errors |= {chunk.request_id: failure_sentence(error) for chunk in group}
-            computed = [chunk for chunk in alive if chunk.request_id in rows]
+            computed = [chunk for chunk in alive if chunk.request_id not in result.errors and chunk.request_id in rows]
             if computed:
-                read_logits(computed, torch.cat([rows[chunk.request_id] for chunk in computed]), result)
+                read_logits(computed, _together(computed, rows), result)
         return result
 
     @property
@@ -75,28 +79,40 @@ class CallRunner(ABC):
 
     def logits(self, batch: Batch) -> torch.Tensor:
         """[wanted rows, vocabulary], in the order of the batch."""
-        rows: dict[str, torch.Tensor] = {}
+        rows: Rows = defaultdict(list)
         for group in self._calls(batch.chunks):
-            rows |= self._forward(group)
-        return torch.cat([rows[chunk.request_id] for chunk in batch.chunks if chunk.request_id in rows])
+            self._forward(group, rows)
+        return _together([chunk for chunk in batch.chunks if chunk.request_id in rows], rows)
 
     @abstractmethod
     def _calls(self, chunks: Sequence[Chunk]) -> list[list[Chunk]]:
-        """The chunks of each forward call."""
+        """The chunks of each forward call; a chunk may be cut into several, whose order is kept."""
 
     @abstractmethod
-    def _forward(self, group: Sequence[Chunk]) -> dict[str, torch.Tensor]:
-        """One call; the logits of each chunk's wanted rows, [wanted, vocabulary], by request."""
+    def _forward(self, group: Sequence[Chunk], rows: Rows) -> None:
+        """One call; adds the logits of each chunk's wanted rows."""
+
+
+Rows = defaultdict[str, list[torch.Tensor]]
+"""By request, what each call gave for it: [wanted rows, vocabulary]."""
+
+
+def _together(chunks: Sequence[Chunk], rows: Rows) -> torch.Tensor:
+    """[wanted rows, vocabulary], in the order of the chunks."""
+    return torch.cat([logits for chunk in chunks for logits in rows[chunk.request_id]])
 
 
 class CacheRunner(CallRunner):
     def __init__(self, model: PreTrainedModel, cache: PagedCache, batching: Batching) -> None:
-        """batching: which chunks share a call; "padded", "equal" lengths only, or "single"."""
+        """batching: which chunks share a call; "padded", "equal" lengths only, or "single".
+
+        "single" is for `batch_invariant`: each token has a call of its own, whose shape only its position decides. So
+        it has the same bits whoever computed it, in whatever chunks, and blocks are shared as ever.
+        """
         super().__init__(model)
         self.cache = cache
         self.batching = batching
-        # Computed alone, a row must not depend on what else ran; what others computed in other chunks differs in bits.
-        self.shares_blocks = batching != "single"
+        self.shares_blocks = True
         self._takes_positions = takes(model, "position_ids")
 
     def release(self, request_id: str) -> None:
@@ -110,7 +126,7 @@ class CacheRunner(CallRunner):
         return groups(chunks, self.batching)
 
     @torch.inference_mode()
-    def _forward(self, group: Sequence[Chunk]) -> dict[str, torch.Tensor]:
+    def _forward(self, group: Sequence[Chunk], rows: Rows) -> None:
         spans = [Span(chunk.blocks, 0, chunk.start, chunk.end) for chunk in group]
         gather = Gather(self.cache, spans, self.device)
         arguments: dict[str, Any] = {self._cache_argument: gather.layers(), "use_cache": True}
@@ -122,8 +138,8 @@ class CacheRunner(CallRunner):
             arguments["logits_to_keep"] = max(1, *(chunk.wanted for chunk in group))  # 0 would keep all
         ids = torch.tensor([list(chunk.tokens) for chunk in group], device=self.device)
         logits: torch.Tensor = self.model(input_ids=ids, **arguments).logits
-        kept = logits.shape[1]
-        return {chunk.request_id: row[kept - chunk.wanted :] for chunk, row in zip(group, logits, strict=True)}
+        for chunk, row in zip(group, logits, strict=True):
+            rows[chunk.request_id].append(row[len(row) - chunk.wanted :])
 
 
 def cache_argument(model: PreTrainedModel) -> str:
@@ -132,14 +148,20 @@ def cache_argument(model: PreTrainedModel) -> str:
 
 
 def batchings(spec: ModelSpec) -> list[Batching]:
-    """The ways to share calls that a model may be served in, the best one first."""
+    """The ways to share calls that a model may be served in, the best one first.
+
+    Of a batch-invariant one there is one alone: torch's products of another shape have other last bits.
+    """
     return ["single"] if spec.batch_invariant else ["padded", "equal"]
 
 
 def groups(chunks: Sequence[Chunk], batching: Batching) -> list[list[Chunk]]:
-    """Chunks that share a call: of one number of tokens, and not too far from each other in length."""
+    """Chunks that share a call: of one number of tokens, and not too far from each other in length.
+
+    With "single", a call for each token.
+    """
     if batching == "single":
-        return [[chunk] for chunk in chunks]
+        return [[piece] for chunk in chunks for piece in chunk.one_by_one()]
     found: list[list[Chunk]] = []
     last: list[Chunk] = []
     tokens = most_encoded = 0

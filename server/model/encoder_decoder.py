@@ -23,7 +23,7 @@ from transformers.modeling_outputs import BaseModelOutput
 
 from server.model.attention import PagedCache
 from server.model.batch import Chunk, StepError
-from server.model.cache_runner import CacheRunner, groups
+from server.model.cache_runner import CacheRunner, Rows, groups
 from server.model.gather import Gather, Span
 from server.records import Batching
 
@@ -62,12 +62,20 @@ class EncoderDecoderRunner(CacheRunner):
                 whole.setdefault((chunk.encoder_tokens, chunk.end), []).append(chunk)
         calls = list(whole.values())
         if self.batching == "single":
-            calls = [[chunk] for call in calls for chunk in call]
+            calls = [call for group in calls for chunk in group for call in self._one_by_one(chunk)]
         return [*calls, *groups(decodes, self.batching)]
 
+    def _one_by_one(self, chunk: Chunk) -> list[list[Chunk]]:
+        """A call for what all begin with, the prompt and what the decoder begins after; then one for each token."""
+        first = chunk.encoder_tokens + len(self.decoder_prompt)
+        if first == chunk.end:
+            return [[chunk]]
+        beginning = msgspec.structs.replace(chunk, tokens=chunk.tokens[:first], draw=None)
+        rest = msgspec.structs.replace(chunk, tokens=chunk.tokens[first:], start=first)
+        return [[beginning], *([piece] for piece in rest.one_by_one())]
+
     @torch.inference_mode()
-    def _forward(self, group: Sequence[Chunk]) -> dict[str, torch.Tensor]:
-        """One call; the logits of each chunk's wanted rows, [wanted, vocabulary], by request."""
+    def _forward(self, group: Sequence[Chunk], rows: Rows) -> None:
         is_prompt = group[0].start == 0
         crossed = [
             Span(chunk.blocks, 0, 0 if is_prompt else chunk.encoder_tokens, chunk.encoder_tokens) for chunk in group
@@ -93,5 +101,5 @@ class EncoderDecoderRunner(CacheRunner):
             use_cache=True,
             **{self._cache_argument: EncoderDecoderCache(self_gather.layers(), cross_gather.layers())},
         ).logits
-        rows = logits.shape[1]
-        return {chunk.request_id: row[rows - chunk.wanted :] for chunk, row in zip(group, logits, strict=True)}
+        for chunk, row in zip(group, logits, strict=True):
+            rows[chunk.request_id].append(row[len(row) - chunk.wanted :])

@@ -37,6 +37,7 @@ from server.model.gather import cached_shapes
 from server.model.proof import LARGEST_DIFFERENCE, Proof, architecture_of, first_proven
 from server.model.runner import PagedRunner, input_device
 from server.model.single_runner import SingleRunner
+from server.model.steady import UnsteadyError
 from server.records import KV_BLOCK_TOKENS, ModelSpec, SamplingParams
 
 if TYPE_CHECKING:
@@ -93,7 +94,8 @@ def choose_cache_runner(
                 f"as it computes them; kv_cache.dtype is {spec.kv_cache_dtype!r}, accepted is auto"
             )
         log.warning("%s keeps more than keys and values: its sequences run one at a time", type(model).__name__)
-        return first_proven(model, [partial(SingleRunner, model)], proof.difference)
+        candidate = partial(SingleRunner, model, batch_invariant=spec.batch_invariant)
+        return first_proven(model, [candidate], proof.difference)
     cache = PagedCache(layers, blocks, proof.block_tokens)
     candidates = [partial(CacheRunner, model, cache, way) for way in batchings(spec)]
     return first_proven(model, candidates, proof.difference)
@@ -111,8 +113,12 @@ def _paged_runner(
         max_batch_tokens=spec.max_batch_tokens,
         max_sequences=spec.max_sequences,
         max_model_len=max_model_len,
+        batch_invariant=spec.batch_invariant,
     )
-    difference = proof.difference(runner)
+    try:
+        difference = proof.difference(runner)
+    except UnsteadyError as error:
+        raise NotPagedError(f"is to be batch-invariant and calls {error}, which is not") from error
     if difference > LARGEST_DIFFERENCE:
         raise NotPagedError(f"gives other logits in packed batches (relative difference {difference:.2g})")
     return runner

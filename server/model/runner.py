@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -18,6 +18,7 @@ import torch
 from server.model.attention import CONTEXT_ARGUMENT, PagedBatch, PagedCache, Segment
 from server.model.batch import SCORED_ROWS, Batch, StepError, StepResult
 from server.model.readout import read_logits
+from server.model.steady import Steady
 from server.records import Batching
 
 if TYPE_CHECKING:
@@ -39,12 +40,15 @@ class PagedRunner:
         max_batch_tokens: int,
         max_sequences: int,
         max_model_len: int,
+        batch_invariant: bool = False,
     ) -> None:
+        """batch_invariant: a row's logits have the same bits in a batch of any size, or UnsteadyError is raised."""
         self.model = model
         self.cache = cache
         self.checks_drafts = all(store.is_cpu for store in cache.tensors)  # CUDA's kernel takes single rows only
         self.device = input_device(model)
         self._keeps_logits = keeps_logits(model)
+        self._steadied: AbstractContextManager[object] = Steady() if batch_invariant else nullcontext()
         tables = (max_sequences, -(-max_model_len // cache.block_tokens))
         self._rows = _Buffer((3, max_batch_tokens), self.device)  # token ids, positions, slots
         self._tables = _Buffer(tables, self.device)
@@ -83,7 +87,8 @@ class PagedRunner:
         wanted = torch.tensor(kept or [0], device=self.device)
         if self._keeps_logits:
             arguments["logits_to_keep"] = wanted
-        output = self.model(input_ids=ids[None], position_ids=positions[None], use_cache=False, **arguments)
+        with self._steadied:
+            output = self.model(input_ids=ids[None], position_ids=positions[None], use_cache=False, **arguments)
         logits: torch.Tensor = output.logits[0]
         if not self._keeps_logits:
             logits = logits.index_select(0, wanted.to(logits.device))

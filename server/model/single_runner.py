@@ -15,7 +15,7 @@ import torch
 from transformers import DynamicCache
 
 from server.model.batch import Chunk, StepError
-from server.model.cache_runner import CallRunner
+from server.model.cache_runner import CallRunner, Rows
 from server.records import Batching
 
 if TYPE_CHECKING:
@@ -28,8 +28,10 @@ class SingleRunner(CallRunner):
     """A cache belongs to a request: no other begins where it ends. Nor can it be cut back where a guess was wrong: a
     window or a state has moved on."""
 
-    def __init__(self, model: PreTrainedModel) -> None:
+    def __init__(self, model: PreTrainedModel, *, batch_invariant: bool = False) -> None:
+        """batch_invariant: each token has a call of its own, so that chunks make no difference to its bits."""
         super().__init__(model)
+        self._batch_invariant = batch_invariant
         self._caches: dict[str, DynamicCache] = {}
 
     def release(self, request_id: str) -> None:
@@ -45,10 +47,12 @@ class SingleRunner(CallRunner):
         return [tensor for tensor in found if isinstance(tensor, torch.Tensor)]
 
     def _calls(self, chunks: Sequence[Chunk]) -> list[list[Chunk]]:
+        if self._batch_invariant:
+            return [[piece] for chunk in chunks for piece in chunk.one_by_one()]
         return [[chunk] for chunk in chunks]
 
     @torch.inference_mode()
-    def _forward(self, group: Sequence[Chunk]) -> dict[str, torch.Tensor]:
+    def _forward(self, group: Sequence[Chunk], rows: Rows) -> None:
         (chunk,) = group
         if chunk.start == 0:
             self._caches[chunk.request_id] = DynamicCache(config=self.model.config)
@@ -61,4 +65,4 @@ class SingleRunner(CallRunner):
             arguments["logits_to_keep"] = max(1, chunk.wanted)  # 0 would keep all
         output = self.model(input_ids=ids, use_cache=True, **arguments)
         logits: torch.Tensor = output.logits[0]
-        return {chunk.request_id: logits[len(logits) - chunk.wanted :]}
+        rows[chunk.request_id].append(logits[len(logits) - chunk.wanted :])

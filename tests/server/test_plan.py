@@ -25,6 +25,7 @@ from tests.tiny_models import save_tiny
 
 GIB = 2**30
 NOTHING = Share(0, 0)
+BY_BATCH = {"load_in_8bit": True, "llm_int8_outliers": "batch"}
 KV_PER_TOKEN = 512
 """Of the tiny Llama: two layers, two key-value heads of 32, keys and values, two bytes each."""
 
@@ -287,6 +288,16 @@ def test_offers_in_words() -> None:
         ({"max_model_len": 100, "kv_cache_tokens": 99}, ConfigError, "too few"),
         ({"dtype": "int4"}, ConfigError, "int4"),
         ({"device": "tpu"}, ConfigError, "tpu"),
+        ({"batch_invariant": True, "device_map": {"": 0}}, ConfigError, "batch_invariant is true, and the device is"),
+        ({"batch_invariant": True, "quantization": BY_BATCH}, ConfigError, "accepted are value and all"),
+        (
+            {
+                "batch_invariant": True,
+                "quantization": {"load_in_4bit": True, "module_overrides": {"lm_head": BY_BATCH}},
+            },
+            ConfigError,
+            "accepted are value and all",
+        ),
         ({"device_map": "everywhere"}, ConfigError, "everywhere"),
         ({"quantization": "nf5"}, QuantConfigError, "nf5"),
         ({"path": "/nowhere"}, CheckpointError, "config.json"),

@@ -114,7 +114,7 @@ def test_a_cache_runner_pads_models_that_take_positions(architecture: str) -> No
 
 def test_a_batch_invariant_cache_runner_computes_sequences_one_by_one() -> None:
     runner = cache_runner_for(tiny("bloom"), batch_invariant=True)
-    assert (type(runner), runner.batching, runner.shares_blocks) == (CacheRunner, "single", False)
+    assert (type(runner), runner.batching, runner.shares_blocks) == (CacheRunner, "single", True)
     check_greedy(runner, original("bloom"))
 
 
@@ -413,11 +413,16 @@ CHUNKS = st.lists(st.tuples(st.sampled_from([1, 1, 1, 2, 7, 300]), st.integers(0
 def test_chunks_share_a_call_within_bounds(sizes: list[tuple[int, int]], batching: Batching) -> None:
     chunks = [Chunk(str(which), [0] * new, start, (), None) for which, (new, start) in enumerate(sizes)]
     found = groups(chunks, batching)
+    if batching == "single":
+        assert [(c.request_id, c.start) for [c] in found] == [
+            (c.request_id, place) for c in chunks for place in range(c.start, c.end)
+        ]
+        assert all(len(chunk.tokens) == 1 for [chunk] in found)
+        return
     assert sorted(chunk.request_id for group in found for chunk in group) == sorted(c.request_id for c in chunks)
     for group in found:
         assert len({len(chunk.tokens) for chunk in group}) == 1
         assert batching == "padded" or len({chunk.end for chunk in group}) == 1
-        assert batching != "single" or len(group) == 1
         width = max(chunk.end for chunk in group)
         assert len(group) == 1 or len(group) * width <= max(SMALL_CALL, MOST_PADDED * sum(c.end for c in group))
     if batching == "padded" and len({new for new, _ in sizes}) == 1:
