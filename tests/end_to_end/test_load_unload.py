@@ -99,6 +99,7 @@ def cycle(server: Server, path: Path, pool: ThreadPoolExecutor, before: dict[str
     return engines, there
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_twenty_cycles_return_to_the_baseline(server: Server, model: Path, tmp_path: Path) -> None:
     """Of memory, the HTTP process may keep what a tenth of the models would take in it, where a leak keeps all of them.

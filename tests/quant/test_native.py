@@ -451,11 +451,19 @@ def test_weight_only_int8_is_no_further_from_float64_than_dequantizing(
     shapes = [(1, 1), (7, 33), (33, 250), (70, 512), (5, 4096), (4, 0)]
     for shape, rows in itertools.product(shapes, [1, 2, 7, 18]):
         given = Operands8.random(shape, rows, dtype, 10.0, generator)
-        out = given.multiply(device, 6.0, "all")
-        assert_no_further_than_dequantizing_int8(out, given)
-        if rows > 1:
-            alone = dataclasses.replace(given, x=given.x[:1])
-            assert same_bits(alone.multiply(device, 0.0, "all"), out[:1])  # the threshold does not matter
+        assert_no_further_than_dequantizing_int8(given.multiply(device, 6.0, "all"), given)
+
+
+@pytest.mark.usefixtures("batch_invariant")
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_row_of_weight_only_int8_has_the_same_bits_alone_and_at_any_threshold(
+    device: str, dtype: torch.dtype, generator: torch.Generator
+) -> None:
+    shapes = [(1, 1), (7, 33), (33, 250), (70, 512), (5, 4096), (4, 0)]
+    for shape, rows in itertools.product(shapes, [2, 7, 18]):
+        given = Operands8.random(shape, rows, dtype, 10.0, generator)
+        alone = dataclasses.replace(given, x=given.x[:1])
+        assert same_bits(alone.multiply(device, 0.0, "all"), given.multiply(device, 6.0, "all")[:1])
 
 
 @pytest.mark.usefixtures("batch_invariant")
