@@ -96,6 +96,7 @@ async def loaded_and_killed(number: int, path: Path, notes: Path) -> str:
     return sentence
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_nothing_is_left_of_an_engine_that_is_killed_while_it_loads(
     model: Path, temporary: Path, tmp_path_factory: pytest.TempPathFactory
