@@ -62,6 +62,11 @@ def in_use() -> int | None:
     return int(info.uordblks + info.hblkhd)
 
 
+def in_heaps() -> int:
+    """Of those bytes the ones in heaps; 0 where the library does not tell."""
+    return 0 if _LIBC is None else int(_LIBC.mallinfo2().uordblks)
+
+
 def give_back() -> None:
     """Lets the system have every whole page that is free; some milliseconds."""
     if _LIBC is not None:

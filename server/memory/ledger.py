@@ -4,7 +4,8 @@
     runtime_context                 the kernel's figure of the process, once, before anything of the model was loaded
     mapped_files                    the kernel's figure of pages with a file behind them, less those of weights
     heap                            malloc's own figure since then, less the tensors that it has handed out
-    allocator_slack                 resident pages of the weights' arena, less the weights; on CUDA torch's figures
+    allocator_slack                 resident pages of the weights' arena, less the weights, and of malloc's heap, less
+                                    what is handed out of it; on CUDA torch's figures
     activations                     how far the process, or torch's allocator, has been above its rest: only a peak
 
 What the kernel (PSS) or the CUDA driver says of the whole is in `process`; what no component explains of that is named
@@ -50,6 +51,7 @@ _STATUS: Final = {
     "VmHWM": "peak_rss",
     "VmSwap": "swap",
 }
+_MALLOCS_HEAP: Final = "[heap]"
 _CLEAR_REFS: Final = Path("/proc/self/clear_refs")
 _RESET_PEAK: Final = "5"
 
@@ -79,6 +81,7 @@ class Baseline:
 
     anonymous: int
     heap: int
+    kept: int
     device_used: int
     """Of a CUDA device, by everybody: this process's context is in it."""
 
@@ -87,7 +90,13 @@ class Baseline:
         gc.collect()
         allocator.give_back()
         share = machine.share(os.getpid())
-        return cls(share.anonymous if share else 0, allocator.in_use() or 0, _device_used(device))
+        return cls(share.anonymous if share else 0, allocator.in_use() or 0, _kept(), _device_used(device))
+
+
+def _kept() -> int:
+    """Resident in malloc's main heap and in nobody's hands: what steps have freed, for the next ones. At rest it goes
+    back (`Ledger.settle`)."""
+    return max(0, machine.mapped_share(_MALLOCS_HEAP) - allocator.in_heaps())
 
 
 class Ledger:
@@ -158,7 +167,7 @@ class Ledger:
             RUNTIME_CONTEXT: self._baseline.anonymous,
             MAPPED_FILES: share.file - in_files,
             HEAP: max(0, heap),
-            ALLOCATOR_SLACK: self._places.arena_slack,
+            ALLOCATOR_SLACK: self._places.arena_slack + max(0, _kept() - self._baseline.kept),
         }
 
     def _activations(self, process: dict[str, int]) -> int:
