@@ -81,8 +81,25 @@ def test_each_component_sees_its_own(engine: Engine) -> None:
     held.clear()
     again = engine.ledger.report().measured
     assert abs(again["heap"] - before["heap"]) < 5 * MEGABYTE
-    for name in before.keys() - {"heap", "mapped_files"}:
+    for name in before.keys() - {"heap", "mapped_files", "allocator_slack"}:
         assert before[name] == after[name] == again[name]
+    for other in (after, again):  # malloc keeps some pages of its heap, more or fewer
+        assert abs(other["allocator_slack"] - before["allocator_slack"]) < 5 * MEGABYTE
+
+
+def test_what_malloc_keeps_for_the_next_step_is_slack_until_it_is_given_back(engine: Engine) -> None:
+    """Blocks too small for mappings of their own, freed below one that is not: their pages stay in the heap."""
+    engine.ledger.settle()
+    before = engine.ledger.report().measured
+    blocks = [torch.ones(64 * 1024, dtype=torch.uint8) for _ in range(640)]
+    held = torch.ones(64 * 1024, dtype=torch.uint8)
+    blocks.clear()
+    kept = engine.ledger.report().measured
+    assert kept["allocator_slack"] - before["allocator_slack"] == pytest.approx(40 * MEGABYTE, rel=0.25)
+    assert abs(kept["heap"] - before["heap"]) < 5 * MEGABYTE
+    engine.ledger.settle()
+    assert engine.ledger.report().measured["allocator_slack"] - before["allocator_slack"] < 10 * MEGABYTE
+    assert held.nbytes == 64 * 1024
 
 
 def test_activations_are_the_peak_of_steps(engine: Engine) -> None:
