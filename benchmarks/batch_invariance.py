@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import statistics
 import tempfile
 from dataclasses import asdict, dataclass
@@ -22,10 +21,9 @@ from typing import Final
 import torch
 
 from benchmarks.child import Child
-from benchmarks.hardware import describe
+from benchmarks.hardware import describe, load_line, machine_line
 from benchmarks.load_memory import RESULTS, make_checkpoint
 from benchmarks.model_speed import DECODE_TOKENS, OURS, PREFILL_TOKENS, start_ours
-from quant import native
 
 MODELS: Final = ("halfbyte nf4-dq", "halfbyte nf4-dq, int8 head")
 TASKS: Final = {
@@ -77,13 +75,7 @@ def table(results: list[Result]) -> str:
     for one in results:
         without, invariant = (statistics.median(runs) for runs in (one.without, one.invariant))
         lines.append(f"| {one.model} | {one.task} | {without:.1f} | {invariant:.1f} | {100 * one.cost:.0f} % |")
-    machine = ", ".join(f"{key} {value}" for key, value in describe().items())
-    lines += [
-        "",
-        f"Level {native.kernels('cpu').level}, load average at the end {os.getloadavg()[0]:.1f}.",
-        f"Machine: {machine}.",
-    ]
-    return "\n".join(lines) + "\n"
+    return "\n".join([*lines, "", load_line(), machine_line()]) + "\n"
 
 
 def main() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from benchmarks.cuda_contenders import HEAD_DIM, HEADS, TORCH
 from benchmarks.cuda_measuring import Result
-from benchmarks.hardware import describe
+from benchmarks.hardware import machine_line
 
 
 def table(results: list[Result], attention: list[Result], bandwidth: float) -> str:
@@ -31,8 +31,7 @@ def table(results: list[Result], attention: list[Result], bandwidth: float) -> s
                 lines.append(f"| {result.contender} | {time_of(result)} | {_share(result, bandwidth)} |")
         lines.append("")
     lines += attention_table(attention, bandwidth)
-    machine = ", ".join(f"{key} {value}" for key, value in describe().items())
-    lines.append(f"Copying moved {bandwidth / 1e12:.2f} TB/s. Machine: {machine}.")
+    lines.append(f"Copying moved {bandwidth / 1e12:.2f} TB/s. {machine_line()}")
     return "\n".join(lines) + "\n"
 
 

@@ -30,7 +30,7 @@ from typing import IO, Any, Final
 
 import torch
 
-from benchmarks.hardware import describe
+from benchmarks.hardware import describe, machine_line
 from server.engine.blocks import BlockPool
 from server.engine.loop import EngineLoop
 from server.engine.scheduler import Scheduler
@@ -171,9 +171,8 @@ def table(results: list[Result]) -> str:
             f"| {result.sequences} | {result.context} | {parts} | {result.overhead:.2f} | {result.slowest_tenth:.2f} "
             f"| {target} |"
         )
-    machine = ", ".join(f"{key} {value}" for key, value in describe().items())
     load = f"{torch.get_num_threads()} threads, load average at the end {os.getloadavg()[0]:.1f}."
-    lines += ["", load, f"Machine: {machine}."]
+    lines += ["", load, machine_line()]
     return "\n".join(lines) + "\n"
 
 

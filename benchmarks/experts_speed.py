@@ -27,7 +27,7 @@ from torch import nn
 from transformers import MixtralConfig
 from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 
-from benchmarks.hardware import describe
+from benchmarks.hardware import describe, machine_line
 from quant import BitsAndBytesConfig, native, ops, reference
 from quant.experts import PackedExperts, Projection
 from quant.state import Packed4bit
@@ -189,9 +189,8 @@ def table(results: list[Result]) -> str:
             cells += [f"{times[other] / times['nf4']:.2f}x" for other in (TORCH, ONE_BY_ONE)]
             lines.append(f"| {tokens} | {' | '.join(cells)} |")
         lines.append("")
-    machine = ", ".join(f"{key} {value}" for key, value in describe().items())
     lines.append(f"{torch.get_num_threads()} threads; level {native.kernels('cpu').level}.")
-    lines.append(f"Load average at the end {os.getloadavg()[0]:.1f}. Machine: {machine}.")
+    lines.append(f"Load average at the end {os.getloadavg()[0]:.1f}. {machine_line()}")
     return "\n".join(lines) + "\n"
 
 

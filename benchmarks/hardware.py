@@ -9,6 +9,8 @@ from pathlib import Path
 import torch
 import transformers
 
+from quant import native
+
 
 def describe() -> dict[str, str]:
     """Processor, cores, memory, accelerator and the versions that matter, as a result file carries them."""
@@ -21,6 +23,16 @@ def describe() -> dict[str, str]:
         "torch": torch.__version__,
         "transformers": transformers.__version__,
     }
+
+
+def machine_line() -> str:
+    """The machine as the last line of a page has it."""
+    return f"Machine: {', '.join(f'{key} {value}' for key, value in describe().items())}."
+
+
+def load_line() -> str:
+    """What the kernels ran at, and how busy the machine was."""
+    return f"Level {native.kernels('cpu').level}, load average at the end {os.getloadavg()[0]:.1f}."
 
 
 def _cpu_model() -> str:

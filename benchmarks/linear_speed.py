@@ -31,7 +31,7 @@ from typing import Final
 import torch
 
 from benchmarks.child import Child
-from benchmarks.hardware import describe
+from benchmarks.hardware import describe, machine_line
 from benchmarks.linear_side import CONFIGS, THEIRS, TORCH
 from quant import native
 from server.engine.process import OPENMP_WAITING
@@ -124,10 +124,9 @@ def table(results: list[Result], bandwidth: float) -> str:
                 f"| {speed / bandwidth:.0%} | {_times(by_name, 'nf4')} | {_times(by_name, 'int8')} |"
             )
         lines.append("")
-    machine = ", ".join(f"{key} {value}" for key, value in describe().items())
     level = native.kernels("cpu").level
     lines.append(f"Read bandwidth {bandwidth:.1f} GB/s with {torch.get_num_threads()} threads; level {level}.")
-    lines.append(f"Load average at the end {os.getloadavg()[0]:.1f}. Machine: {machine}.")
+    lines.append(f"Load average at the end {os.getloadavg()[0]:.1f}. {machine_line()}")
     return "\n".join(lines) + "\n"
 
 

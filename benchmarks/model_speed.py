@@ -27,9 +27,8 @@ from typing import Final
 import torch
 
 from benchmarks.child import Child
-from benchmarks.hardware import describe
+from benchmarks.hardware import describe, load_line, machine_line
 from benchmarks.load_memory import RESULTS, make_checkpoint
-from quant import native
 from server.engine.process import OPENMP_WAITING
 
 PREFILL_TOKENS: Final = 256
@@ -214,13 +213,7 @@ def table(results: list[Result]) -> str:
     for name in dict.fromkeys(result.contender for result in results):
         own = {result.task: result.tokens_per_second for result in results if result.contender == name}
         lines.append(f"| {name} | {' | '.join(f'{own[task]:.1f}' for task in TASKS)} |")
-    machine = ", ".join(f"{key} {value}" for key, value in describe().items())
-    lines += [
-        "",
-        f"Level {native.kernels('cpu').level}, load average at the end {os.getloadavg()[0]:.1f}.",
-        f"Machine: {machine}.",
-    ]
-    return "\n".join(lines) + "\n"
+    return "\n".join([*lines, "", load_line(), machine_line()]) + "\n"
 
 
 def main() -> None:

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import queue
 import statistics
 import tempfile
@@ -25,9 +24,8 @@ from typing import Final
 import torch
 import transformers
 
-from benchmarks.hardware import describe
+from benchmarks.hardware import describe, load_line, machine_line
 from benchmarks.load_memory import RESULTS, make_checkpoint
-from quant import native
 from quant.config import from_spec
 from server.engine.blocks import BlockPool
 from server.engine.loop import EngineLoop
@@ -124,13 +122,7 @@ def table(results: list[Result]) -> str:
             f"| {one.text} | {one.sequences} | {without:.1f} | {guessing:.1f} | {100 * (guessing / without - 1):.0f} % "
             f"| {one.checked} | {one.accepted} |"
         )
-    machine = ", ".join(f"{key} {value}" for key, value in describe().items())
-    lines += [
-        "",
-        f"Level {native.kernels('cpu').level}, load average at the end {os.getloadavg()[0]:.1f}.",
-        f"Machine: {machine}.",
-    ]
-    return "\n".join(lines) + "\n"
+    return "\n".join([*lines, "", load_line(), machine_line()]) + "\n"
 
 
 def main() -> None:

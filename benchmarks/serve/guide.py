@@ -18,7 +18,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from benchmarks.hardware import describe
+from benchmarks.hardware import describe, machine_line
 from benchmarks.load_memory import RESULTS
 from benchmarks.serve.checkpoint import make_checkpoint, make_gguf
 from benchmarks.serve.load import ready
@@ -107,8 +107,7 @@ def table(seen: list[Seen], version: str) -> str:
         f"| {one.first_token_p50_ms / 1000:.2f} / {one.first_token_p95_ms / 1000:.2f} | {one.gap_p50_ms:.0f} |"
         for one in seen
     ]
-    machine = ", ".join(f"{key} {value}" for key, value in describe().items())
-    return "\n".join([*lines, "", f"Machine: {machine}."]) + "\n"
+    return "\n".join([*lines, "", machine_line()]) + "\n"
 
 
 def version_of(guidellm: Path) -> str:

@@ -9,7 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from benchmarks.hardware import describe
+from benchmarks.hardware import describe, machine_line
 from benchmarks.soak import balance
 from benchmarks.soak.requests import KINDS
 from benchmarks.soak.watch import MB, Sample
@@ -45,7 +45,6 @@ def write(soaked: Soak, command: str, file: Path | None) -> str:
 
 
 def _page(soaked: Soak, command: str) -> str:
-    machine = ", ".join(f"{key} {value}" for key, value in describe().items())
     lines = [
         f"# {soaked.pace.begun:,} requests, {soaked.killed} engine kills",
         "",
@@ -57,7 +56,7 @@ def _page(soaked: Soak, command: str) -> str:
         *balance.lines(soaked.samples),
         *_over_time(soaked),
         "",
-        f"Machine: {machine}.",
+        machine_line(),
     ]
     return "\n".join(lines) + "\n"
 
