@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import ctypes
 import mmap
+import re
 from collections.abc import Iterable
 from typing import Any, Final
 
@@ -43,6 +44,9 @@ def _library() -> Any:
         library.mallinfo2.restype = _Mallinfo2
         library.malloc_trim.argtypes = (ctypes.c_size_t,)
         library.mincore.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_char_p)
+        library.open_memstream.restype = ctypes.c_void_p
+        library.malloc_info.argtypes = (ctypes.c_int, ctypes.c_void_p)
+        library.fclose.argtypes = library.free.argtypes = (ctypes.c_void_p,)
     except (OSError, AttributeError):  # another C library, or glibc before 2.33
         return None
     return library
@@ -52,6 +56,8 @@ _LIBC: Final = _library()
 _M_TRIM_THRESHOLD: Final = -1
 _SMALL_END: Final = 128 * 1024
 """glibc's own first value."""
+_MAIN_HEAP: Final = re.compile(rb'<heap nr="0">.*?</heap>', re.DOTALL)
+_SIZES: Final = re.compile(rb'<(?:total|system) type="(fast|rest|current)"[^/]* size="(\d+)"/>')
 
 
 def in_use() -> int | None:
@@ -62,9 +68,34 @@ def in_use() -> int | None:
     return int(info.uordblks + info.hblkhd)
 
 
-def in_heaps() -> int:
-    """Of those bytes the ones in heaps; 0 where the library does not tell."""
-    return 0 if _LIBC is None else int(_LIBC.mallinfo2().uordblks)
+def in_main_heap() -> int:
+    """Of those bytes the ones in malloc's first heap, which the system names [heap]; 0 where the library does not tell.
+
+    mallinfo2 adds the heaps of all threads up; only malloc_info tells them apart.
+    """
+    main = _MAIN_HEAP.search(_malloc_info())
+    if main is None:
+        return 0
+    sizes = {name.decode(): int(size) for name, size in _SIZES.findall(main[0])}
+    return sizes["current"] - sizes["fast"] - sizes["rest"]
+
+
+def _malloc_info() -> bytes:
+    """The C library's own account of each heap, in XML; empty where it has none."""
+    if _LIBC is None:
+        return b""
+    text, length = ctypes.c_void_p(), ctypes.c_size_t()
+    stream = _LIBC.open_memstream(ctypes.byref(text), ctypes.byref(length))
+    if not stream:
+        return b""
+    try:
+        _LIBC.malloc_info(0, stream)
+    finally:
+        _LIBC.fclose(stream)  # only now are text and length set
+    try:
+        return ctypes.string_at(text.value or 0, length.value)
+    finally:
+        _LIBC.free(text)
 
 
 def give_back() -> None:

@@ -96,7 +96,7 @@ class Baseline:
 def _kept() -> int:
     """Resident in malloc's main heap and in nobody's hands: what steps have freed, for the next ones. At rest it goes
     back (`Ledger.settle`)."""
-    return max(0, machine.mapped_share(_MALLOCS_HEAP) - allocator.in_heaps())
+    return max(0, machine.mapped_share(_MALLOCS_HEAP) - allocator.in_main_heap())
 
 
 class Ledger:

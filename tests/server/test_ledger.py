@@ -102,6 +102,26 @@ def test_what_malloc_keeps_for_the_next_step_is_slack_until_it_is_given_back(eng
     assert held.nbytes == 64 * 1024
 
 
+def test_heaps_of_threads_are_not_taken_for_the_main_one() -> None:
+    """Else what threads hold would hide what malloc keeps. In a process of its own, where a thread gets a heap of its
+    own: in one that has had many threads, malloc lets them share."""
+    grown = subprocess.run([sys.executable, "-c", GROW_IN_A_THREAD], capture_output=True, text=True, check=True)
+    main, everywhere = map(int, grown.stdout.split())
+    assert abs(main) < MEGABYTE
+    assert everywhere > 20 * MEGABYTE
+
+
+GROW_IN_A_THREAD = """
+from concurrent.futures import ThreadPoolExecutor
+from server.memory import allocator
+with ThreadPoolExecutor(1) as thread:
+    thread.submit(int).result()
+    before = allocator.in_main_heap(), allocator.in_use()
+    blocks = thread.submit(lambda: [bytes(32 * 1024) for _ in range(640)]).result()
+    print(allocator.in_main_heap() - before[0], allocator.in_use() - before[1])
+"""
+
+
 def test_activations_are_the_peak_of_steps(engine: Engine) -> None:
     engine.step(8)
     engine.ledger.settle()
