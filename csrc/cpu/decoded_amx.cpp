@@ -16,6 +16,7 @@ struct Amx : Vectors {
     static HB_INLINE void transpose16(const char* from, int64_t from_stride, char* to, int64_t to_stride) {
         transpose_units(from, from_stride, to, to_stride);
     }
+    static HB_INLINE void round16(const float* from, uint16_t* to) { bfloats_of_floats(_mm512_load_ps(from), to); }
 };
 
 }  // namespace

@@ -46,7 +46,7 @@ struct Layout {
           stride((ceil_div(a.K, 64) | 1) * 64),
           words(ceil_div(a.K, kWord)),
           threads(threads_for_matmul(a.call.threads, a.M, columns, a.K)),
-          blocks(kernels_for(a).interleave == nullptr ? 0 : rows, a.K, kFewPanelRows),
+          blocks(kernels_for(a).interleave == nullptr ? 0 : rows, a.K),
           absmax_at(rows * stride),
           counts_at(absmax_at + round_up(rows * 4, 64)),
           outliers_at(counts_at + round_up(rows * 4, 64)),
@@ -76,7 +76,7 @@ void split_rows(const Job8& job, const Layout& layout, int64_t threads) {
 }
 
 void interleave_rows(Job8& job, int64_t threads) {
-    job.blocks = TileBlocks(job.rows, job.args->K, kFewPanelRows);
+    job.blocks = TileBlocks(job.rows, job.args->K);
     const int64_t pieces = job.blocks.pieces();
     parallel_for(threads, job.blocks.blocks * pieces, [&](int64_t, int64_t begin, int64_t end) {
         for (int64_t i = begin; i < end; ++i) kernels_for(*job.args).interleave(job, i / pieces, i % pieces);

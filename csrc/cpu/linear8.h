@@ -53,7 +53,7 @@ constexpr int64_t run_floats(int64_t rows) {
 // Bytes behind those, for panels of weights and their sums on tiles; a second set of sums where int32 does not hold
 // them.
 HB_INLINE int64_t tile_bytes(const TileBlocks& blocks, int64_t K) {
-    return kPanels * blocks.panel_bytes() + blocks.sums() * (K > kExactTerms8 ? 12 : 4);
+    return blocks.panel_bytes() + blocks.sums() * (K > kExactTerms8 ? 12 : 4);
 }
 
 extern const Kernels8 kLinear8Baseline;

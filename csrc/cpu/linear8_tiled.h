@@ -41,12 +41,12 @@ struct Tiled8 : Linear8<Isa> {
     }
 
     struct Scratch {
-        char* panels;
+        char* panel;
         int32_t* sums;
         int64_t* exact;  // where rows are so long that int32 does not hold their sums, else null
         Scratch(const Job8& job, char* from)
-            : panels(from),
-              sums(reinterpret_cast<int32_t*>(from + kPanels * job.blocks.panel_bytes())),
+            : panel(from),
+              sums(reinterpret_cast<int32_t*>(from + job.blocks.panel_bytes())),
               exact(job.args->K > kExactTerms8 ? reinterpret_cast<int64_t*>(sums + job.blocks.sums()) : nullptr) {}
     };
 
@@ -57,33 +57,32 @@ struct Tiled8 : Linear8<Isa> {
         float* const totals;
         float* const unpacked;
         const bool has_outliers;
-        int64_t k = 0, count = 0;  // of the stretch that is being filled
 
-        void begin(const Stretch& at) {
-            k = at.piece * kStretchBytes;
-            count = job.args->K - k < kStretchBytes ? job.args->K - k : kStretchBytes;
-        }
-
-        // Where rows are multiplied as they lie, the next ones are fetched; else they are copied, and others fetched.
-        HB_INLINE void fill(const Stretch& at, int64_t i, char* to) {
-            const hb_linear8_args& a = *job.args;
-            const int8_t* const codes = a.codes + (at.n + i) * a.K + k;
-            const int64_t ahead = lie_well(at) ? 0 : kFewPanelRows * a.K;
-            for (int64_t c = 0; c < count; c += 64) __builtin_prefetch(codes + ahead + c, 0, 2);
-            if (ahead == 0) return;
+        void fill(const Stretch& at, char* panel) {
+            const int64_t k = at.piece * kStretchBytes, K = job.args->K;
+            const int64_t count = K - k < kStretchBytes ? K - k : kStretchBytes;
             const int64_t whole = count / kTileRowBytes * kTileRowBytes;
-            for (int64_t c = 0; c < whole; c += kTileRowBytes) memcpy(to + c, codes + c, kTileRowBytes);
-            memcpy(to + whole, codes + whole, static_cast<size_t>(count - whole));
-            memset(to + count, 0, static_cast<size_t>(kStretchBytes - count));
+            for (int64_t i = 0; i < at.rows; ++i, panel += kRowStride) {
+                const int8_t* const codes = job.args->codes + (at.n + i) * K + k;
+                for (int64_t c = 0; c < whole; c += kTileRowBytes) memcpy(panel + c, codes + c, kTileRowBytes);
+                memcpy(panel + whole, codes + whole, static_cast<size_t>(count - whole));
+                memset(panel + count, 0, static_cast<size_t>(kStretchBytes - count));
+            }
         }
 
         // Few rows of x meet each line of the weight once, so that copying it would not pay.
-        bool lie_well(const Stretch& at) const {
-            return job.blocks.keeps_sums() && job.args->K % kTileRowBytes == 0 && at.rows % kTileRows == 0;
-        }
         const char* where(const Stretch& at) const {
-            const int64_t first = at.n * job.args->K + at.piece * kStretchBytes;
-            return lie_well(at) ? reinterpret_cast<const char*>(job.args->codes) + first : nullptr;
+            const int64_t K = job.args->K;
+            if (!job.blocks.keeps_sums() || K % kTileRowBytes != 0 || at.rows % kTileRows != 0) return nullptr;
+            return reinterpret_cast<const char*>(job.args->codes) + at.n * K + at.piece * kStretchBytes;
+        }
+        // The next stretch, in the order in which they are multiplied.
+        Fetching fetching(const Stretch& at, int64_t steps) const {
+            const int64_t K = job.args->K;
+            const bool is_last = at.piece + 1 == job.blocks.pieces();
+            const int64_t n = is_last ? at.n + at.rows : at.n, piece = is_last ? 0 : at.piece + 1;
+            const char* const codes = reinterpret_cast<const char*>(job.args->codes) + n * K + piece * kStretchBytes;
+            return {codes, at.rows, K, job.blocks.piece_bytes(piece), steps};
         }
         int64_t stride() const { return job.args->K; }
 
@@ -165,7 +164,7 @@ struct Tiled8 : Linear8<Isa> {
         for (int64_t word = 0; word < job.words; ++word) has_outliers |= job.any_outlier[word] != 0;
         const int64_t last = end * kTileColumns < a.N ? end * kTileColumns : a.N;
         Work work{job, scratch, totals, unpacked, has_outliers};
-        TileProduct<Isa>::run(job.blocks, job.tiles, begin * kTileColumns, last, scratch.panels,
+        TileProduct<Isa>::run(job.blocks, job.tiles, begin * kTileColumns, last, scratch.panel,
                               reinterpret_cast<char*>(scratch.sums), work);
     }
 };

@@ -1,9 +1,9 @@
 // The pool behind parallel_for: see pool.h for the promises.
 //
-// A job is cut into a few pieces more than threads; whoever is free takes the next one, so that a thread that the
-// system holds up costs a piece and not a share. Which threads those are: an OpenMP runtime's where hb_use_parallel
-// has handed one over, because the operators between ours keep its threads awake and two pools would take the cores
-// from each other; else workers of our own.
+// A job is cut into pieces, large ones first; whoever is free takes the next one, so that a thread that the system
+// holds up costs a small piece and not a share. Which threads those are: an OpenMP runtime's where hb_use_parallel has
+// handed one over, because the operators between ours keep its threads awake and two pools would take the cores from
+// each other; else workers of our own.
 //
 // A worker is handed a task by a pointer of its own, which it clears when
 // it is done; before it sleeps it looks for the next one for a while (kPatience), because the layers of a model follow
@@ -19,6 +19,7 @@
 #include <sched.h>
 #include <signal.h>
 
+#include <algorithm>
 #include <atomic>
 #include <chrono>
 #include <condition_variable>
@@ -34,7 +35,9 @@ namespace hb {
 namespace {
 
 constexpr std::chrono::microseconds kPatience(100);
-constexpr int64_t kPiecesPerThread = 4;
+// A piece is what is left by so many times the threads, but no less than a part of what a thread has on average.
+constexpr int64_t kShares = 2;
+constexpr int64_t kSmallestPieces = 32;
 
 void breathe() {
 #if defined(__x86_64__)
@@ -64,23 +67,30 @@ class Job {
           context_(context),
           parts_(parts),
           count_(count),
-          piece_(count / (parts * kPiecesPerThread) + 1) {}
+          smallest_(count / (parts * kSmallestPieces) + 1) {}
 
     // One thread's share: takes pieces until there are none.
     void work() { work(next_part_.fetch_add(1, std::memory_order_relaxed)); }
     void work(int64_t part) {
         if (part >= parts_) return;
-        for (;;) {
-            const int64_t begin = next_.fetch_add(piece_, std::memory_order_relaxed);
-            if (begin >= count_) return;
-            body_(context_, part, begin, begin + piece_ < count_ ? begin + piece_ : count_);
+        int64_t begin = next_.load(std::memory_order_relaxed);
+        while (begin < count_) {
+            const int64_t end = end_of(begin);
+            if (!next_.compare_exchange_weak(begin, end, std::memory_order_relaxed)) continue;
+            body_(context_, part, begin, end);
+            begin = next_.load(std::memory_order_relaxed);
         }
     }
 
   private:
     const RangeBody body_;
     const void* const context_;
-    const int64_t parts_, count_, piece_;
+    int64_t end_of(int64_t begin) const {
+        const int64_t left = count_ - begin, piece = left / (parts_ * kShares) + 1;
+        return begin + std::min(left, std::max(piece, smallest_));
+    }
+
+    const int64_t parts_, count_, smallest_;
     std::atomic<int64_t> next_{0}, next_part_{0};
 };
 

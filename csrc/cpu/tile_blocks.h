@@ -12,9 +12,9 @@ constexpr int64_t kTileRows = 16;
 constexpr int64_t kTileRowBytes = 64;
 constexpr int64_t kStretchBytes = 512;
 constexpr int64_t kRowStride = kStretchBytes + 64;  // from a row of a panel to the next: an odd number of cache lines
-constexpr int64_t kPanels = 2;                      // one is multiplied while the next one is filled
-constexpr int64_t kFewPanelRows = 32;               // weight rows whose panels stay in the first cache with some of x
-constexpr int64_t kMostPanelRows = 128;             // and in the second, where all of x passes by
+constexpr int64_t kFewPanelRows = 32;               // weight rows whose panel stays in the first cache
+constexpr int64_t kMostPanelRows = 256;             // and in the second
+constexpr int64_t kCachedBytes = 3 << 19;           // of x, that stay in the second cache
 constexpr int64_t kUnitBytes = 4;
 
 // How some rows of x are kept for tiles.
@@ -22,14 +22,12 @@ struct TileBlocks {
     int64_t blocks;   // of rows
     int64_t columns;  // rows in a block: the columns of a tile
     int64_t bytes;    // of a padded row, a multiple of 64
-    int64_t most_panel_rows;
 
     TileBlocks() = default;
-    HB_INLINE TileBlocks(int64_t rows, int64_t row_bytes, int64_t panel_rows_at_most)
+    HB_INLINE TileBlocks(int64_t rows, int64_t row_bytes)
         : blocks((rows + kTileRows - 1) / kTileRows),
           columns(blocks == 0 ? 0 : (rows + blocks - 1) / blocks),
-          bytes((row_bytes + kTileRowBytes - 1) / kTileRowBytes * kTileRowBytes),
-          most_panel_rows(panel_rows_at_most) {}
+          bytes((row_bytes + kTileRowBytes - 1) / kTileRowBytes * kTileRowBytes) {}
     HB_INLINE int64_t x_bytes() const { return blocks * columns * bytes; }
     HB_INLINE int64_t pieces() const { return (bytes + kStretchBytes - 1) / kStretchBytes; }
     // Where stretch `piece` of a block begins.
@@ -42,7 +40,10 @@ struct TileBlocks {
     }
     // Few rows of x have all their sums in tiles from the first stretch to the last.
     HB_INLINE bool keeps_sums() const { return blocks <= 2; }
-    HB_INLINE int64_t panel_rows() const { return keeps_sums() ? kFewPanelRows : most_panel_rows; }
+    // All of x passes by each panel. Where it does not stay in the second cache, it shall pass by few of them.
+    HB_INLINE int64_t panel_rows() const {
+        return keeps_sums() || x_bytes() <= kCachedBytes ? kFewPanelRows : kMostPanelRows;
+    }
     HB_INLINE int64_t panel_bytes() const { return panel_rows() * kRowStride; }
     HB_INLINE int64_t sums() const { return panel_rows() * blocks * columns; }  // of four bytes each
 };

@@ -11,8 +11,7 @@
 // row: then 32 weight rows and 32 rows of x fit into the first cache together. Between stretches the sums of more rows
 // wait in memory as they are, so the order in which they are added up depends on nothing but the length of a row.
 //
-// A product of tiles occupies no port that vectors need, and the processor looks ahead by some 500 instructions. So the
-// next panel is filled row by row between the products with this one: decoding it takes as long as 32 rows of x do.
+// A panel is filled, then multiplied: between products, stores of the next one cost several times what they do alone.
 #pragma once
 
 #include <stdint.h>
@@ -67,42 +66,25 @@ void interleave(const char* rows, int64_t columns, int64_t bytes, char* to) {
     }
 }
 
-// Fills a panel while another one is multiplied. Work brings begin(stretch), which is called first, and fill(stretch,
-// i, to), which puts row i of the stretch at `to`.
-template <typename Work>
-class Feed {
+// Bytes that are fetched for later while tiles are multiplied, some lines a step.
+class Fetching {
   public:
-    explicit Feed(Work& work) : work_(work) {}
-
-    // From now on the stretch goes to `panel`, evenly over so many steps.
-    void begin(const Stretch& stretch, char* panel, int64_t steps) {
-        stretch_ = stretch;
-        panel_ = panel;
-        row_ = due_ = 0;
-        steps_ = steps;
-        if (stretch.rows > 0) work_.begin(stretch);
-    }
+    Fetching(const char* at, int64_t rows, int64_t stride, int64_t bytes, int64_t steps)
+        : at_(at),
+          stride_(stride),
+          row_lines_((bytes + 63) / 64),
+          lines_(at == nullptr ? 0 : rows * row_lines_),
+          step_((lines_ + steps - 1) / steps) {}
     HB_INLINE void step() {
-        for (due_ += stretch_.rows; due_ >= steps_; due_ -= steps_) put_row();
-    }
-    // All that is left, and zeros up to a whole tile.
-    void finish() {
-        while (row_ < stretch_.rows) put_row();
-        const int64_t missing = (kTileRows - stretch_.rows % kTileRows) % kTileRows;
-        memset(place(), 0, static_cast<size_t>(missing * kRowStride));
+        for (int64_t end = done_ + step_ < lines_ ? done_ + step_ : lines_; done_ < end; ++done_) {
+            __builtin_prefetch(at_ + 64 * line_, 0, 2);
+            if (++line_ == row_lines_) line_ = 0, at_ += stride_;
+        }
     }
 
   private:
-    HB_INLINE char* place() const { return panel_ + row_ * kRowStride; }
-    HB_INLINE void put_row() {
-        work_.fill(stretch_, row_, place());
-        ++row_;
-    }
-
-    Work& work_;
-    Stretch stretch_{};
-    char* panel_ = nullptr;
-    int64_t row_ = 0, due_ = 0, steps_ = 1;
+    const char* at_;
+    int64_t stride_, row_lines_, lines_, step_, line_ = 0, done_ = 0;
 };
 
 // Isa brings Tiles and dot<Sums, Weights, X>(), one of their products.
@@ -125,9 +107,10 @@ struct TileProduct {
     };
 
     // Weights x Xs tiles of sums over `bytes` of the rows.
-    template <int Weights, int Xs, typename Work>
+    template <int Weights, int Xs>
     static HB_NOINLINE void multiply(const Rows& rows, const char* x, int64_t x_block, int64_t columns, int64_t bytes,
-                                     const Sums& sums, Feed<Work>& feed) {
+                                     const Sums& sums, Fetching& fetching) {
+        Fetching fetch = fetching;  // in registers: the compiler takes tiles to change all memory
         const int64_t unit_row = columns * kUnitBytes, tile = kTileRows * unit_row;
         const char *first = rows.at, *second = rows.at + kTileRows * rows.stride;
         if (sums.is_new) {
@@ -155,8 +138,9 @@ struct TileProduct {
                 Isa::template dot<2, 5, 6>();
             }
             if constexpr (Weights == 2 && Xs == 2) Isa::template dot<3, 5, 7>();
-            feed.step();
+            fetch.step();
         }
+        fetching = fetch;
         if (!sums.stores) return;
         Tiles::template store<0>(sums.at, unit_row);
         if constexpr (Xs == 2) Tiles::template store<1>(sums.at + tile, unit_row);
@@ -165,9 +149,8 @@ struct TileProduct {
     }
 
     // A stretch of weight rows against all blocks of x -> sums[tile of weight rows][block].
-    template <typename Work>
     static void multiply_all(const TileBlocks& blocks, const Rows& rows, const Stretch& stretch, const char* x,
-                             Sums sums, Feed<Work>& feed) {
+                             Sums sums, Fetching& fetching) {
         const int64_t columns = blocks.columns, tile = kTileRows * columns * kUnitBytes;
         const int64_t bytes = blocks.piece_bytes(stretch.piece), x_block = blocks.at(1, 0);
         char* const first = sums.at;
@@ -175,52 +158,53 @@ struct TileProduct {
             const char* const some = x + blocks.at(b, stretch.piece);
             for (int64_t row = 0; row < stretch.rows; row += 2 * kTileRows) {
                 const auto pick = stretch.rows - row > kTileRows
-                                      ? (blocks.blocks - b > 1 ? multiply<2, 2, Work> : multiply<2, 1, Work>)
-                                      : (blocks.blocks - b > 1 ? multiply<1, 2, Work> : multiply<1, 1, Work>);
+                                      ? (blocks.blocks - b > 1 ? multiply<2, 2> : multiply<2, 1>)
+                                      : (blocks.blocks - b > 1 ? multiply<1, 2> : multiply<1, 1>);
                 sums.at = first + row / kTileRows * sums.row + b * tile;
-                pick({rows.at + row * rows.stride, rows.stride}, some, x_block, columns, bytes, sums, feed);
+                pick({rows.at + row * rows.stride, rows.stride}, some, x_block, columns, bytes, sums, fetching);
             }
         }
     }
 
-    // Weight rows [first, last) against all of x, a panel at a time. Work is what Feed asks for. It also says where a
-    // stretch's rows can be multiplied as they lie (where, stride), or null; with which stretches sums begin anew
-    // (is_new), and after which they are wanted (is_wanted): then they are in `sums`, and it takes them (take).
+    // Weight rows [first, last) against all of x, a panel at a time. Work says where a stretch's rows can be multiplied
+    // as they lie (where, stride), or null: then it puts them into the panel (fill). It also says with which stretches
+    // sums begin anew (is_new), and after which they are wanted (is_wanted): then they are in `sums`, and it takes them
+    // (take).
     template <typename Work>
-    static void run(const TileBlocks& blocks, const char* x, int64_t first, int64_t last, char* panels, char* sums,
+    static void run(const TileBlocks& blocks, const char* x, int64_t first, int64_t last, char* panel, char* sums,
                     Work& work) {
         const int64_t sums_row = blocks.blocks * kTileRows * blocks.columns * kUnitBytes;
         const bool keeps = blocks.keeps_sums();
-        const auto panel = [&](int64_t turn) { return panels + turn % kPanels * blocks.panel_bytes(); };
-        if (first >= last) return;
-        Stretch now = {first, rows_from(blocks, first, last), 0};
-        Feed<Work> feed(work);
-        feed.begin(now, panel(0), 1);
-        feed.finish();
-        for (int64_t turn = 0; now.rows > 0; ++turn) {
-            const Stretch next = after(blocks, now, last);
-            const int64_t calls = (blocks.blocks + 1) / 2 * ((now.rows + 2 * kTileRows - 1) / (2 * kTileRows));
-            const int64_t steps = calls * (blocks.piece_bytes(now.piece) / kTileRowBytes);
-            feed.begin(next, panel(turn + 1), steps);
-            const bool is_wanted = work.is_wanted(now.piece);
-            const char* const where = work.where(now);
-            const Rows rows = where == nullptr ? Rows{panel(turn), kRowStride} : Rows{where, work.stride()};
-            multiply_all(blocks, rows, now, x,
-                         Sums{sums, sums_row, work.is_new(now.piece), !keeps, !keeps || is_wanted}, feed);
-            feed.finish();
-            if (is_wanted) work.take(now, sums);
-            now = next;
+        const int64_t panel_rows = even_panel(last - first, blocks.panel_rows());
+        for (int64_t n = first; n < last; n += panel_rows) {
+            const int64_t rows = last - n < panel_rows ? last - n : panel_rows;
+            for (int64_t piece = 0; piece < blocks.pieces(); ++piece) {
+                const Stretch now = {n, rows, piece};
+                const char* const where = work.where(now);
+                if (where == nullptr) {
+                    work.fill(now, panel);
+                    fill_up(rows, panel);
+                }
+                const bool is_wanted = work.is_wanted(piece);
+                const int64_t calls = (blocks.blocks + 1) / 2 * ((rows + 2 * kTileRows - 1) / (2 * kTileRows));
+                Fetching fetching = work.fetching(now, calls * (blocks.piece_bytes(piece) / kTileRowBytes));
+                multiply_all(blocks, where == nullptr ? Rows{panel, kRowStride} : Rows{where, work.stride()}, now, x,
+                             Sums{sums, sums_row, work.is_new(piece), !keeps, !keeps || is_wanted}, fetching);
+                if (is_wanted) work.take(now, sums);
+            }
         }
     }
 
   private:
-    static int64_t rows_from(const TileBlocks& blocks, int64_t n, int64_t last) {
-        return last - n < blocks.panel_rows() ? last - n : blocks.panel_rows();
+    // So that none of the panels is a small one: x passes by it as by the others.
+    static int64_t even_panel(int64_t rows, int64_t most) {
+        const int64_t panels = (rows + most - 1) / most, even = panels == 0 ? 0 : (rows + panels - 1) / panels;
+        return (even + kFewPanelRows - 1) / kFewPanelRows * kFewPanelRows;
     }
-    // What is multiplied next: the panel's next stretch, or the first one of the next panel.
-    static Stretch after(const TileBlocks& blocks, const Stretch& now, int64_t last) {
-        if (now.piece + 1 < blocks.pieces()) return {now.n, now.rows, now.piece + 1};
-        return {now.n + now.rows, rows_from(blocks, now.n + now.rows, last), 0};
+    // Zeros behind the rows of a panel up to a whole tile.
+    static void fill_up(int64_t rows, char* panel) {
+        const int64_t missing = (kTileRows - rows % kTileRows) % kTileRows;
+        memset(panel + rows * kRowStride, 0, static_cast<size_t>(missing * kRowStride));
     }
 };
 

@@ -9,7 +9,7 @@
 namespace hb {
 
 TiledScratch::TiledScratch(const TileBlocks& blocks, const DecodedCall& call)
-    : panels(kPanels * blocks.panel_bytes()), sums(round_up(blocks.sums() * kUnitBytes, 64)) {
+    : panel(blocks.panel_bytes()), sums(round_up(blocks.sums() * kUnitBytes, 64)) {
     const int64_t blocksize = std::max<int64_t>(call.weight.blocksize, 1);
     const bool is_nested = call.weight.absmax.nested_absmax != nullptr;
     const int64_t most = is_nested ? blocks.panel_rows() * call.K / blocksize + 2 : 0;
@@ -26,7 +26,7 @@ const TiledKernels& kernels_for(const DecodedCall& call) {
 
 TileBlocks blocks_of(const DecodedCall& call, int64_t rows) {
     // A group of 64 codes, two tiles long, is decoded at a time.
-    return {rows, round_up(call.K, 64) * int64_t{sizeof(uint16_t)}, kMostPanelRows};
+    return {rows, round_up(call.K, 64) * int64_t{sizeof(uint16_t)}};
 }
 
 TiledJob job_for(const DecodedCall& call, const DecodedRows& rows) {
@@ -59,7 +59,7 @@ void run(const DecodedCall& call, const DecodedRows& rows, int64_t begin, int64_
 
 }  // namespace
 
-const DecodedWay kOnTiles = {kTileRows, x_bytes, x_pieces, load_x, scratch_bytes, run};
+const DecodedWay kOnTiles = {kFewPanelRows, x_bytes, x_pieces, load_x, scratch_bytes, run};
 
 #endif
 

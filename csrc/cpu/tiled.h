@@ -24,7 +24,7 @@ struct TiledJob {
 struct TiledKernels {
     // Stretch `piece` of the rows of one block -> job.x.
     void (*load_x)(const TiledJob& job, int64_t block, int64_t piece);
-    // All of x against weight rows [begin, end) in units of kTileRows. Scratch: tiled_scratch bytes, of one thread.
+    // All of x against weight rows [begin, end) in units of kFewPanelRows. Scratch: tiled_scratch bytes, of one thread.
     void (*run)(const TiledJob& job, int64_t begin, int64_t end, char* scratch);
 };
 
@@ -38,9 +38,9 @@ extern const TiledVariants kTiledAmx;
 
 // The parts of one thread's scratch, in bytes; each is a multiple of 64.
 struct TiledScratch {
-    int64_t panels, absmax, sums;
+    int64_t panel, absmax, sums;
     TiledScratch(const TileBlocks& blocks, const DecodedCall& call);
-    HB_INLINE int64_t bytes() const { return panels + absmax + sums; }
+    HB_INLINE int64_t bytes() const { return panel + absmax + sums; }
 };
 
 }  // namespace hb

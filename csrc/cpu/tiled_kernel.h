@@ -73,14 +73,12 @@ struct Tiled {
 
     // --- decoding into the panel ----------------------------------------------------------------------------------
 
-    // What follows decodes `count` values of a weight row, padded with zeros to whole groups, and fetches as many codes
-    // that lie at `next`.
+    // What follows decodes `count` values of a weight row, padded with zeros to whole groups.
 
-    static void decode_int8(const uint8_t* codes, int64_t count, const uint8_t* next, char* to) {
+    static void decode_int8(const uint8_t* codes, int64_t count, char* to) {
         for (int64_t i = 0; i < count; i += kGroup, to += 2 * kTileRowBytes) {
             uint8_t tail[kGroup] = {};
             const uint8_t* some = codes + i;
-            __builtin_prefetch(next + i, 0, 2);
             if (count - i < kGroup) {
                 memcpy(tail, some, static_cast<size_t>(count - i));
                 some = tail;
@@ -90,14 +88,13 @@ struct Tiled {
     }
 
     // Whole groups, `block` values under each absmax. Sizes of blocks are powers of two, so that a block begins with
-    // the stretch or holds all of it. Two groups of 4-bit codes are a line, which is fetched once.
+    // the stretch or holds all of it.
     static HB_INLINE void decode_blocks(const uint8_t* packed, int64_t count, int64_t block, const Table& base,
-                                        const float* absmax, const uint8_t* next, char* to) {
+                                        const float* absmax, char* to) {
         for (int64_t i = 0; i < count; ++absmax) {
             const Table table = Isa::scaled(base, *absmax);
             for (const int64_t end = i + block; i < end;
                  i += kGroup, packed += kGroup / kCodes, to += 2 * kTileRowBytes) {
-                if (i % (2 * kGroup) == 0) __builtin_prefetch(next + i / kCodes, 0, 2);
                 store_group(packed, table, to);
             }
         }
@@ -121,17 +118,21 @@ struct Tiled {
         Isa::store(reinterpret_cast<uint16_t*>(to + kTileRowBytes), second);
     }
 
-    // The absmax of rows [n, n + rows) from their first block on: where they lie, or in `room`.
+    // The absmax of rows [n, n + rows) from their first block on: where they lie, or in `room`. Fetches as many that
+    // follow.
     static const float* absmax_of(const DecodedCall& a, int64_t n, int64_t rows, float* room) {
         if (a.K == 0) return room;
         const AbsmaxSource& source = a.weight.absmax;
         const int64_t first = n * a.K / a.weight.blocksize, last = ((n + rows) * a.K - 1) / a.weight.blocksize;
+        const int64_t width = source.nested_absmax == nullptr ? int64_t{sizeof(float)} : 1;
+        const char* const next = static_cast<const char*>(source.absmax) + (last + 1) * width;
+        for (int64_t i = 0; i < (last + 1 - first) * width; i += 64) __builtin_prefetch(next + i, 0, 2);
         if (source.nested_absmax == nullptr) return static_cast<const float*>(source.absmax) + first;
         load_absmax(source, first, last - first + 1, room);
         return room;
     }
 
-    // --- the whole: weight rows [begin, end) x kTileRows ----------------------------------------------------------
+    // --- the whole: weight rows [begin, end) x kFewPanelRows ------------------------------------------------------
 
     // What TileProduct asks for.
     struct Work {
@@ -140,12 +141,7 @@ struct Tiled {
         Table table{};
         bool is_aligned = false;                // rows begin with a block and are whole groups
         int64_t row_bytes = 0, row_blocks = 0;  // of an aligned row, or one of int8
-
-        const float* absmax = nullptr;  // of the panel's first block
-        // Of the stretch that is being filled: its values, and where the next aligned row's codes and absmax are.
-        int64_t k = 0, count = 0, block = 0;
-        const uint8_t* codes = nullptr;
-        const float* scales = nullptr;
+        const float* absmax = nullptr;          // of the panel's first block
 
         Work(const TiledJob& of, float* absmax_room) : job(of), room(absmax_room), row_bytes(of.call->K / kCodes) {
             if constexpr (!Isa::kIsInt8) {
@@ -156,39 +152,64 @@ struct Tiled {
             }
         }
 
-        void begin(const Stretch& at) {
+        void fill(const Stretch& at, char* panel) {
             const DecodedCall& a = *job.call;
-            k = at.piece * kStretch;
-            count = values_in(a, at.piece);
-            codes = a.weight.codes + (at.n * a.K + k) / kCodes;
-            if constexpr (!Isa::kIsInt8) {
+            const int64_t k = at.piece * kStretch, count = values_in(a, at.piece);
+            const uint8_t* const codes = a.weight.codes + (at.n * a.K + k) / kCodes;
+            if constexpr (Isa::kIsInt8) {
+                for (int64_t i = 0; i < at.rows; ++i) {
+                    const uint8_t* const own = codes + i * row_bytes;
+                    fetch(own, count);
+                    decode_int8(own, count, panel + i * kRowStride);
+                }
+            } else {
                 if (at.piece == 0) absmax = absmax_of(a, at.n, at.rows, room);
-                scales = absmax + k / a.weight.blocksize;
-                block = count < a.weight.blocksize ? count : a.weight.blocksize;
+                if (!is_aligned) return fill_anyhow(at, k, count, panel);
+                const float* const scales = absmax + k / a.weight.blocksize;
+                const int64_t block = count < a.weight.blocksize ? count : a.weight.blocksize;
+                if (block == kGroup && count == kStretch) {  // known to the compiler, the usual sizes need no loops
+                    fill_rows(at.rows, codes, kStretch, kGroup, scales, panel);
+                } else {
+                    fill_rows(at.rows, codes, count, block, scales, panel);
+                }
             }
         }
 
-        HB_INLINE void fill(const Stretch& at, int64_t i, char* to) {
-            // Each row lies apart in memory, so that the processor does not see what comes next: a panel ahead.
-            const uint8_t* const next = codes + kFewPanelRows * row_bytes;
-            if constexpr (Isa::kIsInt8) {
-                decode_int8(codes, count, next, to);
-            } else if (!is_aligned) {
-                const int64_t blocksize = job.call->weight.blocksize, K = job.call->K, n = at.n + i;
-                const float* const own = absmax + ((n * K + k) / blocksize - at.n * K / blocksize);
-                return decode_anyhow(*job.call, n, k, count, own, to);
-            } else {
-                if (block == kGroup) {  // known to the compiler, the usual size needs no inner loop
-                    decode_blocks(codes, count, kGroup, table, scales, next, to);
-                } else {
-                    decode_blocks(codes, count, block, table, scales, next, to);
-                }
-                scales += row_blocks;
+        HB_INLINE void fill_rows(int64_t rows, const uint8_t* codes, int64_t count, int64_t block, const float* scales,
+                                 char* to) const {
+            const Table base = table;
+            for (int64_t i = 0; i < rows; ++i, codes += row_bytes, scales += row_blocks, to += kRowStride) {
+                fetch(codes, count);
+                decode_blocks(codes, count, block, base, scales, to);
             }
-            codes += row_bytes;
+        }
+
+        // Each row lies apart in memory, so that the processor does not see what comes next. Where there are few
+        // products to fetch between (fetching), the codes of a row are fetched here, a panel ahead.
+        HB_INLINE void fetch(const uint8_t* row, int64_t count) const {
+            if (!job.blocks.keeps_sums()) return;
+            const uint8_t* const next = row + kFewPanelRows * row_bytes;
+            for (int64_t i = 0; i < count / kCodes; i += 64) __builtin_prefetch(next + i, 0, 2);
+        }
+
+        void fill_anyhow(const Stretch& at, int64_t k, int64_t count, char* to) const {
+            const int64_t blocksize = job.call->weight.blocksize, K = job.call->K;
+            for (int64_t n = at.n; n < at.n + at.rows; ++n, to += kRowStride) {
+                const float* const own = absmax + ((n * K + k) / blocksize - at.n * K / blocksize);
+                decode_anyhow(*job.call, n, k, count, own, to);
+            }
         }
 
         static const char* where(const Stretch&) { return nullptr; }
+        // The next stretch, in the order in which they are multiplied.
+        Fetching fetching(const Stretch& at, int64_t steps) const {
+            if (job.blocks.keeps_sums()) return {nullptr, 0, 0, 0, steps};
+            const DecodedCall& a = *job.call;
+            const bool is_last = at.piece + 1 == job.blocks.pieces();
+            const int64_t n = is_last ? at.n + at.rows : at.n, piece = is_last ? 0 : at.piece + 1;
+            const uint8_t* const codes = a.weight.codes + (n * a.K + piece * kStretch) / kCodes;
+            return {reinterpret_cast<const char*>(codes), at.rows, row_bytes, values_in(a, piece) / kCodes, steps};
+        }
         static int64_t stride() { return 0; }
         bool is_new(int64_t piece) const { return piece == 0; }
         bool is_wanted(int64_t piece) const { return piece + 1 >= job.blocks.pieces(); }
@@ -199,39 +220,46 @@ struct Tiled {
         const DecodedCall& a = *job.call;
         const TileScope<typename Isa::Tiles> scope(job.blocks.columns);
         const TiledScratch parts(job.blocks, a);
-        Work work(job, reinterpret_cast<float*>(scratch + parts.panels));
-        const int64_t last = end * kTileRows < a.N ? end * kTileRows : a.N;
-        TileProduct<Isa>::run(job.blocks, job.x, begin * kTileRows, last, scratch,
-                              scratch + parts.panels + parts.absmax, work);
+        Work work(job, reinterpret_cast<float*>(scratch + parts.panel));
+        const int64_t last = end * kFewPanelRows < a.N ? end * kFewPanelRows : a.N;
+        TileProduct<Isa>::run(job.blocks, job.x, begin * kFewPanelRows, last, scratch,
+                              scratch + parts.panel + parts.absmax, work);
     }
 
     // Transposed, bias on top and rounded: sums -> out[first_row ..][n .. n + columns].
     static void finish(const TiledJob& job, int64_t n, int64_t columns, const char* sums) {
+        const DecodedCall& a = *job.call;
         const int64_t unit_row = job.blocks.columns * kUnitBytes, tile = kTileRows * unit_row;
-        alignas(64) float out[kTileRows * kMostPanelRows];
-        constexpr int64_t kOutRow = kMostPanelRows * int64_t{sizeof(float)};
+        alignas(64) float out[kTileRows * kTileRows];
+        float bias[kMostPanelRows];
+        if (a.bias != nullptr) load_floats(a.bias, a.bias_dtype, n, columns, bias);
         for (int64_t b = 0; b < job.blocks.blocks; ++b) {
+            const int64_t row = b * job.blocks.columns;
+            const int64_t rows = job.rows - row < job.blocks.columns ? job.rows - row : job.blocks.columns;
             for (int64_t i = 0; i < columns; i += kTileRows) {
                 const char* const from = sums + (i / kTileRows * job.blocks.blocks + b) * tile;
-                transpose<Isa>(from, unit_row, kTileRows, job.blocks.columns, reinterpret_cast<char*>(out + i),
-                               kOutRow);
-            }
-            const int64_t row = b * job.blocks.columns;
-            for (int64_t r = 0; r < job.blocks.columns && row + r < job.rows; ++r) {
-                finish_row(*job.call, job.first_row + row + r, n, columns, out + r * kMostPanelRows);
+                transpose<Isa>(from, unit_row, kTileRows, job.blocks.columns, reinterpret_cast<char*>(out),
+                               kTileRows * kUnitBytes);
+                const int64_t some = columns - i < kTileRows ? columns - i : kTileRows;
+                const float* const own_bias = a.bias == nullptr ? nullptr : bias + i;
+                for (int64_t r = 0; r < rows; ++r) {
+                    finish_row(a, job.first_row + row + r, n + i, some, own_bias, out + r * kTileRows);
+                }
             }
         }
     }
 
-    static void finish_row(const DecodedCall& a, int64_t row, int64_t n, int64_t columns, float* out) {
+    // Up to kTileRows columns of a row.
+    static HB_INLINE void finish_row(const DecodedCall& a, int64_t row, int64_t n, int64_t columns, const float* bias,
+                                     float* sums) {
         if constexpr (Isa::kIsInt8) {
             const float* const absmax = static_cast<const float*>(a.weight.absmax.absmax) + n;
-            for (int64_t i = 0; i < columns; ++i) out[i] *= absmax[i] / kInt8Max;
+            for (int64_t i = 0; i < columns; ++i) sums[i] *= absmax[i] / kInt8Max;
         }
-        if (a.bias != nullptr) {
-            for (int64_t i = 0; i < columns; ++i) out[i] += load_float(a.bias, a.bias_dtype, n + i);
-        }
-        store_floats(out, columns, a.out, a.x_dtype, row * a.out_stride + n);
+        for (int64_t i = 0; bias != nullptr && i < columns; ++i) sums[i] += bias[i];
+        uint16_t* const out = static_cast<uint16_t*>(a.out) + row * a.out_stride + n;
+        if (columns == kTileRows) return Isa::round16(sums, out);
+        for (int64_t i = 0; i < columns; ++i) out[i] = to_bfloat(sums[i]);
     }
 };
 

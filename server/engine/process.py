@@ -184,6 +184,7 @@ def load_engine(spec: ModelSpec, connection: Connection) -> EngineLoop:
 
     from quant.memory import measure_layers
     from quant.native import set_batch_invariant
+    from server.memory import allocator
     from server.memory.ledger import Baseline, Ledger
     from server.memory.upkeep import Upkeep
     from server.model.load import check_path, load_model
@@ -212,6 +213,7 @@ def load_engine(spec: ModelSpec, connection: Connection) -> EngineLoop:
     warm_up(runner)
     gc.collect()
     gc.freeze()  # what is loaded stays loaded: the collector need not walk a model's modules again and again
+    allocator.keep_much()
     ledger = Ledger(loaded.model, runner, plan.device, plan.components, baseline)
     ledger.begin()
     loop = EngineLoop(

@@ -228,13 +228,13 @@ TEST(a_share_of_no_weight_rows_leaves_no_tiles_behind) {
     hb::DecodedCall call{};
     call.M = 1, call.N = 16, call.K = 64, call.weight.blocksize = 64;
     hb::TiledJob job{};
-    job.call = &call, job.rows = 1, job.blocks = hb::TileBlocks(1, 128, hb::kMostPanelRows);
+    job.call = &call, job.rows = 1, job.blocks = hb::TileBlocks(1, 128);
     hb::kTiledAmx.codes4.run(job, 1, 1, nullptr);
     hb::kTiledAmx.codes8.run(job, 0, 0, nullptr);
     hb_linear8_args args{};
     args.M = 1, args.N = 32, args.K = 64;
     hb::Job8 job8{};
-    job8.args = &args, job8.rows = 1, job8.blocks = hb::TileBlocks(1, 64, hb::kFewPanelRows);
+    job8.args = &args, job8.rows = 1, job8.blocks = hb::TileBlocks(1, 64);
     hb::kLinear8Amx.run(job8, 1, 1, nullptr);
     EXPECT(!TileMachine::of_this_thread().is_configured(), "left configured");
     EXPECT(TileMachine::configured() == TileMachine::released(), "left configured");
