@@ -49,6 +49,12 @@ OFFLOAD_REFUSED: Final = (
 """The words that bitsandbytes users know and search for."""
 
 
+def require_offload_allowed(config: BitsAndBytesConfig, device_map: object) -> None:
+    """Raises QuantConfigError for a map that puts modules beside the main device where the config does not allow it."""
+    if not config.llm_int8_enable_fp32_cpu_offload and offloaded_modules(device_map):
+        raise QuantConfigError(OFFLOAD_REFUSED)
+
+
 class HalfbyteQuantizer(HfQuantizer):
     """transformers' side of loading and saving; one instance per from_pretrained."""
 
@@ -78,10 +84,7 @@ class HalfbyteQuantizer(HfQuantizer):
 
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
         """Called with the device map as given and once more as worked out from "auto"."""
-        if not self.quantization_config.llm_int8_enable_fp32_cpu_offload and offloaded_modules(
-            kwargs.get("device_map")
-        ):
-            raise QuantConfigError(OFFLOAD_REFUSED)
+        require_offload_allowed(self.quantization_config, kwargs.get("device_map"))
 
     def update_device_map(self, device_map: Any) -> Any:
         if device_map is not None:

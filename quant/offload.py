@@ -30,7 +30,7 @@ def is_offloaded(device_map: object) -> Callable[[str], bool]:
     away = set(offloaded_modules(device_map))
     if not away:
         return lambda name: False
-    entry_of = _entries(device_map)
+    entry_of = entry_for(device_map)
     return lambda name: entry_of(name) in away
 
 
@@ -41,7 +41,7 @@ def device_of(device_map: object, main: str) -> Callable[[str], str]:
     """
     if not isinstance(device_map, Mapping):
         return lambda name: main
-    entry_of = _entries(device_map)
+    entry_of = entry_for(device_map)
     places = {entry: spelled(device) for entry, device in device_map.items()}
 
     def place(name: str) -> str:
@@ -57,7 +57,7 @@ def spelled(device: object) -> str:
     return "cuda:0" if place == "cuda" else place
 
 
-def _entries(device_map: object) -> Callable[[str], str | None]:
+def entry_for(device_map: object) -> Callable[[str], str | None]:
     """The entry of a map that decides for a name; None where there is none."""
     entries = sorted(device_map, key=len, reverse=True) if isinstance(device_map, Mapping) else []
     return lambda name: next((entry for entry in entries if entry == "" or f"{name}.".startswith(f"{entry}.")), None)

@@ -34,10 +34,10 @@ async def plan(
 
     It is for the memory that the models here leave: `promised_bytes` of `free_bytes` are theirs, and not touched yet.
     That a model does not fit is an answer (`fits`, `nearest`), no error. Refused with 400 (the entry) and 422 (the
-    checkpoint); 500 where planning itself failed.
+    checkpoint); 507 where not even planning has room; 500 where it failed.
     """
     try:
-        made = await planner.plan(entry.spec(thread_share(1)), service.promised_bytes)
+        made = await planner.plan(entry.spec(thread_share(1)), service.room_to_plan)
     except ServerError as error:
         raise load_refusal(error) from error
     return JSONResponse(made.document())

@@ -23,7 +23,8 @@ class Admission:
         self._model = model
         self._capacity = capacity
         self._clock = clock
-        self._ends: deque[float] = deque(maxlen=_REMEMBERED)
+        self._stays: deque[float] = deque(maxlen=_REMEMBERED)
+        """For how long the places were held that were freed last."""
         self.open = 0
         self.used = clock()
         """When it last had a request, on the clock's scale."""
@@ -53,19 +54,24 @@ class Admission:
             )
         self.open += count
         self.empty.clear()
+        entered = self._clock()
         try:
             yield
         finally:
             self.open -= count
             self.touch()
-            self._ends.extend([self.used] * count)
+            self._stays.extend([self.used - entered] * count)
             if not self.open:
                 self.empty.set()
 
     def retry_after(self, count: int) -> int:
-        """Whole seconds until `count` places should be free, at the pace at which requests ended lately."""
+        """Whole seconds until `count` places should be free.
+
+        Where places are held so long on average, as many as are held become free in that time (Little's law). So it
+        does not matter how long nobody asked for anything before.
+        """
         needed = self.open + count - self._capacity
-        if len(self._ends) < 2:
+        if not self._stays or not self.open:
             return 1
-        span = self._clock() - self._ends[0]
-        return max(1, min(LONGEST_RETRY_SECONDS, math.ceil(needed * span / len(self._ends))))
+        stay = sum(self._stays) / len(self._stays)
+        return max(1, min(LONGEST_RETRY_SECONDS, math.ceil(needed * stay / self.open)))

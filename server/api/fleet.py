@@ -21,6 +21,7 @@ from server.engine.client import SHUTTING_DOWN, Cut
 from server.engine.room import Room
 from server.engine.supervisor import Supervision, Supervisor
 from server.errors import DoesNotFitError, EngineUnavailableError, ModelExistsError, ModelNotFoundError
+from server.memory import machine
 from server.memory.machine import ProcessBytes, machine_available, process_bytes
 from server.metrics import Metrics, ModelMetrics
 from server.records import DEVICE_USED, Loaded, ModelSpec, Shortage
@@ -88,8 +89,15 @@ class Fleet:
             raise ModelNotFoundError(f"there is no model {shown(name)} here; {here}", param="model")
         return self.models[name]
 
-    def promised_bytes(self) -> dict[str, int]:
-        """By device: what is free and one of these models is going to take."""
+    def room_to_plan(self) -> dict[str, int]:
+        """By device: what is free and one of these models is going to take.
+
+        Raises DoesNotFitError where a process that plans would take what is theirs.
+        """
+        available = machine.available()
+        shortage = None if available is None else self._room.process_shortage(available)
+        if shortage is not None:
+            raise _no_room_to_plan(shortage)
         return self._room.promised_bytes()
 
     async def load(self, entry: ModelConfig) -> tuple[ServedModel, list[Unloaded]]:
@@ -121,6 +129,7 @@ class Fleet:
 
     async def _load(self, model: ServedModel) -> Loaded:
         try:
+            await self._make_room_for_process(model)
             return await model.load()
         except BaseException as error:
             if not isinstance(error, asyncio.CancelledError):
@@ -130,6 +139,15 @@ class Fleet:
         finally:
             del self._loading[model.name]
             self._evicted.pop(model.name, None)
+
+    async def _make_room_for_process(self, model: ServedModel) -> None:
+        """An engine finds out whether its model fits, and takes memory for that: none of the others' may be theirs."""
+        while (available := machine.available()) is not None:
+            shortage = model.engine.claim.enter(available)
+            if shortage is None:
+                return
+            if not await self._make_room(model.name, shortage):
+                raise _no_room_to_plan(shortage)
 
     async def unload(self, name: str, within: float) -> Unloaded:
         """Ends a model: what runs may finish within so many seconds, then is cut; returns when its process is gone.
@@ -205,6 +223,14 @@ class Fleet:
         tasks = [*self._loading.values(), *self._unloading.values()]
         await asyncio.gather(*(model.engine.shutdown() for model in self.models.values()))
         await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def _no_room_to_plan(shortage: Shortage) -> DoesNotFitError:
+    return DoesNotFitError(
+        f"the process that plans a model, and loads it, takes {shortage.needed:,} bytes on {shortage.device} before "
+        f"anything of the model, but {shortage.available:,} are free and not promised to other models",
+        shortage,
+    )
 
 
 def _device_bytes(loaded: Loaded | None) -> DeviceBytes | None:

@@ -37,9 +37,12 @@ class Service:
     def models(self) -> dict[str, ServedModel]:
         return self._fleet.models
 
-    def promised_bytes(self) -> dict[str, int]:
-        """By device: what is free and a model here is going to take, such as cache blocks that nothing has touched."""
-        return self._fleet.promised_bytes()
+    def room_to_plan(self) -> dict[str, int]:
+        """By device: what is free and a model here is going to take, such as cache blocks that nothing has touched.
+
+        Raises DoesNotFitError where there is no room for a process that plans.
+        """
+        return self._fleet.room_to_plan()
 
     async def load(self) -> None:
         """Loads all configured models at once; raises the first failure. One that is unloaded meanwhile is none."""

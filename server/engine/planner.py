@@ -45,10 +45,11 @@ class Planner:
     async def plan(self, spec: ModelSpec, promised: Callable[[], dict[str, int]] = dict) -> Plan:
         """The plan of a model that is not loaded; it may say that the model does not fit.
 
-        `promised` says when the turn comes what of each device is free and somebody else's.
-        Raises what a LoadFailed record stands for, and LoadError where the process gives no answer in time.
+        `promised` says when the turn comes what of each device is free and somebody else's, and may raise.
+        Raises that, what a LoadFailed record stands for, and LoadError where the process gives no answer in time.
         """
         async with self._turn:
+            question = encode_frame(PlanModel(spec, promised()))
             process = await asyncio.create_subprocess_exec(
                 *self._command,
                 stdin=asyncio.subprocess.PIPE,
@@ -56,7 +57,6 @@ class Planner:
                 start_new_session=True,  # Ctrl-C is for the server
             )
             try:
-                question = encode_frame(PlanModel(spec, promised()))
                 output, _ = await asyncio.wait_for(process.communicate(question), self._seconds)
             except TimeoutError:
                 raise LoadError(f"planning model {spec.name!r} took longer than {self._seconds:g} seconds") from None

@@ -3,6 +3,7 @@
 An engine plans in a second, takes minutes to touch what it planned, and may never touch the last block of its cache. So
 what is free says too little: the same bytes could be promised twice. Before it plans, every engine asks here, one at a
 time and in the order in which they were started, and is told what others have been promised and have not taken yet.
+To plan, it needs torch, which takes some hundred megabytes; so a process for that is not even started without room.
 The planning itself, and what is free, are the engine's business (server/memory); which models make room for others is
 the fleet's. This file knows no HTTP and starts no process.
 """
@@ -24,6 +25,8 @@ class Room:
 
     def __init__(self, make_room: MakeRoom | None = None) -> None:
         self.make_room = make_room
+        self.process_bytes = 0
+        """The most that an engine's process held on the CPU when it had planned; 0 until one has."""
         self._claims: dict[str, Claim] = {}
         self._line: list[Claim] = []
 
@@ -31,6 +34,12 @@ class Room:
         """A model's claim; it has none yet."""
         found = self._claims[model] = Claim(self, model)
         return found
+
+    def process_shortage(self, available: int, claim: Claim | None = None) -> Shortage | None:
+        """What one more process that plans lacks of the CPU's available bytes; with a claim, that of its engine."""
+        others = self.promised_to_others(claim).get(CPU, {})
+        left = max(0, available - sum(others.values()))
+        return Shortage(CPU, self.process_bytes, left) if left < self.process_bytes else None
 
     def promised_bytes(self) -> dict[str, int]:
         """By device: what has been promised to any model and is not taken yet."""
@@ -79,6 +88,13 @@ class Claim:
         self._planned: Planned | None = None
         self._taken: dict[str, int] = {}
 
+    def enter(self, available: int) -> Shortage | None:
+        """To be called before the first engine is started: promises it the room of its process, or says what lacks."""
+        shortage = self._room.process_shortage(available, self)
+        if shortage is None and self._room.process_bytes:
+            self.promised = {CPU: self._room.process_bytes}
+        return shortage
+
     def begin(self, process_id: int) -> None:
         """An engine was started: it stands in line."""
         self._process_id = process_id
@@ -100,6 +116,7 @@ class Claim:
         """
         self._planned = record
         self.promised = record.peak
+        self._room.process_bytes = max(self._room.process_bytes, self._taken_of(CPU))
         if record.is_on_cpu:
             self._room.leave(self)
 

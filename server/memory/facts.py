@@ -16,16 +16,13 @@ import transformers
 from quant import memory as weights
 from quant.config import BitsAndBytesConfig, from_spec
 from quant.headers import INDEX_FILE, SINGLE_FILE, TensorHeader, checkpoint_files, read_checkpoint_headers
-from quant.hf import HalfbyteQuantizer
-from quant.offload import is_offloaded, spelled
 from quant.tied import untie_what_differs
 from server.errors import ConfigError
 from server.memory.activations import Widths, block_widths
+from server.memory.devices import main_device, resolve_device, resolve_map
 from server.records import ModelSpec
 
 DTYPES: Final = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-WORKED_OUT: Final = ("auto", "balanced", "balanced_low_0", "sequential")
-"""Device maps that transformers works out from the memory it finds."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,8 +58,8 @@ def read_facts(spec: ModelSpec) -> Facts:
     headers = read_checkpoint_headers(directory) if has_weights else {}
     meta = weights.meta_model(hf_config, dtype)
     untie_what_differs(meta, headers)
-    device_map = _device_map(spec, hf_config, dtype, quantization, files)
-    device = resolve_device(spec) if device_map is None else _main_device(spec, device_map)
+    device_map = resolve_map(spec, hf_config, dtype, quantization, files, meta)
+    device = resolve_device(spec) if device_map is None else main_device(spec, device_map)
     if spec.batch_invariant:
         _refuse_what_varies(spec, device, quantization)
     return Facts(
@@ -127,21 +124,6 @@ def _refuse_what_varies(spec: ModelSpec, device: str, quantization: BitsAndBytes
         )
 
 
-def resolve_device(spec: ModelSpec) -> str:
-    """auto is the first CUDA device where there is one, else the CPU."""
-    if spec.device == "auto":
-        return "cuda:0" if torch.cuda.is_available() else "cpu"
-    if spec.device == "cpu":
-        return "cpu"
-    if spec.device.partition(":")[0] == "cuda":
-        if not torch.cuda.is_available():
-            raise ConfigError(
-                f"model {spec.name!r}: device is {spec.device!r}, but no CUDA device is here; use cpu or auto"
-            )
-        return spec.device if ":" in spec.device else "cuda:0"
-    raise ConfigError(f"model {spec.name!r}: device is {spec.device!r}; accepted are auto, cpu, cuda and cuda:N")
-
-
 def describe(config: BitsAndBytesConfig | None) -> str:
     """A quantization in a word: the preset's name it equals in format, or "none"."""
     if config is None:
@@ -149,40 +131,3 @@ def describe(config: BitsAndBytesConfig | None) -> str:
     if config.load_in_8bit:
         return "int8"
     return f"{config.bnb_4bit_quant_type}{'-dq' if config.bnb_4bit_use_double_quant else ''}"
-
-
-def _main_device(spec: ModelSpec, device_map: Mapping[str, Any]) -> str:
-    """The first device of a map that is not merely where weights wait."""
-    lies_away = is_offloaded(device_map)
-    main = next((spelled(device) for name, device in device_map.items() if not lies_away(name)), None)
-    return resolve_device(spec) if main is None else main
-
-
-def _device_map(
-    spec: ModelSpec,
-    hf_config: transformers.PretrainedConfig,
-    dtype: torch.dtype,
-    quantization: BitsAndBytesConfig | None,
-    files: list[Path],
-) -> Mapping[str, Any] | None:
-    given = spec.device_map
-    if not isinstance(given, str):
-        return given
-    if given not in WORKED_OUT:
-        try:
-            return {"": spelled(torch.device(given))}
-        except RuntimeError as error:
-            raise ConfigError(
-                f"model {spec.name!r}: device_map is {given!r}; accepted are {', '.join(WORKED_OUT)}, a device, or a "
-                "mapping of modules to devices"
-            ) from error
-    from transformers.integrations.accelerate import _get_device_map  # accelerate takes a while to import
-
-    model = weights.meta_model(hf_config, dtype)
-    quantizer = None if quantization is None else HalfbyteQuantizer(quantization)
-    if quantizer is not None:
-        quantizer.preprocess_model(
-            model=model, dtype=dtype, device_map=given, checkpoint_files=list(map(str, files)), use_kernels=False
-        )
-    worked_out: Mapping[str, Any] = _get_device_map(model, given, None, quantizer)
-    return worked_out

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Final, NamedTuple
 
@@ -15,11 +16,22 @@ _KIB: Final = 1024
 _MAPPING: Final = re.compile(r"[0-9a-f]+-[0-9a-f]+ ")
 _MEMINFO: Final = Path("/proc/meminfo")
 _CGROUP: Final = Path("/sys/fs/cgroup")
-_LIMIT_AND_USAGE: Final = (
-    ("memory.max", "memory.current"),
-    ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
+_OWN_GROUPS: Final = Path("/proc/self/cgroup")
+
+
+class _Version(NamedTuple):
+    """How a version of control groups names its files."""
+
+    limit: str
+    usage: str
+    reclaimable: tuple[str, ...]
+    """Fields of memory.stat: page cache that is in the usage, and that the kernel drops before it kills anybody."""
+
+
+_VERSION_1: Final = _Version(
+    "memory.limit_in_bytes", "memory.usage_in_bytes", ("total_inactive_file", "total_active_file")
 )
-"""Of control groups, version 2 and 1."""
+_VERSION_2: Final = _Version("memory.max", "memory.current", ("inactive_file", "active_file"))
 
 
 class ProcessBytes(NamedTuple):
@@ -108,25 +120,51 @@ def machine_available(meminfo: Path = _MEMINFO) -> int | None:
     return fields(meminfo).get("MemAvailable")
 
 
-def available(meminfo: Path = _MEMINFO, cgroup: Path = _CGROUP) -> int | None:
-    """What this process may take of that: no more than its control group leaves."""
+def available(meminfo: Path = _MEMINFO, cgroup: Path = _CGROUP, own: Path = _OWN_GROUPS) -> int | None:
+    """What this process may take of that: no more than its control groups leave, page cache counted as free there too.
+
+    A checkpoint that has been read is in a group's usage until the kernel needs the room.
+    """
     free = machine_available(meminfo)
-    return None if free is None else min([free, *(max(0, limit - usage) for limit, usage in _limits(cgroup))])
+    return None if free is None else min([free, *(max(0, limit - held) for limit, held in _limits(cgroup, own))])
 
 
-def capacity(meminfo: Path = _MEMINFO, cgroup: Path = _CGROUP) -> int | None:
-    """All memory of the machine, or as much of it as the control group allows."""
+def capacity(meminfo: Path = _MEMINFO, cgroup: Path = _CGROUP, own: Path = _OWN_GROUPS) -> int | None:
+    """All memory of the machine, or as much of it as the control groups allow."""
     total = fields(meminfo).get("MemTotal")
-    return None if total is None else min([total, *(limit for limit, _ in _limits(cgroup))])
+    return None if total is None else min([total, *(limit for limit, _ in _limits(cgroup, own))])
 
 
-def _limits(cgroup: Path) -> list[tuple[int, int]]:
-    """Limit and usage of the control group in bytes; empty where there is no limit."""
+def _limits(cgroup: Path, own: Path) -> list[tuple[int, int]]:
+    """Limit, and what is held and can't be dropped, of each control group that this process is in; empty where there is
+    no limit.
+    """
     found = []
-    for limit, usage in _LIMIT_AND_USAGE:
-        with contextlib.suppress(OSError, ValueError):  # no such version, or "max"
-            found.append((int((cgroup / limit).read_text()), int((cgroup / usage).read_text())))
+    for group, version in _groups(cgroup, own):
+        with contextlib.suppress(OSError, ValueError):  # no such group seen from here, or "max"
+            limit, usage = (int((group / name).read_text()) for name in (version.limit, version.usage))
+            counts = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+            found.append((limit, usage - sum(int(counts.get(name, 0)) for name in version.reclaimable)))
     return found
+
+
+def _groups(cgroup: Path, own: Path) -> Iterator[tuple[Path, _Version]]:
+    """This process's groups, each with those that it lies in: a limit of any of them holds."""
+    try:
+        lines = own.read_text().splitlines()
+    except OSError:
+        return
+    for line in lines:
+        number, controllers, path = line.split(":", 2)
+        if "memory" in controllers.split(","):
+            base, version = cgroup / "memory", _VERSION_1
+        elif number == "0":
+            base, version = cgroup, _VERSION_2
+        else:
+            continue
+        inner = Path(path.lstrip("/"))
+        for group in (inner, *inner.parents):
+            yield base / group, version
 
 
 def fields(file: Path) -> dict[str, int]:

@@ -1,7 +1,8 @@
 """What a model will need, before anything is loaded: from config.json and safetensors headers alone.
 
     facts.py -> what the files and the entry of models.yaml say         needs.py -> the arithmetic of one configuration
-    kv.py, activations.py, workspace.py -> one component each           nearest.py -> what would fit instead
+    devices.py -> which devices the entry names                         nearest.py -> what would fit instead
+    kv.py, activations.py, workspace.py -> one component each
 
 `make_plan` is the first step of every load, and what `halfbyte plan` shows. It measures nothing of
 the model: ledger.py does, after loading.
@@ -114,4 +115,6 @@ def _refusal(plan: Plan, lacking: DevicePlan) -> str:
         f"{lacking.loading_bytes:,}), but {lacking.available_bytes:,} are free"
     )
     offers = " or ".join(in_words(alternative) for alternative in plan.nearest)
-    return sentence + (f"; what would fit: {offers}" if offers else "; no other configuration would fit")
+    return sentence + (
+        f"; what would fit: {offers}" if offers else "; no smaller cache, context, step or format would fit"
+    )

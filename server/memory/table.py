@@ -37,7 +37,7 @@ def print_plan(plan: Plan, console: Console) -> None:
             size, gb, gib = _figures(alternative.peak_bytes)
             console.print(f"  would fit: {in_words(alternative)}: {size} bytes, {gb} GB, {gib} GiB", highlight=False)
         if not plan.nearest:
-            console.print("  no other configuration would", highlight=False)
+            console.print("  no smaller cache, context, step or format would fit", highlight=False)
 
 
 def plan_json(plans: list[Plan]) -> str:

@@ -11,8 +11,8 @@ from collections.abc import Callable
 from typing import overload
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, disable_created_metrics
-from prometheus_client.exposition import choose_encoder
 
+from server.metrics import formats
 from server.metrics.catalog import (
     DEVICE_AVAILABLE,
     DEVICE_CAPACITY,
@@ -53,7 +53,7 @@ class Metrics:
 
     def page(self, accept: str = "") -> tuple[bytes, str]:
         """The page and its content type: OpenMetrics, with exemplars, where the Accept header asks for it."""
-        encode, content_type = choose_encoder(accept)
+        encode, content_type = formats.choose(accept)
         return encode(self.registry), content_type
 
     def watch_machine(self, capacity: Callable[[], int | None], available: Callable[[], int | None]) -> None:

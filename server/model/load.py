@@ -27,7 +27,8 @@ from quant.headers import ADAPTED, read_checkpoint_headers
 from quant.memory import auto_class, read_config
 from quant.quality import GroupReport, measured
 from server.errors import ConfigError, LoadError
-from server.memory.facts import effective_quantization, model_dtype, resolve_device
+from server.memory.devices import main_device, resolve_device
+from server.memory.facts import effective_quantization, model_dtype
 from server.model.mapped import let_go
 from server.records import Batching, ModelInfo, ModelSpec
 
@@ -129,7 +130,7 @@ def load_model(spec: ModelSpec, progress: Progress) -> LoadedModel:
     return LoadedModel(
         model=model.eval().requires_grad_(False),
         dtype=dtype,
-        device=device,
+        device=device if spec.device_map is None else main_device(spec, model.hf_device_map),
         quantization={} if quantization is None else _every_field(quantization),
         offload=offload,
         quality=tuple(meter.groups()),

@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+from server.metrics.catalog import METRICS, PREFIX
+from server.metrics.vllm import ALIASES, VLLM_PREFIX
 from tests.deploy.boards import DASHBOARDS, dashboard, panels, queries, rules, without_threshold
 from tests.deploy.monitored import Prometheus, load, prometheus, server, wait_for
 from tests.tiny_models import save_tiny
@@ -57,7 +59,7 @@ def watched(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Prometheus]:
         for name, architecture, quantization in (("four-bits", "llama", "nf4-dq"), ("eight-bits", "gpt2", "int8"))
     ]
     with (
-        server(models, directory, max_queued_requests=4) as running,
+        server(models, directory, max_queued_requests=4, vllm_metrics=True) as running,
         prometheus(running, directory) as scraper,
         load(running, [str(model["name"]) for model in models], longest=CONTEXT),
     ):
@@ -110,6 +112,23 @@ def test_the_load_reaches_what_it_is_for(watched: Prometheus) -> None:
         return not missing
 
     wait_for(look, "always 0", lambda: missing)
+
+
+def test_prometheus_gets_every_metric_of_the_list_and_each_of_vllms_names(watched: Prometheus) -> None:
+    """In the format that Prometheus chooses; a histogram by its count."""
+    missing = {
+        prefix + name + ("_total" if spec.kind == "counter" else "_count" if spec.kind == "histogram" else "")
+        for prefix, name, spec in (
+            *((PREFIX, spec.name, spec) for spec in METRICS),
+            *((VLLM_PREFIX, alias.name, alias.spec) for alias in ALIASES),
+        )
+    }
+
+    def look() -> bool:
+        missing.difference_update([name for name in missing if watched.query(name)])
+        return not missing
+
+    wait_for(look, "no series", lambda: missing)
 
 
 def test_prometheus_evaluates_every_rule(watched: Prometheus) -> None:

@@ -21,6 +21,7 @@ from pydantic import SecretStr
 from server.api.fleet import Fleet
 from server.config import ModelConfig, ServerConfig
 from server.errors import EngineUnavailableError
+from server.memory import machine
 from server.metrics import Metrics
 from tests.server.conftest import RunningApp, ServeScript, wait_for
 from tests.server.scripted_engine import command
@@ -451,3 +452,31 @@ def test_without_the_setting_nothing_is_evicted(serve_scripts: ServeScript, mode
     with serve_scripts({"first": plan(60)}, **SETTINGS) as running:
         assert load(running, entry(model_path, **plan(41))).status_code == 507
         assert served(running) == {"first": "ready"}
+
+
+@pytest.mark.parametrize("evict_idle", [False, True])
+def test_no_process_is_started_without_room_for_it(
+    serve_scripts: ServeScript, model_path: Path, monkeypatch: pytest.MonkeyPatch, evict_idle: bool
+) -> None:
+    """What an engine takes to find out whether its model fits may be what others serve with."""
+    script = plan(20) | {"step_seconds": 0.01, "max_model_len": 100_000}
+    with serve_scripts({"first": script}, evict_idle=evict_idle, **SETTINGS) as running:
+        models = running.service.models
+        monkeypatch.setattr(machine, "available", lambda: 1000 if "first" in models else 2**40)
+        with in_background(complete, running, model="first", max_tokens=90_000, timeout=20) as busy:
+            wait_for(lambda: models["first"].client.open_work.tokens)
+            refused = load(running, entry(model_path, **plan(20)))
+            running.call(lambda: models["first"].client.end_requests("enough"))
+            assert busy.result().status_code == 503
+        assert refused.status_code == 507
+        error = refused.json()["error"]
+        assert (error["device"], error["available_bytes"]) == ("cpu", 1000)
+        assert error["needed_bytes"] > 2**20
+        assert f"takes {error['needed_bytes']:,} bytes on cpu before anything of the model" in error["message"]
+        with admin_of(running) as client:
+            answer = client.post("/admin/plan", json=entry(model_path))
+        assert answer.status_code == 507, "neither is one that only plans"
+        assert answer.json()["error"]["needed_bytes"] == error["needed_bytes"]
+        answer = load(running, entry(model_path, **plan(20)))
+        assert answer.status_code == (201 if evict_idle else 507)
+        assert served(running) == ({"second": "ready"} if evict_idle else {"first": "ready"})

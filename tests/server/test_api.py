@@ -8,6 +8,7 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import ExitStack
 from typing import Any
 
 import httpx
@@ -551,12 +552,17 @@ def test_a_full_queue_is_429_with_a_computed_retry_after(serve_scripts: ServeScr
         assert complete(running).status_code == 200
 
 
-def test_retry_after_follows_the_pace() -> None:
+@pytest.mark.parametrize("idle_seconds", [0, 86400])
+def test_retry_after_follows_how_long_places_are_held(idle_seconds: int) -> None:
+    """Ten requests at a time, of 30 seconds each: one place every three seconds, however long nobody asked before."""
     now = 0.0
     admission = Admission("m", 10, clock=lambda: now)
-    for _ in range(20):  # one request ends every 3 seconds
-        with admission.enter():
-            now += 3
+    for _ in range(3):
+        with ExitStack() as held:
+            for _ in range(10):
+                held.enter_context(admission.enter())
+            now += 30
+    now += idle_seconds
     with admission.enter(10):
         with pytest.raises(OverloadedError) as one:
             admission.enter(1).__enter__()
@@ -564,7 +570,20 @@ def test_retry_after_follows_the_pace() -> None:
             admission.enter(4).__enter__()
     assert one.value.retry_after == 3
     assert four.value.retry_after == 12
+    assert "accepts at most 10; try again in 12 s" in str(four.value)
     assert admission.open == 0
+
+
+def test_retry_after_is_a_second_before_anything_has_ended_and_never_more_than_ten_minutes() -> None:
+    now = 0.0
+    admission = Admission("m", 1, clock=lambda: now)
+    with admission.enter(), pytest.raises(OverloadedError) as first:
+        admission.enter().__enter__()
+    with admission.enter():
+        now += 1e6
+    with admission.enter(), pytest.raises(OverloadedError) as later:
+        admission.enter().__enter__()
+    assert (first.value.retry_after, later.value.retry_after) == (1, 600)
 
 
 KEY = "secret-key-1"

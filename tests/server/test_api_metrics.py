@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import httpx
 import pytest
 from prometheus_client.openmetrics import parser as openmetrics
@@ -13,6 +15,23 @@ from tests.server.conftest import RunningApp, ServeScript, wait_for
 TRACE = "4bf92f3577b34da6a3ce929d0e0e4736"
 SPAN = "00f067aa0ba902b7"
 OPENMETRICS = "application/openmetrics-text; version=1.0.0; charset=utf-8"
+PLAIN = "text/plain; version=0.0.4; charset=utf-8"
+PROMETHEUS_2 = (
+    "application/openmetrics-text;version=1.0.0,application/openmetrics-text;version=0.0.1;q=0.75,"
+    "text/plain;version=0.0.4;q=0.5,*/*;q=0.1"
+)
+PROMETHEUS_3 = (
+    "application/openmetrics-text;version=1.0.0;escaping=allow-utf-8;q=0.6,"
+    "application/openmetrics-text;version=0.0.1;q=0.5,text/plain;version=1.0.0;escaping=allow-utf-8;q=0.4,"
+    "text/plain;version=0.0.4;q=0.3,*/*;q=0.2"
+)
+"""What Prometheus sends, by its major version."""
+
+
+@pytest.fixture(scope="module")
+def with_vllms_names(serve_scripts: ServeScript) -> Iterator[RunningApp]:
+    with serve_scripts({"echo": {}}, vllm_metrics=True) as running:
+        yield running
 
 
 def complete(running: RunningApp, **headers: str) -> None:
@@ -24,19 +43,36 @@ def complete(running: RunningApp, **headers: str) -> None:
 @pytest.mark.parametrize(
     ("accept", "content_type"),
     [
-        ("", "text/plain; version=0.0.4; charset=utf-8"),
-        ("*/*", "text/plain; version=0.0.4; charset=utf-8"),
+        ("", PLAIN),
+        ("*/*", PLAIN),
         ("application/openmetrics-text;version=1.0.0;q=0.5,text/plain;version=0.0.4;q=0.3", OPENMETRICS),
+        ("application/openmetrics-text", OPENMETRICS),
+        ('text/plain , Application/OpenMetrics-Text ; Version="1.0.0"', OPENMETRICS),
+        (PROMETHEUS_2, OPENMETRICS),
+        (PROMETHEUS_3, OPENMETRICS),
+        ("application/openmetrics-text;version=1.0.0;escaping=dots", OPENMETRICS),
+        ("application/openmetrics-text;q=0.5,text/plain", PLAIN),
+        ("application/openmetrics-text;q=0", PLAIN),
+        ("application/openmetrics-text;q=often", PLAIN),
+        ("application/openmetrics-text;version=9.9.9", PLAIN),
+        ("application/openmetrics-text;version=first", PLAIN),
+        ("application/json", PLAIN),
+        ("text/plain;version=x.y", PLAIN),
+        (";=,;;,=", PLAIN),
     ],
 )
-def test_the_format_follows_the_accept_header(echo: RunningApp, accept: str, content_type: str) -> None:
-    with echo.client() as client:
+def test_the_format_follows_the_accept_header(with_vllms_names: RunningApp, accept: str, content_type: str) -> None:
+    """Whichever it is, every name is whole, vLLM's with their colon among them."""
+    with with_vllms_names.client() as client:
         response = client.get("/metrics", headers={"Accept": accept})
-    assert response.headers["Content-Type"].startswith(content_type)
+    assert response.status_code == 200
+    assert response.headers["Content-Type"] == content_type
     parse = (
         openmetrics.text_string_to_metric_families if "openmetrics" in content_type else text_string_to_metric_families
     )
-    assert "halfbyte_requests" in {family.name for family in parse(response.text)}
+    families = {family.name: family for family in parse(response.text)}
+    assert "halfbyte_requests" in families
+    assert [sample.labels["model_name"] for sample in families["vllm:num_requests_running"].samples] == ["echo"]
 
 
 def test_a_sampled_trace_becomes_an_exemplar(serve_scripts: ServeScript) -> None:
@@ -113,9 +149,10 @@ def test_times_count_from_the_request_and_tokens_from_their_step(serve_scripts: 
         assert running.metric("request_duration_seconds_sum", model="echo") >= first + 2 * per_token
 
 
-def test_vllms_names_are_there_when_asked_for(serve_scripts: ServeScript, echo: RunningApp) -> None:
-    with serve_scripts({"echo": {}}, vllm_metrics=True) as running, running.client() as client:
-        assert 'vllm:num_requests_running{engine="0",model_name="echo"}' in client.get("/metrics").text
+def test_vllms_names_are_there_when_asked_for(with_vllms_names: RunningApp, echo: RunningApp) -> None:
+    for accept in (PLAIN, PROMETHEUS_3):
+        with with_vllms_names.client(headers={"Accept": accept}) as client:
+            assert 'vllm:num_requests_running{engine="0",model_name="echo"}' in client.get("/metrics").text
     with echo.client() as client:
         assert "vllm:" not in client.get("/metrics").text
 

@@ -11,30 +11,74 @@ from server.memory import machine
 KIB = 1024
 
 
+Files = tuple[Path, Path, Path]
+
+
 @pytest.fixture
-def files(tmp_path: Path) -> tuple[Path, Path]:
-    """What stands in for /proc/meminfo and /sys/fs/cgroup: 1000 KiB, 600 of them free, and no control group."""
-    meminfo = tmp_path / "meminfo"
+def files(tmp_path: Path) -> Files:
+    """What stands in for /proc/meminfo, /sys/fs/cgroup and /proc/self/cgroup: 1000 KiB, 600 free, no control group."""
+    meminfo, own = tmp_path / "meminfo", tmp_path / "own"
     meminfo.write_text("MemTotal:       1000 kB\nMemFree:  1 kB\nMemAvailable:    600 kB\n")
-    (tmp_path / "memory").mkdir()
-    return meminfo, tmp_path
+    own.write_text("0::/\n")
+    return meminfo, tmp_path / "cgroup", own
 
 
-def test_without_a_limit_it_is_the_machines(files: tuple[Path, Path]) -> None:
+def limit(files: Files, place: str, limit: object, usage: int, cache: int = 0) -> None:
+    """A control group; `place` below "memory" is of version 1."""
+    group = files[1] / place
+    group.mkdir(parents=True, exist_ok=True)
+    is_first = place.split("/")[0] == "memory"
+    names = ("memory.limit_in_bytes", "memory.usage_in_bytes") if is_first else ("memory.max", "memory.current")
+    for name, value in zip(names, (limit, usage), strict=True):
+        (group / name).write_text(f"{value}\n")
+    prefix = "total_" if is_first else ""
+    (group / "memory.stat").write_text(
+        f"anon {usage - cache}\n{prefix}inactive_file {cache - cache // 4}\n{prefix}active_file {cache // 4}\n"
+    )
+
+
+def test_without_a_limit_it_is_the_machines(files: Files) -> None:
     assert (machine.capacity(*files), machine.available(*files)) == (1000 * KIB, 600 * KIB)
-    (files[1] / "memory.max").write_text("max\n")
-    (files[1] / "memory.current").write_text("5\n")
+    limit(files, ".", "max", 5)
+    assert (machine.capacity(*files), machine.available(*files)) == (1000 * KIB, 600 * KIB)
+    files[2].unlink()
     assert (machine.capacity(*files), machine.available(*files)) == (1000 * KIB, 600 * KIB)
 
 
 @pytest.mark.parametrize(("usage", "left"), [(100_000, 200_000), (400_000, 0)])
-@pytest.mark.parametrize("version", machine._LIMIT_AND_USAGE)
-def test_a_control_group_allows_less(files: tuple[Path, Path], version: tuple[str, str], usage: int, left: int) -> None:
-    (files[1] / version[0]).write_text("300000\n")
-    (files[1] / version[1]).write_text(f"{usage}\n")
+@pytest.mark.parametrize(("place", "own"), [(".", "0::/"), ("memory", "7:cpu:/x\n4:memory:/\n0::/")])
+def test_a_control_group_allows_less(files: Files, place: str, own: str, usage: int, left: int) -> None:
+    files[2].write_text(own)
+    limit(files, place, 300_000, usage)
     assert (machine.capacity(*files), machine.available(*files)) == (300_000, left)
 
 
-def test_a_machine_that_does_not_say(files: tuple[Path, Path]) -> None:
+@pytest.mark.parametrize(("place", "own"), [(".", "0::/"), ("memory", "4:memory:/")])
+def test_page_cache_of_a_control_group_is_as_good_as_free(files: Files, place: str, own: str) -> None:
+    """Else a checkpoint that has been read once would keep its engine from starting again."""
+    files[2].write_text(own)
+    limit(files, place, 300_000, 290_000, cache=240_000)
+    assert machine.available(*files) == 250_000
+
+
+@pytest.mark.parametrize(
+    ("base", "own"), [("", "0::/system.slice/halfbyte"), ("memory/", "4:memory:/system.slice/halfbyte")]
+)
+def test_a_limit_of_any_group_that_the_process_lies_in_holds(files: Files, base: str, own: str) -> None:
+    files[2].write_text(own)
+    limit(files, f"{base}system.slice/halfbyte", 400_000, 100_000)
+    limit(files, f"{base}system.slice", 500_000, 300_000)
+    limit(files, f"{base}system.slice/other", 7, 7)
+    assert (machine.capacity(*files), machine.available(*files)) == (400_000, 200_000)
+
+
+def test_a_group_that_is_not_seen_from_here_does_not_count(files: Files) -> None:
+    """As in a container that has the path of the machine, and of the files those of its own group."""
+    files[2].write_text("4:memory:/docker/0123\n0::/../elsewhere\n")
+    limit(files, "memory", 300_000, 100_000)
+    assert (machine.capacity(*files), machine.available(*files)) == (300_000, 200_000)
+
+
+def test_a_machine_that_does_not_say(files: Files) -> None:
     files[0].unlink()
     assert (machine.capacity(*files), machine.available(*files)) == (None, None)

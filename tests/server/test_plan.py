@@ -14,7 +14,7 @@ from rich.console import Console
 
 from quant.errors import CheckpointError, QuantConfigError
 from server.errors import ConfigError, DoesNotFitError
-from server.memory import ledger, plan, table
+from server.memory import devices, ledger, plan, table
 from server.memory.activations import activation_bytes
 from server.memory.components import exact
 from server.memory.facts import read_facts
@@ -253,7 +253,7 @@ def test_a_format_is_offered_where_less_is_not_enough(path: str) -> None:
     (offer,) = planned(path, needs.devices[0].peak_bytes).nearest
     assert offer.changes == {"quantization": "int8"} | {key: least[key] for key in offer.changes if key in least}
     assert planned(path, 1000).nearest == ()
-    with pytest.raises(DoesNotFitError, match="no other configuration"):
+    with pytest.raises(DoesNotFitError, match="no smaller cache, context, step or format would fit"):
         plan.require_fit(planned(path, 1000))
 
 
@@ -288,7 +288,6 @@ def test_offers_in_words() -> None:
         ({"max_model_len": 100, "kv_cache_tokens": 99}, ConfigError, "too few"),
         ({"dtype": "int4"}, ConfigError, "int4"),
         ({"device": "tpu"}, ConfigError, "tpu"),
-        ({"batch_invariant": True, "device_map": {"": 0}}, ConfigError, "batch_invariant is true, and the device is"),
         ({"batch_invariant": True, "quantization": BY_BATCH}, ConfigError, "accepted are value and all"),
         (
             {
@@ -298,7 +297,21 @@ def test_offers_in_words() -> None:
             ConfigError,
             "accepted are value and all",
         ),
+        ({"device": "cuda:77"}, ConfigError, "device is 'cuda:77', but .* here; use "),
         ({"device_map": "everywhere"}, ConfigError, "everywhere"),
+        ({"device_map": "disk"}, ConfigError, "device_map is 'disk'; accepted are auto, "),
+        ({"device_map": "cuda:77"}, ConfigError, "device_map is 'cuda:77'; accepted are auto, "),
+        ({"device_map": {"": 77}}, ConfigError, "all that it does not name on 77; here are cpu, "),
+        ({"device_map": {"": -1}}, ConfigError, "on -1; here are cpu, "),
+        ({"device_map": {"": "cpu", "lm_head": "meta"}}, ConfigError, "puts 'lm_head' on 'meta'; here are cpu, "),
+        ({"device_map": {"": "cpu", "no.such": "disk"}}, ConfigError, "'no.such', which LlamaForCausalLM does not"),
+        ({"device_map": {"model.layers": "cpu"}}, ConfigError, "where 'model.embed_tokens.weight' goes"),
+        ({"device_map": {}}, ConfigError, "does not say where"),
+        (
+            {"device_map": {"": "cpu", "model.norm": "disk"}, "quantization": "nf4"},
+            QuantConfigError,
+            "fp32_cpu_offload",
+        ),
         ({"quantization": "nf5"}, QuantConfigError, "nf5"),
         ({"path": "/nowhere"}, CheckpointError, "config.json"),
     ],
@@ -317,9 +330,28 @@ def test_device_maps_of_one_device_change_nothing(path: str, device_map: Any, qu
     assert planned(path, device_map=device_map, quantization=quantization) == planned(path, quantization=quantization)
 
 
-def test_two_accelerators_are_planned_apart(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each has its layers' weights and cache; the process lives on the CPU, where one layer waits in float32."""
+@pytest.fixture
+def two_accelerators(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Seen by the plan alone."""
+    monkeypatch.setattr(devices, "known_devices", lambda: ["cpu", "cuda:0", "cuda:1"])
     monkeypatch.setattr(plan, "free_bytes", lambda device: GIB)
+
+
+@pytest.mark.usefixtures("two_accelerators")
+def test_the_first_device_of_a_map_is_the_main_one(path: str) -> None:
+    for device_map, main in {"cuda:1": "cuda:1", "cuda": "cuda:0", "cpu": "cpu"}.items():
+        assert planned(path, device_map=device_map).device == planned(path, device_map={"": device_map}).device == main
+    assert planned(path, device="cuda:1").device == "cuda:1"
+    assert planned(path).device == "cuda:0"
+    with pytest.raises(ConfigError, match="device is 'cuda:2', but that is not here; use auto, cpu, cuda:0, cuda:1"):
+        planned(path, device="cuda:2")
+    with pytest.raises(ConfigError, match="batch_invariant is true, and the device is 'cuda:0'"):
+        planned(path, device_map={"": 0}, batch_invariant=True)
+
+
+@pytest.mark.usefixtures("two_accelerators")
+def test_two_accelerators_are_planned_apart(path: str) -> None:
+    """Each has its layers' weights and cache; the process lives on the CPU, where one layer waits in float32."""
     spread = {"": 0, "model.layers.1": 1}
     made = planned(path, device_map=spread, kv_cache_tokens=512)
     first, second, host = made.devices
@@ -336,6 +368,7 @@ def test_two_accelerators_are_planned_apart(path: str, monkeypatch: pytest.Monke
     assert main.components["kv_cache"] == 512 * KV_PER_TOKEN
 
 
+@pytest.mark.usefixtures("two_accelerators")
 def test_the_first_device_that_lacks_room_is_named(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(plan, "free_bytes", lambda device: 1000 if device == "cuda:1" else GIB)
     made = planned(path, device_map={"": 0, "model.layers.1": 1})

@@ -9,6 +9,7 @@ from collections.abc import Awaitable, Callable
 from itertools import combinations
 from pathlib import Path
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -58,6 +59,30 @@ def test_turns_come_in_the_order_of_the_starts_and_see_what_was_promised_before(
         assert room.promised_bytes() == {CPU: 55, GPU: 9}
 
     run(test)
+
+
+def test_a_process_is_not_started_without_room_for_what_others_took_to_plan() -> None:
+    room = Room()
+    first, second, third, fourth = (room.claim(name) for name in ("first", "second", "third", "fourth"))
+    assert first.enter(0) is None, "nobody knows yet"
+    assert first.promised == {}
+    first.begin(os.getpid())
+    first.planned(Planned({GPU: 5}, {GPU: 5}))
+    size = room.process_bytes
+    held = anonymous_bytes(os.getpid())
+    assert held is not None
+    assert size == pytest.approx(held, rel=0.1)
+    assert second.enter(size) is None
+    assert room.promised_bytes() == {CPU: size, GPU: 5}
+    assert third.enter(2 * size - 1) == Shortage(CPU, size, size - 1), "the second is about to take as much"
+    assert third.promised == {}
+    assert second.enter(size) is None, "its own promise is not another's"
+    assert third.enter(2 * size) is None
+    assert fourth.enter(size) == Shortage(CPU, size, 0)
+    assert room.process_shortage(3 * size) is None
+    assert room.process_shortage(3 * size - 1) == Shortage(CPU, size, size - 1)
+    second.drop()
+    assert fourth.enter(2 * size) is None
 
 
 def test_whoever_ends_leaves_the_line_and_keeps_its_promise_until_it_is_dropped() -> None:
