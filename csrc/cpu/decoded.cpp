@@ -1,7 +1,7 @@
 // Products with decoded weights: chooses the way to multiply, lays out its workspace and cuts the work. vectors.cpp and
 // tiled.cpp multiply.
 //
-// Rows of x are taken in waves, and a wave in passes of up to kRowsPerPass rows that meet the same weights: those of
+// Rows of x are taken in waves, and a wave in passes of some rows, evenly many, that meet the same weights: those of
 // one expert, or of all rows where there are none. A wave is loaded, then multiplied, all of its passes and calls in
 // one region of threads:
 //
@@ -40,6 +40,17 @@ const DecodedWay& way_for(const DecodedCall& call, int64_t rows) {
     return kOnVectors;
 }
 
+// The most that a pass has.
+int64_t most_rows(const DecodedCall& call) {
+    return way_for(call, kRowsPerPass).most_rows(call);
+}
+
+// What the next pass takes of so many.
+int64_t rows_of_pass(const DecodedCall& call, int64_t left) {
+    const int64_t passes = ceil_div(left, most_rows(call));
+    return std::min(left, round_up(ceil_div(left, passes), 32));
+}
+
 struct Pass {
     int64_t expert;
     const DecodedWay* way;
@@ -52,7 +63,7 @@ class Passes {
   public:
     explicit Passes(const DecodedCalls& calls) : calls_(calls) { step_to_rows(); }
     bool is_done() const { return expert_ == calls_.experts; }
-    int64_t next_count() const { return std::min(end() - first_, kRowsPerPass); }
+    int64_t next_count() const { return rows_of_pass(calls_.at[0], end() - first_); }
     const DecodedWay& next_way() const { return way_for(calls_.at[0], next_count()); }
     int64_t next_x_bytes() const { return next_way().x_bytes(calls_.at[0], next_count()); }
     Pass take() {
@@ -74,7 +85,7 @@ class Passes {
 };
 
 int64_t rows_per_wave(const DecodedCalls& calls) {
-    return std::min(calls.at[0].M, calls.ends == nullptr ? kRowsPerPass : kRowsPerWave);
+    return std::min(calls.at[0].M, calls.ends == nullptr ? most_rows(calls.at[0]) : kRowsPerWave);
 }
 
 // The ways that passes of a call may go: that of many rows, and that of few.
@@ -102,7 +113,7 @@ void advance(const void*& pointer, int64_t bytes) {
 
 // Of one thread, enough for each of the calls.
 int64_t scratch_bytes_of(const DecodedCalls& calls) {
-    const int64_t rows = std::min(calls.at[0].M, kRowsPerPass);
+    const int64_t rows = std::min(calls.at[0].M, most_rows(calls.at[0]));
     int64_t most = 0;
     for (int64_t i = 0; i < calls.count; ++i) {
         const DecodedCall& call = calls.at[i];

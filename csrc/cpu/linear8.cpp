@@ -1,6 +1,6 @@
 // LLM.int8(): out = x * W^T + bias with W in int8.
 //
-// Up to kRowsPerPass rows of x at a time: each is split into outliers (a mask of their columns) and ordinary values
+// Some rows of x at a time: each is split into outliers (a mask of their columns) and ordinary values
 // (rounded to int8 against the largest of them); then every weight row meets every x row. This file chooses the
 // variant, lays out the workspace and cuts the work; linear8_kernel.h computes. Every variant gives the same bits.
 #include "linear8.h"
@@ -31,6 +31,10 @@ const Kernels8& kernels_for(const hb_linear8_args& a) {
     return kLinear8Baseline;
 }
 
+int64_t rows_per_pass(const hb_linear8_args& a) {
+    return std::min(a.M, kernels_for(a).interleave == nullptr ? kRowsPerPass : rows_in_cache(a.K, kRowsPerPass));
+}
+
 // The parts of the workspace, in bytes from its start; each is a multiple of 64.
 struct Layout {
     int64_t rows;     // per pass
@@ -41,7 +45,7 @@ struct Layout {
     int64_t absmax_at, counts_at, outliers_at, any_at, batch_at, values_at, tiles_at, run_at, run_bytes, end;
 
     Layout(const hb_linear8_args& a, int64_t columns)
-        : rows(a.M < kRowsPerPass ? a.M : kRowsPerPass),
+        : rows(rows_per_pass(a)),
           // Rows an odd number of cache lines apart: a power of two would put all of them into the same few lines.
           stride((ceil_div(a.K, 64) | 1) * 64),
           words(ceil_div(a.K, kWord)),
@@ -120,8 +124,8 @@ void run_int8(const hb_linear8_args* items, int64_t count, const Layout& layout)
     Job8 job = shared_job(first, layout);
     int64_t tiles = 0;
     for (int64_t i = 0; i < count; ++i) tiles += ceil_div(items[i].N, kTileColumns);
-    for (job.first_row = 0; job.first_row < first.M; job.first_row += kRowsPerPass) {
-        job.rows = std::min(first.M - job.first_row, kRowsPerPass);
+    for (job.first_row = 0; job.first_row < first.M; job.first_row += layout.rows) {
+        job.rows = std::min(first.M - job.first_row, layout.rows);
         const int64_t row_threads = threads_for(layout.threads, job.rows * first.K);
         split_rows(job, layout, row_threads);
         if (kernels_for(first).interleave != nullptr) interleave_rows(job, row_threads);

@@ -79,7 +79,7 @@ struct Tiled8 : Linear8<Isa> {
         // The next stretch, in the order in which they are multiplied.
         Fetching fetching(const Stretch& at, int64_t steps) const {
             const int64_t K = job.args->K;
-            const bool is_last = at.piece + 1 == job.blocks.pieces();
+            const bool is_last = at.piece + 1 >= job.blocks.pieces();
             const int64_t n = is_last ? at.n + at.rows : at.n, piece = is_last ? 0 : at.piece + 1;
             const char* const codes = reinterpret_cast<const char*>(job.args->codes) + n * K + piece * kStretchBytes;
             return {codes, at.rows, K, job.blocks.piece_bytes(piece), steps};

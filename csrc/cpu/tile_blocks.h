@@ -12,9 +12,9 @@ constexpr int64_t kTileRows = 16;
 constexpr int64_t kTileRowBytes = 64;
 constexpr int64_t kStretchBytes = 512;
 constexpr int64_t kRowStride = kStretchBytes + 64;  // from a row of a panel to the next: an odd number of cache lines
-constexpr int64_t kFewPanelRows = 32;               // weight rows whose panel stays in the first cache
-constexpr int64_t kMostPanelRows = 256;             // and in the second
-constexpr int64_t kCachedBytes = 3 << 19;           // of x, that stay in the second cache
+constexpr int64_t kPanelRows = 32;                  // weight rows whose stretch stays in the first cache
+constexpr int64_t kCachedBytes = 3 << 19;           // of x, that stay in the second: all of it passes by each panel
+constexpr int64_t kFewestRows = 64;                 // of x, that are worth decoding a panel for
 constexpr int64_t kUnitBytes = 4;
 
 // How some rows of x are kept for tiles.
@@ -40,13 +40,16 @@ struct TileBlocks {
     }
     // Few rows of x have all their sums in tiles from the first stretch to the last.
     HB_INLINE bool keeps_sums() const { return blocks <= 2; }
-    // All of x passes by each panel. Where it does not stay in the second cache, it shall pass by few of them.
-    HB_INLINE int64_t panel_rows() const {
-        return keeps_sums() || x_bytes() <= kCachedBytes ? kFewPanelRows : kMostPanelRows;
-    }
-    HB_INLINE int64_t panel_bytes() const { return panel_rows() * kRowStride; }
-    HB_INLINE int64_t sums() const { return panel_rows() * blocks * columns; }  // of four bytes each
+    HB_INLINE int64_t panel_bytes() const { return kPanelRows * kRowStride; }
+    HB_INLINE int64_t sums() const { return kPanelRows * blocks * columns; }  // of four bytes each
 };
+
+// How many rows of so many bytes are best multiplied together, up to `most`; whole pairs of blocks.
+HB_INLINE int64_t rows_in_cache(int64_t row_bytes, int64_t most) {
+    constexpr int64_t kPair = 2 * kTileRows;
+    const int64_t fitting = row_bytes == 0 ? most : kCachedBytes / row_bytes / kPair * kPair;
+    return fitting < kFewestRows ? kFewestRows : fitting < most ? fitting : most;
+}
 
 // A stretch of some weight rows, as many as a panel holds.
 struct Stretch {

@@ -11,7 +11,8 @@
 // row: then 32 weight rows and 32 rows of x fit into the first cache together. Between stretches the sums of more rows
 // wait in memory as they are, so the order in which they are added up depends on nothing but the length of a row.
 //
-// A panel is filled, then multiplied: between products, stores of the next one cost several times what they do alone.
+// A panel is 32 weight rows: it is filled, then multiplied with x, of which so many rows are taken at a time as stay in
+// the second cache. Filling the next one between the products cost several times what it does alone.
 #pragma once
 
 #include <stdint.h>
@@ -74,7 +75,7 @@ class Fetching {
           stride_(stride),
           row_lines_((bytes + 63) / 64),
           lines_(at == nullptr ? 0 : rows * row_lines_),
-          step_((lines_ + steps - 1) / steps) {}
+          step_(steps == 0 ? 0 : (lines_ + steps - 1) / steps) {}
     HB_INLINE void step() {
         for (int64_t end = done_ + step_ < lines_ ? done_ + step_ : lines_; done_ < end; ++done_) {
             __builtin_prefetch(at_ + 64 * line_, 0, 2);
@@ -111,8 +112,8 @@ struct TileProduct {
     static HB_NOINLINE void multiply(const Rows& rows, const char* x, int64_t x_block, int64_t columns, int64_t bytes,
                                      const Sums& sums, Fetching& fetching) {
         Fetching fetch = fetching;  // in registers: the compiler takes tiles to change all memory
-        const int64_t unit_row = columns * kUnitBytes, tile = kTileRows * unit_row;
-        const char *first = rows.at, *second = rows.at + kTileRows * rows.stride;
+        const int64_t unit_row = columns * kUnitBytes, tile = kTileRows * unit_row, stride = rows.stride;
+        const char *first = rows.at, *second = first + kTileRows * stride;
         if (sums.is_new) {
             Tiles::template zero<0>();
             if constexpr (Xs == 2) Tiles::template zero<1>();
@@ -125,7 +126,7 @@ struct TileProduct {
             if constexpr (Weights == 2 && Xs == 2) Tiles::template load<3>(sums.at + sums.row + tile, unit_row);
         }
         for (const char* const end = first + bytes; first < end; first += kTileRowBytes, x += tile) {
-            Tiles::template load<4>(first, rows.stride);
+            Tiles::template load<4>(first, stride);
             Tiles::template load<6>(x, unit_row);
             Isa::template dot<0, 4, 6>();
             if constexpr (Xs == 2) {
@@ -133,7 +134,7 @@ struct TileProduct {
                 Isa::template dot<1, 4, 7>();
             }
             if constexpr (Weights == 2) {
-                Tiles::template load<5>(second, rows.stride);
+                Tiles::template load<5>(second, stride);
                 second += kTileRowBytes;
                 Isa::template dot<2, 5, 6>();
             }
@@ -148,21 +149,16 @@ struct TileProduct {
         if constexpr (Weights == 2 && Xs == 2) Tiles::template store<3>(sums.at + sums.row + tile, unit_row);
     }
 
-    // A stretch of weight rows against all blocks of x -> sums[tile of weight rows][block].
+    // A stretch of a panel against all blocks of x -> sums[tile of weight rows][block].
     static void multiply_all(const TileBlocks& blocks, const Rows& rows, const Stretch& stretch, const char* x,
                              Sums sums, Fetching& fetching) {
         const int64_t columns = blocks.columns, tile = kTileRows * columns * kUnitBytes;
         const int64_t bytes = blocks.piece_bytes(stretch.piece), x_block = blocks.at(1, 0);
-        char* const first = sums.at;
-        for (int64_t b = 0; b < blocks.blocks; b += 2) {
-            const char* const some = x + blocks.at(b, stretch.piece);
-            for (int64_t row = 0; row < stretch.rows; row += 2 * kTileRows) {
-                const auto pick = stretch.rows - row > kTileRows
-                                      ? (blocks.blocks - b > 1 ? multiply<2, 2> : multiply<2, 1>)
-                                      : (blocks.blocks - b > 1 ? multiply<1, 2> : multiply<1, 1>);
-                sums.at = first + row / kTileRows * sums.row + b * tile;
-                pick({rows.at + row * rows.stride, rows.stride}, some, x_block, columns, bytes, sums, fetching);
-            }
+        const bool is_whole = stretch.rows > kTileRows;
+        for (int64_t b = 0; b < blocks.blocks; b += 2, sums.at += 2 * tile) {
+            const auto pick = is_whole ? (blocks.blocks - b > 1 ? multiply<2, 2> : multiply<2, 1>)
+                                       : (blocks.blocks - b > 1 ? multiply<1, 2> : multiply<1, 1>);
+            pick(rows, x + blocks.at(b, stretch.piece), x_block, columns, bytes, sums, fetching);
         }
     }
 
@@ -175,10 +171,10 @@ struct TileProduct {
                     Work& work) {
         const int64_t sums_row = blocks.blocks * kTileRows * blocks.columns * kUnitBytes;
         const bool keeps = blocks.keeps_sums();
-        const int64_t panel_rows = even_panel(last - first, blocks.panel_rows());
-        for (int64_t n = first; n < last; n += panel_rows) {
-            const int64_t rows = last - n < panel_rows ? last - n : panel_rows;
-            for (int64_t piece = 0; piece < blocks.pieces(); ++piece) {
+        for (int64_t n = first; n < last; n += kPanelRows) {
+            const int64_t rows = last - n < kPanelRows ? last - n : kPanelRows;
+            int64_t piece = 0;
+            do {  // once where rows are empty: their sums are zeros
                 const Stretch now = {n, rows, piece};
                 const char* const where = work.where(now);
                 if (where == nullptr) {
@@ -186,21 +182,16 @@ struct TileProduct {
                     fill_up(rows, panel);
                 }
                 const bool is_wanted = work.is_wanted(piece);
-                const int64_t calls = (blocks.blocks + 1) / 2 * ((rows + 2 * kTileRows - 1) / (2 * kTileRows));
-                Fetching fetching = work.fetching(now, calls * (blocks.piece_bytes(piece) / kTileRowBytes));
+                const int64_t steps = (blocks.blocks + 1) / 2 * (blocks.piece_bytes(piece) / kTileRowBytes);
+                Fetching fetching = work.fetching(now, steps);
                 multiply_all(blocks, where == nullptr ? Rows{panel, kRowStride} : Rows{where, work.stride()}, now, x,
                              Sums{sums, sums_row, work.is_new(piece), !keeps, !keeps || is_wanted}, fetching);
                 if (is_wanted) work.take(now, sums);
-            }
+            } while (++piece < blocks.pieces());
         }
     }
 
   private:
-    // So that none of the panels is a small one: x passes by it as by the others.
-    static int64_t even_panel(int64_t rows, int64_t most) {
-        const int64_t panels = (rows + most - 1) / most, even = panels == 0 ? 0 : (rows + panels - 1) / panels;
-        return (even + kFewPanelRows - 1) / kFewPanelRows * kFewPanelRows;
-    }
     // Zeros behind the rows of a panel up to a whole tile.
     static void fill_up(int64_t rows, char* panel) {
         const int64_t missing = (kTileRows - rows % kTileRows) % kTileRows;

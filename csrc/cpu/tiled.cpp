@@ -12,7 +12,7 @@ TiledScratch::TiledScratch(const TileBlocks& blocks, const DecodedCall& call)
     : panel(blocks.panel_bytes()), sums(round_up(blocks.sums() * kUnitBytes, 64)) {
     const int64_t blocksize = std::max<int64_t>(call.weight.blocksize, 1);
     const bool is_nested = call.weight.absmax.nested_absmax != nullptr;
-    const int64_t most = is_nested ? blocks.panel_rows() * call.K / blocksize + 2 : 0;
+    const int64_t most = is_nested ? kPanelRows * call.K / blocksize + 2 : 0;
     absmax = round_up(most * int64_t{sizeof(float)}, 64);
 }
 
@@ -24,9 +24,17 @@ const TiledKernels& kernels_for(const DecodedCall& call) {
     return call.weight.is_int8 ? kTiledAmx.codes8 : kTiledAmx.codes4;
 }
 
+// A group of 64 codes, two tiles long, is decoded at a time.
+int64_t row_bytes(const DecodedCall& call) {
+    return round_up(call.K, 64) * int64_t{sizeof(uint16_t)};
+}
+
 TileBlocks blocks_of(const DecodedCall& call, int64_t rows) {
-    // A group of 64 codes, two tiles long, is decoded at a time.
-    return {rows, round_up(call.K, 64) * int64_t{sizeof(uint16_t)}};
+    return {rows, row_bytes(call)};
+}
+
+int64_t most_rows(const DecodedCall& call) {
+    return rows_in_cache(row_bytes(call), kRowsPerPass);
 }
 
 TiledJob job_for(const DecodedCall& call, const DecodedRows& rows) {
@@ -59,7 +67,7 @@ void run(const DecodedCall& call, const DecodedRows& rows, int64_t begin, int64_
 
 }  // namespace
 
-const DecodedWay kOnTiles = {kFewPanelRows, x_bytes, x_pieces, load_x, scratch_bytes, run};
+const DecodedWay kOnTiles = {kPanelRows, most_rows, x_bytes, x_pieces, load_x, scratch_bytes, run};
 
 #endif
 

@@ -24,7 +24,7 @@ struct TiledJob {
 struct TiledKernels {
     // Stretch `piece` of the rows of one block -> job.x.
     void (*load_x)(const TiledJob& job, int64_t block, int64_t piece);
-    // All of x against weight rows [begin, end) in units of kFewPanelRows. Scratch: tiled_scratch bytes, of one thread.
+    // All of x against weight rows [begin, end) in units of kPanelRows. Scratch: tiled_scratch bytes, of one thread.
     void (*run)(const TiledJob& job, int64_t begin, int64_t end, char* scratch);
 };
 

@@ -2,7 +2,7 @@
 // C tests for tiles in plain C++. An Isa brings the tiles and the vectors that decode, one Isa for 4-bit and one for
 // int8 codes; what decoding means, and the order of decoded values, are those of decoded_kernel.h.
 //
-// A panel of weight rows is decoded a stretch at a time into the cache and meets all of x there (tile_product.h). The
+// A panel of weight rows is decoded a stretch at a time into the cache and meets x there (tile_product.h). The
 // sum of one row and one column is added up over the stretches, by one instruction per 32 values, whatever the number
 // of rows: the instruction adds 16 products of even and 16 of odd places, then both to the sum.
 //
@@ -132,7 +132,7 @@ struct Tiled {
         return room;
     }
 
-    // --- the whole: weight rows [begin, end) x kFewPanelRows ------------------------------------------------------
+    // --- the whole: weight rows [begin, end) x kPanelRows ------------------------------------------------------
 
     // What TileProduct asks for.
     struct Work {
@@ -188,7 +188,7 @@ struct Tiled {
         // products to fetch between (fetching), the codes of a row are fetched here, a panel ahead.
         HB_INLINE void fetch(const uint8_t* row, int64_t count) const {
             if (!job.blocks.keeps_sums()) return;
-            const uint8_t* const next = row + kFewPanelRows * row_bytes;
+            const uint8_t* const next = row + kPanelRows * row_bytes;
             for (int64_t i = 0; i < count / kCodes; i += 64) __builtin_prefetch(next + i, 0, 2);
         }
 
@@ -205,7 +205,7 @@ struct Tiled {
         Fetching fetching(const Stretch& at, int64_t steps) const {
             if (job.blocks.keeps_sums()) return {nullptr, 0, 0, 0, steps};
             const DecodedCall& a = *job.call;
-            const bool is_last = at.piece + 1 == job.blocks.pieces();
+            const bool is_last = at.piece + 1 >= job.blocks.pieces();
             const int64_t n = is_last ? at.n + at.rows : at.n, piece = is_last ? 0 : at.piece + 1;
             const uint8_t* const codes = a.weight.codes + (n * a.K + piece * kStretch) / kCodes;
             return {reinterpret_cast<const char*>(codes), at.rows, row_bytes, values_in(a, piece) / kCodes, steps};
@@ -221,8 +221,8 @@ struct Tiled {
         const TileScope<typename Isa::Tiles> scope(job.blocks.columns);
         const TiledScratch parts(job.blocks, a);
         Work work(job, reinterpret_cast<float*>(scratch + parts.panel));
-        const int64_t last = end * kFewPanelRows < a.N ? end * kFewPanelRows : a.N;
-        TileProduct<Isa>::run(job.blocks, job.x, begin * kFewPanelRows, last, scratch,
+        const int64_t last = end * kPanelRows < a.N ? end * kPanelRows : a.N;
+        TileProduct<Isa>::run(job.blocks, job.x, begin * kPanelRows, last, scratch,
                               scratch + parts.panel + parts.absmax, work);
     }
 
@@ -230,26 +230,23 @@ struct Tiled {
     static void finish(const TiledJob& job, int64_t n, int64_t columns, const char* sums) {
         const DecodedCall& a = *job.call;
         const int64_t unit_row = job.blocks.columns * kUnitBytes, tile = kTileRows * unit_row;
-        alignas(64) float out[kTileRows * kTileRows];
-        float bias[kMostPanelRows];
+        alignas(64) float out[kTileRows * kPanelRows];
+        float bias[kPanelRows];
         if (a.bias != nullptr) load_floats(a.bias, a.bias_dtype, n, columns, bias);
         for (int64_t b = 0; b < job.blocks.blocks; ++b) {
-            const int64_t row = b * job.blocks.columns;
-            const int64_t rows = job.rows - row < job.blocks.columns ? job.rows - row : job.blocks.columns;
             for (int64_t i = 0; i < columns; i += kTileRows) {
                 const char* const from = sums + (i / kTileRows * job.blocks.blocks + b) * tile;
-                transpose<Isa>(from, unit_row, kTileRows, job.blocks.columns, reinterpret_cast<char*>(out),
-                               kTileRows * kUnitBytes);
-                const int64_t some = columns - i < kTileRows ? columns - i : kTileRows;
-                const float* const own_bias = a.bias == nullptr ? nullptr : bias + i;
-                for (int64_t r = 0; r < rows; ++r) {
-                    finish_row(a, job.first_row + row + r, n + i, some, own_bias, out + r * kTileRows);
-                }
+                transpose<Isa>(from, unit_row, kTileRows, job.blocks.columns, reinterpret_cast<char*>(out + i),
+                               kPanelRows * kUnitBytes);
+            }
+            const int64_t row = b * job.blocks.columns;
+            for (int64_t r = 0; r < job.blocks.columns && row + r < job.rows; ++r) {
+                finish_row(a, job.first_row + row + r, n, columns, a.bias == nullptr ? nullptr : bias,
+                           out + r * kPanelRows);
             }
         }
     }
 
-    // Up to kTileRows columns of a row.
     static HB_INLINE void finish_row(const DecodedCall& a, int64_t row, int64_t n, int64_t columns, const float* bias,
                                      float* sums) {
         if constexpr (Isa::kIsInt8) {
@@ -258,7 +255,7 @@ struct Tiled {
         }
         for (int64_t i = 0; bias != nullptr && i < columns; ++i) sums[i] += bias[i];
         uint16_t* const out = static_cast<uint16_t*>(a.out) + row * a.out_stride + n;
-        if (columns == kTileRows) return Isa::round16(sums, out);
+        if (columns == kPanelRows) return Isa::round_panel(sums, out);
         for (int64_t i = 0; i < columns; ++i) out[i] = to_bfloat(sums[i]);
     }
 };

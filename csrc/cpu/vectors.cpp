@@ -42,6 +42,10 @@ DecodedJob job_for(const DecodedCall& call, const DecodedKernels& kernels) {
     return job;
 }
 
+int64_t most_rows(const DecodedCall&) {
+    return kRowsPerPass;
+}
+
 int64_t x_bytes(const DecodedCall& call, int64_t rows) {
     const DecodedKernels& kernels = kernels_for(call);
     return rows * job_for(call, kernels).stride * kernels.value_bytes;
@@ -81,6 +85,6 @@ DecodedScratch scratch_of(const DecodedJob& job, int64_t value_bytes) {
             round_up(job.padded_k * floats, 64), kMostTileRows * kMostRowsTogether * floats};
 }
 
-const DecodedWay kOnVectors = {kWeightRows, x_bytes, x_pieces, load_x, scratch_bytes, run};
+const DecodedWay kOnVectors = {kWeightRows, most_rows, x_bytes, x_pieces, load_x, scratch_bytes, run};
 
 }  // namespace hb

@@ -39,6 +39,9 @@ struct PlainBf16 : Transposing {
         Tiles::dot_bfloat16<Sums, Weights, X>();
     }
     static void store(uint16_t* to, const Vector& values) { memcpy(to, values.at, sizeof values.at); }
+    static void round_panel(const float* from, uint16_t* to) {
+        for (int64_t i = 0; i < kPanelRows; ++i) to[i] = to_bfloat(from[i]);
+    }
     static Table table(const float* values) {
         Table made{};
         memcpy(made.base, values, sizeof made.base);
