@@ -79,6 +79,7 @@ def _tiny_figures(path: Path, form: str) -> list[str]:
 def report_of(path: str, form: str) -> tuple[MemoryReport, MemoryReport]:
     """An engine's ledger when it has loaded, and after traffic; for a process of its own."""
     import server.engine.process  # noqa: F401  it is part of what an engine takes
+    from server.memory import allocator
     from server.memory.ledger import Baseline, Ledger
     from server.model.batch import Batch, Chunk, Draw
     from server.model.probe import warm_up
@@ -91,6 +92,7 @@ def report_of(path: str, form: str) -> tuple[MemoryReport, MemoryReport]:
     blocks = plan.kv_tokens // KV_BLOCK_TOKENS
     runner = choose_runner(model, spec, blocks=blocks, max_model_len=plan.max_model_len)
     warm_up(runner)
+    allocator.keep_much()
     ledger = Ledger(model, runner, "cpu", plan.components, baseline)
     ledger.begin()
     first = ledger.report()
@@ -134,7 +136,7 @@ def large_table(directory: Path) -> list[str]:
 def _pair(report: dict[str, Any], name: str) -> str:
     planned, measured = report["planned"].get(name), report["peak"].get(name, 0)
     if name not in ESTIMATED:
-        same = planned == measured
+        same = (planned or 0) == measured
         return f"{(planned or 0) / 1e6:.1f}" if same else f"{(planned or 0) / 1e6:.1f} / {measured / 1e6:.1f}"
     return f"{'-' if planned is None else f'{planned / 1e6:.1f}'} / {measured / 1e6:.1f}"
 

@@ -261,6 +261,8 @@ class MemoryReport(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     or DEVICE_USED (on CUDA) is the device's own figure of all that `measured` is to explain."""
     device_capacity: int = 0
     """All memory of a CUDA device; 0 for the CPU, whose memory the HTTP process sees itself."""
+    device_free: int = 0
+    """What of it nobody had taken; likewise."""
     peak: dict[str, int] = {}
     """The largest that each component has been; "activations", what steps take while they run, is only here."""
 

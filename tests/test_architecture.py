@@ -79,6 +79,7 @@ ALLOWED: dict[str, set[str]] = {
         "server.engine.scheduler",
         "server.engine.blocks",
         "server.memory",
+        "server.memory.allocator",
         "server.memory.machine",
         "server.model",
         "server.errors",

@@ -25,7 +25,8 @@ RESIDUALS: Final = 3
 PRODUCTS: Final = 2
 """How often a block's widest input is there at once: as it is made (an activation times a gate), and as it is used."""
 MOST_RETAINED: Final = 64 << 20
-"""What an allocator keeps for the next allocation: glibc twice the largest block freed so far, at most twice 32 MiB."""
+"""Freed and kept beside what is in use at the largest moment: about two of the largest blocks, of which malloc's heap
+has none above 32 MiB (allocator.py)."""
 SAMPLING_BYTES: Final = 48
 """Per logit of a row that is sampled with top_p: scores, probabilities and their order in float32, int64 and float64
 (server/model/sampler.py, filters.py)."""

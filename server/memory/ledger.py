@@ -146,6 +146,7 @@ class Ledger:
             process[DEVICE_USED] = _device_used(self._device) - self._baseline.device_used
             reserved = torch.cuda.memory_reserved(self._device)
             measured[ALLOCATOR_SLACK] = reserved - torch.cuda.memory_allocated(self._device)
+        free, capacity = torch.cuda.mem_get_info(self._device) if self._device != CPU else (0, 0)
         for name, size in (measured | {ACTIVATIONS: self._activations(process)}).items():
             self._peak[name] = max(size, self._peak.get(name, 0))
         return MemoryReport(
@@ -153,7 +154,8 @@ class Ledger:
             planned=self._planned,
             measured=measured,
             process=process,
-            device_capacity=torch.cuda.mem_get_info(self._device)[1] if self._device != CPU else 0,
+            device_capacity=capacity,
+            device_free=free,
             peak=dict(self._peak),
         )
 

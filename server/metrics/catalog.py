@@ -94,7 +94,7 @@ DEVICE_CAPACITY: Final = GaugeSpec(
 )
 DEVICE_AVAILABLE: Final = GaugeSpec(
     "device_memory_available_bytes",
-    "What a new model could take of the CPU's memory, read at each scrape.",
+    "What is free for a new model: of the CPU's memory at each scrape, of other devices when an engine looked last.",
     ("device",),
 )
 

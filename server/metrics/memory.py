@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from server.metrics.catalog import (
+    DEVICE_AVAILABLE,
     DEVICE_CAPACITY,
     MEMORY,
     MEMORY_PEAK,
@@ -25,6 +26,8 @@ class MemoryMetrics:
 
     def __init__(self, metrics: Metrics) -> None:
         self._metrics = metrics
+        self._devices: dict[str, str] = {}
+        """Of each model with a report."""
         self._rests: dict[str, tuple[str, int]] = {}
         """By model: its device, and what of its memory no component explains."""
 
@@ -32,6 +35,7 @@ class MemoryMetrics:
         """What a model holds from now on; its report before is forgotten."""
         self.gone(model)
         of, device = self._metrics.of, report.device
+        self._devices[model] = device
         for component, size in report.measured.items():
             of(MEMORY).labels(model, device, component).set(size)
         for component, size in report.planned.items():
@@ -44,6 +48,7 @@ class MemoryMetrics:
             of(PROCESS_MEMORY).labels(model, kind).set(size)
         if report.device_capacity:
             of(DEVICE_CAPACITY).labels(device).set(report.device_capacity)
+            of(DEVICE_AVAILABLE).labels(device).set(report.device_free)
         rest = unaccounted(report)
         if rest is not None:
             self._rests[model] = (device, rest)
@@ -53,6 +58,10 @@ class MemoryMetrics:
         """A model whose engine has ended holds nothing; what was planned for it goes too, as it is planned anew."""
         for spec in (MEMORY, MEMORY_PEAK, MEMORY_PLANNED, MEMORY_PREDICTION_ERROR, PROCESS_MEMORY):
             self._metrics.of(spec).remove_by_labels({MODEL: model})
+        device = self._devices.pop(model, CPU)
+        if device != CPU and device not in self._devices.values():
+            for spec in (DEVICE_CAPACITY, DEVICE_AVAILABLE):  # nobody looks at it any more
+                self._metrics.of(spec).remove_by_labels({"device": device})
         if model in self._rests:
             device, _ = self._rests.pop(model)
             self._sum(device)

@@ -279,8 +279,9 @@ def test_devices_say_how_much_they_have() -> None:
     metrics = Metrics()
     figures: list[int | None] = [100]
     metrics.watch_machine(lambda: 500, lambda: figures[-1])
-    cuda = MemoryReport("cuda:0", {}, {}, {}, device_capacity=80)
-    ModelMetrics(metrics, "m").loaded(loaded(memory=cuda))
+    model, other = ModelMetrics(metrics, "m"), ModelMetrics(metrics, "other")
+    model.loaded(loaded(memory=MemoryReport("cuda:0", {}, {}, {}, device_capacity=80, device_free=30)))
+    other.loaded(loaded(memory=MemoryReport("cuda:0", {}, {}, {}, device_capacity=80, device_free=20)))
 
     def value(name: str, device: str) -> float | None:
         return metrics.registry.get_sample_value(f"{PREFIX}device_memory_{name}_bytes", {"device": device})
@@ -290,6 +291,14 @@ def test_devices_say_how_much_they_have() -> None:
     assert value("available", "cpu") == 60
     figures.append(None)
     assert math.isnan(value("available", "cpu") or 0)
+
+    assert value("available", "cuda:0") == 20
+    other.died()
+    model.memory_changed(MemoryReport("cuda:0", {}, {}, {}, device_capacity=80, device_free=50))
+    assert value("available", "cuda:0") == 50
+    model.forget()
+    assert (value("capacity", "cuda:0"), value("available", "cuda:0")) == (None, None), "nobody looks at it any more"
+    assert value("capacity", "cpu") == 500
 
 
 def test_the_page_parses_and_is_openmetrics_where_that_is_accepted() -> None:
