@@ -27,7 +27,8 @@ import torch
 
 from benchmarks.hardware import describe
 from benchmarks.load_memory import RESULTS
-from server.model.attention import Call, LayerShape, PagedBatch, PagedCache, Segment
+from server.model.attention import Call, PagedBatch, Segment
+from server.model.paged_cache import LayerShape, PagedCache
 from server.records import KV_BLOCK_TOKENS
 
 MODELS: Final = ((32, 4, 64), (32, 8, 128))

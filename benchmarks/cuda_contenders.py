@@ -14,7 +14,7 @@ from typing import Any, Final
 
 import torch
 
-from quant import formats, native
+from quant import formats, kv, native
 from quant.errors import NativeError
 
 DTYPE: Final = torch.bfloat16
@@ -38,7 +38,7 @@ class Weight:
 
     bytes: int
     multiply: Callable[[torch.Tensor], torch.Tensor]
-    dense: Callable[[], torch.Tensor]  # what it stands for, in DTYPE
+    dense: Callable[[torch.dtype], torch.Tensor]  # what it stands for
 
 
 def contenders(kernels: native.Kernels, directory: str | None) -> dict[str, Callable[[torch.Tensor], Weight]]:
@@ -77,7 +77,7 @@ def with_each_kernel(kernels: native.Kernels) -> Iterator[native.Kernels]:
 
 
 def dense_weight(w: torch.Tensor) -> Weight:
-    return Weight(w.nbytes, lambda x: torch.nn.functional.linear(x, w), lambda: w)
+    return Weight(w.nbytes, lambda x: torch.nn.functional.linear(x, w), w.to)
 
 
 def four_bit(kernels: native.Kernels, w: torch.Tensor, quant_type: str, nested: bool) -> Weight:
@@ -93,7 +93,7 @@ def four_bit(kernels: native.Kernels, w: torch.Tensor, quant_type: str, nested: 
         lambda x: kernels.linear_4bit(
             x, packed, stored, *layout, nested_absmax, offset, formats.NESTED_BLOCKSIZE, None
         ),
-        lambda: kernels.dequantize_4bit(packed, absmax, *layout, DTYPE),
+        lambda dtype: kernels.dequantize_4bit(packed, absmax, *layout, dtype),
     )
 
 
@@ -102,7 +102,7 @@ def eight_bit(kernels: native.Kernels, w: torch.Tensor, outliers: str) -> Weight
     return Weight(
         CB.nbytes + SCB.nbytes,
         lambda x: kernels.linear_8bit(x, CB, SCB, OUTLIER_THRESHOLD, outliers, None),
-        lambda: kernels.dequantize_8bit(CB, SCB, DTYPE),
+        lambda dtype: kernels.dequantize_8bit(CB, SCB, dtype),
     )
 
 
@@ -115,7 +115,7 @@ def bitsandbytes_weight(w: torch.Tensor, name: str) -> Weight:
         layer = bnb.nn.Linear4bit(K, N, False, DTYPE, compress_statistics=name.endswith("dq"), quant_type="nf4")
     layer.load_state_dict({"weight": w.cpu()})
     layer = layer.to(w.device).eval()
-    return Weight(sum(p.nbytes for p in layer.parameters()), layer, lambda: w)
+    return Weight(sum(p.nbytes for p in layer.parameters()), layer, w.to)
 
 
 def conversions(kernels: native.Kernels, w: torch.Tensor) -> Iterator[tuple[str, int, Call]]:
@@ -175,6 +175,8 @@ class Cached:
 
     keys: torch.Tensor  # [blocks, BLOCK_TOKENS, G, D]
     values: torch.Tensor
+    codes: tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+    """The same in int8: codes of keys, of values, and float32 scales [blocks, BLOCK_TOKENS, G, 2]."""
     tables: torch.Tensor
     offsets: torch.Tensor
     starts: torch.Tensor
@@ -187,14 +189,17 @@ class Cached:
         shape = (sequences * blocks, BLOCK_TOKENS, HEADS[1], HEAD_DIM)
         stores = [torch.randn(shape, dtype=DTYPE, device=device) for _ in range(2)]
         dense = [store[tables].flatten(1, 2)[:, :tokens].transpose(1, 2).contiguous() for store in stores]
+        codes, scales = zip(*(kv.quantize_heads(store) for store in stores), strict=True)
+        coded = (codes[0], codes[1], torch.stack(scales, dim=-1))
         rows = torch.arange(sequences + 1, device=device)
         starts = torch.full((sequences,), tokens - 1, device=device)
-        return cls(stores[0], stores[1], tables, rows, starts, (dense[0], dense[1]))
+        return cls(stores[0], stores[1], coded, tables, rows, starts, (dense[0], dense[1]))
 
-    def attend(self, kernels: native.Kernels, query: torch.Tensor) -> torch.Tensor:
+    def attend(self, kernels: native.Kernels, query: torch.Tensor, in_int8: bool) -> torch.Tensor:
         """One row a sequence, [S, H, D]."""
+        keys, values, scales = self.codes if in_int8 else (self.keys, self.values, None)
         places = (self.tables, self.offsets, self.starts)
-        return kernels.paged_attention(query, self.keys, self.values, *places, HEAD_DIM**-0.5, 0, 0.0, None, None)
+        return kernels.paged_attention(query, keys, values, *places, HEAD_DIM**-0.5, 0, 0.0, None, scales)
 
     def attend_dense(self, query: torch.Tensor) -> torch.Tensor:
         """What torch makes of the same; in float64 where the query is."""

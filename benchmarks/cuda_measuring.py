@@ -10,11 +10,15 @@ from typing import Final
 
 import torch
 
-from benchmarks.cuda_contenders import DTYPE, HEAD_DIM, HEADS, TORCH, Cached, Call, contenders, conversions
+from benchmarks.cuda_contenders import DTYPE, HEAD_DIM, HEADS, TORCH, Cached, Call, Weight, contenders, conversions
 from quant import native
 
 OUTLIER_COLUMNS: Final = 6
 """Of x: as many hold all outliers from 6 on of a model with 6.7e9 weights (Dettmers et al. 2022, section 4)."""
+
+ATTENTIONS: Final = {"paged_attention": False, "paged_attention int8": True}
+"""Of our kernels, and whether the cache is in int8. Weights and results are rounded to DTYPE, by at most 0.4 % each;
+int8 codes of normal values stray from them by 0.7 % of what they are, and both of keys and values."""
 
 Timer = Callable[[list[Call]], float | None]
 """Microseconds of one of these calls, or None where they cannot be timed."""
@@ -29,6 +33,12 @@ class Result:
     contender: str
     microseconds: float | None
     bytes: int  # that have to be read and written
+    error: float | None = None
+    """Of a product, from the one in float64 of the values that the weight stands for; by the sum of squares."""
+    dequantized_error: float | None = None
+    """The same of torch's product in DTYPE with the weight dequantized to DTYPE."""
+    held: int | None = None
+    """The most bytes allocated during the call, beside operands and result."""
 
 
 def graph_timer(seconds: float) -> Timer:
@@ -60,16 +70,35 @@ def graph_timer(seconds: float) -> Timer:
     return time
 
 
-def refuse_unless_close(
-    shape: str, rows: int, name: str, out: torch.Tensor, x: torch.Tensor, dense: torch.Tensor
-) -> None:
-    """Ends the run where a product is wrong, by what 8-bit activations and one rounding may make of it."""
+def errors(out: torch.Tensor, x: torch.Tensor, weight: Weight) -> tuple[float, float]:
+    """Of a product, and of torch's with the dequantized weight: Result says from what."""
     step = 256  # of x's rows in float64 at a time
+    values, rounded = weight.dense(torch.float32).double().t(), weight.dense(x.dtype)
+    squares = torch.zeros(3, dtype=torch.float64, device=x.device)
     for first in range(0, len(x), step):
-        exact = x[first : first + step].double() @ dense.double().t()
-        off = float((out[first : first + step].double() - exact).norm() / exact.norm())
-        if not off < (0.03 if "int8" in name else 0.005):
-            raise SystemExit(f"{name} at {rows} rows of {shape} is wrong: {off:.2%} from the product in float64.")
+        rows = x[first : first + step]
+        exact = rows.double() @ values
+        dequantized = torch.nn.functional.linear(rows, rounded)
+        found = (out[first : first + step] - exact, dequantized - exact, exact)
+        squares += torch.stack([tensor.square().sum() for tensor in found])
+    ours, theirs, whole = squares.sqrt().tolist()
+    return ours / whole, theirs / whole
+
+
+def refuse_unless_close(shape: str, rows: int, name: str, error: float) -> None:
+    """Ends the run where a product is wrong, by what 8-bit activations and roundings to DTYPE may make of it."""
+    if not error < (0.03 if "int8" in name else 0.005):
+        raise SystemExit(f"{name} at {rows} rows of {shape} is wrong: {error:.2%} from the product in float64.")
+
+
+def held_bytes(call: Call, device: torch.device) -> int | None:
+    """What Result calls held, on CUDA."""
+    if device.type != "cuda":
+        return None
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    out = call()
+    return torch.cuda.max_memory_allocated(device) - before - out.nbytes
 
 
 def activations(M: int, K: int, device: torch.device) -> torch.Tensor:
@@ -97,10 +126,14 @@ def measure(
         weights += [make(dense.clone()) for _ in range(cold_bytes // weights[0].bytes)]
         for M in rows:
             x = activations(M, K, device)
+            calls = [functools.partial(weight.multiply, x) for weight in weights]
+            error = dequantized_error = None
             if not contender.startswith("bitsandbytes"):
-                refuse_unless_close(name, M, contender, weights[0].multiply(x), x, weights[0].dense())
-            microseconds = timer([functools.partial(weight.multiply, x) for weight in weights])
-            yield Result(name, M, contender, microseconds, weights[0].bytes + (M * K + M * N) * x.element_size())
+                error, dequantized_error = errors(calls[0](), x, weights[0])
+                refuse_unless_close(name, M, contender, error)
+            held = held_bytes(calls[0], device)
+            moved = weights[0].bytes + (M * K + M * N) * x.element_size()
+            yield Result(name, M, contender, timer(calls), moved, error, dequantized_error, held)
     copies = [dense, *(dense.clone() for _ in range(cold_bytes // dense.nbytes))]
     for tasks in zip(*(conversions(kernels, copy) for copy in copies), strict=True):
         operator, moved, _ = tasks[0]
@@ -121,14 +154,15 @@ def measure_attention(
         stored = 2 * sequences * tokens * HEADS[1] * HEAD_DIM * query.element_size()
         caches = [Cached.random(sequences, tokens, device) for _ in range(1 + cold_bytes // stored)]
         exact = caches[0].attend_dense(query.double())
-        off = float((caches[0].attend(kernels, query).double() - exact).norm() / exact.norm())
-        if not off < 0.01:  # weights and results are rounded to DTYPE, by at most 0.4 % each
-            raise SystemExit(f"paged_attention at {name} is wrong: {off:.2%} from attention in float64.")
-        moved = stored + 2 * query.nbytes
-        ours = timer([functools.partial(cache.attend, kernels, query) for cache in caches])
-        yield Result(name, sequences, "paged_attention", ours, moved)
+        for contender, in_int8 in ATTENTIONS.items():
+            off = float((caches[0].attend(kernels, query, in_int8).double() - exact).norm() / exact.norm())
+            if not off < (0.03 if in_int8 else 0.01):
+                raise SystemExit(f"{contender} at {name} is wrong: {off:.2%} from attention in float64.")
+            cache_bytes = (stored + stored // HEAD_DIM * 4) // 2 if in_int8 else stored
+            ours = timer([functools.partial(cache.attend, kernels, query, in_int8) for cache in caches])
+            yield Result(name, sequences, contender, ours, cache_bytes + 2 * query.nbytes)
         theirs = timer([functools.partial(cache.attend_dense, query) for cache in caches])
-        yield Result(name, sequences, TORCH, theirs, moved)
+        yield Result(name, sequences, TORCH, theirs, stored + 2 * query.nbytes)
 
 
 def copy_bandwidth(timer: Timer) -> float:

@@ -1,17 +1,19 @@
 """Builds the CUDA library, checks every operator on this machine's GPU, times them all, and writes one table.
 
     python -m benchmarks.cuda_operators [--bitsandbytes DIR] [--shapes 4096x4096 ...] [--rows 1 2 ...] [--seconds 0.2]
-                                        [--no-build]
+                                        [--no-build] [--sanitize memcheck racecheck synccheck initcheck]
 
 Building is `pip install --editable .` for this GPU's architecture; checking is what CHECKS names with the tests that
 need a device, and after that every product and attention that is timed against float64. A run that fails either ends
-with a sentence and writes nothing.
+with a sentence and writes nothing. With --sanitize the named tools of compute-sanitizer, which comes with CUDA's
+toolkit, go over SANITIZED as well; that takes many times as long, and a finding ends the run too.
 
 Timed are CUDA graphs of calls that go round weights larger than the second-level cache together, so that a weight has
 left it when its turn comes again; medians of replays, divided by the calls in a graph. Contenders stand in one process
 and run one after the other: the 4-bit matmul with each of its kernels that this GPU runs ("hopper" is the one for
 compute capability 9.0), torch in bfloat16 (cuBLAS) and, where it is found in this environment or in DIR, bitsandbytes.
-A contender that cannot be captured in a graph is shown without a time. The roof is what copying a large tensor moves a
+A contender that cannot be captured in a graph is shown without a time. The table opens with what the kernels were to
+reach (cuda_targets.py); it has errors and memory beside the times. The roof is what copying a large tensor moves a
 second. Results: benchmarks/results/cuda_operators.json and .md.
 """
 
@@ -19,6 +21,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
+import shutil
 import subprocess
 import sys
 from dataclasses import asdict
@@ -35,11 +39,20 @@ from quant import native
 ROOT: Final = Path(__file__).parents[1]
 RESULTS: Final = Path(__file__).parent / "results"
 SHAPES: Final = ("4096x4096", "14336x4096", "4096x14336", "8192x28672")
-ROWS: Final = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 2048, 8192)
+ROWS: Final = (1, 2, 3, 4, 8, 16, 32, 64, 128, 256, 512, 2048, 8192)
 CHECKS: Final = tuple(
     f"tests/quant/test_{name}.py"
     for name in ("native", "cuda_streams", "linear_8bit_experts", "hopper", "rows", "paged_attention", "cache_write")
 )
+SANITIZED: Final = (
+    "tensor_cores and nested-by-3 or rounds_only and dtype1-nested or absmax_codes or scales and nf4"
+    " or (codes_and_values or tiles_of or every_batch or bits_of_products or cpus_bits) and dtype1 and not fp4"
+    " or int8_is or of_nothing or to_their_slots or agrees_with_float64 and bfloat16"
+)
+"""Of CHECKS, what a sanitizer goes over: every kernel, one dtype of most."""
+SANITIZERS: Final = ("memcheck", "racecheck", "synccheck", "initcheck")
+FOUND: Final = 86
+"""The exit status that says that a sanitizer found something."""
 CACHES: Final = 4
 """Weights that a graph goes round, in second-level caches."""
 CACHED: Final = ((1, 1024), (1, 8192), (1, 65536), (8, 4096), (64, 512), (64, 4096))
@@ -75,6 +88,20 @@ def check() -> None:
         raise SystemExit("The kernels are not right on this GPU; what the tests said stands above. Nothing was timed.")
 
 
+def sanitize(tools: list[str]) -> None:
+    """Without torch's caching of memory, so that a byte behind a tensor is nobody's."""
+    program = shutil.which("compute-sanitizer")
+    if tools and program is None:
+        raise SystemExit("--sanitize needs compute-sanitizer, which is not on PATH; CUDA's toolkit has it.")
+    environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    files = [path for path in CHECKS if "cuda_streams" not in path]  # where a graph is captured, memory must be cached
+    for tool in tools:
+        command = [str(program), "--tool", tool, "--error-exitcode", str(FOUND), sys.executable, "-m", "pytest", "-q"]
+        command += ["-x", "-m", "cuda", "-o", "timeout=0", *files, "-k", SANITIZED]
+        if subprocess.run(command, cwd=ROOT, check=False, env=environment).returncode != 0:
+            raise SystemExit(f"{tool} found something on this GPU; it stands above. Nothing was timed.")
+
+
 def shape_of(text: str) -> tuple[int, int]:
     """[N, K] of a word like 4096x4096."""
     words = text.split("x")
@@ -98,6 +125,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--rows", nargs="+", type=positive, default=list(ROWS))
     parser.add_argument("--seconds", type=float, default=0.2, help="of replays per shape, number of rows and contender")
     parser.add_argument("--no-build", action="store_true", help="use the CUDA library that is installed")
+    parser.add_argument("--sanitize", nargs="+", choices=SANITIZERS, default=[])
     return parser.parse_args(arguments)
 
 
@@ -110,6 +138,7 @@ def main() -> None:
     if not options.no_build:
         build()
     check()
+    sanitize(options.sanitize)
     timer = graph_timer(options.seconds)
     cold_bytes = CACHES * torch.cuda.get_device_properties(0).L2_cache_size
     results: list[Result] = []

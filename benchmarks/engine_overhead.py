@@ -34,8 +34,8 @@ from benchmarks.hardware import describe, machine_line
 from server.engine.blocks import BlockPool
 from server.engine.loop import EngineLoop
 from server.engine.scheduler import Scheduler
-from server.model.attention import PagedCache
 from server.model.batch import Batch, StepResult
+from server.model.paged_cache import PagedCache
 from server.model.runner import PagedRunner
 from server.records import Generate, SamplingParams, SequenceOutput, Shutdown, StepReport, ToEngine, encode_frame
 

@@ -1,7 +1,8 @@
 """Attention over a paged KV cache, plugged into transformers' models.
 
-On a CPU the whole batch is one call of quant's paged attention, and on CUDA a batch of single rows is; the plain-torch
-version below serves prompts on CUDA, other devices and a cache whose dtype that kernel does not know.
+On a CPU the whole batch is one call of quant's paged attention. On CUDA single rows that follow each other are one, and
+prompts that follow each other are gathered from their blocks for torch (prompts.py), which also serves other devices
+and a cache whose dtype that kernel does not know.
 
 transformers calls `attention` in every layer of a model set to ATTENTION_NAME, and hands it whatever the forward call
 got under CONTEXT_ARGUMENT. No mask function is registered under that name, so transformers builds no mask; causality
@@ -11,7 +12,8 @@ and windows are ours. A batch is packed: all sequences' tokens in one row, `[1, 
     per layer store      [blocks, block_tokens, kv_heads, head_dim], in the model's dtype or another, or in int8 with a
                          scale for each token and head beside it (quant/kv.py)
     write                row t -> slot = block * block_tokens + place      (one index_copy for the whole batch)
-    read                 per sequence: its blocks in order, cut to its length; nothing beyond is ever read
+    read                 per sequence: its blocks in order, cut to its length and to what its window can see; nothing
+                         beyond is ever read
     tables               all sequences' blocks, [S, widest], made once per batch and used by every layer; where nothing
                          is traced or differentiated, in a call past torch's dispatcher, with the same bits
 
@@ -22,16 +24,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from itertools import groupby
 from typing import Any, Final, Protocol
 
 import torch
-from torch.nn import functional as F
 from transformers import AttentionInterface
 
-from quant import direct_rows, formats, kv, native, ops
+from quant import direct_rows, formats, native, ops
 from quant.direct import WORKSPACE, is_direct
 from quant.direct_attention import DirectAttention
-from server.records import KV_BLOCK_TOKENS
+from server.model import prompts
+from server.model.paged_cache import PagedCache, Stores, gather_tokens, has_kernels
 
 ATTENTION_NAME: Final = "halfbyte"
 CONTEXT_ARGUMENT: Final = "paged"
@@ -99,83 +102,6 @@ def register() -> None:
 
 
 @dataclass(frozen=True, slots=True)
-class LayerShape:
-    """What one layer stores per token, as a probe forward saw it."""
-
-    kv_heads: int
-    key_dim: int
-    value_dim: int
-    dtype: torch.dtype
-    """Of the store."""
-    device: torch.device
-    own_dtype: torch.dtype | None = None
-    """What keys and values are computed in, where that is another."""
-
-    @property
-    def computed(self) -> torch.dtype:
-        return self.own_dtype or self.dtype
-
-    def stored_as(self, dtype: torch.dtype) -> LayerShape:
-        """The same layer over a store of another dtype."""
-        return replace(self, dtype=dtype, own_dtype=self.computed)
-
-
-@dataclass(frozen=True, slots=True)
-class Stores:
-    """One layer's part of the cache."""
-
-    keys: torch.Tensor  # [blocks, block_tokens, kv_heads, key_dim]
-    values: torch.Tensor  # [blocks, block_tokens, kv_heads, value_dim]
-    scales: torch.Tensor | None  # float32 [blocks, block_tokens, kv_heads, 2] where the others are int8
-    computed: torch.dtype
-    """What the layer computes keys and values in."""
-
-    @classmethod
-    def empty(cls, layer: LayerShape, blocks: int, block_tokens: int) -> Stores:
-        """Zeros."""
-        heads = (blocks, block_tokens, layer.kv_heads)
-        keys, values = (
-            torch.zeros(*heads, dim, dtype=layer.dtype, device=layer.device) for dim in (layer.key_dim, layer.value_dim)
-        )
-        has_scales = layer.dtype == torch.int8
-        scales = torch.zeros(*heads, 2, device=layer.device) if has_scales else None
-        return cls(keys, values, scales, layer.computed)
-
-    @property
-    def tensors(self) -> list[torch.Tensor]:
-        return [self.keys, self.values] if self.scales is None else [self.keys, self.values, self.scales]
-
-    def write(self, slots: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> None:
-        """Rows [T, kv_heads, key_dim] and [.., value_dim] to their slots, int64 [T], rounded to the stores' dtype."""
-        for which, rows in enumerate((key, value)):
-            if self.scales is not None:
-                rows, scales = kv.quantize_heads(rows)
-                self.scales.view(-1, *self.scales.shape[2:])[slots, :, which] = scales
-            store = self.tensors[which]
-            store.view(-1, *store.shape[2:]).index_copy_(0, slots, rows.to(store.dtype))
-
-
-class PagedCache:
-    """Keys and values of every layer, and in int8 their scales: what a block holds, it holds in all of them."""
-
-    def __init__(self, layers: Sequence[LayerShape], blocks: int, block_tokens: int = KV_BLOCK_TOKENS) -> None:
-        self.blocks = blocks
-        self.block_tokens = block_tokens
-        self.layers = [Stores.empty(layer, blocks, block_tokens) for layer in layers]
-        self.is_direct = all(store.is_cpu and has_kernels(store.dtype) for store in self.tensors)
-        """Whether the CPU's kernels read and write all of it."""
-
-    @property
-    def tensors(self) -> list[torch.Tensor]:
-        return [tensor for stores in self.layers for tensor in stores.tensors]
-
-
-def has_kernels(dtype: torch.dtype) -> bool:
-    """Whether quant's kernels know a cache of this dtype; float64, which tests use, has plain torch."""
-    return dtype in formats.STORE_DTYPES
-
-
-@dataclass(frozen=True, slots=True)
 class Segment:
     """One sequence's part of a packed batch."""
 
@@ -190,6 +116,10 @@ class Segment:
     @property
     def end(self) -> int:
         return self.start + self.rows
+
+    def first_seen(self, window: int | None) -> int:
+        """The first position that one of its rows sees."""
+        return 0 if window is None else max(0, self.start - window + 1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -209,6 +139,16 @@ class _Tables:
         offsets = torch.tensor([segment.row for segment in segments] + [segments[-1].row + segments[-1].rows])
         starts = torch.tensor([segment.start for segment in segments])
         return cls(blocks, offsets.to(device), starts.to(device))
+
+
+@dataclass(frozen=True, slots=True)
+class _Gathered:
+    """Prompts that follow each other in a batch, as torch's attention takes them."""
+
+    rows: slice
+    tokens: torch.Tensor
+    """Of the store, int64 [L]: what their rows see, one sequence behind the other."""
+    lengths: prompts.Lengths
 
 
 @dataclass(slots=True)
@@ -231,6 +171,8 @@ class PagedBatch:
     computed: Sequence[object] = ()
     """Fused layers whose turn is yet to come and that were computed with the last one, in their order."""
     _masks: dict[tuple[int, int | None, torch.device], torch.Tensor] = field(default_factory=dict)
+    _gathered: dict[tuple[int | None, torch.device], list[_Gathered]] = field(default_factory=dict)
+    _parts: list[tuple[slice, PagedBatch]] = field(default_factory=list)
 
     def attend(self, call: Call) -> torch.Tensor:
         stores = self.next_stores()
@@ -245,7 +187,9 @@ class PagedBatch:
         else:
             stores.write(slots, key, value)
         on_cpu = device.type == "cpu" and has_kernels(stores.keys.dtype) and call.query.dtype in formats.VALUE_DTYPES
-        if on_cpu or (on_cuda and all(segment.rows == 1 for segment in self.segments)):
+        if on_cuda:
+            return self.attend_in_parts(call, stores)
+        if on_cpu:
             return self.attend_at_once(call, stores)
         return self.attend_in_torch(call, stores)
 
@@ -258,6 +202,33 @@ class PagedBatch:
     def is_direct(self, dtype: torch.dtype) -> bool:
         """Whether layers that compute in `dtype` may use `direct_arguments` and the stores' addresses."""
         return self.cache.is_direct and dtype in formats.VALUE_DTYPES
+
+    def attend_in_parts(self, call: Call, stores: Stores) -> torch.Tensor:
+        """Single rows by quant's kernel, prompts by torch, each together as far as they follow each other."""
+        if not self._parts:
+            for _, found in groupby(self.segments, lambda segment: segment.rows == 1):
+                segments = list(found)
+                rows = slice(segments[0].row, segments[-1].row + segments[-1].rows)
+                own = [replace(segment, row=segment.row - rows.start) for segment in segments]
+                self._parts.append((rows, PagedBatch(self.cache, self.slots[rows], own)))
+        outputs = []
+        for rows, part in self._parts:
+            own_call = replace(call, query=call.query[:, rows])
+            is_single = part.segments[0].rows == 1
+            outputs.append((part.attend_at_once if is_single else part.attend_prompts)(own_call, stores))
+        return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+
+    def attend_prompts(self, call: Call, stores: Stores) -> torch.Tensor:
+        """What all sequences see gathered, and one call of torch's attention for as many as may be gathered at once."""
+        if not prompts.takes(call.query, call.value.shape[-1], call.softcap):
+            return self.attend_in_torch(call, stores)
+        query, dtype = call.query.transpose(0, 1), call.query.dtype
+        outputs = []
+        for part in self._gather_lists(call.window, stores.keys.device):
+            key, value = (gather_tokens(stores, which, part.tokens, dtype) for which in (0, 1))
+            options = (call.scale, call.window, call.sinks)
+            outputs.append(prompts.attend_many(query[part.rows], key, value, part.lengths, *options))
+        return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
     def attend_in_torch(self, call: Call, stores: Stores) -> torch.Tensor:
         """Sequence by sequence, over one layer's stores as they are now."""
@@ -320,27 +291,46 @@ class PagedBatch:
 
     def _attend_segment(self, call: Call, index: int, stores: Stores) -> torch.Tensor:
         segment = self.segments[index]
-        first = 0 if call.window is None else max(0, segment.start - call.window + 1)  # nothing before it is seen
-        key, value = (self._gather(stores, which, segment, first, call.query.dtype) for which in (0, 1))
+        first = segment.first_seen(call.window)
+        tokens = self._tokens(segment, first, stores.keys.device)
+        key, value = (gather_tokens(stores, which, tokens, call.query.dtype).transpose(0, 1) for which in (0, 1))
         query = call.query[:, segment.row : segment.row + segment.rows]
         mask = self._mask(index, first, call.window, key.device)
         if call.softcap is not None or call.sinks is not None:
-            return attend_plainly(query, key, value, mask, call)
-        return _attend_fused(query, key, value, mask, call.scale)
+            return prompts.attend_plainly(query, key, value, mask, call.scale, call.softcap, call.sinks)
+        return prompts.attend_fused(query, key, value, mask, call.scale)
 
-    def _gather(self, stores: Stores, which: int, segment: Segment, first: int, dtype: torch.dtype) -> torch.Tensor:
-        """Keys (0) or values (1) of positions first .. segment.end of a sequence: [heads, length, dim] in `dtype`."""
+    def _tokens(self, segment: Segment, first: int, device: torch.device) -> torch.Tensor:
+        """Where in a store positions first .. segment.end of a sequence are: block * block_tokens + place, int64."""
         size = self.cache.block_tokens
-        store = stores.tensors[which]
-        blocks = segment.blocks[first // size : -(-segment.end // size)].to(store.device)
+        blocks = segment.blocks[first // size : -(-segment.end // size)].to(device)
         skipped = first // size * size
+        tokens = (blocks[:, None] * size + torch.arange(size, device=device)).flatten()
+        return tokens[first - skipped : segment.end - skipped]
 
-        def found(tensor: torch.Tensor) -> torch.Tensor:
-            return tensor.index_select(0, blocks).flatten(0, 1)[first - skipped : segment.end - skipped]
+    def _gather_lists(self, window: int | None, device: torch.device) -> list[_Gathered]:
+        """The batch's prompts in as few lists as prompts.MOST_GATHERED allows; made once for all layers of a window."""
+        known = self._gathered.get((window, device))
+        if known is not None:
+            return known
+        together: list[list[Segment]] = [[]]
+        gathered = 0
+        for segment in self.segments:
+            seen = segment.end - segment.first_seen(window)
+            if together[-1] and gathered + seen > prompts.MOST_GATHERED:
+                together.append([])
+                gathered = 0
+            together[-1].append(segment)
+            gathered += seen
+        found = self._gathered[window, device] = [self._gather_list(part, window, device) for part in together]
+        return found
 
-        if stores.scales is None:
-            return found(store).to(dtype).transpose(0, 1)
-        return kv.dequantize_heads(found(store), found(stores.scales)[..., which], dtype).transpose(0, 1)
+    def _gather_list(self, segments: list[Segment], window: int | None, device: torch.device) -> _Gathered:
+        firsts = [segment.first_seen(window) for segment in segments]
+        tokens = [self._tokens(segment, first, device) for segment, first in zip(segments, firsts, strict=True)]
+        lengths = prompts.Lengths.of([segment.rows for segment in segments], [len(part) for part in tokens], device)
+        rows = slice(segments[0].row, segments[-1].row + segments[-1].rows)
+        return _Gathered(rows, torch.cat(tokens), lengths)
 
     def _mask(self, index: int, first: int, window: int | None, device: torch.device) -> torch.Tensor | None:
         """What each row may see of positions first .. end: bool [rows, length], or None for everything."""
@@ -364,38 +354,3 @@ def _has_cuda_kernels(call: Call, stores: Stores) -> bool:
         return False
     has_one_dtype = call.query.dtype == call.key.dtype == call.value.dtype
     return has_one_dtype and call.query.dtype in formats.VALUE_DTYPES and native.unavailable_because("cuda") is None
-
-
-def _attend_fused(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None, scale: float
-) -> torch.Tensor:
-    """torch's fused attention: [H, n, D], [G, L, D], [G, L, E] -> [n, H, E]."""
-    heads, rows, _ = query.shape
-    if rows == 1:  # heads that share keys become rows of one: no key is copied per head
-        grouped = query.reshape(key.shape[0], -1, query.shape[-1])
-        out = F.scaled_dot_product_attention(grouped[None], key[None], value[None], scale=scale)
-        return out.reshape(1, heads, -1)
-    grouped_heads = heads != key.shape[0]
-    out = F.scaled_dot_product_attention(
-        query[None], key[None], value[None], attn_mask=mask, scale=scale, enable_gqa=grouped_heads
-    )
-    return out[0].transpose(0, 1)
-
-
-def attend_plainly(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None, call: Call
-) -> torch.Tensor:
-    """The same spelled out, with soft cap and sinks; the softmax in float32. Same shapes as the fused one."""
-    groups = query.shape[0] // key.shape[0]
-    key, value = key.repeat_interleave(groups, 0), value.repeat_interleave(groups, 0)
-    scores = (query @ key.transpose(1, 2)).float() * call.scale
-    if call.softcap is not None:
-        scores = torch.tanh(scores / call.softcap) * call.softcap
-    if mask is not None:
-        scores = scores.masked_fill(~mask, float("-inf"))
-    if call.sinks is not None:
-        sinks = call.sinks.float()[:, None, None].expand(-1, scores.shape[1], 1)
-        weights = torch.softmax(torch.cat([scores, sinks], dim=-1), dim=-1)[..., :-1]
-    else:
-        weights = torch.softmax(scores, dim=-1)
-    return (weights.to(value.dtype) @ value).transpose(0, 1)

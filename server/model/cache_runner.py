@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING, Any, Final
 
 import torch
 
-from server.model.attention import PagedCache
 from server.model.batch import SCORED_ROWS, Batch, Chunk, StepError, StepResult, failure_sentence
 from server.model.gather import Gather, Span
+from server.model.paged_cache import PagedCache
 from server.model.readout import read_logits
 from server.model.runner import input_device, keeps_logits, memory_guard, takes
 from server.records import Batching, ModelSpec

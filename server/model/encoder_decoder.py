@@ -21,10 +21,10 @@ import torch
 from transformers import EncoderDecoderCache
 from transformers.modeling_outputs import BaseModelOutput
 
-from server.model.attention import PagedCache
 from server.model.batch import Chunk, StepError
 from server.model.cache_runner import CacheRunner, Rows, groups
 from server.model.gather import Gather, Span
+from server.model.paged_cache import PagedCache
 from server.records import Batching
 
 if TYPE_CHECKING:

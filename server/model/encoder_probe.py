@@ -16,12 +16,12 @@ from transformers import DynamicCache, EncoderDecoderCache
 
 from server.errors import LoadError
 from server.memory.kv import kv_dtype
-from server.model.attention import LayerShape, PagedCache
 from server.model.batch import Chunk
 from server.model.cache_runner import batchings, cache_argument
 from server.model.encoder_decoder import EncoderDecoderRunner
 from server.model.fuse import fuse
 from server.model.gather import cached_shapes
+from server.model.paged_cache import LayerShape, PagedCache
 from server.model.proof import DRAW, Provable, architecture_of, first_proven, logits_of, probe_prompts, relative
 from server.model.runner import input_device
 from server.records import ModelSpec

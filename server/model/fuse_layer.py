@@ -23,7 +23,8 @@ from quant.direct import Direct, is_direct
 from quant.errors import ShapeError
 from quant.siblings import direct_of
 from quant.unchanged import Unchanged
-from server.model.attention import CONTEXT_ARGUMENT, PagedBatch, Stores
+from server.model.attention import CONTEXT_ARGUMENT, PagedBatch
+from server.model.paged_cache import Stores
 
 LAYER_PARTS: Final = ("input_layernorm", "self_attn", "post_attention_layernorm", "mlp")
 _PROJECTIONS: Final = {

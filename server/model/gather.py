@@ -23,7 +23,7 @@ from transformers import Cache, DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 from quant import kv
-from server.model.attention import LayerShape, PagedCache, Stores
+from server.model.paged_cache import LayerShape, PagedCache, Stores
 
 Indices = npt.NDArray[np.int64]
 

@@ -28,12 +28,13 @@ from transformers import DynamicCache
 
 from server.errors import LoadError
 from server.memory.kv import kv_dtype, other_layers
-from server.model.attention import ATTENTION_NAME, CONTEXT_ARGUMENT, Call, LayerShape, PagedCache, register
+from server.model.attention import ATTENTION_NAME, CONTEXT_ARGUMENT, Call, register
 from server.model.batch import Batch, Chunk, Draw
 from server.model.cache_runner import CacheRunner, batchings, cache_argument
 from server.model.encoder_probe import choose_encoder_decoder_runner
 from server.model.fuse import fuse
 from server.model.gather import cached_shapes
+from server.model.paged_cache import LayerShape, PagedCache
 from server.model.proof import LARGEST_DIFFERENCE, Proof, architecture_of, first_proven
 from server.model.runner import PagedRunner, input_device
 from server.model.single_runner import SingleRunner

@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from server.model.attention import CONTEXT_ARGUMENT, PagedBatch, PagedCache, Segment
+from server.model.attention import CONTEXT_ARGUMENT, PagedBatch, Segment
 from server.model.batch import SCORED_ROWS, Batch, StepError, StepResult
+from server.model.paged_cache import PagedCache
 from server.model.readout import read_logits
 from server.model.steady import Steady
 from server.records import Batching

@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -26,6 +27,8 @@ FEW_BLOCKSIZES = (64, 512)
 """Of the block sizes that tests/quant/test_native.py goes over, those that are emulated."""
 MANY_VALUES = 1000
 """What it calls `count` is emulated up to here."""
+STREAM = 0x57AEA0
+"""What every call of `device` names as its stream; the emulation refuses launches on another."""
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -77,6 +80,8 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
     loaded = native.load_library(path)
     loaded.hb_emulation_seed.argtypes = (ctypes.c_uint64,)
     loaded.hb_emulation_seed.restype = None
+    loaded.hb_emulation_stream.argtypes = (ctypes.c_void_p,)
+    loaded.hb_emulation_stream.restype = None
     return loaded
 
 
@@ -97,6 +102,15 @@ def device(library: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch) -> Iterator[st
     library.hb_emulation_seed(seed)
     kernels = native.Kernels(library, "emulation")
     monkeypatch.setattr(native, "kernels", lambda device_type: kernels)
+    filled = native.filled
+
+    def on_stream(entry: str, **fields: Any) -> Any:
+        args = filled(entry, **fields)
+        args.call.stream = STREAM
+        return args
+
+    library.hb_emulation_stream(STREAM)
+    monkeypatch.setattr(native, "filled", on_stream)
     empty = torch.empty
 
     def poisoned(*args: object, **options: object) -> torch.Tensor:
@@ -109,3 +123,4 @@ def device(library: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch) -> Iterator[st
     torch.set_num_threads(1)
     yield "cpu"
     torch.set_num_threads(threads)
+    library.hb_emulation_stream(None)

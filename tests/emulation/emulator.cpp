@@ -268,6 +268,7 @@ struct Launch {
 
 std::mutex one_launch;
 bool failure = false;
+const void* callers_stream = nullptr;
 std::mt19937_64 random_numbers;
 std::shared_ptr<Launch> last_launch;
 Launch* running_launch = nullptr;
@@ -305,8 +306,14 @@ void finish(Launch* launch) {
 
 }  // namespace
 
-void run_grid(unsigned blocks, int threads, int64_t shared_bytes, std::function<void()> thread, Grid grid) {
+void run_grid(unsigned blocks, int threads, int64_t shared_bytes, const void* stream, std::function<void()> thread,
+              Grid grid) {
     const std::lock_guard<std::mutex> lock(one_launch);
+    if (stream != callers_stream) {
+        fprintf(stderr, "emulation: a launch on stream %p; its caller's is %p\n", stream, callers_stream);
+        failure = true;
+        return;
+    }
     const int64_t most_shared_bytes = grid == kHopperGrid ? kMostHopperSharedBytes : kMostSharedBytes;
     if (threads < 1 || threads > kMostThreads || threads % kWarpSize != 0 || shared_bytes > most_shared_bytes) {
         fprintf(stderr, "emulation: %d threads with %ld bytes of shared memory are not accepted\n", threads,
@@ -416,6 +423,11 @@ uint16_t to_bfloat(float value) {
 
 }  // namespace emulation
 }  // namespace hb
+
+// The stream of the calls that follow.
+extern "C" HB_API void hb_emulation_stream(const void* stream) {
+    hb::emulation::callers_stream = stream;
+}
 
 // The order of everything that follows; tests print it.
 extern "C" HB_API void hb_emulation_seed(uint64_t seed) {

@@ -9,7 +9,7 @@ import sys
 import pytest
 import torch
 
-from benchmarks import cuda_contenders, cuda_measuring, cuda_operators
+from benchmarks import cuda_contenders, cuda_measuring, cuda_operators, cuda_targets
 from benchmarks.cuda_measuring import Result, Timer
 from benchmarks.cuda_table import table
 from quant import native
@@ -61,6 +61,8 @@ def test_the_table_has_times_shares_and_ratios(library: ctypes.CDLL) -> None:
     rows = [line.split("|")[1].strip() for line in text.splitlines() if line.startswith("| ")]
     assert rows[:3] == ["rows", "1", "9"]
     assert "| dequantize_absmax | 10.0 | 5% |" in text
+    assert "Error from float64" in text
+    assert "| nf4 | 1 to 4 | copying | 0.80 | not measured |" in text  # at a model's shape, not this small one
     assert "| 1.00x |  |" in text  # torch / nf4; no bitsandbytes here
     assert "Copying moved 0.00 TB/s" in text
 
@@ -68,6 +70,41 @@ def test_the_table_has_times_shares_and_ratios(library: ctypes.CDLL) -> None:
 def test_what_could_not_be_timed_stays_empty(library: ctypes.CDLL) -> None:
     text = table(measure(library, lambda calls: None), [], 1e9)
     assert "| dequantize_absmax |  |  |" in text
+
+
+def test_errors_are_those_of_float64_and_of_dequantizing(library: ctypes.CDLL) -> None:
+    results = [result for result in measure(library) if result.rows]
+    own = {result.contender: result for result in results if result.rows == 9}
+    dense = own.pop(cuda_contenders.TORCH)
+    assert dense.error == dense.dequantized_error  # torch's product of the same values
+    for result in own.values():
+        assert result.error is not None
+        assert result.dequantized_error is not None
+        assert 1e-4 < result.dequantized_error < 5e-3  # results in bfloat16: 2^-9 at most, half of that on average
+        assert result.held is None  # no GPU
+    assert own["nf4"].error == pytest.approx(own["nf4"].dequantized_error, rel=0.05)
+
+
+def test_targets_are_judged_by_the_worst_number_of_rows() -> None:
+    def result(contender: str, rows: int, microseconds: float | None, error: float = 0.0) -> Result:
+        return Result(cuda_targets.SHAPE, rows, contender, microseconds, 8_000_000, error, 0.002)
+
+    results = [result("nf4", 1, 10.0, 0.002), result("nf4", 4, 20.0, 0.004), result(cuda_contenders.TORCH, 1, 28.0)]
+    results += [result("nf4", 64, None), result("nf4-dq", 1, 8.0), result(cuda_contenders.TORCH, 4, 60.0)]
+    lines = cuda_targets.verdicts(results, 1e12)
+    assert "| nf4 | 1 to 4 | copying | 0.80 | 0.40 | no |" in lines
+    assert "| nf4-dq | 1 to 4 | copying | 0.80 | 1.00 | yes |" in lines
+    assert f"| nf4 | 1 to 4 | {cuda_contenders.TORCH} | 2.80 | 2.80 | yes |" in lines
+    assert "| nf4 | 64 | bitsandbytes nf4 | 3.00 | not measured |  |" in lines
+    assert "| nf4 | 1 to 2048 | dequantizing | 0.99 | 0.50 | no |" in lines
+
+
+def test_every_target_names_what_is_measured(library: ctypes.CDLL) -> None:
+    kernels = native.Kernels(library, "emulation")
+    names = {*cuda_contenders.contenders(kernels, None)}
+    assert {name for target in cuda_targets.TARGETS for name in target.contenders} <= names
+    assert {rows for target in cuda_targets.TARGETS for rows in target.rows} <= {*cuda_operators.ROWS}
+    assert cuda_targets.SHAPE in cuda_operators.SHAPES
 
 
 def test_a_wrong_product_ends_the_run(library: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -91,10 +128,11 @@ def measure_attention(library: ctypes.CDLL, timer: Timer = once) -> list[Result]
 def test_attention_is_measured_beside_torchs(library: ctypes.CDLL) -> None:
     results = measure_attention(library)
     assert results[0].bytes == 2 * (20 * 8 * 128 * 2 + 32 * 128 * 2)
+    assert results[1].bytes == 2 * (20 * 8 * (128 + 4) + 32 * 128 * 2)
     text = table([], results, 1e9)
-    assert "| 1 x 20 | 10.0 | 983% | 10.0 | 1.00x |" in text
-    assert "| 3 x 33 | 10.0 |" in text
-    assert "| 3 x 33 |  |  |  |  |" in table([], measure_attention(library, lambda calls: None), 1e9)
+    assert "| 1 x 20 | paged_attention | 10.0 | 983% | 10.0 | 1.00x |" in text
+    assert "| 3 x 33 | paged_attention int8 | 10.0 |" in text
+    assert "| 3 x 33 | paged_attention |  |  |  |  |" in table([], measure_attention(library, lambda calls: None), 1e9)
 
 
 def test_wrong_attention_ends_the_run(library: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -113,6 +151,7 @@ def test_arguments() -> None:
     assert options.shapes == [(8, 64), (16, 32)]
     assert options.rows == [1, 7]
     assert options.no_build
+    assert options.sanitize == []
     assert cuda_operators.parse([]).shapes[0] == (4096, 4096)
 
 
@@ -122,6 +161,7 @@ def test_arguments() -> None:
         (["--shapes", "4096"], "'4096' is no shape; accepted is NxK with positive numbers"),
         (["--shapes", "0x5"], "'0x5' is no shape"),
         (["--rows", "-1"], "'-1' is no number of rows"),
+        (["--sanitize", "thread"], "invalid choice: 'thread' (choose from"),
         (["--rows", "0"], "'0' is no number of rows; accepted is a positive one"),
     ],
 )

@@ -7,6 +7,8 @@ import ctypes
 import pytest
 import torch
 
+from tests.emulation import conftest
+
 pytestmark = pytest.mark.timeout(600)  # the first of a session builds the library
 
 OK = 0
@@ -44,6 +46,16 @@ def test_a_missing_barrier_shows_at_any_seed(library: ctypes.CDLL) -> None:
         library.hb_emulation_seed(seed)
         assert pass_on(library, barrier=True)
         assert not pass_on(library, barrier=False)
+
+
+def test_a_launch_on_another_stream_is_refused(library: ctypes.CDLL, capfd: pytest.CaptureFixture[str]) -> None:
+    out = torch.zeros(THREADS, dtype=torch.int32)
+    library.hb_emulation_stream(conftest.STREAM)
+    status = library.hb_emulated_pass_on(THREADS, True, ctypes.c_void_p(out.data_ptr()))
+    library.hb_emulation_stream(None)
+    assert status == LAUNCH_FAILED
+    assert f"its caller's is {hex(conftest.STREAM)}" in capfd.readouterr().err
+    assert pass_on(library, barrier=True)
 
 
 def test_the_order_comes_from_the_seed(library: ctypes.CDLL) -> None:

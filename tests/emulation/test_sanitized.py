@@ -56,6 +56,7 @@ def test_kernels_stay_inside_their_tensors(sanitized: Path, sanitizer: str) -> N
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)  # a few minutes of a processor's time, beside whatever else runs
 def test_all_kernels_stay_inside_their_tensors(sanitized: Path, sanitizer: str) -> None:
     output = run_tests(sanitized, sanitizer, *KERNELS, "tests/emulation/test_emulator.py")
     assert output.endswith("exit status 0\n"), output

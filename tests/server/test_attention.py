@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 import torch
 
-from quant import native, ops
-from server.model.attention import Call, LayerShape, PagedBatch, PagedCache, Segment, attention
+from quant import ops
+from server.model.attention import Call, PagedBatch, Segment, attention
+from server.model.paged_cache import LayerShape, PagedCache
 
 BLOCK = 4
 BLOCKS = 40
@@ -213,27 +214,3 @@ def test_kernel_and_torch_write_and_read_the_same_cache(store: torch.dtype) -> N
     for ours, theirs in zip(*(cache.tensors for cache in caches), strict=True):
         assert torch.equal(ours, theirs)
     torch.testing.assert_close(outputs[0].double(), outputs[1], rtol=1e-5, atol=2e-5)
-
-
-@pytest.mark.cuda
-def test_a_batch_of_single_rows_on_cuda_is_one_call(monkeypatch: pytest.MonkeyPatch) -> None:
-    """And near what torch makes of it; a prompt is torch's."""
-    device = torch.device("cuda")
-    if (reason := native.unavailable_because("cuda")) is not None:
-        pytest.skip(reason)
-    called: list[str] = []
-    for name in ("attend_at_once", "attend_in_torch"):
-        method = getattr(PagedBatch, name)
-        monkeypatch.setattr(PagedBatch, name, lambda *a, n=name, m=method: (called.append(n), m(*a))[1])
-    cache = PagedCache([LayerShape(2, 8, 8, torch.bfloat16, device)], BLOCKS, BLOCK)
-    for tensor in cache.tensors:
-        tensor.normal_()
-    query, key, value = (torch.randn(heads, 3, 8, dtype=torch.bfloat16, device=device) for heads in (4, 2, 2))
-    call = Call(query, key, value, 0.3, None, None, None)
-    slots = torch.tensor([14, 4, 36])
-    singles = [Segment(row, 1, start, torch.tensor(blocks)) for row, start, blocks in ((0, 2, [3]), (1, 4, [0, 1]))]
-    batch = PagedBatch(cache, slots, [*singles, Segment(2, 1, 0, torch.tensor([9]))])
-    out = batch.attend(call)
-    torch.testing.assert_close(out, batch.attend_in_torch(call, cache.layers[0]), rtol=0.02, atol=0.02)
-    PagedBatch(cache, slots, [*singles[:1], Segment(1, 2, 0, torch.tensor([9]))]).attend(call)
-    assert called == ["attend_at_once", "attend_in_torch", "attend_in_torch"]

@@ -10,9 +10,9 @@
 namespace hb {
 
 template <typename... Parameters, typename... Arguments>
-void launch(void (*kernel)(Parameters...), unsigned blocks, int threads, int64_t shared_bytes, cudaStream_t,
+void launch(void (*kernel)(Parameters...), unsigned blocks, int threads, int64_t shared_bytes, cudaStream_t stream,
             Arguments... arguments) {
-    emulation::run_grid(blocks, threads, shared_bytes, [=] { kernel(static_cast<Parameters>(arguments)...); });
+    emulation::run_grid(blocks, threads, shared_bytes, stream, [=] { kernel(static_cast<Parameters>(arguments)...); });
 }
 
 inline unsigned char* shared_memory() {

@@ -6,10 +6,11 @@
 namespace hb {
 
 template <typename... Parameters, typename... Arguments>
-void launch_behind(void (*kernel)(Parameters...), unsigned blocks, int threads, int64_t shared_bytes, cudaStream_t,
-                   Arguments... arguments) {
+void launch_behind(void (*kernel)(Parameters...), unsigned blocks, int threads, int64_t shared_bytes,
+                   cudaStream_t stream, Arguments... arguments) {
     emulation::run_grid(
-        blocks, threads, shared_bytes, [=] { kernel(static_cast<Parameters>(arguments)...); }, emulation::kHopperGrid);
+        blocks, threads, shared_bytes, stream, [=] { kernel(static_cast<Parameters>(arguments)...); },
+        emulation::kHopperGrid);
 }
 
 template <typename... Parameters>

@@ -1,17 +1,21 @@
 // A small model of how a GPU runs a kernel, for the headers beside this one. It models order, not time.
 //
+// clang-format off
 //     grid        runs as late as it may; its blocks one after the other, in a random order
-//     block       its threads are fibres. One runs until it waits; who runs next is random, and now and then one warp
-//     is
+//     block       its threads are fibres. One runs until it waits; who runs next is random, and now and then one warp is
 //                 preferred for a while, so that warps drift apart as far as barriers allow
-//     warp        lanes wait for each other where they exchange values (shuffles, votes, tensor cores), and nowhere
-//     else shared      exactly the bytes asked for, each 0xff when a block begins copies      land at the wait of the
-//     thread that started them, at the latest possible time; a few of them land at
+//     warp        lanes wait for each other where they exchange values (shuffles, votes, tensor cores), nowhere else
+//     shared      exactly the bytes asked for, each 0xff when a block begins
+//     copies      land at the wait of the thread that started them, at the latest possible time; a few of them land at
 //                 once, the earliest, so that what may still be read must not be copied over
+//     stream      that of the call, or the launch fails
+// clang-format on
 //
 // What a kernel must not do ends the launch with a sentence on stderr: threads that wait for ever, lanes that meet in
 // different functions, misaligned copies, more shared memory than the smallest supported device has. Not modelled:
-// memory that is seen late by other threads without a barrier, banks, several streams, more than one grid dimension.
+// memory that is seen late by other threads without a barrier, banks, work on other streams, more than one grid
+// dimension. The host's side of the runtime that csrc/cuda may call is all in cuda_runtime.h: nothing there allocates
+// or waits.
 #pragma once
 
 #include <stdint.h>
@@ -37,11 +41,13 @@ inline int lane() {
     return static_cast<int>(threadIdx.x) % kWarpSize;
 }
 
-// Runs `thread` once for each thread of the grid. One launch at a time; others wait. A Hopper grid may have more shared
-// memory, and the launch in front of it may run after it has begun.
+// Runs `thread` once for each thread of the grid. One launch at a time; others wait. hb_emulation_stream names the
+// stream that all of them must be on. A Hopper grid may have more shared memory, and the launch in front of it may run
+// after it has begun.
 enum Grid { kAnyGrid, kHopperGrid };
 constexpr int64_t kMostHopperSharedBytes = 227 << 10;
-void run_grid(unsigned blocks, int threads, int64_t shared_bytes, std::function<void()> thread, Grid grid = kAnyGrid);
+void run_grid(unsigned blocks, int threads, int64_t shared_bytes, const void* stream, std::function<void()> thread,
+              Grid grid = kAnyGrid);
 
 // Whether a launch has failed since this was last asked; all of them have run then.
 bool take_failure();
