@@ -89,6 +89,7 @@ OUR_CHILD: Final = (
     + """
 import quant
 from quant.config import from_spec
+from server.memory import allocator
 from server.model.batch import Batch, Chunk, Draw
 from server.model.probe import choose_runner
 from server.records import ModelSpec, SamplingParams
@@ -97,6 +98,7 @@ if options["head"] is not None:
     config = quant.BitsAndBytesConfig(**(config.to_diff_dict() | {"module_overrides": {"lm_head": options["head"]}}))
 model = transformers.AutoModelForCausalLM.from_pretrained(
     path, quantization_config=config, dtype=torch.bfloat16, device_map={"": "cpu"})
+allocator.keep_much()  # as an engine does
 spec = ModelSpec("m", path, batch_invariant=options.get("batch_invariant", False))
 quant.set_batch_invariant(spec.batch_invariant)
 runner = choose_runner(model, spec, blocks=1024, max_model_len=1024)
