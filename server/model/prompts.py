@@ -26,7 +26,7 @@ import torch
 from torch.nn import functional as F
 from torch.nn.attention import varlen
 
-MOST_GATHERED: Final = 32768
+MOST_GATHERED: Final = 8192
 """Tokens of several prompts whose keys and values are gathered at once; a longer prompt goes alone."""
 MOST_DIMS: Final = 256
 """Of a head that varlen_attn takes, in multiples of DIMS_STEP."""

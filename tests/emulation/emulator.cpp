@@ -28,6 +28,7 @@ struct Copy {
 };
 
 constexpr int kCopyBytes = 16;
+constexpr size_t kNoWarp = static_cast<size_t>(-1);
 constexpr size_t kSharedAlignment = 1024;  // the most that a kernel asks for
 
 struct Thread {
@@ -91,6 +92,7 @@ class Block {
   private:
     int next_thread();
     int ready_thread();
+    int take_ready(size_t warp);
     void make_ready(int thread) { warps_[thread / kWarpSize].ready.push_back(thread); }
 
     std::mt19937_64& random_;
@@ -102,6 +104,7 @@ class Block {
     std::vector<std::function<void()>> events_;
     std::unique_ptr<Extension> extension_;
     size_t preferred_ = 0;
+    size_t held_back_ = kNoWarp;
     int at_barrier_ = 0;
     int ended_ = 0;
     bool failed_ = false;
@@ -115,7 +118,8 @@ void thread_body() {
     block->end_thread();
 }
 
-// -1 where nobody can go on. What may happen at any time happens now and then, and at the latest when everybody waits.
+// -1 where nobody can go on. What may happen at any time happens now and then, and at the latest when everybody waits
+// but for the warp that is held back.
 int Block::next_thread() {
     if (!events_.empty() && chance(64)) run_event(random_() % events_.size());
     int thread = ready_thread();
@@ -123,17 +127,22 @@ int Block::next_thread() {
         run_event(random_() % events_.size());
         thread = ready_thread();
     }
-    return thread;
+    return thread < 0 && held_back_ != kNoWarp ? take_ready(held_back_) : thread;
 }
 
 int Block::ready_thread() {
     if (chance(64)) preferred_ = random_() % warps_.size();
     size_t warp = chance(4) ? random_() % warps_.size() : preferred_;
-    for (size_t tried = 0; warps_[warp].ready.empty(); ++tried) {
+    for (size_t tried = 0; warp == held_back_ || warps_[warp].ready.empty(); ++tried) {
         if (tried == warps_.size()) return -1;
         warp = (warp + 1) % warps_.size();
     }
+    return take_ready(warp);
+}
+
+int Block::take_ready(size_t warp) {
     std::vector<int>& ready = warps_[warp].ready;
+    if (ready.empty()) return -1;
     std::swap(ready[random_() % ready.size()], ready.back());
     const int thread = ready.back();
     ready.pop_back();
@@ -143,6 +152,7 @@ int Block::ready_thread() {
 bool Block::run(void (*body)()) {
     memset(shared_.get(), 0xff, static_cast<size_t>(shared_bytes_));
     at_barrier_ = ended_ = 0;
+    held_back_ = warps_.size() > 1 && chance(2) ? random_() % warps_.size() : kNoWarp;
     sleepers_.clear();
     events_.clear();
     extension_.reset();

@@ -37,7 +37,8 @@ __global__ void multiply_warpgroup(const __nv_bfloat16* a, const __nv_bfloat16* 
     for (int i = 0; i < 8; ++i) out[(row + i / 2 % 2 * 8) * 16 + i / 4 * 8 + member * 2 + i % 2] = sums[i];
 }
 
-// Thread 0 has 64 bytes copied; all wait for their barrier, or do not, and write one each.
+// Thread 0 has 64 bytes copied; all wait for their barrier, or do not, and write two each. One warp: of several, one
+// might be held back until the copy is here.
 __global__ void copy_in_bulk(const unsigned char* from, bool wait, unsigned char* out) {
     Barrier* const barrier = reinterpret_cast<Barrier*>(tiles_memory());
     if (threadIdx.x == 0) {
@@ -48,7 +49,7 @@ __global__ void copy_in_bulk(const unsigned char* from, bool wait, unsigned char
     }
     block_barrier();
     if (wait) barrier_wait(barrier, 0);
-    out[threadIdx.x] = tiles_memory()[64 + threadIdx.x];
+    for (unsigned i = threadIdx.x; i < 64; i += kWarp) out[i] = tiles_memory()[64 + i];
     if (!wait) barrier_wait(barrier, 0);
 }
 
@@ -87,7 +88,7 @@ extern "C" HB_API hb_status hb_emulated_multiply_warpgroup(const void* a, const 
 
 extern "C" HB_API hb_status hb_emulated_copy_in_bulk(const void* from, bool wait, void* out) {
     using namespace hb;
-    launch(copy_in_bulk, 1u, 64, 128, nullptr, static_cast<const unsigned char*>(from), wait,
+    launch(copy_in_bulk, 1u, kWarp, 128, nullptr, static_cast<const unsigned char*>(from), wait,
            static_cast<unsigned char*>(out));
     return launched();
 }

@@ -19,7 +19,7 @@ KERNELS = sorted(path for path in CUDA.glob("*.cu*") if not path.name.startswith
 """And headers of kernels, but for those that define the words."""
 WORDS = (
     "block_barrier",
-    r"group_barrier(?!\(1,)",
+    "group_barrier",
     r"copies_wait<\d>",
     r"copies_wait<Stages - 2>",
     "barriers_begun",
@@ -32,8 +32,7 @@ WORDS = (
     "products_wait",
     "predecessors_wait",
 )
-"""All but two: warp_barrier, which orders a warp's accesses to memory (that they are seen late is not modelled), and
-the barrier behind Hopper's table, which is always filled before the copies land that are looked up in it."""
+"""All but warp_barrier, which orders a warp's accesses to memory: that they are seen late is not modelled."""
 SYNCHRONISATION = re.compile(rf"\b(?:{'|'.join(WORDS)})\([^;]*\);")
 PLACES = [(path.name, match.start()) for path in KERNELS for match in SYNCHRONISATION.finditer(path.read_text())]
 COMPARED = ("tests/emulation/test_kernels.py", "tests/emulation/test_attention.py")
@@ -79,7 +78,7 @@ def likely_for(name: str) -> str:
 
 
 def test_there_are_places_to_change() -> None:
-    assert len(PLACES) >= 7
+    assert len(PLACES) >= 30
 
 
 def test_the_unchanged_sources_pass(tree: Path) -> None:

@@ -3,7 +3,8 @@
 // clang-format off
 //     grid        runs as late as it may; its blocks one after the other, in a random order
 //     block       its threads are fibres. One runs until it waits; who runs next is random, and now and then one warp is
-//                 preferred for a while, so that warps drift apart as far as barriers allow
+//                 preferred for a while, so that warps drift apart as far as barriers allow; in every second block one
+//                 warp is held back, and runs where nobody else can and nothing else is to come
 //     warp        lanes wait for each other where they exchange values (shuffles, votes, tensor cores), nowhere else
 //     shared      exactly the bytes asked for, each 0xff when a block begins
 //     copies      land at the wait of the thread that started them, at the latest possible time; a few of them land at
