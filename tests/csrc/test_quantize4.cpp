@@ -173,6 +173,7 @@ TEST(absmax_goes_through_the_nearest_code_of_the_map) {
             const float scale = nested[static_cast<size_t>(i / blocksize)];
             const float product = map[codes[at]] * scale;
             EXPECT(back[at] == product + offset, "absmax %d: rounded after the product and after the sum", (int)i);
+            if (scale == 0) continue;  // a block of nothing but the offset: any code stands for it
             const double target = (static_cast<double>(absmax[at]) - offset) / scale;
             const double error = std::fabs(map[codes[at]] - target);
             for (const float other : map) EXPECT(error <= std::fabs(other - target) + 1e-6, "absmax %d", (int)i);
