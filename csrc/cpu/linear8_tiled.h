@@ -65,7 +65,7 @@ struct Tiled8 : Linear8<Isa> {
             for (int64_t i = 0; i < at.rows; ++i, panel += kRowStride) {
                 const int8_t* const codes = job.args->codes + (at.n + i) * K + k;
                 for (int64_t c = 0; c < whole; c += kTileRowBytes) memcpy(panel + c, codes + c, kTileRowBytes);
-                memcpy(panel + whole, codes + whole, static_cast<size_t>(count - whole));
+                if (count > whole) memcpy(panel + whole, codes + whole, static_cast<size_t>(count - whole));
                 memset(panel + count, 0, static_cast<size_t>(kStretchBytes - count));
             }
         }
