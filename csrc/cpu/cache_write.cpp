@@ -76,6 +76,7 @@ extern "C" hb_status hb_cache_write(const hb_cache_write_args* args) {
     using namespace hb;
     HB_REQUIRE(check(args));
     const hb_cache_write_args& a = *args;
+    if (a.G == 0 || a.slot_count == 0) return HB_OK;  // nothing can be written, and slots may be null
     float* const scales = a.store_dtype == HB_INT8 ? a.scales : nullptr;
     const Side key = {a.key, a.key_row_stride, a.key_head_stride, a.D, a.keys, scales};
     const Side value = {a.value, a.value_row_stride, a.value_head_stride,
@@ -83,7 +84,7 @@ extern "C" hb_status hb_cache_write(const hb_cache_write_args* args) {
     parallel_for(threads_for(a.call.threads, a.T * a.G * (a.D + a.E)), a.T, [&](int64_t, int64_t begin, int64_t end) {
         for (int64_t t = begin; t < end; ++t) {
             const int64_t slot = a.slots[t];
-            if (slot < 0 || slot >= a.slot_count || a.G == 0) continue;
+            if (slot < 0 || slot >= a.slot_count) continue;
             write_row(a, key, t, slot);
             write_row(a, value, t, slot);
         }

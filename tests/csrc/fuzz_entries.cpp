@@ -468,9 +468,9 @@ void fuzz_rotary(Input& input) {
     auto args = start<hb_rotary_args>(input);
     args.dtype = input.option(3), args.T = input.size(), args.H = input.size(), args.G = input.size();
     args.D = input.size();
-    const __int128 rows = args.T < 0 || args.D < 0 ? -1 : static_cast<__int128>(args.T) * args.D;
-    args.query = tensors.out<void>(args.H < 0 ? -1 : rows * args.H, element_bytes(args.dtype));
-    args.key = tensors.out<void>(args.G < 0 ? -1 : rows * args.G, element_bytes(args.dtype));
+    const __int128 rows = product(args.T, args.D);
+    args.query = tensors.out<void>(product(rows, args.H), element_bytes(args.dtype));
+    args.key = tensors.out<void>(product(rows, args.G), element_bytes(args.dtype));
     args.cos = tensors.in<void>(rows, element_bytes(args.dtype));
     args.sin = tensors.in<void>(rows, element_bytes(args.dtype));
     judge(hb_rotary(&args), tensors);
