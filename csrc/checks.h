@@ -426,6 +426,11 @@ inline hb_status check(const hb_add_args* a) {
     return check_pair(a, &hb_add_args::a, &hb_add_args::b);
 }
 
+// Whether any row has a slot to go to; else no tensor is read, and all may be null.
+inline bool has_slots(const hb_cache_write_args& a) {
+    return a.T != 0 && a.G != 0 && a.slot_count != 0;
+}
+
 inline hb_status check(const hb_cache_write_args* a) {
     HB_REQUIRE(check_call(a == nullptr ? nullptr : &a->call, sizeof *a));
     HB_REQUIRE(check_dtype(a->dtype));
@@ -439,7 +444,7 @@ inline hb_status check(const hb_cache_write_args* a) {
     HB_REQUIRE(check_shape(a->slot_count, heads, &count));
     HB_REQUIRE(check_strides(a->T, a->key_row_stride, a->G, a->key_head_stride, a->D));
     HB_REQUIRE(check_strides(a->T, a->value_row_stride, a->G, a->value_head_stride, a->E));
-    if (a->T == 0 || a->G == 0 || a->slot_count == 0) return HB_OK;
+    if (!has_slots(*a)) return HB_OK;
     HB_REQUIRE(check_tensor(a->key, a->D, bytes));
     HB_REQUIRE(check_tensor(a->value, a->E, bytes));
     HB_REQUIRE(check_tensor(a->slots, a->T, sizeof(int64_t)));

@@ -5,6 +5,7 @@
 #include <stdint.h>
 
 #include "clones.h"
+#include "vectors_avx512.h"
 
 namespace hb {
 
@@ -16,12 +17,8 @@ HB_INLINE __m512 floats_of_int8(const uint8_t* bytes) {
 
 // Sixteen values rounded as to_bfloat does, which the instruction for it does not: that takes subnormals for zeros.
 HB_INLINE __m256i bfloats_of_floats(__m512 values) {
-    const __m512i bits = _mm512_castps_si512(values);
-    const __m512i even = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
-    const __m512i up = _mm512_add_epi32(bits, _mm512_add_epi32(even, _mm512_set1_epi32(0x7fff)));
     const __mmask16 nan = _mm512_cmp_ps_mask(values, values, _CMP_UNORD_Q);
-    const __m512i rounded = _mm512_mask_mov_epi32(_mm512_srli_epi32(up, 16), nan, _mm512_set1_epi32(0x7fc0));
-    return _mm512_cvtepi32_epi16(rounded);
+    return upper_halves(_mm512_mask_mov_epi32(rounded_to_bfloat(values), nan, _mm512_set1_epi32(0x7fc00000)));
 }
 
 // Four sums of sixteen lanes -> four numbers, in one fixed tree: neighbours, pairs, then the four quarters.

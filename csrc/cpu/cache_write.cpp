@@ -76,7 +76,7 @@ extern "C" hb_status hb_cache_write(const hb_cache_write_args* args) {
     using namespace hb;
     HB_REQUIRE(check(args));
     const hb_cache_write_args& a = *args;
-    if (a.G == 0 || a.slot_count == 0) return HB_OK;  // nothing can be written, and slots may be null
+    if (!has_slots(a)) return HB_OK;
     float* const scales = a.store_dtype == HB_INT8 ? a.scales : nullptr;
     const Side key = {a.key, a.key_row_stride, a.key_head_stride, a.D, a.keys, scales};
     const Side value = {a.value, a.value_row_stride, a.value_head_stride,

@@ -76,13 +76,10 @@ struct Tiled8 : Linear8<Isa> {
             if (!job.blocks.keeps_sums() || K % kTileRowBytes != 0 || at.rows % kTileRows != 0) return nullptr;
             return reinterpret_cast<const char*>(job.args->codes) + at.n * K + at.piece * kStretchBytes;
         }
-        // The next stretch, in the order in which they are multiplied.
-        Fetching fetching(const Stretch& at, int64_t steps) const {
-            const int64_t K = job.args->K;
-            const bool is_last = at.piece + 1 >= job.blocks.pieces();
-            const int64_t n = is_last ? at.n + at.rows : at.n, piece = is_last ? 0 : at.piece + 1;
-            const char* const codes = reinterpret_cast<const char*>(job.args->codes) + n * K + piece * kStretchBytes;
-            return {codes, at.rows, K, job.blocks.piece_bytes(piece), steps};
+        Fetching fetching(const Stretch& next, int64_t steps) const {
+            const int64_t first = next.n * job.args->K + next.piece * kStretchBytes;
+            const char* const codes = reinterpret_cast<const char*>(job.args->codes) + first;
+            return {codes, next.rows, job.args->K, job.blocks.piece_bytes(next.piece), steps};
         }
         int64_t stride() const { return job.args->K; }
 

@@ -163,9 +163,9 @@ struct TileProduct {
     }
 
     // Weight rows [first, last) against all of x, a panel at a time. Work says where a stretch's rows can be multiplied
-    // as they lie (where, stride), or null: then it puts them into the panel (fill). It also says with which stretches
-    // sums begin anew (is_new), and after which they are wanted (is_wanted): then they are in `sums`, and it takes them
-    // (take).
+    // as they lie (where, stride), or null: then it puts them into the panel (fill). It says what of the next stretch
+    // is to be fetched between products (fetching), with which stretches sums begin anew (is_new), and after which they
+    // are wanted (is_wanted): then they are in `sums`, and it takes them (take).
     template <typename Work>
     static void run(const TileBlocks& blocks, const char* x, int64_t first, int64_t last, char* panel, char* sums,
                     Work& work) {
@@ -183,7 +183,7 @@ struct TileProduct {
                 }
                 const bool is_wanted = work.is_wanted(piece);
                 const int64_t steps = (blocks.blocks + 1) / 2 * (blocks.piece_bytes(piece) / kTileRowBytes);
-                Fetching fetching = work.fetching(now, steps);
+                Fetching fetching = work.fetching(after(blocks, now), steps);
                 multiply_all(blocks, where == nullptr ? Rows{panel, kRowStride} : Rows{where, work.stride()}, now, x,
                              Sums{sums, sums_row, work.is_new(piece), !keeps, !keeps || is_wanted}, fetching);
                 if (is_wanted) work.take(now, sums);
@@ -192,6 +192,11 @@ struct TileProduct {
     }
 
   private:
+    // What is multiplied next: the panel's next stretch, or the first one of the next panel, which may not be there.
+    static Stretch after(const TileBlocks& blocks, const Stretch& now) {
+        if (now.piece + 1 < blocks.pieces()) return {now.n, now.rows, now.piece + 1};
+        return {now.n + now.rows, now.rows, 0};
+    }
     // Zeros behind the rows of a panel up to a whole tile.
     static void fill_up(int64_t rows, char* panel) {
         const int64_t missing = (kTileRows - rows % kTileRows) % kTileRows;

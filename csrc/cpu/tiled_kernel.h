@@ -201,14 +201,12 @@ struct Tiled {
         }
 
         static const char* where(const Stretch&) { return nullptr; }
-        // The next stretch, in the order in which they are multiplied.
-        Fetching fetching(const Stretch& at, int64_t steps) const {
+        Fetching fetching(const Stretch& next, int64_t steps) const {
             if (job.blocks.keeps_sums()) return {nullptr, 0, 0, 0, steps};
             const DecodedCall& a = *job.call;
-            const bool is_last = at.piece + 1 >= job.blocks.pieces();
-            const int64_t n = is_last ? at.n + at.rows : at.n, piece = is_last ? 0 : at.piece + 1;
-            const uint8_t* const codes = a.weight.codes + (n * a.K + piece * kStretch) / kCodes;
-            return {reinterpret_cast<const char*>(codes), at.rows, row_bytes, values_in(a, piece) / kCodes, steps};
+            const uint8_t* const codes = a.weight.codes + (next.n * a.K + next.piece * kStretch) / kCodes;
+            const int64_t bytes = values_in(a, next.piece) / kCodes;
+            return {reinterpret_cast<const char*>(codes), next.rows, row_bytes, bytes, steps};
         }
         static int64_t stride() { return 0; }
         bool is_new(int64_t piece) const { return piece == 0; }

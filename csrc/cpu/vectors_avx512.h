@@ -89,14 +89,14 @@ HB_AVX512BW float largest_magnitude_avx512(const typename Values::Element* value
 }
 
 // float32 rounded to bfloat16, in the upper half of each lane. No NaNs.
-HB_AVX512BW inline __m512i rounded_to_bfloat(__m512 values) {
+HB_AVX512BW HB_INLINE __m512i rounded_to_bfloat(__m512 values) {
     const __m512i bits = _mm512_castps_si512(values);
     const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
     return _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
 }
 
 // The upper halves of sixteen lanes.
-HB_AVX512BW inline __m256i upper_halves(__m512i lanes) {
+HB_AVX512BW HB_INLINE __m256i upper_halves(__m512i lanes) {
     return _mm512_cvtepi32_epi16(_mm512_srli_epi32(lanes, 16));
 }
 

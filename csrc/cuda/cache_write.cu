@@ -105,7 +105,7 @@ extern "C" hb_status hb_cache_write(const hb_cache_write_args* args) {
     using namespace hb;
     HB_REQUIRE(check(args));
     const hb_cache_write_args& a = *args;
-    if (a.T == 0 || a.G == 0 || a.slot_count == 0) return HB_OK;
+    if (!has_slots(a)) return HB_OK;
     if (a.store_dtype != a.dtype) {
         launch(convert, blocks_for_warps(a.T * a.G), kWarpsPerBlock * kWarp, 0, stream_of(a.call), a);
     } else if (whole_pieces(a)) {

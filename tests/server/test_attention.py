@@ -48,6 +48,14 @@ def reference(
     return out
 
 
+def settings_of(extra: dict[str, object], window: int | None, heads: int) -> dict[str, object]:
+    """What transformers hands to attention; `s_aux` becomes random sinks."""
+    settings: dict[str, object] = {**extra, "sliding_window": window}
+    if settings.get("s_aux"):
+        settings["s_aux"] = torch.randn(heads)
+    return settings
+
+
 class Sequences:
     """Random sequences over a poisoned cache: each step takes the next rows of each and compares what comes out."""
 
@@ -116,10 +124,7 @@ def test_chunks_and_decodes_agree_with_the_reference(
     window: int | None,
     dtype: torch.dtype,
 ) -> None:
-
-    settings: dict[str, object] = {**extra, "sliding_window": window}
-    if settings.get("s_aux"):
-        settings["s_aux"] = torch.randn(heads)
+    settings = settings_of(extra, window, heads)
     lengths = [random.randint(9, 25) for _ in range(3)]
     sequences = Sequences(lengths, heads, kv_heads, key_dim, value_dim, dtype)
     cut = random.randint(1, 7)

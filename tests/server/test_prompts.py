@@ -19,7 +19,7 @@ from quant import native
 from server.model import attention, prompts
 from server.model.attention import Call, PagedBatch, Segment
 from server.model.paged_cache import LayerShape, PagedCache
-from tests.server.test_attention import BLOCK, BLOCKS, Sequences
+from tests.server.test_attention import BLOCK, BLOCKS, Sequences, settings_of
 
 
 class Documented:
@@ -91,9 +91,7 @@ def test_prompts_and_single_rows_agree_with_the_reference(
     extra: dict[str, object],
     window: int | None,
 ) -> None:
-    settings: dict[str, object] = {**extra, "sliding_window": window}
-    if settings.get("s_aux"):
-        settings["s_aux"] = torch.randn(heads)
+    settings = settings_of(extra, window, heads)
     sequences = Sequences([20, 12, 9, 17], heads, kv_heads, key_dim, value_dim, torch.float32)
     sequences.step([(0, 0, 5), (1, 0, 9)], **settings)
     sequences.step([(1, 9, 10), (0, 5, 11), (3, 0, 17), (2, 0, 1)], **settings)
