@@ -40,6 +40,7 @@ ARCHITECTURES: Final = (*CONFIGS, *MORE_CONFIGS)
 TINY: Final = "tiny"
 LARGE: Final = "large"
 NOT_SERVED: Final = "not served"
+LARGEST_STEP: Final = 2048
 TRAFFIC: Final = ((20, 4, 1), (300, 4, 6), (2000, 2, 1))
 """Tokens of prompt, tokens drawn, and sequences at once."""
 
@@ -85,7 +86,8 @@ def report_of(path: str, form: str) -> tuple[MemoryReport, MemoryReport]:
     from server.model.probe import warm_up
     from server.records import SamplingParams
 
-    spec = ModelSpec("m", path, quantization=form, device="cpu", kv_cache_tokens=16384, max_sequences=16)
+    limits = {"kv_cache_tokens": 16384, "max_batch_tokens": LARGEST_STEP, "max_sequences": 16}
+    spec = ModelSpec("m", path, quantization=form, device="cpu", **limits)
     plan = make_plan(spec)
     baseline = Baseline.take("cpu")
     model = load_model(spec, lambda done, total: None).model
@@ -101,7 +103,7 @@ def report_of(path: str, form: str) -> tuple[MemoryReport, MemoryReport]:
     for prompt, drawn, sequences in TRAFFIC:
         names = [str(which) for which in range(sequences)]
         table = {name: list(range(room * which, room * which + room)) for which, name in enumerate(names)}
-        fitting = max(1, spec.max_batch_tokens // prompt)
+        fitting = max(1, LARGEST_STEP // prompt)
         for begin in range(0, sequences, fitting):
             draw = Draw(params, seed=begin, index=0)
             tokens = [7 + 31 * index % 20000 for index in range(prompt)]

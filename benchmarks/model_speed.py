@@ -99,7 +99,7 @@ if options["head"] is not None:
 model = transformers.AutoModelForCausalLM.from_pretrained(
     path, quantization_config=config, dtype=torch.bfloat16, device_map={"": "cpu"})
 allocator.keep_much()  # as an engine does
-spec = ModelSpec("m", path, batch_invariant=options.get("batch_invariant", False))
+spec = ModelSpec("m", path, max_batch_tokens=1024, batch_invariant=options.get("batch_invariant", False))
 quant.set_batch_invariant(spec.batch_invariant)
 runner = choose_runner(model, spec, blocks=1024, max_model_len=1024)
 greedy = lambda index: Draw(SamplingParams(max_tokens=1024, temperature=0.0), seed=0, index=index)

@@ -36,6 +36,7 @@ from server.records import Generate, ModelSpec, SamplingParams, Shutdown, StepRe
 
 BLOCKS: Final = 512
 LENGTH: Final = 256
+STEP_TOKENS: Final = 2048
 ANSWER_TOKENS: Final = 96
 SEQUENCES: Final = (1, 4, 8)
 TEXTS: Final = {
@@ -61,7 +62,7 @@ def serve(runner: Runner, params: SamplingParams, sequences: int, guesses: int) 
     pool = BlockPool(BLOCKS)
     scheduler = Scheduler(
         pool,
-        max_batch_tokens=2048,
+        max_batch_tokens=STEP_TOKENS,
         max_sequences=64,
         max_model_len=LENGTH,
         prefix_caching=False,
@@ -139,7 +140,8 @@ def main() -> None:
         model = transformers.AutoModelForCausalLM.from_pretrained(
             checkpoint, quantization_config=config, dtype=torch.bfloat16, device_map={"": "cpu"}
         )
-        runner = choose_runner(model, ModelSpec("m", str(checkpoint)), blocks=BLOCKS, max_model_len=LENGTH)
+        spec = ModelSpec("m", str(checkpoint), max_batch_tokens=STEP_TOKENS)
+        runner = choose_runner(model, spec, blocks=BLOCKS, max_model_len=LENGTH)
         results = measure(runner, arguments.rounds)
     print(table(results))
     if not arguments.dry:

@@ -30,7 +30,7 @@ from pydantic import (
 from server.cpus import available_cpus
 from server.demo import DEMO_MODEL_NAME, DEMO_MODEL_PATH, DEMO_QUANTIZATION
 from server.errors import ConfigError
-from server.records import MAX_TIMEOUT_SECONDS, ModelSpec
+from server.records import BATCH_TOKENS, CPU_BATCH_TOKENS, MAX_TIMEOUT_SECONDS, ModelSpec
 from server.sentences import describe, listed, location, shown
 from server.yaml_file import read_yaml
 
@@ -109,8 +109,10 @@ class ModelConfig(Settings):
         "own limit.",
     )
     kv_cache: KvCacheConfig = Field(default=KvCacheConfig(), description="The KV cache: {tokens: N, dtype: int8}.")
-    max_batch_tokens: Annotated[int, Field(ge=1, le=2**20)] = Field(
-        default=2048, description="Tokens one engine step computes at most."
+    max_batch_tokens: Annotated[int, Field(ge=1, le=2**20)] | None = Field(
+        default=None,
+        description="Tokens one engine step computes at most; without it "
+        f"{CPU_BATCH_TOKENS} on a CPU and {BATCH_TOKENS} on a GPU, or twice `max_sequences` where that is more.",
     )
     max_sequences: Annotated[int, Field(ge=1, le=4096)] = Field(
         default=64, description="Sequences that share an engine step at most."

@@ -35,6 +35,10 @@ DEVICE_USED: Final = "device_used"
 ELSEWHERE: Final = "weights_elsewhere"
 """Key of `process`: bytes of weights in mapped files that are not in the figure: not read yet, dropped by the kernel,
 or the share of another process that maps the same file."""
+CPU_BATCH_TOKENS: Final = 256
+BATCH_TOKENS: Final = 2048
+"""Tokens of a step, on a CPU and on other devices: where more of them stop making each one cheaper, and only let
+everybody wait longer for the end of the step."""
 MAX_TIMEOUT_SECONDS: Final = 86400.0
 """The longest time that a request may be given, or ask for."""
 MAX_TOP_LOGPROBS: Final = 20
@@ -72,8 +76,8 @@ class ModelSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     kv_cache_dtype: str = "auto"
     """What the KV cache keeps keys and values in: auto (as the model computes them), float32, bfloat16, float16 or
     int8."""
-    max_batch_tokens: int = 2048
-    """Tokens one step computes at most (prefill chunks and decodes together)."""
+    max_batch_tokens: int | None = None
+    """Tokens one step computes at most (prefill chunks and decodes together); None takes what suits the device."""
     max_sequences: int = 64
     """Sequences that share a step at most."""
     prefix_caching: bool = True
@@ -84,6 +88,12 @@ class ModelSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Whether a row's logits have the same bits in a batch of any size, at some cost."""
     threads: int | None = None
     """CPU threads this engine may use; None takes its share of the machine."""
+
+    def batch_tokens(self, device: str) -> int:
+        """max_batch_tokens, with the model on this device. Room beside a token of each sequence is always left."""
+        if self.max_batch_tokens is not None:
+            return self.max_batch_tokens
+        return max(CPU_BATCH_TOKENS if device == CPU else BATCH_TOKENS, 2 * self.max_sequences)
 
 
 class LoadModel(Record, frozen=True):

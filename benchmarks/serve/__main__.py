@@ -31,8 +31,9 @@ from benchmarks.serve.results import Results, tables
 from benchmarks.serve.servers import CACHE_TOKENS, OURS, Contestant, llama_server, ours, transformers_serve, vllm
 from server.text.tokenizer import Tokenizer
 
-REQUESTS: Final = {1: 4, 4: 8, 16: 32, 64: 64}
-"""By concurrency; twice the concurrency where nothing is said."""
+LOADS: Final = (1, 4, 16, 64)
+WAVES: Final = 4
+"""How many times as many requests a load has as there are at a time."""
 PREFIX_TOKENS: Final = 1000
 PREFIXES: Final = 3
 """Different prefixes, one after the other, on one server."""
@@ -65,7 +66,7 @@ def contestants(arguments: argparse.Namespace, checkpoint: Path) -> list[Contest
 
 
 def requests_of(concurrency: int) -> int:
-    return REQUESTS.get(concurrency, 2 * concurrency)
+    return WAVES * concurrency
 
 
 def measure_server(contestant: Contestant, plan: Plan, results: Results, number: int) -> None:
@@ -147,7 +148,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--vllm", type=Path, metavar="PYTHON", help="of the environment that vllm is installed in")
     parser.add_argument("--transformers-serve", type=Path, metavar="PYTHON")
     parser.add_argument("--rounds", type=int, default=2)
-    parser.add_argument("--concurrency", type=int, nargs="+", default=list(REQUESTS))
+    parser.add_argument("--concurrency", type=int, nargs="+", default=list(LOADS))
     parser.add_argument("--words", type=int, default=100)
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--shared-prefix", action="store_true", help="measure that too; alone with --rounds 0")

@@ -85,7 +85,8 @@ def serve(checkpoint: Path, quantization: dict[str, Any]) -> None:
     )
     blocks = CACHE_TOKENS // KV_BLOCK_TOKENS
     limit = min(CONTEXT_TOKENS, model.config.max_position_embeddings)
-    runner = choose_runner(model, ModelSpec("bare", str(checkpoint)), blocks=blocks, max_model_len=limit)
+    spec = ModelSpec("bare", str(checkpoint), max_batch_tokens=limit)
+    runner = choose_runner(model, spec, blocks=blocks, max_model_len=limit)
     warm_up(runner)
     tokenizer = Tokenizer.from_directory(checkpoint)
     own = list(range(limit // KV_BLOCK_TOKENS))

@@ -31,7 +31,7 @@ MB: Final = 1e6
 
 @dataclass(frozen=True)
 class Level:
-    """One server under one load. Seconds; quantiles over requests (first token) and over pieces of text (gaps)."""
+    """One server under one load. Seconds; quantiles over requests (first tokens) and over pieces of text (gaps)."""
 
     server: str
     concurrency: int
@@ -41,8 +41,12 @@ class Level:
     """Mean of a prompt."""
     tokens_per_second: float
     """All answers' tokens over the time from the first request to the last token."""
+    burst_p50: float
+    burst_p95: float
+    """To the first token of as many requests as there are at a time: the first ones, which all come at once."""
     first_token_p50: float
     first_token_p95: float
+    """To the first token of all others, each of which comes when another one ends; NaN where there are none."""
     gap_p50: float
     gap_p95: float
     tokens_per_piece: float
@@ -186,7 +190,9 @@ def summarise(
 ) -> Level:
     """What the answers say together."""
     seconds = max(answer.pieces[-1] for answer in answers) - min(answer.sent for answer in answers)
+    answers = sorted(answers, key=lambda answer: answer.sent)
     first = [answer.pieces[0] - answer.sent for answer in answers]
+    burst, later = first[:concurrency], first[concurrency:]
     gaps = [b - a for answer in answers for a, b in zip(answer.pieces, answer.pieces[1:], strict=False)]
     tokens = sum(answer.completion_tokens for answer in answers)
     return Level(
@@ -196,8 +202,10 @@ def summarise(
         requests=len(answers),
         prompt_tokens=round(sum(answer.prompt_tokens for answer in answers) / len(answers), 1),
         tokens_per_second=round(tokens / seconds, 2),
-        first_token_p50=round(quantile(first, 0.5), 4),
-        first_token_p95=round(quantile(first, 0.95), 4),
+        burst_p50=round(quantile(burst, 0.5), 4),
+        burst_p95=round(quantile(burst, 0.95), 4),
+        first_token_p50=round(quantile(later, 0.5), 4),
+        first_token_p95=round(quantile(later, 0.95), 4),
         gap_p50=round(quantile(gaps, 0.5), 4),
         gap_p95=round(quantile(gaps, 0.95), 4),
         tokens_per_piece=round(tokens / sum(len(answer.pieces) for answer in answers), 2),

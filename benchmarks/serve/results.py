@@ -17,7 +17,8 @@ TITLE: Final = "# Servers under load on a CPU, one 1.1-billion-parameter Llama"
 HOW: Final = (
     "Closed loop, streamed greedy completions of {tokens} tokens for prompts of {words} words, no two of which begin "
     "alike. Servers take turns, one at a time on the whole machine, and medians of {rounds} rounds are reported; the "
-    "client's processes run beside them. Made by `python -m benchmarks.serve`."
+    "client's processes run beside them. The first requests of a load, as many as there are at a time, come at once; "
+    "each of the others when one ends. Made by `python -m benchmarks.serve`."
 )
 
 
@@ -85,7 +86,8 @@ def tables(results: Results) -> str:
     rounds = len({level.round for level in results.levels})
     lines = [TITLE, "", HOW.format(rounds=rounds, **results.settings)]
     lines += _by_level("Output tokens a second", results.levels, lambda level: f"{level.tokens_per_second:.1f}")
-    lines += _by_level("Seconds to the first token, p50 / p95", results.levels, _first_token)
+    lines += _by_level("Seconds to the first token under load, p50 / p95", results.levels, _first_token)
+    lines += _by_level("Seconds to the first token where all come at once, p50 / p95", results.levels, _burst)
     lines += _by_level("Milliseconds between pieces of text, p50 / p95", results.levels, _gaps)
     lines += _by_level("Proportional memory (PSS) of all processes, MB", results.levels, lambda x: f"{x.memory_mb:.0f}")
     lines += _by_level("Cores the client took", results.levels, lambda level: f"{level.client_cpu:.2f}")
@@ -121,6 +123,10 @@ def _by_level(title: str, levels: list[Level], cell: Callable[[Level], str]) -> 
         medians = [_median(levels, server, load) for load in loads]
         lines.append(f"| {server} | {' | '.join('' if median is None else cell(median) for median in medians)} |")
     return lines
+
+
+def _burst(level: Level) -> str:
+    return f"{level.burst_p50:.2f} / {level.burst_p95:.2f}"
 
 
 def _first_token(level: Level) -> str:

@@ -196,10 +196,11 @@ def load_engine(spec: ModelSpec, connection: Connection) -> EngineLoop:
     check_path(spec)
     _phase(connection, "plan")
     plan = plan_in_turn(spec, connection)
+    spec = msgspec.structs.replace(spec, max_batch_tokens=plan.max_batch_tokens)
     pool = BlockPool(plan.kv_tokens // KV_BLOCK_TOKENS)
     scheduler = Scheduler(
         pool,
-        max_batch_tokens=spec.max_batch_tokens,
+        max_batch_tokens=plan.max_batch_tokens,
         max_sequences=spec.max_sequences,
         max_model_len=plan.sequence_tokens,
         prefix_caching=spec.prefix_caching,

@@ -102,9 +102,11 @@ def _with_less(
     spec: ModelSpec, facts: Facts, weights: Weights, supply: Supply, changes: dict[str, Any]
 ) -> Alternative | None:
     """The first of ever smaller steps beside which a cache fits, with the largest such cache."""
-    step, sequences = min(spec.max_batch_tokens, SMALLEST_STEP), min(spec.max_sequences, FEWEST_SEQUENCES)
-    for less in ({}, {"max_batch_tokens": step}, {"max_batch_tokens": step, "max_sequences": sequences}):
-        own = {key: value for key, value in less.items() if value != getattr(spec, key)}
+    asked = {"max_batch_tokens": spec.batch_tokens(facts.device), "max_sequences": spec.max_sequences}
+    smaller = {"max_batch_tokens": min(asked["max_batch_tokens"], max(SMALLEST_STEP, spec.max_sequences))}
+    smallest = {"max_batch_tokens": SMALLEST_STEP, "max_sequences": FEWEST_SEQUENCES}
+    for less in ({}, smaller, {key: min(most, asked[key]) for key, most in smallest.items()}):
+        own = {key: value for key, value in less.items() if value != asked[key]}
         shrunk = _changed(spec, changes | own)
         plan = plan_for(msgspec.structs.replace(shrunk, kv_cache_tokens=None), facts, weights, supply)
         shortest = min(SMALLEST_CONTEXT, plan.max_model_len)

@@ -100,7 +100,7 @@ def plan_for(spec: ModelSpec, facts: Facts, weights: Weights, supply: Supply) ->
         max_model_len=length,
         sequence_tokens=texts * length,
         max_sequences=spec.max_sequences,
-        max_batch_tokens=spec.max_batch_tokens,
+        max_batch_tokens=spec.batch_tokens(facts.device),
         kv_tokens=tokens,
         kv_bytes_per_token=sum(kv_per_token.values()),
         longest_context=min(limit, kv_room // texts),
@@ -152,11 +152,12 @@ def _without_cache(
     if device == CPU:
         components |= {RUNTIME_CONTEXT: supply.runtime.anonymous, MAPPED_FILES: supply.runtime.file}
     if device == facts.device or device not in (CPU, DISK):
-        tokens = min(spec.max_batch_tokens, spec.max_sequences * length)
+        step = spec.batch_tokens(facts.device)
+        tokens = min(step, spec.max_sequences * length)
         if facts.hf_config.is_encoder_decoder:
             tokens += length  # a prompt that came in chunks is computed at once
         rows = min(spec.max_sequences, tokens)
-        components[WORKSPACE] = workspace_bytes(spec, length)
+        components[WORKSPACE] = workspace_bytes(step, spec.max_sequences, length)
         components[ACTIVATIONS] = activation_bytes(facts.hf_config, facts.widths, facts.dtype, tokens, rows)
     return components
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from server.records import KV_BLOCK_TOKENS, ModelSpec
+from server.records import KV_BLOCK_TOKENS
 
 _INDEX_BYTES = 8
 _ROWS_PER_TOKEN = 3  # ids, positions, cache slots
 
 
-def workspace_bytes(spec: ModelSpec, max_model_len: int) -> int:
+def workspace_bytes(max_batch_tokens: int, max_sequences: int, max_model_len: int) -> int:
     """The paged runner's input buffers (server/model/runner.py): int64, per token of a step and per cache block."""
-    tables = spec.max_sequences * -(-max_model_len // KV_BLOCK_TOKENS)
-    return _INDEX_BYTES * (_ROWS_PER_TOKEN * spec.max_batch_tokens + tables)
+    tables = max_sequences * -(-max_model_len // KV_BLOCK_TOKENS)
+    return _INDEX_BYTES * (_ROWS_PER_TOKEN * max_batch_tokens + tables)

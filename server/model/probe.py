@@ -111,7 +111,7 @@ def _paged_runner(
     runner = PagedRunner(
         model,
         PagedCache(layers, blocks, proof.block_tokens),
-        max_batch_tokens=spec.max_batch_tokens,
+        max_batch_tokens=spec.batch_tokens(model.device.type),
         max_sequences=spec.max_sequences,
         max_model_len=max_model_len,
         batch_invariant=spec.batch_invariant,

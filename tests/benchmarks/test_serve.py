@@ -36,11 +36,12 @@ def test_ours_beside_the_bare_runner_and_a_server_that_fails(tmp_path: Path, mon
     serve.run(DEMO_MODEL_PATH, [server, broken], PLAN, results)
 
     assert [(x.server, x.concurrency) for x in results.levels] == [(f"bare runner of {NAME}", 1), (NAME, 1), (NAME, 3)]
-    assert [level.requests for level in results.levels] == [4, 4, 6]
+    assert [level.requests for level in results.levels] == [4, 4, 12]
     bare, one, three = results.levels
     assert bare.prompt_tokens == one.prompt_tokens, "both have the same prompts"
     for level in (one, three):
         assert 0 < level.first_token_p50 <= level.first_token_p95
+        assert 0 < level.burst_p50 <= level.burst_p95
         assert level.memory_mb > bare.memory_mb, "the engine, and the HTTP process"
         assert level.client_cpu > 0
     full_blocks = PLAN.prefix_tokens // KV_BLOCK_TOKENS * KV_BLOCK_TOKENS
@@ -59,13 +60,15 @@ def test_ours_beside_the_bare_runner_and_a_server_that_fails(tmp_path: Path, mon
 
 def test_summary_of_answers_known_to_the_millisecond() -> None:
     answers = [
+        Answer(sent=12.2, pieces=[12.5, 14.0], ended=14.1, prompt_tokens=8, completion_tokens=2),
         Answer(sent=10.0, pieces=[11.0, 11.5, 12.0], ended=12.1, prompt_tokens=7, completion_tokens=3),
         Answer(sent=10.0, pieces=[12.0, 14.0], ended=14.1, prompt_tokens=9, completion_tokens=5),
     ]
     level = summarise(answers, 0.4, "a", 2, 0, 100.0, 3.0)
-    assert (level.tokens_per_second, level.prompt_tokens, level.client_cpu) == (2.0, 8.0, 0.1)
-    assert (level.first_token_p50, level.first_token_p95) == (1.0, 2.0)
-    assert (level.gap_p50, level.gap_p95, level.tokens_per_piece) == (0.5, 2.0, 1.6)
+    assert (level.tokens_per_second, level.prompt_tokens, level.client_cpu) == (2.5, 8.0, 0.1)
+    assert (level.burst_p50, level.burst_p95) == (1.0, 2.0), "those that come at once"
+    assert (level.first_token_p50, level.first_token_p95) == (0.3, 0.3), "the one that comes when another ends"
+    assert (level.gap_p50, level.gap_p95, level.tokens_per_piece) == (0.5, 2.0, 1.43)
 
 
 def test_quantile_is_nearest_rank() -> None:

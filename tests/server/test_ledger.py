@@ -41,7 +41,8 @@ class Engine:
     """A loaded tiny model with its ledger."""
 
     def __init__(self, path: Path, quantization: str) -> None:
-        self.spec = ModelSpec("m", str(path), quantization=quantization, device="cpu", kv_cache_tokens=4096)
+        limits = {"kv_cache_tokens": 4096, "max_batch_tokens": 512}
+        self.spec = ModelSpec("m", str(path), quantization=quantization, device="cpu", **limits)
         self.plan = make_plan(self.spec)
         baseline = Baseline.take("cpu")
         self.model = load_model(self.spec, lambda done, total: None).model

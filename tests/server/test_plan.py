@@ -20,7 +20,7 @@ from server.memory.components import exact
 from server.memory.facts import read_facts
 from server.memory.machine import Share
 from server.memory.nearest import SMALLEST_CONTEXT, SMALLEST_STEP, in_words
-from server.records import Alternative, ModelSpec, Plan, Shortage
+from server.records import BATCH_TOKENS, CPU_BATCH_TOKENS, Alternative, ModelSpec, Plan, Shortage
 from tests.tiny_models import save_tiny
 
 GIB = 2**30
@@ -110,7 +110,21 @@ def test_activations_grow_with_the_step_and_not_with_the_cache(path: str) -> Non
     large, small = planned(path, max_batch_tokens=4096), planned(path, max_batch_tokens=2048)
     assert large.components["activations"] == 4096 * 2 * (192 + 192 + 128 + 2 * 192 + 3 * 128 + 2 * 192)
     assert large.components["activations"] == 2 * small.components["activations"]
-    assert planned(path, kv_cache_tokens=4096).components["activations"] == small.components["activations"]
+    other_cache = planned(path, max_batch_tokens=2048, kv_cache_tokens=4096)
+    assert other_cache.components["activations"] == small.components["activations"]
+
+
+def test_a_step_is_as_large_as_suits_the_device_unless_told(path: str) -> None:
+    assert planned(path).max_batch_tokens == CPU_BATCH_TOKENS
+    assert planned(path, max_sequences=200).max_batch_tokens == 400, "there is always room beside the sequences"
+    assert planned(path, max_sequences=64, max_batch_tokens=100).max_batch_tokens == 100
+    assert ModelSpec("m", path).batch_tokens("cuda:0") == BATCH_TOKENS
+
+
+def test_no_smaller_step_than_its_sequences_need_is_offered(path: str) -> None:
+    asked = {"max_model_len": 16, "kv_cache_tokens": 512, "max_batch_tokens": 2048, "max_sequences": 300}
+    needed = planned(path, **asked | {"max_batch_tokens": 300}).devices[0].peak_bytes
+    assert planned(path, needed, **asked).nearest[0].changes == {"max_batch_tokens": 300}
 
 
 def test_activations_of_few_tokens_are_the_logits(path: str) -> None:
@@ -196,11 +210,12 @@ def test_what_does_not_fit_says_what_would(path: str, tokens: int | None) -> Non
 
 def test_the_nearest_is_the_smallest_step_away(path: str) -> None:
     """One block too few: a context of one block less. Too little for the steps: smaller ones. Then another format."""
-    whole = planned(path, kv_cache_tokens=512, quantization="int8")
-    first = planned(path, whole.devices[0].peak_bytes - 1, kv_cache_tokens=512, quantization="int8").nearest[0]
+    asked = {"kv_cache_tokens": 512, "max_batch_tokens": 2048, "quantization": "int8"}
+    whole = planned(path, **asked)
+    first = planned(path, whole.devices[0].peak_bytes - 1, **asked).nearest[0]
     assert first.changes == {"max_model_len": 496, "kv_cache": {"tokens": 496}}
     without_steps = whole.devices[0].peak_bytes - whole.components["activations"]
-    smaller = planned(path, without_steps + 800_000, quantization="int8").nearest[0]
+    smaller = planned(path, without_steps + 800_000, max_batch_tokens=2048, quantization="int8").nearest[0]
     assert smaller.changes["max_batch_tokens"] == SMALLEST_STEP
     assert "quantization" not in smaller.changes
 
@@ -240,9 +255,10 @@ def test_a_cache_in_8_bits_is_offered_only_where_it_is_smaller_and_possible(path
 
 
 def test_no_room_for_steps_is_no_reason_for_a_cache_in_8_bits(path: str) -> None:
-    whole = planned(path, max_model_len=16)
+    asked = {"max_model_len": 16, "max_batch_tokens": 2048}
+    whole = planned(path, **asked)
     without_steps = whole.devices[0].peak_bytes - whole.components["activations"]
-    offers = planned(path, without_steps + 800_000, max_model_len=16).nearest
+    offers = planned(path, without_steps + 800_000, **asked).nearest
     assert offers[0].changes == {"max_batch_tokens": SMALLEST_STEP}
     assert not any("kv_cache" in offer.changes for offer in offers)
 
