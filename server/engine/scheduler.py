@@ -10,7 +10,8 @@ vLLM). So among equals it is first come, first served, and a request can be over
 fixed time after it: it does not starve, and a rank never changes. Who runs isn't thrown out to let a newcomer in.
 
 A step's tokens are given out in this order: one to each running sequence that decodes, then, by rank, to prefills in
-chunks of what the budget leaves; those that wait are admitted as their turn comes. A newcomer is admitted when the
+chunks of what the budget leaves; those that wait are admitted as their turn comes. Where somebody decodes the budget is
+half of max_batch_tokens, or more where many do. A newcomer is admitted when the
 blocks for all its tokens are free, and one more for each sequence already running, so that it isn't thrown out again
 at once. Blocks that still hold its beginning are shared instead of computed, but never all of it: the last token's
 logits are needed. A block can be found by others once the step that filled it was taken in without an error.
@@ -46,6 +47,9 @@ from server.records import FinishReason, Generate, SequenceOutput
 
 PRIORITY_SECONDS: Final = 10.0
 """How much later a request of the next priority may come and still be served first."""
+TOKENS_BESIDE: Final = 6
+"""A step may have so many tokens for each sequence that decodes in it, where that is more than half of the most: many
+sequences end often, and for each a prompt comes."""
 Tokens = abc.Sequence[int]
 _SEED_BITS: Final = 64
 
@@ -189,13 +193,14 @@ class Scheduler:
         self.preempted.clear()
         self.queried_tokens = self.hit_tokens = 0
         decoding = [sequence for sequence in self.running.copy() if sequence.remaining == 1 and self._grow(sequence)]
-        budget = self.max_batch_tokens - len(decoding)
+        most = self._step_tokens(len(decoding))
+        budget = most - len(decoding)
         chunks: list[Chunk] = []
         prefills = self._prefills()
         while budget > 0 and (prefill := next(prefills, None)) is not None:
             chunks.append(_chunk(prefill, min(prefill.remaining, budget)))
             budget -= len(chunks[-1].tokens)
-        drafts = self._drafts(decoding, budget)
+        drafts = self._drafts(decoding, most - budget, budget)
         decodes = (_chunk(sequence, 1, draft) for sequence, draft in zip(decoding, drafts, strict=True))
         return Batch((*decodes, *chunks)) if decoding or chunks else None
 
@@ -238,9 +243,14 @@ class Scheduler:
         sequence.blocks.extend(self.pool.take(needed))
         return True
 
-    def _drafts(self, decoding: list[Sequence], budget: int) -> list[list[int]]:
+    def _step_tokens(self, decoding: int) -> int:
+        """Tokens of the next step at most: fewer where somebody in the middle of an answer waits for its end."""
+        if not decoding:
+            return self.max_batch_tokens
+        return min(self.max_batch_tokens, max(self.max_batch_tokens // 2, TOKENS_BESIDE * decoding))
+
+    def _drafts(self, decoding: list[Sequence], rows: int, budget: int) -> list[list[int]]:
         """Guesses for each of these sequences, from the first in rank on, as far as they pay and there is room."""
-        rows = self.max_batch_tokens - budget
         if not self.speculative_tokens or rows > MOST_ROWS:
             return [[] for _ in decoding]
         drafts = []

@@ -333,7 +333,7 @@ def run_step(scheduler: Scheduler, runner: PagedScriptedRunner) -> tuple[Batch, 
 
 
 def test_a_long_prompt_is_chunked_beside_decodes() -> None:
-    scheduler, runner = make(budget=10), PagedScriptedRunner(BLOCK)
+    scheduler, runner = make(budget=20), PagedScriptedRunner(BLOCK)
     scheduler.add(request("short", [1, 2], 20), 0.0)
     run_step(scheduler, runner)
     scheduler.add(request("long", list(range(25)), 5), 0.0)
@@ -343,6 +343,20 @@ def test_a_long_prompt_is_chunked_beside_decodes() -> None:
         sizes.append({chunk.request_id: len(chunk.tokens) for chunk in batch.chunks})
         assert "short" in {output.request_id for output in outputs}, "a decode is never held up by a prefill"
     assert sizes == [{"short": 1, "long": 9}, {"short": 1, "long": 9}, {"short": 1, "long": 7}, {"short": 1, "long": 1}]
+
+
+@pytest.mark.parametrize(("decoding", "tokens"), [(0, 40), (1, 20), (3, 20), (4, 24), (6, 36), (7, 40)])
+def test_the_more_wait_for_a_step_in_the_middle_of_an_answer_the_smaller_its_chunks(decoding: int, tokens: int) -> None:
+    """Half of the budget beside somebody, or six tokens for each of many; all of it where nobody waits."""
+    scheduler, runner = make(blocks=60, budget=40, limit=100), PagedScriptedRunner(BLOCK)
+    for which in range(decoding):
+        scheduler.add(request(f"short{which}", [which], 20), 0.0)
+    if decoding:
+        run_step(scheduler, runner)
+    scheduler.add(request("long", list(range(90)), 5), 0.0)
+    batch, _ = run_step(scheduler, runner)
+    assert batch.tokens == tokens
+    assert [len(chunk.tokens) for chunk in batch.chunks] == [1] * decoding + [tokens - decoding]
 
 
 def test_a_newcomer_joins_between_steps() -> None:
@@ -696,7 +710,7 @@ def test_guesses_stop_where_they_are_wrong_and_begin_again_where_they_would_be_r
 
 def test_guesses_fill_what_prefills_leave_of_the_budget() -> None:
     text = [1, 2, 3, 4, 5] * 40
-    scheduler = make(budget=12, limit=200, speculative_tokens=4)
+    scheduler = make(budget=24, limit=200, speculative_tokens=4)
     scheduler.add(request("circles", text[:12], 100), 0.0)
     while not (scheduler.running and scheduler.running[0].generated > 20):
         run_text(scheduler, text)
