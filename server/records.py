@@ -162,7 +162,8 @@ class Generate(Record, frozen=True):
     deadline: float | None = None
     """When the request ends at the latest, by time.monotonic, which the processes of a machine share."""
     cache_salt: str = ""
-    """Whose cached beginnings may be used, and who may use this one's; all without a salt share theirs."""
+    """Whose cached beginnings may be used, and who may use this one's: a tenant, a salt, both as "tenant:salt", or
+    nothing. All who have the same share theirs."""
     encoder_tokens: int = 0
     """How many tokens of the prompt an encoder reads, the first ones: the answer continues the others alone. The engine
     sets it."""
