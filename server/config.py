@@ -112,7 +112,8 @@ class ModelConfig(Settings):
     max_batch_tokens: Annotated[int, Field(ge=1, le=2**20)] | None = Field(
         default=None,
         description="Tokens one engine step computes at most; without it "
-        f"{CPU_BATCH_TOKENS} on a CPU and {BATCH_TOKENS} on a GPU, or twice `max_sequences` where that is more.",
+        f"{CPU_BATCH_TOKENS} on a CPU and {BATCH_TOKENS} on a GPU or with modules on disk, or twice `max_sequences` "
+        "where that is more.",
     )
     max_sequences: Annotated[int, Field(ge=1, le=4096)] = Field(
         default=64, description="Sequences that share an engine step at most."

@@ -38,7 +38,7 @@ or the share of another process that maps the same file."""
 CPU_BATCH_TOKENS: Final = 256
 BATCH_TOKENS: Final = 2048
 """Tokens of a step, on a CPU and on other devices: where more of them stop making each one cheaper, and only let
-everybody wait longer for the end of the step."""
+everybody wait longer for the end of the step. What a step reads from the disk makes it one for many, on a CPU too."""
 MAX_TIMEOUT_SECONDS: Final = 86400.0
 """The longest time that a request may be given, or ask for."""
 MAX_TOP_LOGPROBS: Final = 20
@@ -89,11 +89,15 @@ class ModelSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     threads: int | None = None
     """CPU threads this engine may use; None takes its share of the machine."""
 
-    def batch_tokens(self, device: str) -> int:
-        """max_batch_tokens, with the model on this device. Room beside a token of each sequence is always left."""
+    def batch_tokens(self, device: str, *, reads_disk: bool = False) -> int:
+        """max_batch_tokens, with the model on this device; reads_disk: every step brings some of it from the disk.
+
+        Room beside a token of each sequence is always left.
+        """
         if self.max_batch_tokens is not None:
             return self.max_batch_tokens
-        return max(CPU_BATCH_TOKENS if device == CPU else BATCH_TOKENS, 2 * self.max_sequences)
+        is_small = device == CPU and not reads_disk
+        return max(CPU_BATCH_TOKENS if is_small else BATCH_TOKENS, 2 * self.max_sequences)
 
 
 class LoadModel(Record, frozen=True):
@@ -162,7 +166,8 @@ class Generate(Record, frozen=True):
     deadline: float | None = None
     """When the request ends at the latest, by time.monotonic, which the processes of a machine share."""
     cache_salt: str = ""
-    """Whose cached beginnings may be used, and who may use this one's; all without a salt share theirs."""
+    """Whose cached beginnings may be used, and who may use this one's: a tenant, a salt, both as "tenant:salt", or
+    nothing. All who have the same share theirs."""
     encoder_tokens: int = 0
     """How many tokens of the prompt an encoder reads, the first ones: the answer continues the others alone. The engine
     sets it."""

@@ -13,6 +13,7 @@ from starlette.responses import Response
 
 from server.api.choice import ScoredToken
 from server.api.generation import Prompt, TextJob, encode_text
+from server.api.middleware import tenant_of
 from server.api.respond import Choice, Format, options, respond
 from server.api.service import Service, get_service
 from server.api.tracing import origin_of
@@ -42,7 +43,7 @@ async def create_chat_completion(
         return [Prompt(await encode_text(model, text, add_special_tokens=False), text)]
 
     request_id = f"chatcmpl-{uuid.uuid4().hex}"
-    job = TextJob(model, request_id, 1, encode, options(body, body.limit), origin)
+    job = TextJob(model, request_id, 1, encode, options(body, body.limit, tenant=tenant_of(request)), origin)
     scored = body.wanted_logprobs is not None
     return await respond(request, job, body, ChatFormat(request_id, body.model, scored=scored))
 

@@ -12,6 +12,7 @@ from starlette.responses import Response
 
 from server.api.choice import ScoredToken
 from server.api.generation import Prompt, TextJob, encode_text
+from server.api.middleware import tenant_of
 from server.api.respond import Choice, Format, options, respond
 from server.api.service import Service, get_service
 from server.api.tracing import origin_of
@@ -38,7 +39,8 @@ async def create_completion(
 
     request_id = f"cmpl-{uuid.uuid4().hex}"
     limit = DEFAULT_COMPLETION_TOKENS if body.max_tokens is None else body.max_tokens
-    job = TextJob(model, request_id, len(body.prompt), encode, options(body, limit, echo=bool(body.echo)), origin)
+    asked = options(body, limit, tenant=tenant_of(request), echo=bool(body.echo))
+    job = TextJob(model, request_id, len(body.prompt), encode, asked, origin)
     scored = body.wanted_logprobs is not None
     return await respond(request, job, body, CompletionFormat(request_id, body.model, scored=scored))
 

@@ -14,6 +14,7 @@ from typing import Final
 from urllib.parse import urlsplit
 
 from starlette.datastructures import Headers
+from starlette.requests import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from server.api.errors import error_response
@@ -36,6 +37,8 @@ ADMIN_PATH: Final = "/admin"
 BODY_SECONDS: Final = 30.0
 """How long a request body may take to arrive."""
 LOOPBACK_NAMES: Final = frozenset({"localhost", "127.0.0.1", "::1"})
+_TENANT: Final = "tenant"
+"""Under which name a request's state holds it."""
 _METHODS: Final = frozenset({"GET", "HEAD", "POST", "PUT", "DELETE", "PATCH", "OPTIONS"})
 
 
@@ -124,6 +127,8 @@ def host_name(host: str) -> str:
 class KeyCheck:
     """Asks for `Authorization: Bearer KEY` on every path but the probes; compares digests in constant time.
 
+    Where there are several keys, each is a tenant's own (`tenant_of`).
+
     Under /admin only the admin key is accepted, and without one there is nothing: the same 404 as for any path that
     does not exist, before a body is read. The admin key opens nothing else, so that it stays where it is needed.
     """
@@ -142,24 +147,34 @@ class KeyCheck:
             return await error_response(PathNotFoundError(path))(scope, receive, send)
         accepted = self._admin if admin else self._digests
         if accepted:
-            problem = _problem(Headers(scope=scope).get("authorization", ""), accepted)
-            if problem is not None:
-                return await error_response(AuthenticationError(problem))(scope, receive, send)
+            try:
+                place = _place(Headers(scope=scope).get("authorization", ""), accepted)
+            except AuthenticationError as error:
+                return await error_response(error)(scope, receive, send)
+            if len(accepted) > 1:
+                scope.setdefault("state", {})[_TENANT] = str(place)
         return await self._app(scope, receive, send)
+
+
+def tenant_of(request: Request) -> str:
+    """Which of several keys a request came with, as a number; empty where there is one key for all, or none."""
+    return str(getattr(request.state, _TENANT, ""))
 
 
 def _digest(key: str) -> bytes:
     return hashlib.sha256(key.encode("utf-8", "surrogateescape")).digest()
 
 
-def _problem(header: str, accepted: list[bytes]) -> str | None:
-    """What is wrong with an Authorization header; None where its key is one of the accepted."""
+def _place(header: str, accepted: list[bytes]) -> int:
+    """Which of the accepted keys an Authorization header has; raises AuthenticationError where it is none of them."""
     scheme, _, key = header.partition(" ")
     if scheme.lower() != "bearer" or not key.strip():
-        return "this server asks for a key; accepted is the header 'Authorization: Bearer KEY'"
+        raise AuthenticationError("this server asks for a key; accepted is the header 'Authorization: Bearer KEY'")
     digest = _digest(key.strip())
     matches = [hmac.compare_digest(digest, known) for known in accepted]
-    return None if any(matches) else "the key in the Authorization header is not one that opens this path"
+    if not any(matches):
+        raise AuthenticationError("the key in the Authorization header is not one that opens this path")
+    return matches.index(True)
 
 
 class BodyLimit:

@@ -54,8 +54,8 @@ class Format(ABC):
         """The answer that is not streamed."""
 
 
-def options(body: Sampling, limit: int | None, *, echo: bool = False) -> Options:
-    """The wire's fields with their defaults filled in."""
+def options(body: Sampling, limit: int | None, *, tenant: str, echo: bool = False) -> Options:
+    """The wire's fields with their defaults filled in; `tenant` shares cached beginnings with no other."""
     return Options(
         limit=limit,
         sampling=body.params(),
@@ -64,7 +64,7 @@ def options(body: Sampling, limit: int | None, *, echo: bool = False) -> Options
         ignore_eos=body.ignore_eos,
         priority=body.priority or 0,
         timeout=body.timeout,
-        cache_salt=body.cache_salt or "",
+        cache_salt=":".join(filter(None, (tenant, body.cache_salt))),
         bad_words=tuple(body.bad_words),
         choices=body.choices,
         echo=echo,

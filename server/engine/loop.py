@@ -49,6 +49,7 @@ class EngineLoop:
         scheduler.prefix_caching &= runner.shares_blocks  # a runner that can't would compute nonsense
         if not runner.checks_drafts:
             scheduler.speculative_tokens = 0
+        scheduler.switch_length = runner.switch_length
         self._scheduler = scheduler
         self._runner = runner
         self._inbox = inbox

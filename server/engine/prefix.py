@@ -28,9 +28,12 @@ class PrefixNames:
         self._block_tokens = block_tokens
         self._secret = secrets.token_bytes(_BYTES)
 
-    def start(self, salt: str) -> list[bytes]:
-        """The chain of a sequence of which nothing is named yet; `salt` is empty where no tenant is meant."""
-        return [self._digest(b"salt", salt.encode())]
+    def start(self, salt: str, *, switched: bool = False) -> list[bytes]:
+        """The chain of a sequence of which nothing is named yet; `salt` is empty where no tenant is meant.
+
+        switched: it is computed in another way than shorter ones (scheduler.py): the same tokens leave something else.
+        """
+        return [self._digest(b"switched" if switched else b"salt", salt.encode())]
 
     def extend(self, chain: list[bytes], tokens: list[int], blocks: int) -> None:
         """Adds names until the chain has those of the first `blocks` blocks of the tokens: chain[1], chain[2], ..."""

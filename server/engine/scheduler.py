@@ -19,6 +19,9 @@ logits are needed. A block can be found by others once the step that filled it w
 What is left of the budget then may go to guesses (lookup.py) of what the sequences that decode say next, on blocks that
 are free, so they displace nobody. When the step is taken in, blocks beyond what came true are given back.
 
+A model may compute sequences beyond some length in another way, all of their tokens (server/model/rope.py). One that
+grows beyond it waits again and is computed anew, and its blocks have other names from then on.
+
 Blocks are not reserved for tokens that a sequence may never generate. When a decode needs a block and none is free,
 the running sequence of the last rank waits again and loses its blocks; later its tokens are computed anew, as far as
 they aren't found (none is drawn anew). The first in rank is never a victim of another, and the pool holds at least
@@ -70,6 +73,8 @@ class Sequence:
     """Lower is served first; no two are equal."""
     names: list[bytes]
     """What its full blocks are called, as far as anybody asked (prefix.py)."""
+    switched: bool
+    """Whether it has more tokens than the scheduler's `switch_length`."""
     blocks: array[int] = field(default_factory=lambda: array("q"))
     computed: int = 0
     """Tokens whose keys and values are in the cache."""
@@ -120,6 +125,8 @@ class Scheduler:
         """Whether blocks are shared and found again; to be changed before the first request only."""
         self.speculative_tokens = speculative_tokens
         """How many tokens are guessed at most, per sequence and step; to be changed before the first request only."""
+        self.switch_length: int | None = None
+        """The runner's; to be changed before the first request only."""
         self.running: list[Sequence] = []
         self.waiting: list[Sequence] = []
         self.preempted: list[str] = []
@@ -156,7 +163,7 @@ class Scheduler:
             raise RequestError(
                 f"the prompt has {length} tokens and max_tokens is {limit}; together they may be {self.max_model_len}"
             )
-        seed = request.sampling.seed
+        seed, switched = request.sampling.seed, self._is_beyond(length)
         sequence = Sequence(
             request=request,
             tokens=list(request.prompt),
@@ -164,7 +171,8 @@ class Scheduler:
             stop_ids=frozenset(request.sampling.stop_token_ids),
             arrived=now,
             rank=(now + PRIORITY_SECONDS * request.priority, self._added),
-            names=self._names.start(request.cache_salt),
+            names=self._names.start(request.cache_salt, switched=switched),
+            switched=switched,
             history=History.needed(request.sampling, request.prompt[request.encoder_tokens :]),
             lookup=Lookup(),
         )
@@ -261,10 +269,12 @@ class Scheduler:
 
     def _draft(self, sequence: Sequence, rows: int, budget: int) -> list[int]:
         """Guesses for one sequence, with blocks for them; none for its first token, and its last one is never one."""
+        blocks, pool, length = sequence.blocks, self.pool, len(sequence.tokens)
         rest = sequence.request.sampling.max_tokens - sequence.generated - 1
+        if self.switch_length is not None and not sequence.switched:
+            rest = min(rest, self.switch_length - length)  # what comes behind is drawn in the other way
         if rest < 1 or not sequence.generated:
             return []
-        blocks, pool, length = sequence.blocks, self.pool, len(sequence.tokens)
         room = (len(blocks) + pool.free) * pool.block_tokens - length
         count = sequence.lookup.worth(rows, min(self.speculative_tokens, rest, budget, room))
         draft = sequence.lookup.guess(sequence.tokens, max(count, 1))[:count]
@@ -272,11 +282,18 @@ class Scheduler:
         return draft
 
     def _preempt(self, sequence: Sequence) -> None:
+        self._wait_again(sequence)
+        self.preempted.append(sequence.request.request_id)
+
+    def _wait_again(self, sequence: Sequence) -> None:
+        """Out of the running ones, without blocks; all its tokens are to be computed anew."""
         self.running.remove(sequence)
         self.pool.give_back(sequence.blocks)
         sequence.computed = 0
         insort(self.waiting, sequence, key=_rank)
-        self.preempted.append(sequence.request.request_id)
+
+    def _is_beyond(self, tokens: int) -> bool:
+        return self.switch_length is not None and tokens > self.switch_length
 
     def _prefills(self) -> Iterator[Sequence]:
         """By rank, who has more than one token to compute; who waits is admitted when its turn comes, if it can be."""
@@ -348,6 +365,11 @@ class Scheduler:
         self._name_blocks(sequence)
         if reason is not None:
             return self._end(sequence, reason, tokens)
+        if not sequence.switched and self._is_beyond(len(sequence.tokens)):
+            sequence.switched = True
+            sequence.names = self._names.start(sequence.request.cache_salt, switched=True)
+            self._wait_again(sequence)
+            return _output(sequence, tokens)
         spare = sequence.blocks[self.pool.blocks_for(len(sequence.tokens)) :]
         if spare:
             del sequence.blocks[-len(spare) :]
@@ -439,6 +461,7 @@ def _chunk(sequence: Sequence, count: int, draft: Tokens = ()) -> Chunk:
         encoder_tokens=sequence.request.encoder_tokens,
         score=_score(sequence, end),
         drafted=len(draft),
+        switched=sequence.switched,
     )
 
 

@@ -20,7 +20,7 @@ from quant.tied import untie_what_differs
 from server.errors import ConfigError
 from server.memory.activations import Widths, block_widths
 from server.memory.devices import main_device, resolve_device, resolve_map
-from server.records import ModelSpec
+from server.records import DISK, ModelSpec
 
 DTYPES: Final = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -45,6 +45,11 @@ class Facts:
     """Empty where there is only a config.json: shapes are known all the same."""
     checkpoint_bytes: int
     prequantized: bool
+
+    def batch_tokens(self, spec: ModelSpec) -> int:
+        """How many tokens a step of this entry computes at most."""
+        reads_disk = self.device_map is not None and DISK in self.device_map.values()
+        return spec.batch_tokens(self.device, reads_disk=reads_disk)
 
 
 def read_facts(spec: ModelSpec) -> Facts:

@@ -102,7 +102,7 @@ def _with_less(
     spec: ModelSpec, facts: Facts, weights: Weights, supply: Supply, changes: dict[str, Any]
 ) -> Alternative | None:
     """The first of ever smaller steps beside which a cache fits, with the largest such cache."""
-    asked = {"max_batch_tokens": spec.batch_tokens(facts.device), "max_sequences": spec.max_sequences}
+    asked = {"max_batch_tokens": facts.batch_tokens(spec), "max_sequences": spec.max_sequences}
     smaller = {"max_batch_tokens": min(asked["max_batch_tokens"], max(SMALLEST_STEP, spec.max_sequences))}
     smallest = {"max_batch_tokens": SMALLEST_STEP, "max_sequences": FEWEST_SEQUENCES}
     for less in ({}, smaller, {key: min(most, asked[key]) for key, most in smallest.items()}):

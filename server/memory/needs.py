@@ -100,7 +100,7 @@ def plan_for(spec: ModelSpec, facts: Facts, weights: Weights, supply: Supply) ->
         max_model_len=length,
         sequence_tokens=texts * length,
         max_sequences=spec.max_sequences,
-        max_batch_tokens=spec.batch_tokens(facts.device),
+        max_batch_tokens=facts.batch_tokens(spec),
         kv_tokens=tokens,
         kv_bytes_per_token=sum(kv_per_token.values()),
         longest_context=min(limit, kv_room // texts),
@@ -152,7 +152,7 @@ def _without_cache(
     if device == CPU:
         components |= {RUNTIME_CONTEXT: supply.runtime.anonymous, MAPPED_FILES: supply.runtime.file}
     if device == facts.device or device not in (CPU, DISK):
-        step = spec.batch_tokens(facts.device)
+        step = facts.batch_tokens(spec)
         tokens = min(step, spec.max_sequences * length)
         if facts.hf_config.is_encoder_decoder:
             tokens += length  # a prompt that came in chunks is computed at once

@@ -76,6 +76,8 @@ class Chunk(msgspec.Struct, frozen=True):
     """How many of the sequence's first tokens an encoder reads; the others are a decoder's."""
     drafted: int = 0
     """How many of `tokens`, at their end, are guesses. None without a draw, nor beside a score."""
+    switched: bool = False
+    """Whether its sequence has more tokens than the runner's `switch_length`."""
 
     @property
     def draft(self) -> Sequence[int]:
@@ -205,6 +207,9 @@ class Runner(Protocol):
     batching: Batching
     shares_blocks: bool
     """Whether what it caches is in the blocks, all of it, so that another sequence may go on from full ones."""
+    switch_length: int | None
+    """How many tokens a sequence may have before it is computed in another way, all of it; None where its length makes
+    no difference."""
     checks_drafts: bool
     """Whether chunks may have drafted tokens: what it has cached of wrong guesses is overwritten, and never read."""
 

@@ -20,6 +20,7 @@ from server.model.batch import SCORED_ROWS, Batch, Chunk, StepError, StepResult,
 from server.model.gather import Gather, Span
 from server.model.paged_cache import PagedCache
 from server.model.readout import read_logits
+from server.model.rope import rope_switch
 from server.model.runner import input_device, keeps_logits, memory_guard, takes
 from server.records import Batching, ModelSpec
 
@@ -46,6 +47,8 @@ class CallRunner(ABC):
         self.model = model
         self.device = input_device(model)
         self._keeps_logits = keeps_logits(model)
+        self._rope = rope_switch(model)
+        self.switch_length = self._rope.length
         self._cache_argument = cache_argument(model)
 
     def step(self, batch: Batch) -> StepResult:
@@ -61,7 +64,7 @@ class CallRunner(ABC):
                 result.forward_passes += 1
                 try:
                     with memory_guard(sum(len(chunk.tokens) for chunk in group)):
-                        self._forward(group, rows)
+                        self._call(group, rows)
                 except StepError as error:
                     result.errors |= {chunk.request_id: str(error) for chunk in group}
                 except Exception as error:
@@ -81,8 +84,12 @@ class CallRunner(ABC):
         """[wanted rows, vocabulary], in the order of the batch."""
         rows: Rows = defaultdict(list)
         for group in self._calls(batch.chunks):
-            self._forward(group, rows)
+            self._call(group, rows)
         return _together([chunk for chunk in batch.chunks if chunk.request_id in rows], rows)
+
+    def _call(self, group: Sequence[Chunk], rows: Rows) -> None:
+        with self._rope.told([chunk.switched for chunk in group], (len(group), 1), self.device):
+            self._forward(group, rows)
 
     @abstractmethod
     def _calls(self, chunks: Sequence[Chunk]) -> list[list[Chunk]]:

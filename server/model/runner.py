@@ -19,6 +19,7 @@ from server.model.attention import CONTEXT_ARGUMENT, PagedBatch, Segment
 from server.model.batch import SCORED_ROWS, Batch, StepError, StepResult
 from server.model.paged_cache import PagedCache
 from server.model.readout import read_logits
+from server.model.rope import rope_switch
 from server.model.steady import Steady
 from server.records import Batching
 
@@ -49,6 +50,8 @@ class PagedRunner:
         self.checks_drafts = all(store.is_cpu for store in cache.tensors)  # CUDA's kernel takes single rows only
         self.device = input_device(model)
         self._keeps_logits = keeps_logits(model)
+        self._rope = rope_switch(model)
+        self.switch_length = self._rope.length
         self._steadied: AbstractContextManager[object] = Steady() if batch_invariant else nullcontext()
         tables = (max_sequences, -(-max_model_len // cache.block_tokens))
         self._rows = _Buffer((3, max_batch_tokens), self.device)  # token ids, positions, slots
@@ -88,7 +91,8 @@ class PagedRunner:
         wanted = torch.tensor(kept or [0], device=self.device)
         if self._keeps_logits:
             arguments["logits_to_keep"] = wanted
-        with self._steadied:
+        switched = [chunk.switched for chunk in batch.chunks for _ in chunk.tokens]
+        with self._steadied, self._rope.told(switched, (1, batch.tokens), self.device):
             output = self.model(input_ids=ids[None], position_ids=positions[None], use_cache=False, **arguments)
         logits: torch.Tensor = output.logits[0]
         if not self._keeps_logits:

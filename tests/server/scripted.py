@@ -55,6 +55,7 @@ class ScriptedRunner:
     batching: Batching = "packed"
     decoder_prompt: tuple[int, ...] = ()
     shares_blocks = False
+    switch_length: int | None = None
     checks_drafts = False
 
     def __init__(self) -> None:
@@ -86,7 +87,8 @@ class ScriptedRunner:
 
 
 class PagedScriptedRunner:
-    """Keeps in each slot of a block all the tokens that what a layer stores there depends on, and who wrote it.
+    """Keeps in each slot of a block all the tokens that what a layer stores there depends on, and who wrote it in which
+    way: sequences of more than `switch_length` tokens are computed in another.
 
     A step that fails, as a whole or for one request, leaves garbage where it wrote.
     """
@@ -96,10 +98,12 @@ class PagedScriptedRunner:
     shares_blocks = True
     checks_drafts = True
 
-    def __init__(self, block_tokens: int) -> None:
+    def __init__(self, block_tokens: int, switch_length: int | None = None) -> None:
         self.block_tokens = block_tokens
+        self.switch_length = switch_length
         self.slots: dict[tuple[int, int], tuple[int, ...] | None] = {}
         self.writers: dict[tuple[int, int], str] = {}
+        self.switched: dict[tuple[int, int], bool] = {}
         self.poisoned: set[str] = set()
         """Requests whose rows come back as errors."""
         self.computed_tokens = 0
@@ -107,12 +111,13 @@ class PagedScriptedRunner:
     def step(self, batch: Batch) -> StepResult:
         result = StepResult()
         for chunk in batch.chunks:
-            tokens = self.read(chunk.blocks, chunk.start)
+            tokens = self.read(chunk.blocks, chunk.start, switched=chunk.switched)
             for position, token in enumerate(chunk.tokens, start=chunk.start):
                 tokens = (*tokens, token)
                 slot = self.slot(chunk.blocks, position)
                 self.slots[slot] = None if chunk.request_id in self.poisoned else tokens
                 self.writers[slot] = chunk.request_id
+                self.switched[slot] = chunk.switched
             self.computed_tokens += len(chunk.tokens)
             if chunk.request_id in self.poisoned:
                 result.errors[chunk.request_id] = "a scripted error"
@@ -126,14 +131,17 @@ class PagedScriptedRunner:
             for position in range(chunk.start, chunk.end):
                 self.slots[self.slot(chunk.blocks, position)] = None
 
-    def read(self, blocks: Sequence[int], count: int) -> tuple[int, ...]:
-        """The first `count` tokens of who has these blocks; an error where a slot was filled after others."""
+    def read(self, blocks: Sequence[int], count: int, *, switched: bool) -> tuple[int, ...]:
+        """The first `count` tokens of who has these blocks; an error where a slot was filled after others, or in the
+        other way.
+        """
         if count == 0:
             return ()
         tokens = self.slots[self.slot(blocks, count - 1)]
         assert tokens is not None, "garbage is read"
         for position in range(count):
-            assert self.slots[self.slot(blocks, position)] == tokens[: position + 1]
+            slot = self.slot(blocks, position)
+            assert (self.slots[slot], self.switched[slot]) == (tokens[: position + 1], switched)
         return tokens
 
     def slot(self, blocks: Sequence[int], position: int) -> tuple[int, int]:

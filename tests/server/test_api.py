@@ -20,15 +20,19 @@ from server.errors import OverloadedError
 from tests.server.conftest import RunningApp, ServeScript, wait_for
 
 
-def complete(running: RunningApp, **fields: Any) -> httpx.Response:
+def bearer(key: str | None) -> dict[str, str]:
+    return {} if key is None else {"Authorization": f"Bearer {key}"}
+
+
+def complete(running: RunningApp, key: str | None = None, **fields: Any) -> httpx.Response:
     body = {"model": "echo", "prompt": "abc", "max_tokens": 6, "temperature": 0} | fields
-    with running.client() as client:
+    with running.client(headers=bearer(key)) as client:
         return client.post("/v1/completions", json=body)
 
 
-def chat(running: RunningApp, **fields: Any) -> httpx.Response:
+def chat(running: RunningApp, key: str | None = None, **fields: Any) -> httpx.Response:
     body = {"model": "echo", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 8} | fields
-    with running.client() as client:
+    with running.client(headers=bearer(key)) as client:
         return client.post("/v1/chat/completions", json=body)
 
 
@@ -61,6 +65,31 @@ def test_cached_tokens_are_counted_by_tenant(echo: RunningApp, stream: bool) -> 
     assert cached() == len("once upon") - 1 + len(f"a time {stream}") - 1
     assert cached(**salt) == 0
     assert cached(**salt) == cached()
+
+
+SALTS = [
+    (("secret-key-1", "secret-key-2"), ["salt 0", "salt 0:x", "salt 1", "salt 1:x"]),
+    (("secret-key-1",), ["salt ", "salt x"]),
+]
+
+
+@pytest.mark.parametrize(("keys", "salts"), SALTS)
+def test_each_of_several_keys_has_a_cache_of_its_own(
+    serve_scripts: ServeScript, keys: tuple[str, ...], salts: list[str]
+) -> None:
+    with serve_scripts({"echo": {"refuse": "salt {0.cache_salt}"}}, api_keys=keys) as running:
+        for ask in (complete, chat):
+            answers = [ask(running, key, **fields) for key in keys for fields in ({}, {"cache_salt": "x"})]
+            assert [answer.json()["error"]["message"] for answer in answers] == salts
+
+
+def test_what_is_cached_for_one_key_is_not_there_for_another(guarded: RunningApp) -> None:
+    def cached(key: str) -> int:
+        answer = complete(guarded, key, prompt="what one tenant has sent")
+        return int(answer.json()["usage"]["prompt_tokens_details"]["cached_tokens"])
+
+    assert cached(KEY) == cached("secret-key-2") == 0
+    assert cached(KEY) == cached("secret-key-2") > 0
 
 
 def test_a_salt_that_is_no_text_is_refused(echo: RunningApp) -> None:
@@ -617,7 +646,7 @@ ADMIN_KEY = "secret-admin-key"
 @pytest.mark.parametrize("path", ["/admin", "/admin/", "/%61dmin/x", "/admin/%2e%2e/v1/models", "/admin//x"])
 def test_without_an_admin_key_there_is_no_admin(guarded: RunningApp, echo: RunningApp, path: str) -> None:
     for running, key in ((guarded, KEY), (guarded, None), (echo, None), (echo, ADMIN_KEY)):
-        with running.client(headers={"Authorization": f"Bearer {key}"} if key else {}) as client:
+        with running.client(headers=bearer(key)) as client:
             url = client.build_request("GET", "/").url.copy_with(raw_path=path.encode())
             for method in ("GET", "POST", "DELETE"):
                 answer = client.request(method, url)
@@ -629,7 +658,7 @@ def test_admin_and_the_rest_have_keys_of_their_own(serve_scripts: ServeScript) -
     with serve_scripts({"echo": {}}, api_keys=(KEY,), admin_key=SecretStr(ADMIN_KEY)) as running:
         for path, opens in (("/admin/nothing", ADMIN_KEY), ("/adminx", KEY), ("/v1/models", KEY), ("/ADMIN/x", KEY)):
             for key in (None, KEY, ADMIN_KEY, ADMIN_KEY + "x"):
-                with running.client(headers={"Authorization": f"Bearer {key}"} if key else {}) as client:
+                with running.client(headers=bearer(key)) as client:
                     answer = client.get(path)
                 assert (answer.status_code != 401) == (key == opens), (path, key)
     with serve_scripts({"echo": {}}, admin_key=SecretStr(ADMIN_KEY)) as running, running.client() as client:

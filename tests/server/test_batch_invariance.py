@@ -308,10 +308,11 @@ class MadeUpModel(PagedScriptedRunner):
     def step(self, batch: Batch) -> StepResult:
         rows: list[torch.Tensor] = []
         for chunk in batch.chunks:
-            tokens = self.read(chunk.blocks, chunk.start)
+            tokens = self.read(chunk.blocks, chunk.start, switched=chunk.switched)
             for position, token in enumerate(chunk.tokens, start=chunk.start):
                 tokens = (*tokens, token)
-                self.slots[self.slot(chunk.blocks, position)] = tokens
+                slot = self.slot(chunk.blocks, position)
+                self.slots[slot], self.switched[slot] = tokens, chunk.switched
                 if position >= chunk.end - chunk.wanted:
                     numbers = torch.Generator().manual_seed(hash(tokens) % 2**63)
                     rows.append(torch.randn(VOCABULARY, generator=numbers))

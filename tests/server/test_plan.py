@@ -121,6 +121,17 @@ def test_a_step_is_as_large_as_suits_the_device_unless_told(path: str) -> None:
     assert ModelSpec("m", path).batch_tokens("cuda:0") == BATCH_TOKENS
 
 
+def test_who_reads_modules_from_disk_in_each_step_takes_large_ones(path: str) -> None:
+    places = {"": "cpu", "model.layers.1": "disk"}
+    on_disk, in_memory = planned(path, device_map=places), planned(path, device_map={"": "cpu"})
+    assert (on_disk.max_batch_tokens, in_memory.max_batch_tokens) == (BATCH_TOKENS, CPU_BATCH_TOKENS)
+    large, small = (
+        planned(path, device_map=places, max_batch_tokens=size) for size in (BATCH_TOKENS, CPU_BATCH_TOKENS)
+    )
+    assert on_disk.components == large.components != small.components
+    assert planned(path, device_map=places, max_sequences=64, max_batch_tokens=100).max_batch_tokens == 100
+
+
 def test_no_smaller_step_than_its_sequences_need_is_offered(path: str) -> None:
     asked = {"max_model_len": 16, "kv_cache_tokens": 512, "max_batch_tokens": 2048, "max_sequences": 300}
     needed = planned(path, **asked | {"max_batch_tokens": 300}).devices[0].peak_bytes

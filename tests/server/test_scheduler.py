@@ -47,9 +47,17 @@ class SchedulerMachine(RuleBasedStateMachine):
         limit=st.sampled_from([40, 24, 13]),
         caching=st.sampled_from([True, True, True, False]),
         speculative=st.sampled_from([0, 1, 4, 9]),
+        switch=st.sampled_from([None, None, 6, 12, 21]),
     )
     def start(
-        self, extra_blocks: int, budget: int, sequences: int, limit: int, caching: bool, speculative: int
+        self,
+        extra_blocks: int,
+        budget: int,
+        sequences: int,
+        limit: int,
+        caching: bool,
+        speculative: int,
+        switch: int | None,
     ) -> None:
         self.limit = limit
         self.budget = budget
@@ -63,7 +71,8 @@ class SchedulerMachine(RuleBasedStateMachine):
             prefix_caching=caching,
             speculative_tokens=speculative,
         )
-        self.runner = PagedScriptedRunner(BLOCK)
+        self.scheduler.switch_length = switch
+        self.runner = PagedScriptedRunner(BLOCK, switch)
         self.now = 0.0
         self.requests: dict[str, Generate] = {}
         self.ranks: dict[str, tuple[float, int]] = {}
@@ -220,7 +229,10 @@ class SchedulerMachine(RuleBasedStateMachine):
         for chunk in batch.chunks:
             assert len(chunk.tokens) >= 1
             assert len(chunk.blocks) * BLOCK >= chunk.end
-            assert chunk.end - chunk.drafted <= len(running[chunk.request_id].tokens)
+            known = len(running[chunk.request_id].tokens)
+            assert chunk.end - chunk.drafted <= known
+            for length in (known, known + chunk.drafted):
+                assert chunk.switched == (self.runner.switch_length is not None and length > self.runner.switch_length)
             self.check_what_is_read(chunk)
             for block in chunk.blocks[chunk.start // BLOCK :]:
                 assert self.scheduler.pool.owners(block) == 1, "what is written is read by another"
@@ -235,7 +247,8 @@ class SchedulerMachine(RuleBasedStateMachine):
         """The cache model: a block holds the tokens that were written there, and only a tenant's own are read."""
         asked = self.requests[chunk.request_id]
         tokens = [*asked.prompt, *self.answers[chunk.request_id]]
-        assert list(self.runner.read(chunk.blocks, chunk.start)) == tokens[: chunk.start]
+        read = self.runner.read(chunk.blocks, chunk.start, switched=chunk.switched)
+        assert list(read) == tokens[: chunk.start]
         for position in range(chunk.start):
             writer = self.runner.writers[self.runner.slot(chunk.blocks, position)]
             assert self.requests[writer].cache_salt == asked.cache_salt
@@ -292,7 +305,10 @@ class SchedulerMachine(RuleBasedStateMachine):
         for name, block in self.scheduler.pool._by_name.items():
             tokens = self.runner.slots[block, BLOCK - 1]
             assert tokens is not None
-            chain = names.start(self.requests[self.runner.writers[block, BLOCK - 1]].cache_salt)
+            slot = block, BLOCK - 1
+            chain = names.start(
+                self.requests[self.runner.writers[slot]].cache_salt, switched=self.runner.switched[slot]
+            )
             names.extend(chain, list(tokens), len(tokens) // BLOCK)
             assert chain[-1] == name
 
