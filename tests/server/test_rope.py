@@ -102,6 +102,22 @@ def test_who_grows_beyond_finds_what_longer_ones_left() -> None:
     assert again == 0, "all but the last of its tokens are in two full blocks, and a single token counts as a decode"
 
 
+def test_company_and_chunks_change_no_bit_of_a_batch_invariant_model() -> None:
+    """Some of a step's rows are then turned by both sets and chosen from, where alone there was one."""
+    runner = choose_runner(tiny(), ModelSpec("m", "", batch_invariant=True), blocks=BLOCKS, max_model_len=LENGTH)
+    assert isinstance(runner, PagedRunner)
+    requests = [
+        generate(f"r{length}", prompt_of(length), 12, temperature=1.0, seed=length, logprobs=3)
+        for length in (10, SHORT - 4, 70)
+    ]
+    together = Engine(runner, max_batch_tokens=24)
+    answers = together.serve(requests)
+    for request in requests:
+        alone = Engine(runner, max_batch_tokens=128)
+        assert alone.serve([request])[request.request_id] == answers[request.request_id]
+        assert alone.logprobs[request.request_id] == together.logprobs[request.request_id]
+
+
 def test_angles_are_the_models_own_of_either_length_row_by_row() -> None:
     model = tiny()
     rotary: Any = model.model.rotary_emb
