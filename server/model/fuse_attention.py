@@ -126,14 +126,9 @@ def _proven_options(module: nn.Module, dtype: torch.dtype, head_dim: int) -> _Op
     hidden_states = random(1, count, module.q_proj.in_features)  # type: ignore[union-attr, arg-type]
     angles = (random(1, count, head_dim), random(1, count, head_dim))
     theirs, ours = _Recorder(), _Recorder()
-    with _recorded_as(module):
-        expected, _ = module(
-            hidden_states,
-            position_embeddings=angles,
-            attention_mask=None,
-            position_ids=torch.tensor([_POSITIONS]),
-            **{CONTEXT_ARGUMENT: theirs},
-        )
+    expected = _asked(module, hidden_states, angles, theirs)
+    if _turns_parts(module, hidden_states, angles):
+        return None
     if len(theirs.calls) != 1 or theirs.calls[0].sinks is not None:
         return None
     call = theirs.calls[0]
@@ -141,6 +136,32 @@ def _proven_options(module: nn.Module, dtype: torch.dtype, head_dim: int) -> _Op
     found = _attended(module, options, hidden_states, angles, ours)
     same = all(torch.equal(getattr(call, name), getattr(ours.calls[0], name)) for name in ("query", "key", "value"))
     return options if same and torch.equal(found, expected) else None
+
+
+def _asked(
+    module: nn.Module, hidden_states: torch.Tensor, angles: tuple[torch.Tensor, ...], context: Context
+) -> torch.Tensor:
+    """What transformers' own forward makes of a packed row."""
+    with _recorded_as(module):
+        found: torch.Tensor
+        found, _ = module(
+            hidden_states,
+            position_embeddings=angles,
+            attention_mask=None,
+            position_ids=torch.tensor([_POSITIONS]),
+            **{CONTEXT_ARGUMENT: context},
+        )
+    return found
+
+
+def _turns_parts(module: nn.Module, hidden_states: torch.Tensor, angles: tuple[torch.Tensor, ...]) -> bool:
+    """Whether it takes angles for a part of each head, as GLM-4.5's does: such are then what it gets from its model."""
+    narrow = tuple(angle[..., : angle.shape[-1] // 2].contiguous() for angle in angles)
+    try:
+        _asked(module, hidden_states, narrow, _Recorder())
+    except RuntimeError:
+        return False
+    return True
 
 
 @contextmanager

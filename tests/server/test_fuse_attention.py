@@ -71,6 +71,30 @@ def test_a_fused_model_gives_the_same_bits(
     assert torch.equal(all_logits(runner), found)
 
 
+def test_heads_that_are_turned_in_part_are_left_alone() -> None:
+    """Their angles are narrower than a head, in the model; on their own they turn whole heads as Llama's do."""
+    config = transformers.Glm4MoeConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=128,
+        intermediate_size=192,
+        moe_intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=32,
+        n_routed_experts=4,
+        num_experts_per_tok=2,
+        max_position_embeddings=512,
+        rope_parameters={"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5},
+    )
+    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    with torch.inference_mode():
+        expected = model(input_ids=torch.tensor([[90, 3, 7]]), use_cache=False).logits[0, -1]
+    found = all_logits(runner_of(model))[2]
+    assert not attention_modules(model)
+    torch.testing.assert_close(found, expected)
+
+
 def test_calls_without_our_context_are_transformers_own() -> None:
     model = tiny_model("llama")
     own = model.config._attn_implementation
