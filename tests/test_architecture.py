@@ -53,7 +53,8 @@ ALLOWED: dict[str, set[str]] = {
         "server.sentences",
         "server.yaml_file",
     },
-    "server.cpus": set(),
+    "server.cpus": {"server.cgroups"},
+    "server.cgroups": set(),
     "server.sentences": set(),
     "server.yaml_file": {"server.errors", "server.sentences"},
     "server.engine.supervisor": {
@@ -120,7 +121,7 @@ ALLOWED: dict[str, set[str]] = {
     "server.model.history": {"server.records"},
     "server.memory": {"server.errors", "server.memory.allocator", "server.memory.machine", "server.records", "quant"},
     "server.memory.allocator": set(),
-    "server.memory.machine": set(),
+    "server.memory.machine": {"server.cgroups"},
     "server.demo": set(),
     "server.records": set(),
     "server.errors": {"server.records"},

@@ -28,6 +28,7 @@
 #include <system_error>
 #include <thread>
 
+#include "float_mode.h"
 #include "halfbyte.h"
 
 namespace hb {
@@ -94,10 +95,16 @@ class Job {
     std::atomic<int64_t> next_{0}, next_part_{0};
 };
 
-// What several threads run at once.
+// What several threads run at once, each in the mode of the caller.
 struct Task {
     void (*body)(void* context);
     void* context;
+    FloatMode mode;
+
+    void work() const {
+        const FloatModeScope scope(mode);
+        body(context);
+    }
 };
 
 // Which processors a team's threads run on. After a pause a thread may be woken beside another one on the same
@@ -226,7 +233,7 @@ class Worker {
                 changed_.wait(lock, [this] { return !is_idle(); });
             }
             const Task* const task = task_.load(std::memory_order_acquire);
-            task->body(task->context);
+            task->work();
             {
                 std::lock_guard<std::mutex> lock(mutex_);
                 task_.store(nullptr, std::memory_order_release);
@@ -250,7 +257,7 @@ class Pool {
             return;
         }
         Job job(threads, count, body, context);
-        start(threads, {[](void* same) { static_cast<Job*>(same)->work(); }, &job});
+        start(threads, {[](void* same) { static_cast<Job*>(same)->work(); }, &job, float_mode()});
     }
 
     void keep_together(int64_t threads, void (*body)(void* context), void* context) {
@@ -260,7 +267,7 @@ class Pool {
             return;
         }
         Team team(body, context);
-        start(threads, {[](void* same) { static_cast<Team*>(same)->take_part(); }, &team});
+        start(threads, {[](void* same) { static_cast<Team*>(same)->take_part(); }, &team, float_mode()});
     }
 
     void use(hb_parallel parallel) { parallel_.store(parallel, std::memory_order_relaxed); }
@@ -269,12 +276,13 @@ class Pool {
     // The task on up to `threads` threads, the caller's among them; returns when it has ended on each.
     void start(int64_t threads, Task task) {
         if (const hb_parallel parallel = parallel_.load(std::memory_order_relaxed)) {
-            parallel(task.body, task.context, static_cast<unsigned>(threads), 0);
+            parallel([](void* same) { static_cast<const Task*>(same)->work(); }, &task, static_cast<unsigned>(threads),
+                     0);
             return;
         }
         const size_t helpers = grow_to(static_cast<size_t>(threads - 1));
         for (size_t i = 0; i < helpers; ++i) workers_[i].hand(&task);
-        task.body(task.context);
+        task.work();
         for (size_t i = 0; i < helpers; ++i) workers_[i].wait_until_idle();
     }
 

@@ -10,7 +10,8 @@ namespace hb {
 // `threads` at a time; `part` is below `threads` and no two running calls share it. Returns when all are done.
 //
 // Any thread may call. While one caller holds the pool, others run their whole range themselves (part 0), so several
-// callers never wait for each other and never oversubscribe the machine. A forked child starts with a fresh pool.
+// callers never wait for each other and never oversubscribe the machine. A forked child starts with a fresh pool. Every
+// range is computed in the caller's floating-point mode (float_mode.h), whatever a thread's own is.
 using RangeBody = void (*)(const void* context, int64_t part, int64_t begin, int64_t end);
 void parallel_ranges(int64_t threads, int64_t count, RangeBody body, const void* context) noexcept;
 

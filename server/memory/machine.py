@@ -8,18 +8,17 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Final, NamedTuple
+
+from server import cgroups
 
 _KIB: Final = 1024
 _MAPPING: Final = re.compile(r"[0-9a-f]+-[0-9a-f]+ ")
 _MEMINFO: Final = Path("/proc/meminfo")
-_CGROUP: Final = Path("/sys/fs/cgroup")
-_OWN_GROUPS: Final = Path("/proc/self/cgroup")
 
 
-class _Version(NamedTuple):
+class _Files(NamedTuple):
     """How a version of control groups names its files."""
 
     limit: str
@@ -28,10 +27,10 @@ class _Version(NamedTuple):
     """Fields of memory.stat: page cache that is in the usage, and that the kernel drops before it kills anybody."""
 
 
-_VERSION_1: Final = _Version(
-    "memory.limit_in_bytes", "memory.usage_in_bytes", ("total_inactive_file", "total_active_file")
-)
-_VERSION_2: Final = _Version("memory.max", "memory.current", ("inactive_file", "active_file"))
+_FILES: Final = {
+    1: _Files("memory.limit_in_bytes", "memory.usage_in_bytes", ("total_inactive_file", "total_active_file")),
+    2: _Files("memory.max", "memory.current", ("inactive_file", "active_file")),
+}
 
 
 class ProcessBytes(NamedTuple):
@@ -120,7 +119,7 @@ def machine_available(meminfo: Path = _MEMINFO) -> int | None:
     return fields(meminfo).get("MemAvailable")
 
 
-def available(meminfo: Path = _MEMINFO, cgroup: Path = _CGROUP, own: Path = _OWN_GROUPS) -> int | None:
+def available(meminfo: Path = _MEMINFO, cgroup: Path = cgroups.ROOT, own: Path = cgroups.OWN) -> int | None:
     """What this process may take of that: no more than its control groups leave, page cache counted as free there too.
 
     A checkpoint that has been read is in a group's usage until the kernel needs the room.
@@ -129,7 +128,7 @@ def available(meminfo: Path = _MEMINFO, cgroup: Path = _CGROUP, own: Path = _OWN
     return None if free is None else min([free, *(max(0, limit - held) for limit, held in _limits(cgroup, own))])
 
 
-def capacity(meminfo: Path = _MEMINFO, cgroup: Path = _CGROUP, own: Path = _OWN_GROUPS) -> int | None:
+def capacity(meminfo: Path = _MEMINFO, cgroup: Path = cgroups.ROOT, own: Path = cgroups.OWN) -> int | None:
     """All memory of the machine, or as much of it as the control groups allow."""
     total = fields(meminfo).get("MemTotal")
     return None if total is None else min([total, *(limit for limit, _ in _limits(cgroup, own))])
@@ -140,31 +139,13 @@ def _limits(cgroup: Path, own: Path) -> list[tuple[int, int]]:
     no limit.
     """
     found = []
-    for group, version in _groups(cgroup, own):
+    for group in cgroups.own_groups("memory", cgroup, own):
+        files = _FILES[group.version]
         with contextlib.suppress(OSError, ValueError):  # no such group seen from here, or "max"
-            limit, usage = (int((group / name).read_text()) for name in (version.limit, version.usage))
-            counts = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
-            found.append((limit, usage - sum(int(counts.get(name, 0)) for name in version.reclaimable)))
+            limit, usage = (int((group.path / name).read_text()) for name in (files.limit, files.usage))
+            counts = dict(line.split() for line in (group.path / "memory.stat").read_text().splitlines())
+            found.append((limit, usage - sum(int(counts.get(name, 0)) for name in files.reclaimable)))
     return found
-
-
-def _groups(cgroup: Path, own: Path) -> Iterator[tuple[Path, _Version]]:
-    """This process's groups, each with those that it lies in: a limit of any of them holds."""
-    try:
-        lines = own.read_text().splitlines()
-    except OSError:
-        return
-    for line in lines:
-        number, controllers, path = line.split(":", 2)
-        if "memory" in controllers.split(","):
-            base, version = cgroup / "memory", _VERSION_1
-        elif number == "0":
-            base, version = cgroup, _VERSION_2
-        else:
-            continue
-        inner = Path(path.lstrip("/"))
-        for group in (inner, *inner.parents):
-            yield base / group, version
 
 
 def fields(file: Path) -> dict[str, int]:

@@ -1,6 +1,9 @@
 // The pool: several callers at once, more threads than work, another runtime's threads, and a forked child.
 #include <sys/wait.h>
 #include <unistd.h>
+#ifdef __x86_64__
+#include <xmmintrin.h>
+#endif
 
 #include <atomic>
 #include <deque>
@@ -139,6 +142,70 @@ TEST(runs_at_once_do_not_disturb_each_other) {
     for (std::thread& caller : callers) caller.join();
     for (const bool mine : good) EXPECT(mine, "a caller saw another result");
 }
+
+#ifdef __x86_64__
+namespace {
+
+constexpr unsigned kFlushing = 0x8040;  // subnormal results and operands are zeros
+constexpr unsigned kOccurred = 0x3f;    // flags of exceptions: the processor sets them
+constexpr int64_t kSubnormals = 1 << 20;
+
+// The mode of a runtime's thread before a call, and whether it was the one afterwards, each time.
+unsigned mode_of_others = 0;
+bool others_keep_their_mode = true;
+
+// A runtime with one more thread, in a mode of its own. A call's share is done by it alone, before the caller's; in a
+// run both are there, since it waits for what the caller has for it.
+template <bool kIsFirst>
+void lend_one(void (*body)(void*), void* context, unsigned, unsigned) {
+    std::thread other([=] {
+        _mm_setcsr(mode_of_others);
+        body(context);
+        others_keep_their_mode = (_mm_getcsr() & ~kOccurred) == mode_of_others && others_keep_their_mode;
+    });
+    if (kIsFirst) other.join();
+    body(context);
+    if (!kIsFirst) other.join();
+}
+
+// Sums of two subnormal numbers, in a call and in a run: zeros where they are flushed. How many are right.
+int64_t right_sums(int64_t threads, float expected, bool lends) {
+    const std::vector<float> x(static_cast<size_t>(kSubnormals), 0x1p-130f);
+    int64_t right = 0;
+    for (const bool in_run : {false, true}) {
+        std::vector<float> out = poisoned<float>(kSubnormals);
+        auto args = args_with<hb_add_args>(threads);
+        args.a = args.b = x.data(), args.n = kSubnormals, args.out = out.data();
+        const hb_step step = {HB_STEP_ADD, &args, 1};
+        hb_use_parallel(!lends ? nullptr : in_run ? lend_one<false> : lend_one<true>);
+        EXPECT((in_run ? hb_run(&step, 1, threads) : hb_add(&args)) == HB_OK, "in a run: %d", in_run);
+        for (const float sum : out) right += memcmp(&sum, &expected, sizeof sum) == 0;
+    }
+    return right;
+}
+
+}  // namespace
+
+TEST(threads_work_in_their_callers_mode_and_keep_their_own) {
+    const unsigned plain = _mm_getcsr() & ~(kOccurred | kFlushing), flushing = plain | kFlushing;
+    for (const bool lends : {false, true}) {
+        int64_t threads = 11;  // more in every turn than before: the pool's new threads begin in their maker's mode
+        for (const unsigned mine : {flushing, plain, flushing}) {
+            mode_of_others = mine ^ kFlushing;
+            _mm_setcsr(mine);
+            const int64_t right = right_sums(threads, mine == plain ? 0x1p-129f : 0.0f, lends);
+            const unsigned after = _mm_getcsr();
+            _mm_setcsr(plain);
+            EXPECT(right == 2 * kSubnormals, "%x, others %x: %lld", mine, mode_of_others, (long long)right);
+            EXPECT((after & ~kOccurred) == mine, "%x became %x", mine, after);
+            EXPECT(right_sums(threads, 0x1p-129f, lends) == 2 * kSubnormals, "another caller, after %x", mine);
+            ++threads;
+        }
+    }
+    hb_use_parallel(nullptr);
+    EXPECT(others_keep_their_mode, "a thread that was lent came back in another mode");
+}
+#endif
 
 #ifndef __SANITIZE_THREAD__  // which refuses threads in a forked child
 TEST(a_forked_child_can_use_the_kernels) {

@@ -199,21 +199,33 @@ def test_keys_are_never_shown(model: Path) -> None:
     assert "long-enough" not in repr(config)
 
 
+HALF, QUARTER, NONE = "150000 100000\n", "75000 100000\n", "max 100000\n"
+
+
 @pytest.mark.parametrize(
-    ("files", "cpus"),
+    ("own", "files", "cpus"),
     [
-        ({"cpu.max": "150000 100000\n"}, 1.5),
-        ({"cpu.max": "max 100000\n"}, None),
-        ({"cpu.cfs_quota_us": "400000\n", "cpu.cfs_period_us": "100000\n"}, 4.0),
-        ({"cpu.cfs_quota_us": "-1\n", "cpu.cfs_period_us": "100000\n"}, None),
-        ({"cpu.max": "garbage"}, None),
-        ({}, None),
+        ("0::/", {"cpu.max": HALF}, 1.5),
+        ("0::/", {"cpu.max": NONE}, None),
+        ("0::/", {"cpu.max": "garbage"}, None),
+        ("0::/", {}, None),
+        ("0::/a/b", {"a/b/cpu.max": HALF, "a/cpu.max": NONE}, 1.5),
+        ("0::/a/b", {"a/b/cpu.max": HALF, "a/cpu.max": QUARTER}, 0.75),
+        ("0::/a/b", {"a/b/cpu.max": NONE, "a/cpu.max": NONE, "other/cpu.max": QUARTER}, None),
+        ("0::/out/of/sight", {"cpu.max": HALF}, 1.5),  # as a container sees its own group
+        ("3:cpu,cpuacct:/", {"cpu/cpu.cfs_quota_us": "400000\n", "cpu/cpu.cfs_period_us": "100000\n"}, 4.0),
+        ("3:cpu,cpuacct:/a", {"cpu/a/cpu.cfs_quota_us": "50000\n", "cpu/a/cpu.cfs_period_us": "100000\n"}, 0.5),
+        ("3:cpu:/\n0::/", {"cpu/cpu.cfs_quota_us": "-1\n", "cpu/cpu.cfs_period_us": "100000\n"}, None),
     ],
 )
-def test_cgroup_quotas(tmp_path: Path, files: dict[str, str], cpus: float | None) -> None:
+def test_cgroup_quotas(tmp_path: Path, own: str, files: dict[str, str], cpus: float | None) -> None:
+    mine, root = tmp_path / "own", tmp_path / "root"
+    mine.write_text(own + "\n")
     for name, text in files.items():
-        (tmp_path / name).write_text(text)
-    assert cgroup_quota(tmp_path / "cpu.max", tmp_path) == cpus
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text(text)
+    assert cgroup_quota(root, mine) == cpus
+    assert cgroup_quota(root, tmp_path / "no such file") is None
     assert 1 <= available_cpus() <= (os.cpu_count() or 1)
 
 
