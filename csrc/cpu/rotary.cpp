@@ -46,15 +46,15 @@ HB_INLINE void turn(typename Values::Element* head, int64_t half, const typename
     }
 }
 
-HB_CLONES void turn_float32(float* head, int64_t half, const float* cos, const float* sin) {
+HB_CLONES(void, turn_float32, (float* head, int64_t half, const float* cos, const float* sin)) {
     turn<Float32>(head, half, cos, sin);
 }
 
-HB_CLONES void turn_float16(uint16_t* head, int64_t half, const uint16_t* cos, const uint16_t* sin) {
+HB_CLONES(void, turn_float16, (uint16_t* head, int64_t half, const uint16_t* cos, const uint16_t* sin)) {
     turn<Float16>(head, half, cos, sin);
 }
 
-HB_CLONES void turn_bfloat16(uint16_t* head, int64_t half, const uint16_t* cos, const uint16_t* sin) {
+HB_CLONES(void, turn_bfloat16, (uint16_t* head, int64_t half, const uint16_t* cos, const uint16_t* sin)) {
     turn<Bfloat16>(head, half, cos, sin);
 }
 
