@@ -216,6 +216,7 @@ inline hb_status check_linear4_experts_shape(const hb_linear4_experts_args* a) {
     HB_REQUIRE(check_shape(a->P, a->N, &count));
     HB_REQUIRE(check_shape(a->M, count, &count));
     HB_REQUIRE(check_shape(a->E, a->P, &matrices));
+    HB_REQUIRE(check_shape(matrices, a->N, &count));
     HB_REQUIRE(check_shape(a->N, a->K, &count));
     HB_REQUIRE(fail_unless(a->packed_bytes >= ceil_div(count, 2), HB_BAD_SHAPE));
     HB_REQUIRE(check_shape(matrices, a->packed_bytes, &count));

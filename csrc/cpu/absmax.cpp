@@ -19,7 +19,7 @@ namespace hb {
 namespace {
 
 // Inside one second-level block.
-HB_CLONES void decode_absmax(const uint8_t* codes, int64_t count, float nested_absmax, float offset, float* out) {
+HB_CLONES(void, decode_absmax, (const uint8_t* codes, int64_t count, float nested_absmax, float offset, float* out)) {
     for (int64_t i = 0; i < count; ++i) out[i] = kDynamicValues.at[codes[i]];
     for (int64_t i = 0; i < count; ++i) {
         const float scaled = out[i] * nested_absmax;
@@ -130,7 +130,7 @@ HB_INLINE uint16_t bucket_of(float value) {
     return static_cast<uint16_t>(magnitude > kInfinityBits ? kBucketOfNan : of_sign);
 }
 
-HB_CLONES float largest_distance(const float* absmax, int64_t count, float offset) {
+HB_CLONES(float, largest_distance, (const float* absmax, int64_t count, float offset)) {
     int32_t largest = 0;
     for (int64_t i = 0; i < count; ++i) {
         const int32_t magnitude = static_cast<int32_t>(bits_of(absmax[i] - offset) & 0x7fffffffu);
@@ -139,8 +139,9 @@ HB_CLONES float largest_distance(const float* absmax, int64_t count, float offse
     return float_of(static_cast<uint32_t>(largest));
 }
 
-HB_CLONES void find_buckets(const float* absmax, int64_t count, float offset, const Normaliser& normalise,
-                            float* normalised, uint16_t* buckets) {
+HB_CLONES(void, find_buckets,
+          (const float* absmax, int64_t count, float offset, const Normaliser& normalise, float* normalised,
+           uint16_t* buckets)) {
     for (int64_t i = 0; i < count; ++i) {
         normalised[i] = normalise(absmax[i] - offset);
         buckets[i] = bucket_of(normalised[i]);

@@ -10,7 +10,7 @@ namespace {
 
 constexpr int64_t kPiece = 512;  // values converted at a time
 
-HB_CLONES void add_to(float* sums, const float* others, int64_t count) {
+HB_CLONES(void, add_to, (float* sums, const float* others, int64_t count)) {
     for (int64_t i = 0; i < count; ++i) sums[i] += others[i];
 }
 

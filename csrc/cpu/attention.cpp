@@ -72,11 +72,11 @@ class Cursor {
 
 // --- putting together -----------------------------------------------------------------------------------------------
 
-HB_CLONES void add_scaled(float* a, float a_scale, const float* b, float b_scale, int64_t count) {
+HB_CLONES(void, add_scaled, (float* a, float a_scale, const float* b, float b_scale, int64_t count)) {
     for (int64_t i = 0; i < count; ++i) a[i] = a[i] * a_scale + b[i] * b_scale;
 }
 
-HB_CLONES void scale(float* a, float by, int64_t count) {
+HB_CLONES(void, scale, (float* a, float by, int64_t count)) {
     for (int64_t i = 0; i < count; ++i) a[i] *= by;
 }
 

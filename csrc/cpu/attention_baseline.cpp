@@ -1,5 +1,5 @@
 // The inner part of attention for any CPU: what attention_avx512.cpp does, in the same order, left to the compiler's
-// vectors. This file may fuse a product with a sum: where the CPU can, each sum below is the fused one that the
+// vectors. This file may fuse a product with a sum: where the level can, each sum below is the fused one that the
 // hand-written variant spells. No other expression here adds to a product.
 #include <math.h>
 #include <string.h>
@@ -67,8 +67,9 @@ HB_INLINE void multiply_few(float* sums, int64_t sums_stride, const float* x, in
     }
 }
 
-HB_CLONES void multiply(int64_t vectors, int64_t columns, float* sums, int64_t sums_stride, const float* x,
-                        int64_t x_stride, const float* y, int64_t y_stride, int64_t begin, int64_t end) {
+HB_CLONES(void, multiply,
+          (int64_t vectors, int64_t columns, float* sums, int64_t sums_stride, const float* x, int64_t x_stride,
+           const float* y, int64_t y_stride, int64_t begin, int64_t end)) {
     for (int64_t i = 0; i < vectors; i += kTogether) {
         for (int64_t n = 0; n < columns; n += kTogether * kLanes) {
             float* const at = sums + i * sums_stride + n;
@@ -140,7 +141,7 @@ HB_INLINE void larger(const Lanes& a, const Lanes& b, Lanes& out) {
 }
 
 // Sums of products -> scores, -inf where nothing is seen; returns the largest. `scales` of keys, or null.
-HB_CLONES float score(const Shape& shape, const float* scales, int64_t begin, int64_t end, float* row) {
+HB_CLONES(float, score, (const Shape& shape, const float* scales, int64_t begin, int64_t end, float* row)) {
     Lanes scores[kTileLanes];
     for (int j = 0; j < kTileLanes; ++j) {
         load(row + j * kLanes, scores[j]);
@@ -168,7 +169,7 @@ HB_CLONES float score(const Shape& shape, const float* scales, int64_t begin, in
 }
 
 // A larger maximum: what was summed up so far shrinks.
-HB_CLONES void rescale(const Shape& shape, const Block& block, int64_t vector, float maximum) {
+HB_CLONES(void, rescale, (const Shape& shape, const Block& block, int64_t vector, float maximum)) {
     Lanes factor = block.maxima[vector] - maximum - Lanes{};
     exp2_of(factor);
     float* const sums = block.sums + vector * kLanes;
@@ -185,7 +186,7 @@ HB_CLONES void rescale(const Shape& shape, const Block& block, int64_t vector, f
 
 // Weights of a tile in int8, whose sum is known, -> what its codes are multiplied with: times the value's scale, and
 // zero, whatever that is, where nothing is seen.
-HB_CLONES void weigh_values(const float* scales, int64_t begin, int64_t end, bool rounds, float* row) {
+HB_CLONES(void, weigh_values, (const float* scales, int64_t begin, int64_t end, bool rounds, float* row)) {
     for (int j = 0; j < kTileLanes; ++j) {
         Lanes weights, lanes;
         load(row + j * kLanes, weights);
@@ -200,7 +201,7 @@ HB_CLONES void weigh_values(const float* scales, int64_t begin, int64_t end, boo
 }
 
 // Scores -> weights against the maximum, in place, and their sum.
-HB_CLONES void weigh(float maximum, bool rounds, float* row, float* sums) {
+HB_CLONES(void, weigh, (float maximum, bool rounds, float* row, float* sums)) {
     Lanes weights[kTileLanes];
     for (int j = 0; j < kTileLanes; ++j) {
         load(row + j * kLanes, weights[j]);

@@ -32,7 +32,7 @@ void copy_row(const char* from, int64_t stride, int64_t heads, int64_t size, cha
     }
 }
 
-HB_CLONES float head_absmax(const float* values, int64_t count) {
+HB_CLONES(float, head_absmax, (const float* values, int64_t count)) {
     return largest_magnitude(values, count);
 }
 

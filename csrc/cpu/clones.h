@@ -1,15 +1,50 @@
-// HB_CLONES: compile a function for several instruction sets; the loader picks the widest that this CPU has.
+// HB_CLONES: one function compiled for the instruction sets of several levels; a call runs what level() allows.
 //
 // Only for functions whose loops the compiler vectorises; what they call must be HB_INLINE so that it is compiled with
-// them. Off under sanitizers (the choice runs before their runtime is up) and for compilers other than GCC on x86-64.
+// them.
 #pragma once
+
+#include "level.h"
 
 #define HB_INLINE inline __attribute__((always_inline))
 // A loop whose sums must stay in registers is a function of its own: inlined, its neighbours take them.
 #define HB_NOINLINE __attribute__((noinline))
 
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && !defined(HB_NO_CLONES)
-#define HB_CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
-#else
-#define HB_CLONES
+namespace hb {
+
+namespace {
+
+template <auto Body>
+struct Clones;
+
+template <typename Result, typename... Args, Result (*Body)(Args...)>
+struct Clones<Body> {
+    static Result baseline(Args... args) { return Body(args...); }
+#ifdef HB_X86
+    __attribute__((target("avx2,fma"))) static Result avx2(Args... args) { return Body(args...); }
+    __attribute__((target("avx2,fma,avx512f,avx512bw,avx512dq,avx512vl"))) static Result avx512(Args... args) {
+        return Body(args...);
+    }
 #endif
+    static auto best() {
+#ifdef HB_X86
+        if (has_avx512()) return avx512;
+        if (has_avx2()) return avx2;
+#endif
+        return baseline;
+    }
+    static Result run(Args... args) {
+        static const auto chosen = best();
+        return chosen(args...);
+    }
+};
+
+}  // namespace
+
+}  // namespace hb
+
+// HB_CLONES(result, name, (parameters)) { body } defines the function `name`, of one file.
+#define HB_CLONES(result, name, parameters)                        \
+    HB_INLINE result name##_body parameters;                       \
+    constexpr result(*name) parameters = Clones<name##_body>::run; \
+    HB_INLINE result name##_body parameters

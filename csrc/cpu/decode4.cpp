@@ -35,14 +35,9 @@ HB_INLINE void decode_run(const PairTable& table, const uint8_t* packed, float a
     for (int64_t i = 0; i < count; ++i) out[i] *= absmax;
 }
 
-}  // namespace
-
-const PairTable& pair_table(int64_t format) {
-    return format == HB_NF4 ? kNf4Pairs : kFp4Pairs;
-}
-
-HB_CLONES void decode4(const PairTable& table, const uint8_t* packed, const float* absmax, int64_t blocksize,
-                       int64_t first, int64_t count, float* out) {
+HB_CLONES(void, decode_blocks,
+          (const PairTable& table, const uint8_t* packed, const float* absmax, int64_t blocksize, int64_t first,
+           int64_t count, float* out)) {
     const int64_t end = first + count;
     while (first < end) {
         const int64_t block_end = (first / blocksize + 1) * blocksize;
@@ -51,6 +46,17 @@ HB_CLONES void decode4(const PairTable& table, const uint8_t* packed, const floa
         out += run;
         first += run;
     }
+}
+
+}  // namespace
+
+const PairTable& pair_table(int64_t format) {
+    return format == HB_NF4 ? kNf4Pairs : kFp4Pairs;
+}
+
+void decode4(const PairTable& table, const uint8_t* packed, const float* absmax, int64_t blocksize, int64_t first,
+             int64_t count, float* out) {
+    decode_blocks(table, packed, absmax, blocksize, first, count, out);
 }
 
 }  // namespace hb

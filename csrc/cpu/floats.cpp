@@ -5,27 +5,27 @@ namespace hb {
 
 namespace {
 
-HB_CLONES void halves_to_floats(const uint16_t* in, int64_t count, float* out) {
+HB_CLONES(void, halves_to_floats, (const uint16_t* in, int64_t count, float* out)) {
     for (int64_t i = 0; i < count; ++i) out[i] = from_half(in[i]);
 }
 
-HB_CLONES void bfloats_to_floats(const uint16_t* in, int64_t count, float* out) {
+HB_CLONES(void, bfloats_to_floats, (const uint16_t* in, int64_t count, float* out)) {
     for (int64_t i = 0; i < count; ++i) out[i] = from_bfloat(in[i]);
 }
 
-HB_CLONES void floats_to_halves(const float* in, int64_t count, uint16_t* out) {
+HB_CLONES(void, floats_to_halves, (const float* in, int64_t count, uint16_t* out)) {
     for (int64_t i = 0; i < count; ++i) out[i] = to_half(in[i]);
 }
 
-HB_CLONES void floats_to_bfloats(const float* in, int64_t count, uint16_t* out) {
+HB_CLONES(void, floats_to_bfloats, (const float* in, int64_t count, uint16_t* out)) {
     for (int64_t i = 0; i < count; ++i) out[i] = to_bfloat(in[i]);
 }
 
-HB_CLONES void codes_to_floats(const int8_t* in, int64_t count, float* out) {
+HB_CLONES(void, codes_to_floats, (const int8_t* in, int64_t count, float* out)) {
     for (int64_t i = 0; i < count; ++i) out[i] = static_cast<float>(in[i]);
 }
 
-HB_CLONES void multiply(float* values, const float* factors, int64_t count) {
+HB_CLONES(void, multiply, (float* values, const float* factors, int64_t count)) {
     for (int64_t i = 0; i < count; ++i) values[i] *= factors[i];
 }
 

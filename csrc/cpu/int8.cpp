@@ -17,25 +17,29 @@ HB_INLINE float through_half(float value) {
     return (half & 0x7c00) == 0x7c00 ? value : from_half(half);
 }
 
-HB_CLONES void round_through_half(const float* in, int64_t count, float* out) {
+HB_CLONES(void, round_through_half, (const float* in, int64_t count, float* out)) {
     for (int64_t i = 0; i < count; ++i) out[i] = through_half(in[i]);
 }
 
-HB_CLONES float row_absmax(const float* values, int64_t count) {
+HB_CLONES(float, row_absmax, (const float* values, int64_t count)) {
     return largest_magnitude(values, count);
 }
 
-HB_CLONES void scale_codes(const int8_t* codes, int64_t count, float absmax, float* out) {
+HB_CLONES(void, scale_codes, (const int8_t* codes, int64_t count, float absmax, float* out)) {
     for (int64_t i = 0; i < count; ++i) out[i] = static_cast<float>(codes[i]) * absmax / kInt8Max;
 }
 
 // Rows are worked on in pieces that fit the stack; the maximum of pieces is the maximum of the row.
 constexpr int64_t kPiece = 4096;
 
+HB_CLONES(void, round_all, (const float* values, int64_t count, float factor, int8_t* codes)) {
+    for (int64_t i = 0; i < count; ++i) codes[i] = nearest_int8(values[i] * factor);
+}
+
 }  // namespace
 
-HB_CLONES void round_to_int8(const float* values, int64_t count, float factor, int8_t* codes) {
-    for (int64_t i = 0; i < count; ++i) codes[i] = nearest_int8(values[i] * factor);
+void round_to_int8(const float* values, int64_t count, float factor, int8_t* codes) {
+    round_all(values, count, factor, codes);
 }
 
 }  // namespace hb

@@ -75,6 +75,10 @@ Level level() {
     return chosen() == kLevelCount ? kBaseline : chosen();
 }
 
+bool has_avx2() {
+    return level() >= kAvx2;
+}
+
 bool has_avx512() {
     return level() >= kAvx512;
 }

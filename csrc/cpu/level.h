@@ -1,8 +1,8 @@
 // Which hand-written instruction set variants may run: what serves this CPU best, unless the environment says
 // otherwise.
 //
-// HALFBYTE_CPU_LEVEL names one of the levels below that the CPU has, for tests and for comparisons.
-// Not here: HB_CLONES, where the compiler writes the variants and the loader chooses.
+// HALFBYTE_CPU_LEVEL names one of the levels below that the CPU has, for tests and for comparisons. It holds for what
+// is written by hand and for what the compiler vectorises (clones.h) alike.
 #pragma once
 
 #if defined(__x86_64__) && defined(__GNUC__)
@@ -26,7 +26,8 @@ enum Level {
 // Decided once: a process does not change its mind between two layers.
 Level level();
 
-// Whether what kAvx512 needs may run.
+// Whether what kAvx2 and kAvx512 need may run.
+bool has_avx2();
 bool has_avx512();
 
 }  // namespace hb

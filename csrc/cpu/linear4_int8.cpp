@@ -60,7 +60,7 @@ struct Layout {
 };
 
 // Groups of values -> codes, and the scale of each code in units of `step`.
-HB_CLONES void round_groups(const float* values, int64_t groups, float step, int8_t* codes, float* scales) {
+HB_CLONES(void, round_groups, (const float* values, int64_t groups, float step, int8_t* codes, float* scales)) {
     for (int64_t group = 0; group < groups; ++group, values += kGroupValues, codes += kGroupValues) {
         const float largest = largest_magnitude(values, kGroupValues);
         const float factor = int8_factor(largest);

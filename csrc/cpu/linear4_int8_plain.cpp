@@ -38,14 +38,6 @@ constexpr Int8Pairs make_pairs(const Table<int8_t, 16>& codes) {
 constexpr Int8Pairs kNf4Pairs = make_pairs(kNf4Int8);
 constexpr Int8Pairs kFp4Pairs = make_pairs(kFp4Int8);
 
-bool has_avx2() {
-#ifdef HB_X86
-    return level() >= kAvx2;
-#else
-    return false;
-#endif
-}
-
 // Codes [first, first + count) of the flattened weight, at least one.
 void decode_codes(const hb_linear4_args& a, int64_t first, int64_t count, int8_t* out) {
     const Int8Pairs& pairs = a.format == HB_NF4 ? kNf4Pairs : kFp4Pairs;
@@ -60,8 +52,8 @@ void decode_codes(const hb_linear4_args& a, int64_t first, int64_t count, int8_t
 }
 
 // Columns [k, k + count) of a weight row, inside one group of x and one block, against all rows of x.
-HB_CLONES void add_piece(const Int8Job& job, const int8_t* weights, int64_t k, int64_t count, float absmax,
-                         float* totals) {
+HB_CLONES(void, add_piece,
+          (const Int8Job& job, const int8_t* weights, int64_t k, int64_t count, float absmax, float* totals)) {
     const int8_t* codes = job.codes + k;
     const float* scale = job.scales + k / kGroupValues;
     for (int64_t row = 0; row < job.rows; ++row, codes += job.stride, scale += job.groups) {

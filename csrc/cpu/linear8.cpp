@@ -25,7 +25,7 @@ const Kernels8& kernels_for(const hb_linear8_args& a) {
 #ifdef HB_X86
     if (level() >= kAmx && (a.M > kRowsOnVectors || !has_avx512())) return kLinear8Amx;
     if (has_avx512()) return kLinear8Avx512;
-    if (level() >= kAvx2) return kLinear8Avx2;
+    if (has_avx2()) return kLinear8Avx2;
 #endif
     (void)a;
     return kLinear8Baseline;

@@ -39,7 +39,8 @@ HB_INLINE void rank_fp4(const float* values, int64_t count, const Normaliser& no
 
 // One block of at most kLargestBlocksize values, at *scale or at its largest magnitude; packed points to its first
 // byte. Returns the scale.
-HB_CLONES float encode_block(int64_t format, const float* values, int64_t count, const float* given, uint8_t* packed) {
+HB_CLONES(float, encode_block,
+          (int64_t format, const float* values, int64_t count, const float* given, uint8_t* packed)) {
     const float scale = given != nullptr ? *given : largest_magnitude(values, count);
     const Normaliser normalise(scale);
     uint8_t codes[kLargestBlocksize + 1];

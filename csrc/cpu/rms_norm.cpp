@@ -14,7 +14,7 @@ namespace {
 constexpr int64_t kPiece = 512;  // values converted at a time; a multiple of kSums
 constexpr int64_t kSums = 16;
 
-HB_CLONES void add_squares(const float* values, int64_t count, float* sums) {
+HB_CLONES(void, add_squares, (const float* values, int64_t count, float* sums)) {
     int64_t i = 0;
     for (; i + kSums <= count; i += kSums) {
         for (int64_t j = 0; j < kSums; ++j) sums[j] += values[i + j] * values[i + j];
@@ -22,7 +22,7 @@ HB_CLONES void add_squares(const float* values, int64_t count, float* sums) {
     for (int64_t j = 0; i + j < count; ++j) sums[j] += values[i + j] * values[i + j];
 }
 
-HB_CLONES void multiply(float* values, float factor, int64_t count) {
+HB_CLONES(void, multiply, (float* values, float factor, int64_t count)) {
     for (int64_t i = 0; i < count; ++i) values[i] *= factor;
 }
 

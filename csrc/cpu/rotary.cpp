@@ -46,15 +46,15 @@ HB_INLINE void turn(typename Values::Element* head, int64_t half, const typename
     }
 }
 
-HB_CLONES void turn_float32(float* head, int64_t half, const float* cos, const float* sin) {
+HB_CLONES(void, turn_float32, (float* head, int64_t half, const float* cos, const float* sin)) {
     turn<Float32>(head, half, cos, sin);
 }
 
-HB_CLONES void turn_float16(uint16_t* head, int64_t half, const uint16_t* cos, const uint16_t* sin) {
+HB_CLONES(void, turn_float16, (uint16_t* head, int64_t half, const uint16_t* cos, const uint16_t* sin)) {
     turn<Float16>(head, half, cos, sin);
 }
 
-HB_CLONES void turn_bfloat16(uint16_t* head, int64_t half, const uint16_t* cos, const uint16_t* sin) {
+HB_CLONES(void, turn_bfloat16, (uint16_t* head, int64_t half, const uint16_t* cos, const uint16_t* sin)) {
     turn<Bfloat16>(head, half, cos, sin);
 }
 
@@ -82,6 +82,7 @@ extern "C" hb_status hb_rotary(const hb_rotary_args* args) {
     using namespace hb;
     HB_REQUIRE(check(args));
     const hb_rotary_args& a = *args;
+    if (a.T == 0 || a.D == 0) return HB_OK;  // whose other sizes may be anything
     parallel_for(threads_for(a.call.threads, a.T * (a.H + a.G) * a.D), a.T, [&a](int64_t, int64_t begin, int64_t end) {
         for (int64_t row = begin; row < end; ++row) {
             turn_row(a.query, row, a.H, a);

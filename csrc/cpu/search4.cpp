@@ -57,23 +57,23 @@ HB_INLINE void add_errors(const float* values, int64_t length, const float* fact
     for (int lane = 0; lane < kFactorLanes; ++lane) errors[lane] = sums[lane];
 }
 
-// Clones are made of plain functions only, hence one of each per format.
-HB_CLONES void fit_nf4(const float* values, int64_t length, const float* reciprocals, int64_t count, Fit* fit) {
+// Clones are made of plain functions, hence one of each per format.
+HB_CLONES(void, fit_nf4, (const float* values, int64_t length, const float* reciprocals, int64_t count, Fit* fit)) {
     for (int64_t at = 0; at < count; at += kFactorLanes) {
         fit_lanes<Nf4Ranks>(values, length, reciprocals + at, fit->products + at, fit->powers + at);
     }
 }
-HB_CLONES void fit_fp4(const float* values, int64_t length, const float* reciprocals, int64_t count, Fit* fit) {
+HB_CLONES(void, fit_fp4, (const float* values, int64_t length, const float* reciprocals, int64_t count, Fit* fit)) {
     for (int64_t at = 0; at < count; at += kFactorLanes) {
         fit_lanes<Fp4Ranks>(values, length, reciprocals + at, fit->products + at, fit->powers + at);
     }
 }
-HB_CLONES void errors_nf4(const float* values, int64_t length, const float* factors, const float* reciprocals,
-                          float* errors) {
+HB_CLONES(void, errors_nf4,
+          (const float* values, int64_t length, const float* factors, const float* reciprocals, float* errors)) {
     add_errors<Nf4Ranks>(values, length, factors, reciprocals, errors);
 }
-HB_CLONES void errors_fp4(const float* values, int64_t length, const float* factors, const float* reciprocals,
-                          float* errors) {
+HB_CLONES(void, errors_fp4,
+          (const float* values, int64_t length, const float* factors, const float* reciprocals, float* errors)) {
     add_errors<Fp4Ranks>(values, length, factors, reciprocals, errors);
 }
 
@@ -133,7 +133,7 @@ float best_scale(const SearchSteps& steps, const float* values, int64_t length, 
 }
 
 // Divides by the largest magnitude, which is returned; magnitudes where only those are searched.
-HB_CLONES float normalise_block(float* values, int64_t count, bool magnitudes) {
+HB_CLONES(float, normalise_block, (float* values, int64_t count, bool magnitudes)) {
     const float absmax = largest_magnitude(values, count);
     const Normaliser normalise(absmax);
     for (int64_t i = 0; i < count; ++i) values[i] = normalise(values[i]);

@@ -20,7 +20,7 @@ struct Rounded {
     static HB_INLINE float value_of(uint32_t bits) { return float_of(bits); }
 };
 
-HB_CLONES void silu_all(float* values, int64_t count) {
+HB_CLONES(void, silu_all, (float* values, int64_t count)) {
     for (int64_t i = 0; i < count; ++i) values[i] = silu<Rounded>(values[i]);
 }
 

@@ -18,7 +18,7 @@ const DecodedVariants& variants_for(int64_t dtype) {
     // Where there are tiles, products of float32 are faster than those of bfloat16 (level.cpp).
     if (level() == kAvx512Bf16 && dtype == HB_BFLOAT16) return kDecodedAvx512Bf16;
     if (has_avx512()) return kDecodedAvx512;
-    if (level() >= kAvx2) return kDecodedAvx2;
+    if (has_avx2()) return kDecodedAvx2;
 #endif
     (void)dtype;
     return kDecodedBaseline;

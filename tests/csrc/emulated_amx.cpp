@@ -93,6 +93,10 @@ Level level() {
     return kAmx;
 }
 
+bool has_avx2() {
+    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+}
+
 bool has_avx512() {
     return false;
 }

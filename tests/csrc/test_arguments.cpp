@@ -606,6 +606,114 @@ TEST(negative_and_huge_sizes_are_refused) {
     EXPECT(hb_linear8_experts(&experts8) == HB_BAD_SHAPE, "2^32 experts of 2^32 weights");
 }
 
+namespace {
+
+// Any size, small ones and borders among them.
+int64_t any_size() {
+    return any_of({0, 0, 1, 2, 3, 64, 4096, int64_t{1} << 20, int64_t{1} << 31, int64_t{1} << 40, HB_MAX_ELEMENTS,
+                   HB_MAX_ELEMENTS + 1, kHuge, -1, std::numeric_limits<int64_t>::min()});
+}
+
+// No sizes overflow what is computed of them, and none keep an entry busy that has no tensor to work on. What `args`
+// has beside them is not read: every tensor that has elements is missing.
+template <typename Args>
+void try_sizes(hb_status (*entry)(const Args*), hb_status (*workspace)(const Args*, int64_t*), Args args,
+               std::initializer_list<int64_t Args::*> sizes) {
+    for (int round = 0; round < 3000; ++round) {
+        for (const auto size : sizes) args.*size = any_size();
+        const hb_status status = entry(&args);
+        EXPECT(status >= HB_OK && status < HB_STATUS_COUNT, "status %d", status);
+        int64_t bytes = 0;
+        const hb_status asked = workspace == nullptr ? HB_OK : workspace(&args, &bytes);
+        EXPECT(bytes >= 0 && (asked == HB_OK || bytes == 0), "%lld bytes, status %d", (long long)bytes, asked);
+    }
+}
+
+template <typename Args>
+void try_sizes(hb_status (*entry)(const Args*), Args args, std::initializer_list<int64_t Args::*> sizes) {
+    try_sizes<Args>(entry, nullptr, args, sizes);
+}
+
+}  // namespace
+
+TEST(sizes_together_overflow_nothing) {
+    static const float some[64] = {};
+    {
+        using A = hb_linear4_args;
+        auto a = args_with<A>(7);
+        a.blocksize = 64, a.bias = some;
+        for (const float* const nested : {static_cast<const float*>(nullptr), some}) {
+            a.nested_absmax = a.offset = nested;
+            try_sizes(hb_linear4, hb_linear4_workspace, a, {&A::M, &A::N, &A::K, &A::nested_blocksize});
+            try_sizes(hb_linear4_int8, hb_linear4_int8_workspace, a, {&A::M, &A::N, &A::K, &A::nested_blocksize});
+        }
+    }
+    {
+        using A = hb_linear4_experts_args;
+        auto a = args_with<A>(7);
+        a.blocksize = 64, a.bias = some;
+        for (const float* const nested : {static_cast<const float*>(nullptr), some}) {
+            a.nested_absmax = a.offset = nested;
+            for (a.P = 1; a.P <= HB_MAX_GROUP; a.P += 7) {
+                try_sizes(hb_linear4_experts, hb_linear4_experts_workspace, a,
+                          {&A::M, &A::E, &A::N, &A::K, &A::packed_bytes, &A::nested_blocksize});
+            }
+        }
+    }
+    {
+        using A = hb_linear8_args;
+        auto a = args_with<A>(7);
+        a.bias = some;
+        for (a.outlier_rule = HB_OUTLIERS_VALUE; a.outlier_rule <= HB_OUTLIERS_ALL; ++a.outlier_rule) {
+            try_sizes(hb_linear8, hb_linear8_workspace, a, {&A::M, &A::N, &A::K});
+        }
+    }
+    {
+        using A = hb_linear8_experts_args;
+        auto a = args_with<A>(7);
+        a.bias = some;
+        for (a.outlier_rule = HB_OUTLIERS_VALUE; a.outlier_rule <= HB_OUTLIERS_ALL; ++a.outlier_rule) {
+            try_sizes(hb_linear8_experts, hb_linear8_experts_workspace, a, {&A::M, &A::E, &A::N, &A::K});
+        }
+    }
+    {
+        using A = hb_paged_attention_args;
+        auto a = args_with<A>(7);
+        a.scale = 1, a.sinks = some;
+        try_sizes(hb_paged_attention, hb_paged_attention_workspace, a,
+                  {&A::T, &A::H, &A::G, &A::D, &A::E, &A::blocks, &A::block_tokens, &A::S, &A::max_blocks,
+                   &A::query_row_stride, &A::query_head_stride, &A::window});
+    }
+    using Quantize4 = hb_quantize4_args;
+    try_sizes(hb_quantize4, args_with<Quantize4>(7), {&Quantize4::n, &Quantize4::blocksize});
+    using Encode4 = hb_encode4_args;
+    try_sizes(hb_encode4, args_with<Encode4>(7), {&Encode4::n, &Encode4::blocksize});
+    using Search4 = hb_search4_args;
+    try_sizes(hb_search4, args_with<Search4>(7), {&Search4::n, &Search4::blocksize});
+    using Dequantize4 = hb_dequantize4_args;
+    try_sizes(hb_dequantize4, args_with<Dequantize4>(7), {&Dequantize4::n, &Dequantize4::blocksize});
+    using Nest = hb_quantize_absmax_args;
+    try_sizes(hb_quantize_absmax, args_with<Nest>(7), {&Nest::blocks, &Nest::nested_blocksize});
+    using Unnest = hb_dequantize_absmax_args;
+    try_sizes(hb_dequantize_absmax, args_with<Unnest>(7), {&Unnest::blocks, &Unnest::nested_blocksize});
+    using Quantize8 = hb_quantize8_args;
+    try_sizes(hb_quantize8, args_with<Quantize8>(7), {&Quantize8::N, &Quantize8::K});
+    using Dequantize8 = hb_dequantize8_args;
+    try_sizes(hb_dequantize8, args_with<Dequantize8>(7), {&Dequantize8::N, &Dequantize8::K});
+    using Norm = hb_rms_norm_args;
+    try_sizes(hb_rms_norm, args_with<Norm>(7), {&Norm::M, &Norm::K});
+    using Swiglu = hb_swiglu_args;
+    try_sizes(hb_swiglu, args_with<Swiglu>(7), {&Swiglu::n});
+    using Add = hb_add_args;
+    try_sizes(hb_add, args_with<Add>(7), {&Add::n});
+    using Rotary = hb_rotary_args;
+    try_sizes(hb_rotary, args_with<Rotary>(7), {&Rotary::T, &Rotary::H, &Rotary::G, &Rotary::D});
+    using Write = hb_cache_write_args;
+    try_sizes(hb_cache_write, args_with<Write>(7),
+              {&Write::T, &Write::G, &Write::D, &Write::E, &Write::slot_count, &Write::key_row_stride,
+               &Write::key_head_stride, &Write::value_row_stride, &Write::value_head_stride});
+}
+
 TEST(a_workspace_one_byte_short_is_refused) {
     Valid valid;
     auto linear4 = valid.linear4();

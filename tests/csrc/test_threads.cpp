@@ -2,6 +2,7 @@
 #include <sys/wait.h>
 #include <unistd.h>
 #ifdef __x86_64__
+#include <cpuid.h>
 #include <xmmintrin.h>
 #endif
 
@@ -16,6 +17,25 @@ using namespace testing;
 namespace {
 
 constexpr int64_t kCount = 300001;
+
+// A product in 4 bits and one in 8, on tiles where the level has them. Both outputs.
+std::vector<uint16_t> multiply(int64_t threads) {
+    constexpr int64_t kM = 20, kN = 70, kK = 640;
+    const std::vector<uint16_t> x(static_cast<size_t>(kM * kK), bfloat(1.5f));
+    const std::vector<int8_t> codes(static_cast<size_t>(kN * kK), 0x5b);
+    const std::vector<float> absmax(static_cast<size_t>(kN * kK / 64), 0.75f);
+    std::vector<uint16_t> out = poisoned<uint16_t>(2 * kM * kN);
+    const Workspace workspace(1 << 22);
+    auto of4 = args_with<hb_linear4_args>(threads);
+    of4.x = x.data(), of4.x_dtype = HB_BFLOAT16, of4.M = kM, of4.N = kN, of4.K = kK, of4.blocksize = 64;
+    of4.packed = reinterpret_cast<const uint8_t*>(codes.data()), of4.absmax = absmax.data(), of4.out = out.data();
+    auto of8 = args_with<hb_linear8_args>(threads);
+    of8.x = x.data(), of8.x_dtype = HB_BFLOAT16, of8.M = kM, of8.N = kN, of8.K = kK, of8.codes = codes.data();
+    of8.absmax = absmax.data(), of8.out = out.data() + kM * kN;
+    workspace.give_to(of4.call), workspace.give_to(of8.call);
+    EXPECT(hb_linear4(&of4) == HB_OK && hb_linear8(&of8) == HB_OK, "%d threads", (int)threads);
+    return out;
+}
 
 bool quantize_and_compare(const std::vector<float>& x, const std::vector<uint8_t>& expected, int64_t threads) {
     std::vector<uint8_t> packed = poisoned<uint8_t>((kCount + 1) / 2);
@@ -154,6 +174,18 @@ constexpr int64_t kSubnormals = 1 << 20;
 unsigned mode_of_others = 0;
 bool others_keep_their_mode = true;
 
+// What the processor says of this thread: whether its tiles hold anything, or their configuration does.
+bool uses_tiles() {
+    unsigned a = 0, b = 0, c = 0, d = 0;
+    constexpr unsigned kTile = 1u << 24, kOsSaves = 1u << 27, kSaysWhatIsUsed = 1u << 2;
+    if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || (d & kTile) == 0) return false;
+    if (!__get_cpuid(1, &a, &b, &c, &d) || (c & kOsSaves) == 0) return false;
+    if (!__get_cpuid_count(0xd, 1, &a, &b, &c, &d) || (a & kSaysWhatIsUsed) == 0) return false;
+    asm volatile("xgetbv" : "=a"(a), "=d"(d) : "c"(1));
+    return (a >> 17 & 3) != 0;
+}
+bool others_release_tiles = true;
+
 // A runtime with one more thread, in a mode of its own. A call's share is done by it alone, before the caller's; in a
 // run both are there, since it waits for what the caller has for it.
 template <bool kIsFirst>
@@ -162,6 +194,7 @@ void lend_one(void (*body)(void*), void* context, unsigned, unsigned) {
         _mm_setcsr(mode_of_others);
         body(context);
         others_keep_their_mode = (_mm_getcsr() & ~kOccurred) == mode_of_others && others_keep_their_mode;
+        others_release_tiles = !uses_tiles() && others_release_tiles;
     });
     if (kIsFirst) other.join();
     body(context);
@@ -205,19 +238,32 @@ TEST(threads_work_in_their_callers_mode_and_keep_their_own) {
     hb_use_parallel(nullptr);
     EXPECT(others_keep_their_mode, "a thread that was lent came back in another mode");
 }
+
+TEST(tiles_are_in_use_on_no_thread_after_a_call) {
+    mode_of_others = _mm_getcsr() & ~kOccurred;
+    const std::vector<uint16_t> alone = multiply(1);
+    EXPECT(!uses_tiles(), "the caller's");
+    hb_use_parallel(lend_one<true>);
+    EXPECT(multiply(2) == alone, "another thread's products");
+    hb_use_parallel(nullptr);
+    EXPECT(!uses_tiles() && others_release_tiles, "a thread that was lent");
+}
 #endif
 
 #ifndef __SANITIZE_THREAD__  // which refuses threads in a forked child
 TEST(a_forked_child_can_use_the_kernels) {
     const std::vector<float> x = normal_values(kCount);
     const std::vector<uint8_t> expected = quantized(x);
+    const std::vector<uint16_t> products = multiply(1);
     for (const hb_parallel handed : {hb_parallel{nullptr}, hb_parallel{parallel}}) {
         hb_use_parallel(handed);
         EXPECT(quantize_and_compare(x, expected, 2), "the parent");
         const int before = teams;
         fflush(stdout);
         const pid_t child = fork();  // in which no other runtime's threads live
-        if (child == 0) _exit(quantize_and_compare(x, expected, 2) && teams == before ? 0 : 1);
+        if (child == 0) {
+            _exit(quantize_and_compare(x, expected, 2) && multiply(2) == products && teams == before ? 0 : 1);
+        }
         int status = -1;
         waitpid(child, &status, 0);
         EXPECT(WIFEXITED(status) && WEXITSTATUS(status) == 0, "the child's status is %d", status);

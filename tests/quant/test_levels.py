@@ -91,17 +91,6 @@ for shape, rows, dtype in itertools.product(shapes8, (1, 3, 9), (torch.float32, 
         if shape[1] < 1000:
             assert torch.equal(out, reference.linear_8bit(x, CB, SCB, threshold, outliers)), (shape, threshold)
         update(out)
-for dtype in formats.VALUE_DTYPES:
-    for heads, dims in (((4, 4), (16, 32)), ((8, 1), (80, 96)), ((6, 2), (7, 33)), ((4, 1), (128, 128))):
-        for options in ((0.3, 0, 0.0), (0.2, 70, 0.0), (0.2, 0, 4.0)):
-            paged = Paged.random([(0, 90), (520, 7), (64, 1)], heads, dims, 16, dtype, generator)
-            sinks = torch.randn(heads[0], generator=generator)
-            out = ops.paged_attention(*paged.arguments(), *options, sinks)
-            assert torch.isfinite(out).all()
-            update(out)
-            for store in formats.STORE_DTYPES:
-                other = Paged.random([(0, 90), (520, 7), (64, 1)], heads, dims, 16, dtype, generator, store)
-                update(ops.paged_attention(*other.arguments(), *options, sinks, other.scales))
 """
 CONVERSIONS = """
 def convert(values, quant_type, blocksize):
@@ -130,6 +119,33 @@ for dtype in (torch.float32, torch.float16, torch.bfloat16):
         for columns in (1, 15, 31, 100, 1000):
             convert_rows(values[: count // columns * columns].view(-1, columns).to(dtype))
 """
+ATTENTION = """
+for dtype in formats.VALUE_DTYPES:
+    eps = torch.finfo(dtype).eps
+    tolerance = {"rtol": max(eps, 1e-5), "atol": max(2 * eps, 2e-5)}
+    for heads, dims in (((4, 4), (16, 32)), ((8, 1), (80, 96)), ((6, 2), (7, 33)), ((4, 1), (128, 128))):
+        for window, softcap in ((0, 0.0), (70, 0.0), (0, 4.0)):
+            options = (dims[0] ** -0.5, window, softcap, torch.randn(heads[0], generator=generator))
+            for store in (dtype, *formats.STORE_DTYPES):
+                paged = Paged.random([(0, 90), (520, 7), (64, 1)], heads, dims, 16, dtype, generator, store)
+                out = ops.paged_attention(*paged.arguments(), *options, paged.scales)
+                torch.testing.assert_close(out.double(), paged.exact(*options), **tolerance)
+                update(out)
+"""
+SMALL = """
+for dtype in formats.VALUE_DTYPES:
+    for rows, size in ((1, 2), (3, 34), (5, 1030)):
+        x, other = (torch.randn(rows, size, generator=generator).to(dtype) for _ in range(2))
+        update(ops.rms_norm(x, other[0], 1e-6), ops.swiglu(x * 4, other))
+        query, key = (torch.randn(rows, heads, size, generator=generator).to(dtype) for heads in (3, 1))
+        update(*ops.rotary(query, key, x, other))
+        for store in formats.STORE_DTYPES:
+            keys, values = (torch.zeros(2, 4, 1, size, dtype=store) for _ in range(2))
+            scales = torch.zeros(2, 4, 1, 2) if store == torch.int8 else None
+            slots = torch.randperm(8, generator=generator)[:rows]
+            ops.cache_write(key, key * 3, keys, values, slots, scales)
+            update(keys, values, *(() if scales is None else (scales,)))
+"""
 LARGE = """# so large that results are written around the caches
 packed = torch.randint(0, 256, (1 << 23,), generator=generator, dtype=torch.uint8)
 absmax = torch.randn(1 << 18, generator=generator)
@@ -139,26 +155,64 @@ update(ops.dequantize_8bit(CB, SCB, torch.float32))
 """
 
 
+STACK_TOO_SMALL_FOR_TILES = """
+import ctypes
+class Stack(ctypes.Structure):
+    _fields_ = (("address", ctypes.c_void_p), ("flags", ctypes.c_int), ("size", ctypes.c_size_t))
+room = ctypes.create_string_buffer(4096)
+assert ctypes.CDLL(None).sigaltstack(ctypes.byref(Stack(ctypes.addressof(room), 0, len(room))), None) == 0
+from quant import native
+library = native.kernels("cpu").library
+print(native.kernels("cpu").level, *native.levels(library))
+"""
+
+
 def run_at(level: str, script: str, seed: str, *library: str) -> subprocess.CompletedProcess[str]:
-    environment = os.environ | {native.LEVEL_VARIABLE: level}
     program = START + script + 'print("digest", digest.hexdigest())'
-    command = [sys.executable, "-c", program, level, seed, *library]
+    return run_alone(program, {native.LEVEL_VARIABLE: level}, level, seed, *library)
+
+
+def run_alone(program: str, variables: dict[str, str], *arguments: str) -> subprocess.CompletedProcess[str]:
+    """In a process of its own, at the level that `variables` name or else at the best one."""
+    environment = {name: value for name, value in os.environ.items() if name != native.LEVEL_VARIABLE} | variables
+    command = [sys.executable, "-c", program, *arguments]
     root = Path(__file__).parents[2]
     return subprocess.run(command, capture_output=True, text=True, check=False, env=environment, cwd=root)
 
 
-@pytest.mark.parametrize(
-    "script",
-    [pytest.param(MATMULS, id="matmuls"), pytest.param(CONVERSIONS, id="conversions"), pytest.param(LARGE, id="large")],
-)
-def test_every_level_is_right_and_exact_results_agree(script: str) -> None:
+def digests_of(script: str) -> dict[str, str]:
+    """What a script's results hash to at each level, all of which it finds right."""
     seed = str(int.from_bytes(os.urandom(4), "little"))
     digests = {}
     for level in LEVELS:
         result = run_at(level, script, seed)
         assert result.returncode == 0, f"level {level}, seed {seed}: {result.stderr}"
         digests[level] = result.stdout
-    assert len(set(digests.values())) == 1, f"seed {seed}: {digests}"
+    return digests
+
+
+@pytest.mark.timeout(900)  # five processes of some twenty seconds, on a machine that others may use
+@pytest.mark.parametrize(
+    "script",
+    [
+        pytest.param(MATMULS, id="matmuls"),
+        pytest.param(CONVERSIONS, id="conversions"),
+        pytest.param(SMALL, id="small"),
+        pytest.param(LARGE, id="large"),
+    ],
+)
+def test_every_level_is_right_and_exact_results_agree(script: str) -> None:
+    digests = digests_of(script)
+    assert len(set(digests.values())) == 1, digests
+
+
+@pytest.mark.timeout(900)
+def test_attention_is_right_at_every_level_and_agrees_where_sums_are_fused() -> None:
+    digests = digests_of(ATTENTION)
+    lowest = digests.pop("baseline")
+    assert len(set(digests.values())) <= 1, digests
+    if digests:  # on x86, whose lowest level cannot fuse: else another level's code has run
+        assert lowest not in digests.values()
 
 
 @pytest.mark.slow
@@ -168,7 +222,7 @@ def test_amx_on_emulated_tiles_is_right_and_its_exact_results_agree(tmp_path: Pa
     options = ("-DHALFBYTE_CUDA=OFF", "-DBUILD_TESTING=ON", "-DHALFBYTE_EMULATED_LIBRARIES=ON")
     directory = _build(tmp_path, *options) / "tests"
     seed = str(int.from_bytes(os.urandom(4), "little"))
-    digests = {"baseline": run_at("baseline", MATMULS, seed).stdout}
+    digests = {LEVELS[0]: run_at(LEVELS[0], MATMULS, seed).stdout}
     # Trapping runs the shipped code, whose vectors are AVX-512's; where there are tiles, nothing traps, and it has run.
     for emulation in ("emulated", "trapped") if LEVELS[-1] == "avx512_bf16" else ("emulated",):
         result = run_at("amx", MATMULS, seed, str(directory / f"libhalfbyte_cpu_{emulation}.so"))
@@ -189,3 +243,14 @@ def test_an_unknown_level_is_refused_with_what_is_accepted(level: str) -> None:
     assert re.search(
         rf"HALFBYTE_CPU_LEVEL is '{level}'; accepted on this machine are {', '.join(LEVELS)}", result.stderr
     )
+
+
+@pytest.mark.skipif("amx" not in LEVELS, reason="needs a processor with AMX")
+def test_a_process_that_may_not_use_tiles_does_without() -> None:
+    """Linux permits them to none with a thread whose stack for signals could not hold them."""
+    forced = run_alone(STACK_TOO_SMALL_FOR_TILES, {native.LEVEL_VARIABLE: "amx"})
+    assert f"is 'amx'; accepted on this machine are {', '.join(LEVELS[:-1])}." in forced.stderr
+    free = run_alone(STACK_TOO_SMALL_FOR_TILES, {})
+    level, *levels = free.stdout.split()
+    assert levels == LEVELS[:-1], free.stderr
+    assert level in ("avx512", "avx512_bf16")
