@@ -1,11 +1,11 @@
 // Attention over a paged cache: checks of what the tables say, who computes what, and how parts come together.
 //
 // The work is cut into items: up to 192 query vectors of one sequence, over all that they see. Many rows are vectors of
-// one kv head; a single row takes several kv heads along, since their keys lie side by side in memory. Threads take
-// items off a counter, so uneven ones (a prompt beside single tokens) even out. In a step of few single rows an item is
-// one span of 512 keys instead, its running softmax goes to the workspace, and the spans are put together at the end.
-// Either way each span is summed up on its own and spans are put together in order, so that both ways give the same
-// bits.
+// one kv head; a single row, alone or beside many, takes several kv heads along, since their keys lie side by side.
+// Threads take items off a counter, so uneven ones (a prompt beside single tokens) even out. In a step of few single
+// rows an item is one span of 512 keys instead, its running softmax goes to the workspace, and the spans are put
+// together at the end. Either way each span is summed up on its own and spans are put together in order, so that both
+// ways give the same bits.
 //
 //     item     for each span (attention_span.cpp), for each tile of 64 keys that some row sees, for each kv head:
 //                  pack the tile; block after block of six vectors meets it (attention_avx512.cpp or its like)
@@ -37,20 +37,20 @@ class Cursor {
     bool find(int64_t number, Item* item) {
         for (; sequence_ < job_.a.S; ++sequence_) {
             const int64_t row = job_.a.offsets[sequence_], start = job_.a.starts[sequence_];
-            const int64_t vectors = (job_.a.offsets[sequence_ + 1] - row) * job_.group;
+            const int64_t vectors = job_.rows_of(sequence_) * job_.group, heads = job_.heads_of(sequence_);
             const int64_t ranges = ceil_div(vectors, kItemVectors);
             const int64_t first_span = seen_from(job_.a, start) / kSpanKeys;
             const int64_t spans = job_.is_split ? start / kSpanKeys + 1 - first_span : 1;
-            const int64_t count = ceil_div(job_.a.G, job_.kv_heads) * ranges * spans;
+            const int64_t count = ceil_div(job_.a.G, heads) * ranges * spans;
             if (number - before_ < count) {
                 const int64_t rest = number - before_;
                 const int64_t first = rest / spans % ranges * kItemVectors;
-                const int64_t kv_head = rest / spans / ranges * job_.kv_heads;
+                const int64_t kv_head = rest / spans / ranges * heads;
                 *item = {sequence_,
                          row,
                          start,
                          kv_head,
-                         least(job_.kv_heads, job_.a.G - kv_head),
+                         least(heads, job_.a.G - kv_head),
                          first,
                          least(kItemVectors, vectors - first),
                          0,

@@ -1,6 +1,8 @@
 // One call of attention as attention.cpp and attention_span.cpp see it: sizes, the workspace's parts, one item of work.
 #pragma once
 
+#include <algorithm>
+
 #include "attention.h"
 #include "checks.h"
 #include "halfbyte.h"
@@ -48,7 +50,7 @@ struct Job {
     int64_t item_vectors;  // the most that an item can have
     int64_t spans;         // at most, of a sequence
     bool is_split;         // items are single spans
-    int64_t kv_heads = 1;  // of an item; see share_out
+    int64_t kv_heads = 1;  // of an item of a single row; see share_out
 
     explicit Job(const hb_paged_attention_args& args)
         : a(args),
@@ -56,7 +58,7 @@ struct Job {
           shape{args.dtype, args.store_dtype, args.D, args.E, round_up(args.D, 2), round_up(args.E, kLanes),
                 0,          args.softcap > 0, 0,      0},
           group(args.H / args.G),
-          item_vectors(least(kItemVectors, args.T > args.S ? (args.T - args.S + 1) * group : args.H)),
+          item_vectors(least(kItemVectors, std::max(args.H, (args.T - args.S + 1) * group))),
           spans(args.max_blocks * args.block_tokens / kSpanKeys + 1) {
         shape.vector_bytes = shape.padded_d * (variant.keeps_pairs ? 2 : 4);
         const float softcap = static_cast<float>(a.softcap);
@@ -72,15 +74,18 @@ struct Job {
                item_vectors * round_up(shape.padded_d, kLanes) +
                2 * round_up(State::floats(item_vectors, shape.padded_e), kLanes);
     }
-    // How many kv heads an item takes along: as many as leave enough items.
+    // How many kv heads an item of a single row takes along: as many as leave enough items.
     void share_out(int64_t threads) {
-        if (a.T != a.S || group > kItemVectors) return;
+        if (group > kItemVectors) return;
         int64_t items = 0;
         for (int64_t s = 0; s < a.S; ++s) items += is_split ? a.starts[s] / kSpanKeys + 1 : 1;
         kv_heads = least(a.G, kItemVectors / group);
         const int64_t wanted = kItemsPerThread * threads;
         while (kv_heads > 1 && items * ceil_div(a.G, kv_heads) < wanted) kv_heads = (kv_heads + 1) / 2;
     }
+
+    int64_t rows_of(int64_t sequence) const { return a.offsets[sequence + 1] - a.offsets[sequence]; }
+    int64_t heads_of(int64_t sequence) const { return rows_of(sequence) == 1 ? kv_heads : 1; }
 
     int64_t part_vectors() const { return is_split ? a.T * a.H * spans : 0; }
     int64_t bytes() const {

@@ -1,9 +1,10 @@
 // The pool behind parallel_for: see pool.h for the promises.
 //
-// A job is cut into pieces, large ones first; whoever is free takes the next one, so that a thread that the system
-// holds up costs a small piece and not a share. Which threads those are: an OpenMP runtime's where hb_use_parallel has
-// handed one over, because the operators between ours keep its threads awake and two pools would take the cores from
-// each other; else workers of our own.
+// Each thread has a share of a job, all of it side by side, and works through it in pieces, large ones first; what it
+// reads ahead at the end of one is then what the next one begins with. Who is done takes from the far end of what
+// others have left, so that a thread that the system holds up costs a piece and not a share. Which threads those are:
+// an OpenMP runtime's where hb_use_parallel has handed one over, because the operators between ours keep its threads
+// awake and two pools would take the cores from each other; else workers of our own.
 //
 // A worker is handed a task by a pointer of its own, which it clears when
 // it is done; before it sleeps it looks for the next one for a while (kPatience), because the layers of a model follow
@@ -36,9 +37,11 @@ namespace hb {
 namespace {
 
 constexpr std::chrono::microseconds kPatience(100);
-// A piece is what is left by so many times the threads, but no less than a part of what a thread has on average.
-constexpr int64_t kShares = 2;
+// A piece is half of what is left of a share, but no less than a part of what it was.
 constexpr int64_t kSmallestPieces = 32;
+constexpr int64_t kMostShares = 64;  // more threads have some of them in common
+constexpr int kUnitBits = 32;
+constexpr uint64_t kMostUnits = (uint64_t{1} << kUnitBits) - 1;  // that a job is cut into
 
 void breathe() {
 #if defined(__x86_64__)
@@ -61,6 +64,47 @@ bool watch(const Condition& is_so) {
     return false;
 }
 
+// What nobody has taken yet of some units that lie side by side: from the front by whose share they are, from the back
+// by others.
+class alignas(64) Share {
+  public:
+    struct Piece {
+        int64_t begin, end;
+        bool is_empty() const { return begin >= end; }
+    };
+
+    void put(int64_t begin, int64_t end) { left_.store(packed(begin, end), std::memory_order_relaxed); }
+    // Half of what is left, but no less than `least` where there is so much.
+    Piece from_front(int64_t least) {
+        return take([least](Piece left) {
+            const int64_t size = left.end - left.begin;
+            return Piece{left.begin, left.begin + std::min(size, std::max(size / 2, least))};
+        });
+    }
+    Piece from_back() {
+        return take([](Piece left) { return Piece{left.begin + (left.end - left.begin) / 2, left.end}; });
+    }
+
+  private:
+    template <typename Choose>
+    Piece take(const Choose& choose) {
+        uint64_t now = left_.load(std::memory_order_relaxed);
+        for (;;) {
+            const Piece left = {static_cast<int64_t>(now & kMostUnits), static_cast<int64_t>(now >> kUnitBits)};
+            if (left.is_empty()) return left;
+            const Piece piece = choose(left);
+            const uint64_t rest =
+                piece.begin == left.begin ? packed(piece.end, left.end) : packed(left.begin, piece.begin);
+            if (left_.compare_exchange_weak(now, rest, std::memory_order_relaxed)) return piece;
+        }
+    }
+    static uint64_t packed(int64_t begin, int64_t end) {
+        return static_cast<uint64_t>(end) << kUnitBits | static_cast<uint64_t>(begin);
+    }
+
+    std::atomic<uint64_t> left_;  // as put: most shares of a job are not there
+};
+
 class Job {
   public:
     Job(int64_t parts, int64_t count, RangeBody body, const void* context)
@@ -68,31 +112,44 @@ class Job {
           context_(context),
           parts_(parts),
           count_(count),
-          smallest_(count / (parts * kSmallestPieces) + 1) {}
+          shares_(std::min(parts, kMostShares)),
+          unit_(count / static_cast<int64_t>(kMostUnits) + 1),
+          units_((count - 1) / unit_ + 1) {
+        const int64_t each = units_ / shares_, more = units_ % shares_;
+        smallest_ = each / kSmallestPieces + 1;
+        for (int64_t i = 0, begin = 0; i < shares_; ++i) {
+            const int64_t end = begin + each + (i < more ? 1 : 0);
+            share_[i].put(begin, end);
+            begin = end;
+        }
+    }
 
-    // One thread's share: takes pieces until there are none.
+    // One thread's part: its share, then what others have left of theirs.
     void work() { work(next_part_.fetch_add(1, std::memory_order_relaxed)); }
     void work(int64_t part) {
         if (part >= parts_) return;
-        int64_t begin = next_.load(std::memory_order_relaxed);
-        while (begin < count_) {
-            const int64_t end = end_of(begin);
-            if (!next_.compare_exchange_weak(begin, end, std::memory_order_relaxed)) continue;
-            body_(context_, part, begin, end);
-            begin = next_.load(std::memory_order_relaxed);
+        const int64_t own = part % shares_;
+        while (run(part, share_[own].from_front(smallest_))) {
+        }
+        for (int64_t i = 1; i < shares_;) {
+            if (!run(part, share_[(own + i) % shares_].from_back())) ++i;
         }
     }
 
   private:
-    const RangeBody body_;
-    const void* const context_;
-    int64_t end_of(int64_t begin) const {
-        const int64_t left = count_ - begin, piece = left / (parts_ * kShares) + 1;
-        return begin + std::min(left, std::max(piece, smallest_));
+    // False where there is nothing in it.
+    bool run(int64_t part, Share::Piece piece) {
+        if (piece.is_empty()) return false;
+        body_(context_, part, piece.begin * unit_, piece.end == units_ ? count_ : piece.end * unit_);
+        return true;
     }
 
-    const int64_t parts_, count_, smallest_;
-    std::atomic<int64_t> next_{0}, next_part_{0};
+    const RangeBody body_;
+    const void* const context_;
+    const int64_t parts_, count_, shares_, unit_, units_;
+    int64_t smallest_ = 1;
+    std::atomic<int64_t> next_part_{0};
+    Share share_[kMostShares];
 };
 
 // What several threads run at once, each in the mode of the caller.
