@@ -31,11 +31,8 @@ one sequence of the greatest length, so somebody always gets on and everybody en
 from __future__ import annotations
 
 import secrets
-from array import array
 from bisect import insort
-from collections import abc
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from typing import Final
 
 import msgspec
@@ -43,8 +40,9 @@ import msgspec
 from server.engine.blocks import BlockPool
 from server.engine.lookup import MOST_ROWS, Lookup
 from server.engine.prefix import PrefixNames
+from server.engine.sequence import Sequence, Tokens
 from server.errors import ConfigError, RequestError
-from server.model.batch import Batch, Chunk, Draw, Score, StepResult
+from server.model.batch import Batch, Chunk, StepResult
 from server.model.history import History
 from server.records import FinishReason, Generate, SequenceOutput
 
@@ -53,46 +51,7 @@ PRIORITY_SECONDS: Final = 10.0
 TOKENS_BESIDE: Final = 6
 """A step may have so many tokens for each sequence that decodes in it, where that is more than half of the most: many
 sequences end often, and for each a prompt comes."""
-Tokens = abc.Sequence[int]
 _SEED_BITS: Final = 64
-
-
-@dataclass(slots=True, eq=False)
-class Sequence:
-    """Everything the engine knows of one request."""
-
-    request: Generate
-    tokens: list[int]
-    """The prompt, then what was generated."""
-    seed: int
-    stop_ids: frozenset[int]
-    history: History | None
-    lookup: Lookup
-    arrived: float
-    rank: tuple[float, int]
-    """Lower is served first; no two are equal."""
-    names: list[bytes]
-    """What its full blocks are called, as far as anybody asked (prefix.py)."""
-    switched: bool
-    """Whether it has more tokens than the scheduler's `switch_length`."""
-    blocks: array[int] = field(default_factory=lambda: array("q"))
-    computed: int = 0
-    """Tokens whose keys and values are in the cache."""
-    named: int = 0
-    """While it runs: blocks, from the first on, that the pool was told the names of."""
-    reused: int | None = None
-    """Prompt tokens that were found in the cache when the sequence first ran; None before that."""
-    scored: int = 0
-    """Prompt tokens whose logprobs have been reported; they are not computed again after a preemption."""
-
-    @property
-    def remaining(self) -> int:
-        """Tokens still to compute before the next one can be drawn; 1 for a sequence that decodes."""
-        return len(self.tokens) - self.computed
-
-    @property
-    def generated(self) -> int:
-        return len(self.tokens) - len(self.request.prompt)
 
 
 class Scheduler:
@@ -194,7 +153,7 @@ class Scheduler:
             for sequence in self._sequences.values()
             if sequence.request.deadline is not None and sequence.request.deadline <= now
         ]
-        return [self._end(sequence, "timeout", error=_too_late(sequence, now)) for sequence in late]
+        return [self._end(sequence, "timeout", error=sequence.too_late(now)) for sequence in late]
 
     def schedule(self) -> Batch | None:
         """Chooses the chunks of the next step and gives them their blocks; None where there is nothing to do."""
@@ -206,10 +165,10 @@ class Scheduler:
         chunks: list[Chunk] = []
         prefills = self._prefills()
         while budget > 0 and (prefill := next(prefills, None)) is not None:
-            chunks.append(_chunk(prefill, min(prefill.remaining, budget)))
+            chunks.append(prefill.chunk(min(prefill.remaining, budget)))
             budget -= len(chunks[-1].tokens)
         drafts = self._drafts(decoding, most - budget, budget)
-        decodes = (_chunk(sequence, 1, draft) for sequence, draft in zip(decoding, drafts, strict=True))
+        decodes = (sequence.chunk(1, draft) for sequence, draft in zip(decoding, drafts, strict=True))
         return Batch((*decodes, *chunks)) if decoding or chunks else None
 
     def apply(self, batch: Batch, result: StepResult) -> list[SequenceOutput]:
@@ -354,7 +313,7 @@ class Scheduler:
 
     def _append(self, sequence: Sequence, chunk: Chunk, drawn: Tokens) -> SequenceOutput:
         """The sequence grows by what was drawn, up to where it ends; what its blocks hold beyond that is forgotten."""
-        tokens, reason = _up_to_its_end(sequence, drawn)
+        tokens, reason = sequence.up_to_its_end(drawn)
         sequence.lookup.learn(tokens)
         self.accepted_tokens += sum(1 for guess, token in zip(chunk.draft, tokens, strict=False) if guess == token)
         sequence.tokens += tokens
@@ -369,12 +328,12 @@ class Scheduler:
             sequence.switched = True
             sequence.names = self._names.start(sequence.request.cache_salt, switched=True)
             self._wait_again(sequence)
-            return _output(sequence, tokens)
+            return sequence.output(tokens)
         spare = sequence.blocks[self.pool.blocks_for(len(sequence.tokens)) :]
         if spare:
             del sequence.blocks[-len(spare) :]
             self.pool.give_back(spare)
-        return _output(sequence, tokens)
+        return sequence.output(tokens)
 
     def _end(
         self,
@@ -394,37 +353,11 @@ class Scheduler:
             self.pool.give_back(sequence.blocks)
         else:
             self.waiting.remove(sequence)
-        return _output(sequence, tokens, reason, error, refused=refused)
+        return sequence.output(tokens, reason, error, refused=refused)
 
 
 def _rank(sequence: Sequence) -> tuple[float, int]:
     return sequence.rank
-
-
-def _too_late(sequence: Sequence, now: float) -> str:
-    request = sequence.request
-    return (
-        f"the request's time was up, {now - sequence.arrived:.3g} seconds after it had reached the engine, with "
-        f"{sequence.generated} of at most {request.sampling.max_tokens} tokens generated"
-    )
-
-
-def _output(
-    sequence: Sequence,
-    tokens: Tokens,
-    reason: FinishReason | None = None,
-    error: str | None = None,
-    *,
-    refused: bool = False,
-) -> SequenceOutput:
-    return SequenceOutput(
-        sequence.request.request_id,
-        token_ids=tuple(tokens),
-        finish_reason=reason,
-        error=error,
-        refused=refused,
-        cached_tokens=(sequence.reused or 0) if tokens and sequence.generated == 1 else 0,
-    )
 
 
 def _with_logprobs(output: SequenceOutput, result: StepResult) -> SequenceOutput:
@@ -433,42 +366,3 @@ def _with_logprobs(output: SequenceOutput, result: StepResult) -> SequenceOutput
         return output
     kept = len(output.token_ids)
     return msgspec.structs.replace(output, logprobs=tuple(own[:kept]), prompt_logprobs=tuple(prompt))
-
-
-def _up_to_its_end(sequence: Sequence, drawn: Tokens) -> tuple[Tokens, FinishReason | None]:
-    """As many of the drawn tokens as the sequence takes, and why it ends with the last of them, if it does."""
-    rest = sequence.request.sampling.max_tokens - sequence.generated
-    for place, token in enumerate(drawn, start=1):
-        if token in sequence.stop_ids:
-            return drawn[:place], "stop"
-        if place == rest:
-            return drawn[:place], "length"
-    return drawn, None
-
-
-def _chunk(sequence: Sequence, count: int, draft: Tokens = ()) -> Chunk:
-    """The next `count` tokens of a sequence, which draw where they reach its last one, and guesses behind that."""
-    end = sequence.computed + count
-    draw = None
-    if end == len(sequence.tokens):
-        draw = Draw(sequence.request.sampling, sequence.seed, sequence.generated, sequence.history)
-    return Chunk(
-        request_id=sequence.request.request_id,
-        tokens=(*sequence.tokens[sequence.computed : end], *draft),
-        start=sequence.computed,
-        blocks=sequence.blocks[:],
-        draw=draw,
-        encoder_tokens=sequence.request.encoder_tokens,
-        score=_score(sequence, end),
-        drafted=len(draft),
-        switched=sequence.switched,
-    )
-
-
-def _score(sequence: Sequence, end: int) -> Score | None:
-    """The prompt tokens that the logits of a chunk up to `end` score for the first time: each row scores the next."""
-    top = sequence.request.sampling.prompt_logprobs
-    if top is None:
-        return None
-    tokens = sequence.request.prompt[max(sequence.computed, sequence.scored) + 1 : end + 1]
-    return Score(tokens, top) if tokens else None
