@@ -88,7 +88,7 @@ class CallRunner(ABC):
         return _together([chunk for chunk in batch.chunks if chunk.request_id in rows], rows)
 
     def _call(self, group: Sequence[Chunk], rows: Rows) -> None:
-        with self._rope.told([chunk.switched for chunk in group], (len(group), 1), self.device):
+        with self._rope.told((chunk.switched for chunk in group), (len(group), 1), self.device):
             self._forward(group, rows)
 
     @abstractmethod

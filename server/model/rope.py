@@ -12,7 +12,7 @@ nobody shares what was computed with the other set. What transformers calls "dyn
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, Final
 
@@ -36,13 +36,17 @@ class RopeSwitch:
         they all agree, None outside a runner's call."""
 
     @contextmanager
-    def told(self, switched: Sequence[bool], shape: tuple[int, int], device: torch.device) -> Iterator[None]:
-        """While this is open, rows are of sequences longer than `length` or not; `switched`, reshaped, says which."""
+    def told(self, switched: Iterable[bool], shape: tuple[int, int], device: torch.device) -> Iterator[None]:
+        """While this is open, rows are of sequences longer than `length` or not; `switched`, reshaped, says which.
+
+        It is not looked at where there is no such length.
+        """
         if self.length is None:
             yield
             return
-        agree = all(switched) or not any(switched)
-        self.rows = switched[0] if agree else torch.tensor(switched, device=device).view(shape)
+        flags = list(switched)
+        agree = all(flags) or not any(flags)
+        self.rows = flags[0] if agree else torch.tensor(flags, device=device).view(shape)
         try:
             yield
         finally:

@@ -91,7 +91,7 @@ class PagedRunner:
         wanted = torch.tensor(kept or [0], device=self.device)
         if self._keeps_logits:
             arguments["logits_to_keep"] = wanted
-        switched = [chunk.switched for chunk in batch.chunks for _ in chunk.tokens]
+        switched = (chunk.switched for chunk in batch.chunks for _ in chunk.tokens)
         with self._steadied, self._rope.told(switched, (1, batch.tokens), self.device):
             output = self.model(input_ids=ids[None], position_ids=positions[None], use_cache=False, **arguments)
         logits: torch.Tensor = output.logits[0]

@@ -634,26 +634,43 @@ void try_sizes(hb_status (*entry)(const Args*), Args args, std::initializer_list
     try_sizes<Args>(entry, nullptr, args, sizes);
 }
 
+const float some[64] = {};
+
+// A 4-bit matmul's arguments without sizes: of plain absmax, and of double-quantized ones.
+template <typename Args>
+std::vector<Args> plain_and_nested() {
+    auto plain = args_with<Args>(7);
+    plain.blocksize = 64, plain.bias = some;
+    Args nested = plain;
+    nested.nested_absmax = nested.offset = some;
+    return {plain, nested};
+}
+
+// An 8-bit matmul's, with each rule of what an outlier is.
+template <typename Args>
+std::vector<Args> of_each_rule() {
+    std::vector<Args> found;
+    auto args = args_with<Args>(7);
+    args.bias = some;
+    for (args.outlier_rule = HB_OUTLIERS_VALUE; args.outlier_rule <= HB_OUTLIERS_ALL; ++args.outlier_rule) {
+        found.push_back(args);
+    }
+    return found;
+}
+
 }  // namespace
 
 TEST(sizes_together_overflow_nothing) {
-    static const float some[64] = {};
     {
         using A = hb_linear4_args;
-        auto a = args_with<A>(7);
-        a.blocksize = 64, a.bias = some;
-        for (const float* const nested : {static_cast<const float*>(nullptr), some}) {
-            a.nested_absmax = a.offset = nested;
+        for (const A& a : plain_and_nested<A>()) {
             try_sizes(hb_linear4, hb_linear4_workspace, a, {&A::M, &A::N, &A::K, &A::nested_blocksize});
             try_sizes(hb_linear4_int8, hb_linear4_int8_workspace, a, {&A::M, &A::N, &A::K, &A::nested_blocksize});
         }
     }
     {
         using A = hb_linear4_experts_args;
-        auto a = args_with<A>(7);
-        a.blocksize = 64, a.bias = some;
-        for (const float* const nested : {static_cast<const float*>(nullptr), some}) {
-            a.nested_absmax = a.offset = nested;
+        for (A& a : plain_and_nested<A>()) {
             for (a.P = 1; a.P <= HB_MAX_GROUP; a.P += 7) {
                 try_sizes(hb_linear4_experts, hb_linear4_experts_workspace, a,
                           {&A::M, &A::E, &A::N, &A::K, &A::packed_bytes, &A::nested_blocksize});
@@ -662,17 +679,11 @@ TEST(sizes_together_overflow_nothing) {
     }
     {
         using A = hb_linear8_args;
-        auto a = args_with<A>(7);
-        a.bias = some;
-        for (a.outlier_rule = HB_OUTLIERS_VALUE; a.outlier_rule <= HB_OUTLIERS_ALL; ++a.outlier_rule) {
-            try_sizes(hb_linear8, hb_linear8_workspace, a, {&A::M, &A::N, &A::K});
-        }
+        for (const A& a : of_each_rule<A>()) try_sizes(hb_linear8, hb_linear8_workspace, a, {&A::M, &A::N, &A::K});
     }
     {
         using A = hb_linear8_experts_args;
-        auto a = args_with<A>(7);
-        a.bias = some;
-        for (a.outlier_rule = HB_OUTLIERS_VALUE; a.outlier_rule <= HB_OUTLIERS_ALL; ++a.outlier_rule) {
+        for (const A& a : of_each_rule<A>()) {
             try_sizes(hb_linear8_experts, hb_linear8_experts_workspace, a, {&A::M, &A::E, &A::N, &A::K});
         }
     }
