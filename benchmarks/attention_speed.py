@@ -25,8 +25,8 @@ from typing import Final
 
 import torch
 
+from benchmarks import RESULTS
 from benchmarks.hardware import describe
-from benchmarks.load_memory import RESULTS
 from server.model.attention import Call, PagedBatch, Segment
 from server.model.paged_cache import LayerShape, PagedCache
 from server.records import KV_BLOCK_TOKENS

@@ -20,9 +20,10 @@ from typing import Final
 
 import torch
 
+from benchmarks import RESULTS
 from benchmarks.child import Child
 from benchmarks.hardware import describe, load_line, machine_line
-from benchmarks.load_memory import RESULTS, make_checkpoint
+from benchmarks.load_memory import make_checkpoint
 from benchmarks.model_speed import DECODE_TOKENS, OURS, PREFILL_TOKENS, start_ours
 
 MODELS: Final = ("halfbyte nf4-dq", "halfbyte nf4-dq, int8 head")

@@ -14,16 +14,15 @@ import json
 import random
 import statistics
 import time
-from pathlib import Path
 from typing import Final
 
 import torch
 from torch import nn
 
+from benchmarks import RESULTS
 from benchmarks.hardware import describe, load_line, machine_line
 from quant import BitsAndBytesConfig, Linear4bit, Linear8bit
 
-RESULTS: Final = Path(__file__).parent / "results"
 ALLOWED: Final = 3.0
 """Microseconds more than nn.Linear."""
 DTYPES: Final = {"float32": torch.float32, "bfloat16": torch.bfloat16}

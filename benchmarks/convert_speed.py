@@ -28,10 +28,10 @@ from typing import Any, Final
 
 import torch
 
+from benchmarks import RESULTS
 from benchmarks.hardware import describe
 from quant import formats, native, ops
 
-RESULTS: Final = Path(__file__).parent / "results"
 BLOCKSIZE: Final = formats.DEFAULT_BLOCKSIZE
 COLUMNS: Final = 4096
 DTYPES: Final = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}

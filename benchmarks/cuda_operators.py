@@ -31,13 +31,13 @@ from typing import Final
 
 import torch
 
+from benchmarks import RESULTS
 from benchmarks.cuda_measuring import Result, copy_bandwidth, graph_timer, measure, measure_attention
 from benchmarks.cuda_table import table, time_of
 from benchmarks.hardware import describe
 from quant import native
 
 ROOT: Final = Path(__file__).parents[1]
-RESULTS: Final = Path(__file__).parent / "results"
 SHAPES: Final = ("4096x4096", "14336x4096", "4096x14336", "8192x28672")
 ROWS: Final = (1, 2, 3, 4, 8, 16, 32, 64, 128, 256, 512, 2048, 8192)
 CHECKS: Final = tuple(

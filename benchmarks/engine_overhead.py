@@ -24,12 +24,12 @@ import statistics
 import subprocess
 import time
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from types import SimpleNamespace
 from typing import IO, Any, Final
 
 import torch
 
+from benchmarks import RESULTS
 from benchmarks.hardware import describe, machine_line
 from server.engine.blocks import BlockPool
 from server.engine.loop import EngineLoop
@@ -39,7 +39,6 @@ from server.model.paged_cache import PagedCache
 from server.model.runner import PagedRunner
 from server.records import Generate, SamplingParams, SequenceOutput, Shutdown, StepReport, ToEngine, encode_frame
 
-RESULTS: Final = Path(__file__).parent / "results"
 VOCABULARY: Final = 512
 TARGETS: Final = {16: 1.0, 256: 3.0}
 """Milliseconds per step, by sequences."""

@@ -19,7 +19,6 @@ import statistics
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any, Final
 
 import torch
@@ -27,12 +26,12 @@ from torch import nn
 from transformers import MixtralConfig
 from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 
+from benchmarks import RESULTS
 from benchmarks.hardware import describe, machine_line
 from quant import BitsAndBytesConfig, native, ops, reference
 from quant.experts import PackedExperts, Projection
 from quant.state import Packed4bit
 
-RESULTS: Final = Path(__file__).parent / "results"
 DTYPE: Final = torch.bfloat16
 TORCH: Final = "torch bfloat16"
 ONE_BY_ONE: Final = "nf4, one by one"

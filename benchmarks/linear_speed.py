@@ -25,18 +25,17 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Final
 
 import torch
 
+from benchmarks import RESULTS
 from benchmarks.child import Child
 from benchmarks.hardware import describe, machine_line
 from benchmarks.linear_side import CONFIGS, THEIRS, TORCH
 from quant import native
 from server.engine.process import OPENMP_WAITING
 
-RESULTS: Final = Path(__file__).parent / "results"
 PAUSE_SECONDS: Final = 0.03
 """Between two turns: until threads that look for work have gone to sleep."""
 

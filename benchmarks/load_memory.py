@@ -26,9 +26,9 @@ import matplotlib as mpl
 import torch
 import transformers
 
+from benchmarks import RESULTS
 from benchmarks.hardware import describe
 
-RESULTS: Final = Path(__file__).parent / "results"
 VOCABULARY: Final = 32000
 HIDDEN: Final = 2048
 SAMPLE_SECONDS: Final = 0.01

@@ -26,9 +26,10 @@ from typing import Final
 
 import torch
 
+from benchmarks import RESULTS
 from benchmarks.child import Child
 from benchmarks.hardware import describe, load_line, machine_line
-from benchmarks.load_memory import RESULTS, make_checkpoint
+from benchmarks.load_memory import make_checkpoint
 from server.engine.process import OPENMP_WAITING
 
 PREFILL_TOKENS: Final = 256

@@ -28,6 +28,7 @@ import transformers
 from tokenizers import Tokenizer
 
 import quant  # noqa: F401 - registers the quantizer
+from benchmarks import RESULTS
 from benchmarks.hardware import describe
 from quant.config import OVERRIDABLE, PRESETS, BitsAndBytesConfig, from_spec
 from quant.memory import measure_weights
@@ -35,7 +36,6 @@ from quant.packed import PackedModule
 from server.demo import DEMO_MODEL_PATH
 from server.demo.evaluate import HELDOUT_SEED, Prediction, heldout_ids, perplexity, predict
 
-RESULTS: Final = Path(__file__).parent / "results"
 FORMATS: Final = ("none", *(name for name in PRESETS if name != "none"))
 BASELINE: Final = FORMATS[0]
 INT8_ACTIVATIONS: Final = ", int8 activations"

@@ -27,8 +27,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Final
 
+from benchmarks import RESULTS
 from benchmarks.hardware import describe
-from benchmarks.load_memory import MB, RESULTS, SAMPLE_SECONDS, make_checkpoint, sample
+from benchmarks.load_memory import MB, SAMPLE_SECONDS, make_checkpoint, sample
 
 LIBRARIES: Final = ("halfbyte", "bitsandbytes")
 TASKS: Final = {"quantizing": LIBRARIES, "searching": LIBRARIES[:1], "loading": LIBRARIES}

@@ -23,13 +23,13 @@ import torch
 import transformers
 from tokenizers import Tokenizer
 
+from benchmarks import RESULTS
 from benchmarks.hardware import describe
 from quant import BitsAndBytesConfig
 from quant.state import Packed4bit
 from server.demo import DEMO_MODEL_PATH
 from server.demo.evaluate import HELDOUT_SEED, Prediction, heldout_ids, perplexity, predict
 
-RESULTS: Final = Path(__file__).parent / "results"
 VALUES: Final = 1 << 22
 SEED: Final = 0
 DISTRIBUTIONS: Final = {"normal": torch.distributions.Normal(0.0, 1.0), "Student t5": torch.distributions.StudentT(5.0)}

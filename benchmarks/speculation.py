@@ -24,8 +24,9 @@ from typing import Final
 import torch
 import transformers
 
+from benchmarks import RESULTS
 from benchmarks.hardware import describe, load_line, machine_line
-from benchmarks.load_memory import RESULTS, make_checkpoint
+from benchmarks.load_memory import make_checkpoint
 from quant.config import from_spec
 from server.engine.blocks import BlockPool
 from server.engine.loop import EngineLoop

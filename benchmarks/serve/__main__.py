@@ -21,7 +21,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
-from benchmarks.load_memory import RESULTS
+from benchmarks import RESULTS
 from benchmarks.serve.bare_runner import bare_runner
 from benchmarks.serve.checkpoint import make_checkpoint, make_gguf
 from benchmarks.serve.load import measure, ready

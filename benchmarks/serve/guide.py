@@ -18,8 +18,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Final
 
+from benchmarks import RESULTS
 from benchmarks.hardware import describe, machine_line
-from benchmarks.load_memory import RESULTS
 from benchmarks.serve.checkpoint import make_checkpoint, make_gguf
 from benchmarks.serve.load import ready
 from benchmarks.serve.prompts import prompt

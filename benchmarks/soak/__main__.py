@@ -31,7 +31,7 @@ from typing import Final
 
 import httpx
 
-from benchmarks.load_memory import RESULTS
+from benchmarks import RESULTS
 from benchmarks.serve.load import ready
 from benchmarks.serve.servers import HALFBYTE, HOST, Contestant, Running
 from benchmarks.soak.attempt import Attempt, attempt
