@@ -7,7 +7,6 @@ import random
 import torch
 import transformers
 
-from server.model.encoder_probe import decoder_prompt
 from server.model.probe import ModelRunner
 from server.records import Abort
 from tests.server.engines import Engine, generate
@@ -25,37 +24,43 @@ def prompt_of(length: int) -> list[int]:
     return [random.randrange(3, VOCABULARY) for _ in range(length)]
 
 
-@torch.inference_mode()
 def expected(model: transformers.PreTrainedModel, prompt: list[int], count: int, **settings: object) -> list[int]:
     """transformers' own greedy answer of `count` tokens, past any end-of-sequence token and behind a forced one."""
+    return list(answered(model, prompt, count, settings).sequences[0, -count:].tolist())
+
+
+@torch.inference_mode()
+def answered(
+    model: transformers.PreTrainedModel, prompt: list[int], count: int, settings: dict[str, object]
+) -> transformers.generation.utils.GenerateOutput:
+    """What generate() says to that, with the scores that it chose by."""
     model.generation_config.eos_token_id = None  # else generate would take it up again
     forced = getattr(model.generation_config, "forced_bos_token_id", None) is not None
     ids = torch.tensor([prompt])
-    config = transformers.GenerationConfig(max_new_tokens=count + forced, do_sample=False, pad_token_id=0, **settings)
-    found = model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=config)
-    return list(found[0, -count:].tolist())
+    config = transformers.GenerationConfig(
+        max_new_tokens=count + forced, do_sample=False, pad_token_id=0,
+        return_dict_in_generate=True, output_scores=True, **settings,
+    )  # fmt: skip
+    return model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=config)
 
 
-@torch.inference_mode()
 def same_up_to_a_tie(
-    model: transformers.PreTrainedModel, prompt: list[int], found: list[int], answer: list[int], tie: float = FP32_TIE
+    model: transformers.PreTrainedModel,
+    prompt: list[int],
+    found: list[int],
+    answer: list[int],
+    tie: float = FP32_TIE,
+    **settings: object,
 ) -> None:
-    """Equal, or equal up to a token where the model's own two best are so near that rounding may choose."""
+    """Equal, or equal up to a token where generate()'s two best are so near that rounding may choose."""
     assert len(found) == len(answer)
     different = [place for place, (ours, theirs) in enumerate(zip(found, answer, strict=True)) if ours != theirs]
     if different:
         place = different[0]
-        logits = next_logits(model, prompt, answer[:place])
-        gap = float(logits[answer[place]] - logits[found[place]])
-        assert gap < tie * float(logits.std()), f"{found} where {answer} was expected; place {place} has a gap of {gap}"
-
-
-def next_logits(model: transformers.PreTrainedModel, prompt: list[int], answer: list[int]) -> torch.Tensor:
-    """The model's own logits of the token that follows."""
-    if not model.config.is_encoder_decoder:
-        return model(input_ids=torch.tensor([prompt + answer]), use_cache=False).logits[0, -1]
-    ids, answered = (torch.tensor([tokens]) for tokens in (prompt, [*decoder_prompt(model), *answer]))
-    return model(input_ids=ids, decoder_input_ids=answered, use_cache=False).logits[0, -1]
+        scores = answered(model, prompt, len(answer), settings).scores[place - len(answer)][0]
+        gap = float(scores[answer[place]] - scores[found[place]])
+        spread = float(scores[scores.isfinite()].std())
+        assert gap < tie * spread, f"{found} where {answer} was expected; place {place} has a gap of {gap}"
 
 
 def check_greedy(runner: ModelRunner, model: transformers.PreTrainedModel) -> None:

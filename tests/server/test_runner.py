@@ -354,7 +354,7 @@ def test_penalties_and_bad_words_of_an_encoder_decoder_look_at_its_answer_alone(
     engine = Engine(runner_for("t5"))
     found = engine.serve([generate(f"r{i}", prompt, 12, **ours) for i, (ours, _) in enumerate(asked)])
     for which, (_, theirs) in enumerate(asked):
-        assert found[f"r{which}"] == expected(model, prompt, 12, **theirs)
+        same_up_to_a_tie(model, prompt, found[f"r{which}"], expected(model, prompt, 12, **theirs), **theirs)
 
 
 def test_a_runner_of_single_sequences_reports_one_that_is_not_there() -> None:
