@@ -1,10 +1,10 @@
 """A packed layer's matmul called straight, for inference on a CPU: what torch's dispatcher costs is left out.
 
 torch.library and ctypes with checked keyword arguments take some 30 microseconds a call, as long as a small product
-itself. Here a layer's pointers are checked and filled into the argument struct once; a call copies the struct, adds x
-and the output, and goes. `Direct.fits` says whether the tensors are still the ones whose pointers it holds. Only for
-calls that nothing traces and nobody differentiates (`is_direct`); everything else goes through ops.py, with the same
-result. Not here: what is computed (csrc), the operators (ops.py).
+itself. Here a layer's pointers are checked and packed into the argument struct's bytes once; a call puts what it knows
+of x and the output before and behind them, and goes. `Direct.fits` says whether the tensors are still the ones whose
+pointers it holds. Only for calls that nothing traces and nobody differentiates (`is_direct`); everything else goes
+through ops.py, with the same result. Not here: what is computed (csrc), the operators (ops.py).
 """
 
 from __future__ import annotations
@@ -12,15 +12,15 @@ from __future__ import annotations
 import ctypes
 import math
 import threading
-from collections.abc import Sequence
-from typing import Any, Final
+from collections.abc import Callable, Sequence
+from typing import Any, Final, NamedTuple
 
 import torch
 
 from quant import arguments, native
 from quant.errors import ShapeError
 
-_ROW_COUNTS_KEPT: Final = 64
+_PLANS_KEPT: Final = 64
 
 
 def is_direct(x: torch.Tensor) -> bool:
@@ -39,41 +39,57 @@ class Workspace(threading.local):
 
     def __init__(self) -> None:
         self._tensor = torch.empty(0, dtype=torch.uint8)
+        self._bytes = self._address = 0
 
     def at_least(self, size: int) -> int:
         """The address of at least `size` bytes."""
-        return self.tensor(size).data_ptr()
+        if self._bytes < size:
+            self.tensor(size)
+        return self._address
 
     def tensor(self, size: int) -> torch.Tensor:
         """At least `size` bytes. Who keeps it may go on using it when another call has got a larger one."""
-        if self._tensor.numel() < size:
+        if self._bytes < size:
             with torch.inference_mode(False):
                 self._tensor = torch.empty(size, dtype=torch.uint8, device="cpu")
+            self._bytes, self._address = size, self._tensor.data_ptr()
         return self._tensor
 
     @property
     def nbytes(self) -> int:
-        return self._tensor.nbytes
+        return self._bytes
 
 
 WORKSPACE: Final = Workspace()
 """What direct calls of the calling thread work in."""
 
 
-_Sizes = dict[tuple[int, torch.dtype, int], int]
-"""Workspace bytes by number of rows, their dtype, and threads."""
+class _Plan(NamedTuple):
+    """What a call takes of x beside its address, and all calls of one key have in common."""
+
+    out_shape: tuple[int, ...]
+    """Without the last size, which is that of a weight."""
+    M: int
+    dtype_code: int
+    threads: int
+    workspace_bytes: int
 
 
-def _remember(sizes: _Sizes, key: tuple[int, torch.dtype, int], needed: int) -> int:
-    if len(sizes) >= _ROW_COUNTS_KEPT:
-        sizes.clear()
-    sizes[key] = needed
-    return needed
+class _Plans(dict[tuple[torch.Size, torch.dtype, int], _Plan]):
+    """Plans by x's shape and dtype and torch's threads."""
 
-
-def _row_count(x: torch.Tensor) -> int:
-    K = x.shape[-1]
-    return x.numel() // K if K else math.prod(x.shape[:-1])
+    def add(self, key: tuple[torch.Size, torch.dtype, int], columns: int, needed: Callable[[_Plan], int]) -> _Plan:
+        """The plan of a new key; `needed` gives the workspace of one that has none. Raises ShapeError."""
+        shape, dtype, threads = key
+        if not shape or shape[-1] != columns or dtype not in native.DTYPE_CODES:
+            x = torch.empty(shape, dtype=dtype, device="meta")
+            arguments.check_linear(x, (1, columns), None, x)
+        plan = _Plan(tuple(shape[:-1]), math.prod(shape[:-1]), native.DTYPE_CODES[dtype], native.allowed(threads), 0)
+        plan = plan._replace(workspace_bytes=needed(plan))
+        if len(self) >= _PLANS_KEPT:
+            self.clear()
+        self[key] = plan
+        return plan
 
 
 class Direct:
@@ -93,18 +109,20 @@ class Direct:
         `weight` and `statistics` are the tensors that the layer holds, whose replacement makes this call stale.
         """
         self._kernels = native.kernels("cpu")
-        self._function = getattr(self._kernels.library, entry)
+        self._function = self._kernels.taking_bytes(entry)
         self.entry = entry
         self.options = (fields.get("threshold"), fields.get("outlier_rule"))
         """What calls must have in common, beside x, to be made together."""
-        self._struct = native.STRUCTS[entry]
+        self.struct = native.STRUCTS[entry]
         self.rows, self.columns = shape
         bias_dtype = 0 if bias is None else native.DTYPE_CODES[bias.dtype]
-        self._template = native.filled(entry, N=shape[0], K=shape[1], bias=bias, bias_dtype=bias_dtype, **fields)
+        template = native.filled(entry, N=shape[0], K=shape[1], bias=bias, bias_dtype=bias_dtype, **fields)
+        self._struct_bytes = ctypes.sizeof(template)
+        self._fixed = bytes(template)[native.MATMUL_BEGIN.size : -native.MATMUL_END.size]
         self._tensors = tuple(value for value in fields.values() if isinstance(value, torch.Tensor))  # kept alive
         self._weight, self._statistics, self._bias = weight, statistics, bias
         self._addresses = (weight.data_ptr(), 0 if bias is None else bias.data_ptr())
-        self._workspace_bytes: _Sizes = {}
+        self._plans = _Plans()
 
     def fits(self, weight: torch.Tensor, statistics: torch.Tensor, bias: torch.Tensor | None) -> bool:
         """Whether these are the tensors that the call was made for, where they were."""
@@ -117,32 +135,32 @@ class Direct:
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """x [..., K] float32, float16 or bfloat16 -> [..., N]. Raises ShapeError."""
-        K = self.columns
-        if x.dim() == 0 or x.shape[-1] != K or x.dtype not in native.DTYPE_CODES:
-            arguments.check_linear(x, (self.rows, K), None, x)
+        key = (x.shape, x.dtype, torch.get_num_threads())
+        plan = self._plans.get(key) or self._plans.add(key, self.columns, self._needed)
         x = native.ready(x)
-        out = x.new_empty((*x.shape[:-1], self.rows))
-        args = self.arguments_for(x, out)
-        call = args.call
-        key = (args.M, x.dtype, call.threads)
-        size = self._workspace_bytes.get(key)
-        if size is None:
-            size = _remember(self._workspace_bytes, key, self._kernels.workspace_bytes(self.entry, args))
-        call.workspace, call.workspace_bytes = WORKSPACE.at_least(size), size
-        status = self._function(ctypes.byref(args))
+        out = x.new_empty(*plan.out_shape, self.rows)  # sizes in a row: a tuple takes twice as long
+        workspace = WORKSPACE.at_least(plan.workspace_bytes)
+        status = self._function(self.packed(plan, x.data_ptr(), out.data_ptr(), workspace))
         if status:
             self._kernels.check_status(self.entry, status)
         return out
 
+    def packed(self, plan: _Plan, x: int, out: int, workspace: int = 0) -> bytes:
+        """The argument struct for contiguous x and out at these addresses."""
+        begin = native.MATMUL_BEGIN.pack(
+            self._struct_bytes, 0, workspace, plan.workspace_bytes, plan.threads, native.batch_invariant(), 0,
+            x, plan.dtype_code, plan.M,
+        )  # fmt: skip
+        return begin + self._fixed + native.MATMUL_END.pack(out)
+
     def arguments_for(self, x: torch.Tensor, out: torch.Tensor) -> Any:
         """The struct for contiguous x [..., K] of a known dtype and out [..., N], all but the workspace."""
-        args: Any = self._struct.from_buffer_copy(self._template)
-        args.x, args.x_dtype, args.M = x.data_ptr(), native.DTYPE_CODES[x.dtype], _row_count(x)
-        args.out = out.data_ptr()
-        call = args.call
-        call.threads = native.thread_count()
-        call.batch_invariant = native.batch_invariant()
-        return args
+        M = math.prod(x.shape[:-1])
+        plan = _Plan((), M, native.DTYPE_CODES[x.dtype], native.thread_count(), workspace_bytes=0)
+        return self.struct.from_buffer_copy(self.packed(plan, x.data_ptr(), out.data_ptr()))
+
+    def _needed(self, plan: _Plan) -> int:
+        return self._kernels.workspace_bytes(self.entry, self.struct.from_buffer_copy(self.packed(plan, 0, 0)))
 
 
 class DirectGroup:
@@ -153,12 +171,10 @@ class DirectGroup:
         first = parts[0]
         self._kernels = first._kernels
         self._entry = f"{first.entry}_group"
-        self._function = getattr(self._kernels.library, self._entry)
+        self._function = self._kernels.taking_bytes(self._entry)
         self._parts = tuple(parts)  # their tensors stay alive
-        self._rows, self._columns = [part.rows for part in parts], first.columns
-        self._struct = first._struct * len(parts)
-        self._template = b"".join(bytes(part._template) for part in parts)
-        self._workspace_bytes: _Sizes = {}
+        self._columns = first.columns
+        self._plans = _Plans()
 
     @staticmethod
     def may_be_grouped(parts: Sequence[Direct]) -> bool:
@@ -168,28 +184,25 @@ class DirectGroup:
 
     def __call__(self, x: torch.Tensor) -> list[torch.Tensor]:
         """x [..., K] -> one [..., N] for each weight. Raises ShapeError."""
-        if x.dim() == 0 or x.shape[-1] != self._columns or x.dtype not in native.DTYPE_CODES:
-            arguments.check_linear(x, (self._rows[0], self._columns), None, x)
+        key = (x.shape, x.dtype, torch.get_num_threads())
+        plan = self._plans.get(key) or self._plans.add(key, self._columns, self._needed)
         x = native.ready(x)
-        outs = [x.new_empty((*x.shape[:-1], rows)) for rows in self._rows]
-        M, address, code = _row_count(x), x.data_ptr(), native.DTYPE_CODES[x.dtype]
-        items = self._struct.from_buffer_copy(self._template)
-        threads = native.thread_count()
-        for item, out in zip(items, outs, strict=True):
-            item.x, item.x_dtype, item.M, item.out = address, code, M, out.data_ptr()
-            item.call.threads = threads
-        key = (M, x.dtype, threads)
-        size = self._workspace_bytes.get(key)
-        if size is None:
-            needed = self._kernels.workspace_bytes(self._entry, items, len(outs))
-            size = _remember(self._workspace_bytes, key, needed)
-        call = items[0].call
-        call.batch_invariant = native.batch_invariant()
-        call.workspace, call.workspace_bytes = WORKSPACE.at_least(size), size
-        status = self._function(items, len(outs))
+        outs = [x.new_empty(*plan.out_shape, part.rows) for part in self._parts]
+        workspace, address = WORKSPACE.at_least(plan.workspace_bytes), x.data_ptr()
+        items = [
+            part.packed(plan, address, out.data_ptr(), workspace) for part, out in zip(self._parts, outs, strict=True)
+        ]
+        status = self._function(b"".join(items), len(items))
         if status:
             self._kernels.check_status(self._entry, status)
         return outs
+
+    def _needed(self, plan: _Plan) -> int:
+        count = len(self._parts)
+        items = (self._parts[0].struct * count).from_buffer_copy(
+            b"".join(part.packed(plan, 0, 0) for part in self._parts)
+        )
+        return self._kernels.workspace_bytes(self._entry, items, count)
 
 
 def direct_4bit(

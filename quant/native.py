@@ -13,6 +13,7 @@ import importlib.metadata
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from struct import Struct
 from typing import Any, Final, cast
 
 import torch
@@ -76,6 +77,10 @@ def _struct(name: str, pointers_and_sizes: str) -> type[ctypes.Structure]:
     return type(name, (ctypes.Structure,), {"_fields_": fields})
 
 
+MATMUL_BEGIN: Final = Struct("=10q")
+"""hb_call, x, x_dtype and M: what stands first in the struct of a matmul."""
+MATMUL_END: Final = Struct("=q")
+"""out: what stands last in it."""
 _LINEAR4: Final = _struct(
     "Linear4",
     "*x x_dtype M N K *packed format blocksize *absmax *nested_absmax *offset nested_blocksize *bias bias_dtype *out",
@@ -281,7 +286,12 @@ def batch_invariant() -> int:
 
 def thread_count() -> int:
     """Threads that a call may use: torch's."""
-    return min(torch.get_num_threads(), MAX_THREADS)
+    return allowed(torch.get_num_threads())
+
+
+def allowed(threads: int) -> int:
+    """So many threads, or the most that a call may ask for."""
+    return min(threads, MAX_THREADS)
 
 
 class Kernels:
@@ -330,6 +340,12 @@ class Kernels:
         else:
             status = getattr(self.library, entry)(ctypes.byref(args))
         self.check_status(entry, status)
+
+    def taking_bytes(self, entry: str) -> Any:
+        """The entry as a function of the struct's bytes, or of a group's and their number: faster than of a struct."""
+        function = self.library[entry]  # another object than the attribute, whose argtypes are others
+        function.argtypes = (ctypes.c_char_p, _I64) if entry.endswith("_group") else (ctypes.c_char_p,)
+        return function
 
     def workspace_bytes(self, entry: str, args: Any, *count: int) -> int:
         """The scratch memory that an entry needs for a struct, or a group of `count`, with shapes and threads."""

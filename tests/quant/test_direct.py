@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import concurrent.futures
 import copy
+import ctypes
 import pickle
 
 import pytest
 import torch
 from torch import nn
 
-from quant import BitsAndBytesConfig, Linear4bit, Linear8bit
+from quant import BitsAndBytesConfig, Linear4bit, Linear8bit, native
 from quant.direct import Direct, is_direct
 from quant.errors import ShapeError
 from quant.linear import PackedLinear
@@ -65,6 +66,19 @@ def test_the_bits_are_the_dispatched_ones(name: str, bias: bool, dtype: torch.dt
         assert torch.equal(out, dispatched(layer, x)), shape
         spread = torch.stack([x, x], dim=-1)[..., 0]  # neither contiguous
         assert torch.equal(layer(spread), out)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_struct_has_between_its_ends_what_no_call_changes(name: str) -> None:
+    layer = make(name)
+    layer(torch.randn(1, 130))
+    assert layer._direct is not None
+    struct, (begin, end) = layer._direct.struct, (native.MATMUL_BEGIN.size, native.MATMUL_END.size)
+    fields = [field[0] for field in struct._fields_]
+    assert fields[:4] == ["call", "x", "x_dtype", "M"]
+    assert struct.M.offset + struct.M.size == begin
+    assert fields[-1] == "out"
+    assert ctypes.sizeof(struct) - struct.out.offset == end
 
 
 @pytest.mark.parametrize("name", CONFIGS)
