@@ -18,7 +18,7 @@
 
 namespace hb {
 
-constexpr float kLargestPower = 126.0f;
+constexpr uint32_t kLargestPowerBits = 0x42fc0000u;  // 126
 constexpr float kSiluLog2E = 0x1.715476p+0f;
 constexpr float kLog2High = 0x1.62e4p-1f;  // log(2) in two parts: n times the first is exact
 constexpr float kLog2Low = 0x1.7f7d1cp-20f;
@@ -30,11 +30,14 @@ HB_SILU_INLINE float power_of_two(int32_t exponent) {
     return Rounded::value_of(static_cast<uint32_t>(exponent + 127) << 23);
 }
 
-// A NaN stays one; beyond what float32 holds, infinity or a number next to zero.
+// Beyond what float32 holds, infinity or a number next to zero; of a NaN, anything. The magnitude is cut off as an
+// integer: a comparison of floats with a constant is taken for a branch of its own, which ends in a division of its
+// own.
 template <typename Rounded>
-HB_SILU_INLINE float exponential(float x) {
-    x = x > kLargestPower ? kLargestPower : x;
-    x = x < -kLargestPower ? -kLargestPower : x;
+HB_SILU_INLINE float exponential(float exact) {
+    const uint32_t bits = Rounded::bits_of(exact), magnitude = bits & 0x7fffffffu;
+    const float x =
+        Rounded::value_of((magnitude < kLargestPowerBits ? magnitude : kLargestPowerBits) | (bits & 0x80000000u));
     const float shifted = Rounded::add(Rounded::multiply(x, kSiluLog2E), kToInteger);
     const float n = Rounded::add(shifted, -kToInteger);
     const float near = Rounded::add(x, -Rounded::multiply(n, kLog2High));
@@ -47,9 +50,8 @@ HB_SILU_INLINE float exponential(float x) {
     q = Rounded::add(Rounded::multiply(q, r), 0.5f);
     q = Rounded::add(Rounded::multiply(q, r), 1.0f);
     q = Rounded::add(Rounded::multiply(q, r), 1.0f);
-    // In two factors, since n goes past both ends of a float32's exponent; cut off, for the n of a NaN is anything.
-    const int32_t whole = static_cast<int32_t>(Rounded::bits_of(shifted) - kToIntegerBits) % 256;
-    const int32_t half = whole / 2;
+    // In two factors, since n goes past both ends of a float32's exponent.
+    const int32_t whole = static_cast<int32_t>(Rounded::bits_of(shifted) - kToIntegerBits), half = whole / 2;
     const float some = Rounded::multiply(q, power_of_two<Rounded>(half));
     return Rounded::multiply(some, power_of_two<Rounded>(whole - half));
 }

@@ -8,18 +8,26 @@
 namespace hb {
 namespace {
 
-constexpr int64_t kPiece = 512;  // values converted at a time
+constexpr int64_t kPiece = 512;  // values that no two threads share
 
-HB_CLONES(void, add_to, (float* sums, const float* others, int64_t count)) {
-    for (int64_t i = 0; i < count; ++i) sums[i] += others[i];
+template <typename Dtype>
+HB_INLINE void add(const hb_add_args& args, int64_t begin, int64_t end) {
+    using Kept = typename Dtype::Kept;
+    const Kept *const a = static_cast<const Kept*>(args.a), *const b = static_cast<const Kept*>(args.b);
+    Kept* const out = static_cast<Kept*>(args.out);
+    for (int64_t i = begin; i < end; ++i) out[i] = Dtype::store(Dtype::load(a[i]) + Dtype::load(b[i]));
 }
 
-void run(const hb_add_args& a, int64_t at, int64_t count) {
-    float sums[kPiece], others[kPiece];
-    load_floats(a.a, a.dtype, at, count, sums);
-    load_floats(a.b, a.dtype, at, count, others);
-    add_to(sums, others, count);
-    store_floats(sums, count, a.out, a.dtype, at);
+HB_CLONES(void, add_floats, (const hb_add_args& args, int64_t begin, int64_t end)) {
+    add<Float32>(args, begin, end);
+}
+
+HB_CLONES(void, add_halves, (const hb_add_args& args, int64_t begin, int64_t end)) {
+    add<Float16>(args, begin, end);
+}
+
+HB_CLONES(void, add_bfloats, (const hb_add_args& args, int64_t begin, int64_t end)) {
+    add<Bfloat16>(args, begin, end);
 }
 
 }  // namespace
@@ -29,11 +37,9 @@ extern "C" hb_status hb_add(const hb_add_args* args) {
     using namespace hb;
     HB_REQUIRE(check(args));
     const hb_add_args& a = *args;
-    parallel_for(threads_for(a.call.threads, a.n), ceil_div(a.n, kPiece), [&a](int64_t, int64_t begin, int64_t end) {
-        for (int64_t piece = begin; piece < end; ++piece) {
-            const int64_t at = piece * kPiece;
-            run(a, at, a.n - at < kPiece ? a.n - at : kPiece);
-        }
+    const auto run = a.dtype == HB_FLOAT32 ? add_floats : a.dtype == HB_FLOAT16 ? add_halves : add_bfloats;
+    parallel_for(threads_for(a.call.threads, a.n), ceil_div(a.n, kPiece), [&](int64_t, int64_t begin, int64_t end) {
+        run(a, begin * kPiece, end * kPiece < a.n ? end * kPiece : a.n);
     });
     return HB_OK;
 }

@@ -25,10 +25,6 @@ HB_CLONES(void, codes_to_floats, (const int8_t* in, int64_t count, float* out)) 
     for (int64_t i = 0; i < count; ++i) out[i] = static_cast<float>(in[i]);
 }
 
-HB_CLONES(void, multiply, (float* values, const float* factors, int64_t count)) {
-    for (int64_t i = 0; i < count; ++i) values[i] *= factors[i];
-}
-
 }  // namespace
 
 void load_floats(const void* tensor, int64_t dtype, int64_t first, int64_t count, float* out) {
@@ -52,22 +48,6 @@ void store_floats(const float* values, int64_t count, void* tensor, int64_t dtyp
         floats_to_halves(values, count, static_cast<uint16_t*>(tensor) + first);
     } else {
         floats_to_bfloats(values, count, static_cast<uint16_t*>(tensor) + first);
-    }
-}
-
-void store_products(float* values, int64_t count, int64_t dtype, const void* factors, int64_t first_factor, void* out,
-                    int64_t first) {
-    constexpr int64_t kPiece = 512;
-    float loaded[kPiece];
-    for (int64_t i = 0; i < count; i += kPiece) {
-        const int64_t some = count - i < kPiece ? count - i : kPiece;
-        if (dtype != HB_FLOAT32) {  // rounded where it lies, and back
-            store_floats(values + i, some, out, dtype, first + i);
-            load_floats(out, dtype, first + i, some, values + i);
-        }
-        load_floats(factors, dtype, first_factor + i, some, loaded);
-        multiply(values + i, loaded, some);
-        store_floats(values + i, some, out, dtype, first + i);
     }
 }
 

@@ -59,10 +59,28 @@ void load_floats(const void* tensor, int64_t dtype, int64_t first, int64_t count
 // The other way, each value rounded once.
 void store_floats(const float* values, int64_t count, void* tensor, int64_t dtype, int64_t first);
 
-// values, rounded to `dtype`, times `count` factors of that dtype from element `first_factor` on, rounded once more
-// into elements `first` on of `out`. The values are scratch.
-void store_products(float* values, int64_t count, int64_t dtype, const void* factors, int64_t first_factor, void* out,
-                    int64_t first);
+// The dtypes: how a value is kept, and what it is in float32.
+struct Float32 {
+    using Kept = float;
+    static HB_INLINE float load(float value) { return value; }
+    static HB_INLINE float store(float value) { return value; }
+};
+struct Float16 {
+    using Kept = uint16_t;
+    static HB_INLINE float load(uint16_t value) { return from_half(value); }
+    static HB_INLINE uint16_t store(float value) { return to_half(value); }
+};
+struct Bfloat16 {
+    using Kept = uint16_t;
+    static HB_INLINE float load(uint16_t value) { return from_bfloat(value); }
+    static HB_INLINE uint16_t store(float value) { return to_bfloat(value); }
+};
+
+// A product of two values of a dtype, the first of which is rounded to it before.
+template <typename Dtype>
+HB_INLINE typename Dtype::Kept product(float exact, typename Dtype::Kept factor) {
+    return Dtype::store(Dtype::load(Dtype::store(exact)) * Dtype::load(factor));
+}
 
 // One element.
 HB_INLINE float load_float(const void* tensor, int64_t dtype, int64_t index) {

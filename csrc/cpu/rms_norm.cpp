@@ -11,44 +11,45 @@
 namespace hb {
 namespace {
 
-constexpr int64_t kPiece = 512;  // values converted at a time; a multiple of kSums
 constexpr int64_t kSums = 16;
 
-HB_CLONES(void, add_squares, (const float* values, int64_t count, float* sums)) {
-    int64_t i = 0;
-    for (; i + kSums <= count; i += kSums) {
-        for (int64_t j = 0; j < kSums; ++j) sums[j] += values[i + j] * values[i + j];
-    }
-    for (int64_t j = 0; i + j < count; ++j) sums[j] += values[i + j] * values[i + j];
-}
-
-HB_CLONES(void, multiply, (float* values, float factor, int64_t count)) {
-    for (int64_t i = 0; i < count; ++i) values[i] *= factor;
-}
-
-float sum_of_squares(const hb_rms_norm_args& a, int64_t row, float* values) {
+template <typename Dtype>
+HB_INLINE float sum_of_squares(const typename Dtype::Kept* x, int64_t K) {
     float sums[kSums] = {};
-    for (int64_t k = 0; k < a.K; k += kPiece) {
-        const int64_t count = a.K - k < kPiece ? a.K - k : kPiece;
-        load_floats(a.x, a.dtype, row * a.K + k, count, values);
-        add_squares(values, count, sums);
+    int64_t k = 0;
+    for (; k + kSums <= K; k += kSums) {
+        for (int64_t j = 0; j < kSums; ++j) sums[j] += Dtype::load(x[k + j]) * Dtype::load(x[k + j]);
     }
+    for (int64_t j = 0; k + j < K; ++j) sums[j] += Dtype::load(x[k + j]) * Dtype::load(x[k + j]);
     for (int64_t width = kSums / 2; width > 0; width /= 2) {
         for (int64_t i = 0; i < width; ++i) sums[i] += sums[i + width];
     }
     return sums[0];
 }
 
-void normalise(const hb_rms_norm_args& a, int64_t row) {
-    float values[kPiece];
-    const float mean = sum_of_squares(a, row, values) / static_cast<float>(a.K);
-    const float factor = 1.0f / sqrtf(mean + static_cast<float>(a.eps));
-    for (int64_t k = 0; k < a.K; k += kPiece) {
-        const int64_t count = a.K - k < kPiece ? a.K - k : kPiece, at = row * a.K + k;
-        load_floats(a.x, a.dtype, at, count, values);
-        multiply(values, factor, count);
-        store_products(values, count, a.dtype, a.weight, k, a.out, at);
+template <typename Dtype>
+HB_INLINE void normalise(const hb_rms_norm_args& a, int64_t begin, int64_t end) {
+    using Kept = typename Dtype::Kept;
+    const Kept* const weight = static_cast<const Kept*>(a.weight);
+    for (int64_t row = begin; row < end; ++row) {
+        const Kept* const x = static_cast<const Kept*>(a.x) + row * a.K;
+        Kept* const out = static_cast<Kept*>(a.out) + row * a.K;
+        const float mean = sum_of_squares<Dtype>(x, a.K) / static_cast<float>(a.K);
+        const float factor = 1.0f / sqrtf(mean + static_cast<float>(a.eps));
+        for (int64_t k = 0; k < a.K; ++k) out[k] = product<Dtype>(Dtype::load(x[k]) * factor, weight[k]);
     }
+}
+
+HB_CLONES(void, normalise_floats, (const hb_rms_norm_args& a, int64_t begin, int64_t end)) {
+    normalise<Float32>(a, begin, end);
+}
+
+HB_CLONES(void, normalise_halves, (const hb_rms_norm_args& a, int64_t begin, int64_t end)) {
+    normalise<Float16>(a, begin, end);
+}
+
+HB_CLONES(void, normalise_bfloats, (const hb_rms_norm_args& a, int64_t begin, int64_t end)) {
+    normalise<Bfloat16>(a, begin, end);
 }
 
 }  // namespace
@@ -59,8 +60,10 @@ extern "C" hb_status hb_rms_norm(const hb_rms_norm_args* args) {
     HB_REQUIRE(check(args));
     const hb_rms_norm_args& a = *args;
     if (a.K == 0) return HB_OK;
-    parallel_for(threads_for(a.call.threads, a.M * a.K), a.M, [&a](int64_t, int64_t begin, int64_t end) {
-        for (int64_t row = begin; row < end; ++row) normalise(a, row);
-    });
+    const auto run = a.dtype == HB_FLOAT32   ? normalise_floats
+                     : a.dtype == HB_FLOAT16 ? normalise_halves
+                                             : normalise_bfloats;
+    parallel_for(threads_for(a.call.threads, a.M * a.K), a.M,
+                 [&](int64_t, int64_t begin, int64_t end) { run(a, begin, end); });
     return HB_OK;
 }

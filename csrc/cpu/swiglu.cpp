@@ -9,7 +9,7 @@
 namespace hb {
 namespace {
 
-constexpr int64_t kPiece = 512;  // values converted at a time
+constexpr int64_t kPiece = 512;  // values that no two threads share
 
 // This file is compiled without contraction: each of these is rounded.
 struct Rounded {
@@ -20,15 +20,24 @@ struct Rounded {
     static HB_INLINE float value_of(uint32_t bits) { return float_of(bits); }
 };
 
-HB_CLONES(void, silu_all, (float* values, int64_t count)) {
-    for (int64_t i = 0; i < count; ++i) values[i] = silu<Rounded>(values[i]);
+template <typename Dtype>
+HB_INLINE void multiply(const hb_swiglu_args& a, int64_t begin, int64_t end) {
+    using Kept = typename Dtype::Kept;
+    const Kept *const gate = static_cast<const Kept*>(a.gate), *const up = static_cast<const Kept*>(a.up);
+    Kept* const out = static_cast<Kept*>(a.out);
+    for (int64_t i = begin; i < end; ++i) out[i] = product<Dtype>(silu<Rounded>(Dtype::load(gate[i])), up[i]);
 }
 
-void run(const hb_swiglu_args& a, int64_t at, int64_t count) {
-    float values[kPiece];
-    load_floats(a.gate, a.dtype, at, count, values);
-    silu_all(values, count);
-    store_products(values, count, a.dtype, a.up, at, a.out, at);
+HB_CLONES(void, multiply_floats, (const hb_swiglu_args& a, int64_t begin, int64_t end)) {
+    multiply<Float32>(a, begin, end);
+}
+
+HB_CLONES(void, multiply_halves, (const hb_swiglu_args& a, int64_t begin, int64_t end)) {
+    multiply<Float16>(a, begin, end);
+}
+
+HB_CLONES(void, multiply_bfloats, (const hb_swiglu_args& a, int64_t begin, int64_t end)) {
+    multiply<Bfloat16>(a, begin, end);
 }
 
 }  // namespace
@@ -38,11 +47,11 @@ extern "C" hb_status hb_swiglu(const hb_swiglu_args* args) {
     using namespace hb;
     HB_REQUIRE(check(args));
     const hb_swiglu_args& a = *args;
-    parallel_for(threads_for(a.call.threads, a.n), ceil_div(a.n, kPiece), [&a](int64_t, int64_t begin, int64_t end) {
-        for (int64_t piece = begin; piece < end; ++piece) {
-            const int64_t at = piece * kPiece;
-            run(a, at, a.n - at < kPiece ? a.n - at : kPiece);
-        }
+    const auto run = a.dtype == HB_FLOAT32   ? multiply_floats
+                     : a.dtype == HB_FLOAT16 ? multiply_halves
+                                             : multiply_bfloats;
+    parallel_for(threads_for(a.call.threads, a.n), ceil_div(a.n, kPiece), [&](int64_t, int64_t begin, int64_t end) {
+        run(a, begin * kPiece, end * kPiece < a.n ? end * kPiece : a.n);
     });
     return HB_OK;
 }
