@@ -76,7 +76,8 @@ struct Block {
 // One way to do the inner part. Packed sizes are those of float32, whatever the variant keeps there.
 struct Variant {
     bool keeps_pairs;  // queries, keys and values are bfloat16, two to a 32-bit lane
-    // Fills keys [padded_d, 64] and values [64, padded_e], zeros where a row is null; `next` is fetched meanwhile.
+    // Fills keys [padded_d, 64] and values [64, padded_e], zeros where a row is null; sixteen that begin at a multiple
+    // of sixteen and are all null may stay as they are, since nobody sees them. `next` is fetched meanwhile.
     void (*pack)(const Shape& shape, const TileRows& rows, const TileRows& next, float* keys, float* values);
     // Scores, weights and outputs of one block over one packed tile.
     void (*attend)(const Shape& shape, const float* keys, const float* values, const Block& block);

@@ -204,17 +204,18 @@ HB_AVX512 void weigh(const Shape& shape, const Block& block, int64_t vector, flo
 
 template <typename Kind>
 HB_AVX512 void attend(const Shape& shape, const float* keys, const float* values, const Block& block) {
-    alignas(64) float rows[kBlockVectors][kTileKeys] = {};
-    const int64_t depth = shape.padded_d / Kind::kWidth;
-    multiply_for<Kind>(block.vectors, kTileLanes)({rows[0], kTileKeys, reinterpret_cast<const float*>(block.queries),
-                                                   shape.vector_bytes / static_cast<int64_t>(sizeof(float)), keys,
-                                                   kTileKeys, 0, depth});
     int64_t begin = kTileKeys, end = 0;
     for (int64_t vector = 0; vector < block.vectors; ++vector) {
-        weigh<Kind>(shape, block, vector, rows[vector]);
         begin = block.begin[vector] < begin ? block.begin[vector] : begin;
         end = block.end[vector] > end ? block.end[vector] : end;
     }
+    alignas(64) float rows[kBlockVectors][kTileKeys] = {};
+    const int64_t depth = shape.padded_d / Kind::kWidth;
+    // Keys that no vector sees are not looked at: they may not have been packed.
+    multiply_for<Kind>(block.vectors, (end + kLanes - 1) / kLanes)(
+        {rows[0], kTileKeys, reinterpret_cast<const float*>(block.queries),
+         shape.vector_bytes / static_cast<int64_t>(sizeof(float)), keys, kTileKeys, 0, depth});
+    for (int64_t vector = 0; vector < block.vectors; ++vector) weigh<Kind>(shape, block, vector, rows[vector]);
     // Weights outside are zero, and adding nothing changes no bit.
     begin = begin / 2 * 2 / Kind::kWidth, end = (end + 1) / 2 * 2 / Kind::kWidth;
     for (int64_t e = 0; e < shape.padded_e; e += kTileKeys) {

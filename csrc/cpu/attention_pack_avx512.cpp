@@ -73,11 +73,20 @@ HB_AVX512 inline void fetch(const char* row, int64_t byte) {
     if (row != nullptr) _mm_prefetch(row + byte, _MM_HINT_T1);
 }
 
+// Whether sixteen positions from `first` on are all not to be read.
+inline bool are_unread(const TileRows& rows, int64_t first) {
+    for (int64_t i = first; i < first + kLanes; ++i) {
+        if (rows.keys[i] != nullptr) return false;
+    }
+    return true;
+}
+
 // keys [depth, 64] from 64 rows of `count` lanes; `Load` reads 16 lanes of a row.
 template <typename Load>
 HB_AVX512 inline void pack_keys(const TileRows& rows, const TileRows& next, int64_t count, int64_t depth, Load load,
                                 float* keys) {
     for (int64_t key = 0; key < kTileKeys; key += kLanes) {
+        if (are_unread(rows, key)) continue;
         for (int64_t first = 0; first < count; first += kLanes) {
             __m512i lanes[kLanes];
             for (int i = 0; i < kLanes; ++i) {
@@ -114,11 +123,14 @@ struct LoadWords {
 template <int64_t Dtype>
 HB_AVX512 void pack_floats(const Shape& shape, const TileRows& rows, const TileRows& next, float* keys, float* values) {
     pack_keys(rows, next, shape.D, shape.padded_d, LoadFloats<Dtype>(), keys);
-    for (int64_t key = 0; key < kTileKeys; ++key) {
-        for (int64_t first = 0; first < shape.E; first += kLanes) {
-            _mm512_storeu_si512(values + key * shape.padded_e + first,
-                                load_floats<Dtype>(rows.value(key), first, shape.E));
-            fetch(next.value(key), first * LoadFloats<Dtype>::kBytes);
+    for (int64_t group = 0; group < kTileKeys; group += kLanes) {
+        if (are_unread(rows, group)) continue;
+        for (int64_t key = group; key < group + kLanes; ++key) {
+            for (int64_t first = 0; first < shape.E; first += kLanes) {
+                _mm512_storeu_si512(values + key * shape.padded_e + first,
+                                    load_floats<Dtype>(rows.value(key), first, shape.E));
+                fetch(next.value(key), first * LoadFloats<Dtype>::kBytes);
+            }
         }
     }
 }
@@ -163,6 +175,7 @@ HB_AVX512BW void pack_key_codes(const Shape& shape, const TileRows& rows, const 
     constexpr int64_t kOut = 4 / To::kWidth;  // lanes that four codes become
     const int64_t depth = shape.padded_d / To::kWidth;
     for (int64_t key = 0; key < kTileKeys; key += kLanes) {
+        if (are_unread(rows, key)) continue;
         for (int64_t first = 0; first < shape.D; first += 4 * kLanes) {
             __m512i lanes[kLanes];
             for (int i = 0; i < kLanes; ++i) {

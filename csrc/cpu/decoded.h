@@ -67,7 +67,7 @@ struct DecodedWay {
     int64_t weight_rows;  // in a unit of work
     // Rows of x that are best multiplied together, at most kRowsPerPass and a multiple of 32.
     int64_t (*most_rows)(const DecodedCall& call);
-    // Room for so many rows of x, however they are cut; a multiple of 64.
+    // Room for so many rows of x that are multiplied together, no less for more of them; a multiple of 64.
     int64_t (*x_bytes)(const DecodedCall& call, int64_t rows);
     // The pieces that loading so many rows is cut into, and loading some of them.
     int64_t (*x_pieces)(const DecodedCall& call, int64_t rows);

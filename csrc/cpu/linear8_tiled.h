@@ -121,8 +121,8 @@ struct Tiled8 : Linear8<Isa> {
                 continue;
             }
             alignas(64) int32_t sums[kTileRows * kTileRows];
-            transpose<Isa>(reinterpret_cast<const char*>(scratch.sums + first), wide * kUnitBytes, kTileRows, wide,
-                           reinterpret_cast<char*>(sums), kTileRows * kUnitBytes);
+            Isa::transpose16(reinterpret_cast<const char*>(scratch.sums + first), wide * kUnitBytes,
+                             reinterpret_cast<char*>(sums), kTileRowBytes);
             for (int64_t r = 0; r < wide; ++r) {
                 for (int64_t n = 0; n < kTileRows; ++n) {
                     out[r * kTileColumns + c + n] = static_cast<float>(sums[r * kTileRows + n]);

@@ -23,10 +23,17 @@ struct TileBlocks {
     int64_t columns;  // rows in a block: the columns of a tile
     int64_t bytes;    // of a padded row, a multiple of 64
 
+    // Powers of two, so that no row of a tile lies across two cache lines: 15 columns take a tenth longer than 16.
+    static HB_INLINE int64_t columns_for(int64_t rows) {
+        int64_t columns = rows == 0 ? 0 : 1;
+        while (columns < rows && columns < kTileRows) columns *= 2;
+        return columns;
+    }
+
     TileBlocks() = default;
     HB_INLINE TileBlocks(int64_t rows, int64_t row_bytes)
         : blocks((rows + kTileRows - 1) / kTileRows),
-          columns(blocks == 0 ? 0 : (rows + blocks - 1) / blocks),
+          columns(columns_for(rows)),
           bytes((row_bytes + kTileRowBytes - 1) / kTileRowBytes * kTileRowBytes) {}
     HB_INLINE int64_t x_bytes() const { return blocks * columns * bytes; }
     HB_INLINE int64_t pieces() const { return (bytes + kStretchBytes - 1) / kStretchBytes; }
@@ -41,7 +48,8 @@ struct TileBlocks {
     // Few rows of x have all their sums in tiles from the first stretch to the last.
     HB_INLINE bool keeps_sums() const { return blocks <= 2; }
     HB_INLINE int64_t panel_bytes() const { return kPanelRows * kRowStride; }
-    HB_INLINE int64_t sums() const { return kPanelRows * blocks * columns; }  // of four bytes each
+    // Of four bytes each. Rows of tiles are read to a whole tile's width, also the last one.
+    HB_INLINE int64_t sums() const { return kPanelRows * blocks * columns + kTileRows - columns; }
 };
 
 // How many rows of so many bytes are best multiplied together, up to `most`; whole pairs of blocks.

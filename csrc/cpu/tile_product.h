@@ -6,10 +6,11 @@
 //
 //     panel [rows, 64 * steps bytes]      x: blocks of [16 * steps units, columns]      sums: [16, columns] a tile
 //
-// x is cut evenly into blocks of `columns` rows, so that one shape of tiles does for all: one row alone costs no more
-// than its own bytes. Two by two tiles of sums stay in registers over a stretch of the panel, half a KB of a weight
-// row: then 32 weight rows and 32 rows of x fit into the first cache together. Between stretches the sums of more rows
-// wait in memory as they are, so the order in which they are added up depends on nothing but the length of a row.
+// x is cut into blocks of sixteen rows, the last one filled up with zeros. A few rows are one block with as many
+// columns as the next power of two, so that one row alone costs no more than its own bytes. Two by two tiles of sums
+// stay in registers over a stretch of the panel, half a KB of a weight row: then 32 weight rows and 32 rows of x fit
+// into the first cache together. Between stretches the sums of more rows wait in memory as they are, so the order in
+// which they are added up depends on nothing but the length of a row.
 //
 // A panel is 32 weight rows: it is filled, then multiplied with x, of which so many rows are taken at a time as stay in
 // the second cache. Filling the next one between the products cost several times what it does alone.
@@ -47,23 +48,20 @@ class TileScope {
     TileScope& operator=(const TileScope&) = delete;
 };
 
-// to[c][r] = from[r][c], units of four bytes; strides are in bytes.
-template <typename Isa>
-HB_INLINE void transpose(const char* from, int64_t from_stride, int64_t rows, int64_t columns, char* to,
-                         int64_t to_stride) {
-    if (rows == kTileRows && columns == kTileRows) return Isa::transpose16(from, from_stride, to, to_stride);
-    for (int64_t r = 0; r < rows; ++r) {
-        for (int64_t c = 0; c < columns; ++c) {
-            memcpy(to + c * to_stride + r * kUnitBytes, from + r * from_stride + c * kUnitBytes, kUnitBytes);
-        }
-    }
-}
-
-// One stretch of as many rows of x as a block has, kRowStride apart -> its place in the block.
+// One stretch of as many rows of x as a block has, kRowStride apart, with room for kTileRows -> its place in the block.
 template <typename Isa>
 void interleave(const char* rows, int64_t columns, int64_t bytes, char* to) {
-    for (int64_t at = 0; at < bytes; at += kTileRowBytes) {
-        transpose<Isa>(rows + at, kRowStride, columns, kTileRows, to + at * columns, columns * kUnitBytes);
+    const int64_t unit_row = columns * kUnitBytes;
+    for (int64_t at = 0; at < bytes; at += kTileRowBytes, to += kTileRows * unit_row) {
+        if (columns == kTileRows) {
+            Isa::transpose16(rows + at, kRowStride, to, unit_row);
+            continue;
+        }
+        alignas(64) char tile[kTileRows * kTileRowBytes];
+        Isa::transpose16(rows + at, kRowStride, tile, kTileRowBytes);
+        for (int64_t k = 0; k < kTileRows; ++k) {
+            memcpy(to + k * unit_row, tile + k * kTileRowBytes, static_cast<size_t>(unit_row));
+        }
     }
 }
 
@@ -88,7 +86,8 @@ class Fetching {
     int64_t stride_, row_lines_, lines_, step_, line_ = 0, done_ = 0;
 };
 
-// Isa brings Tiles and dot<Sums, Weights, X>(), one of their products.
+// Isa brings Tiles and dot<Sums, Weights, X>(), one of their products; and transpose16, to[c][r] = from[r][c] of
+// sixteen rows of sixteen units of four bytes, whose strides are in bytes.
 template <typename Isa>
 struct TileProduct {
     using Tiles = typename Isa::Tiles;

@@ -41,9 +41,8 @@ TiledJob job_for(const DecodedCall& call, const DecodedRows& rows) {
     return {&call, blocks_of(call, rows.count), rows.x, rows.first, rows.count};
 }
 
-// Blocks have equal numbers of rows: of as many blocks, each but one may have a row too many.
 int64_t x_bytes(const DecodedCall& call, int64_t rows) {
-    return (rows + rows / kTileRows) * blocks_of(call, rows).bytes;
+    return blocks_of(call, rows).x_bytes();
 }
 
 int64_t x_pieces(const DecodedCall& call, int64_t rows) {

@@ -234,8 +234,7 @@ struct Tiled {
         for (int64_t b = 0; b < job.blocks.blocks; ++b) {
             for (int64_t i = 0; i < columns; i += kTileRows) {
                 const char* const from = sums + (i / kTileRows * job.blocks.blocks + b) * tile;
-                transpose<Isa>(from, unit_row, kTileRows, job.blocks.columns, reinterpret_cast<char*>(out + i),
-                               kPanelRows * kUnitBytes);
+                Isa::transpose16(from, unit_row, reinterpret_cast<char*>(out + i), kPanelRows * kUnitBytes);
             }
             const int64_t row = b * job.blocks.columns;
             for (int64_t r = 0; r < job.blocks.columns && row + r < job.rows; ++r) {
