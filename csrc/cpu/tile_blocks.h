@@ -49,7 +49,7 @@ struct TileBlocks {
     HB_INLINE bool keeps_sums() const { return blocks <= 2; }
     HB_INLINE int64_t panel_bytes() const { return kPanelRows * kRowStride; }
     // Of four bytes each. Rows of tiles are read to a whole tile's width, also the last one.
-    HB_INLINE int64_t sums() const { return kPanelRows * blocks * columns + kTileRows - columns; }
+    HB_INLINE int64_t sums() const { return kPanelRows * blocks * columns + kTileRows; }
 };
 
 // How many rows of so many bytes are best multiplied together, up to `most`; whole pairs of blocks.
