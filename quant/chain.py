@@ -23,8 +23,8 @@ from quant import arguments, native
 from quant.direct import Direct, DirectGroup, Workspace
 from quant.errors import ShapeError
 
-MOST_ROWS: Final = 128
-"""Beyond these the time between calls no longer counts, while buffers would."""
+MOST_ROWS: Final = 256
+"""As many as a CPU's step has. They save a tenth of 256 rows' time and 17 MB of activations that are made anew."""
 
 
 class _Buffers(threading.local):
