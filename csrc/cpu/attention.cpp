@@ -8,7 +8,7 @@
 // ways give the same bits.
 //
 //     item     for each span (attention_span.cpp), for each tile of 64 keys that some row sees, for each kv head:
-//                  pack the tile; block after block of six vectors meets it (attention_avx512.cpp or its like)
+//                  pack the tile; block after block of vectors meets it (attention_avx512.cpp or its like)
 //              sink, division, rounding
 //
 // Packing costs as much as five vectors' products, so decoding is near the speed of memory and prefill near the
@@ -203,9 +203,11 @@ extern "C" hb_status hb_paged_attention(const hb_paged_attention_args* args) {
     parallel_for(threads, threads, [&](int64_t part, int64_t, int64_t) {
         const Scratch mine(job, scratch + part * job.scratch_floats());
         Cursor cursor(job);
+        if (job.variant.begin != nullptr) job.variant.begin();
         for (Item item; cursor.find(taken.fetch_add(1, std::memory_order_relaxed), &item);) {
             run_item(job, item, mine, parts);
         }
+        if (job.variant.end != nullptr) job.variant.end();
     });
     if (!job.is_split) return HB_OK;
     // Putting together is little work; only many spans are worth waking others.

@@ -1,12 +1,15 @@
 // What attention.cpp and the variants of its inner part share: the shapes of a tile, and the order of every sum.
 //
-//     query vectors      (row, head) pairs of one sequence and kv head, row-major: row i, head j is vector i * group +
-//     j key tile           64 positions from a multiple of 64 on, packed: keys transposed, values as they are span 512
-//     positions from a multiple of 512 on; each has a running softmax of its own
+//     query vectors: (row, head) pairs of one sequence and kv head, row-major: row i, head j is vector i * group + j
+//
+//     key tile: 64 positions from a multiple of 64 on, packed: keys transposed, values as they are
+//
+//     span: 512 positions from a multiple of 512 on; each has a running softmax of its own
 //
 // A score adds its products over d = 1, 0, 3, 2, 5, 4 ...: within each pair the odd one first, each sum rounded, which
-// is what AVX-512's bfloat16 instruction does. Outputs add theirs over keys in the same order. Tiles and spans begin at
-// fixed positions, so nothing that a row computes depends on who else is in the tile. Scores are in powers of two.
+// is what AVX-512's bfloat16 instruction does. Outputs add theirs over keys in the same order. On AMX tiles the order
+// is that of another instruction (attention_amx.cpp). Tiles and spans begin at fixed positions, so nothing that a row
+// computes depends on who else is in the tile. Scores are in powers of two.
 //
 // Of a cache in int8 codes are packed, which every dtype holds exactly. A score is multiplied with its key's scale, and
 // a weight with its value's once it has been counted: nothing is multiplied for each value, or rounded more than once.
@@ -19,7 +22,9 @@ namespace hb::attention {
 constexpr int64_t kLanes = 16;
 constexpr int64_t kTileKeys = 64;
 constexpr int64_t kTileLanes = kTileKeys / kLanes;
-constexpr int64_t kBlockVectors = 6;  // query vectors that meet a key tile together: 6 x 4 sums fill 24 of 32 registers
+// Query vectors that meet a key tile together: on vectors 6 x 4 sums fill 24 of 32 registers; on tiles, a tile's rows.
+constexpr int64_t kBlockVectors = 6;
+constexpr int64_t kMostBlockVectors = 16;
 
 // 2^r = 1 + r * (c0 + c1 r + ... + c5 r^5) for |r| <= 1/2, relative error below 3e-9 before rounding.
 constexpr float kExp2[6] = {0x1.62e430p-1f, 0x1.ebfbdcp-3f,  0x1.c6aee8p-5f,
@@ -61,13 +66,14 @@ struct TileScales {
     float values[kTileKeys];
 };
 
-// Up to kBlockVectors query vectors, what they may see of the tile, and their running softmax.
+// Some query vectors, what they may see of the tile, and their running softmax.
 struct Block {
     int64_t vectors;
-    const TileScales* scales;      // null unless keys and values are int8
-    const char* queries;           // [vectors] of Shape::vector_bytes
-    int64_t begin[kBlockVectors];  // positions of the tile that a vector sees: begin .. end - 1, empty if end <= begin
-    int64_t end[kBlockVectors];
+    const TileScales* scales;  // null unless keys and values are int8
+    const char* queries;       // [vectors] of Shape::vector_bytes
+    int64_t
+        begin[kMostBlockVectors];  // positions of the tile that a vector sees: begin .. end - 1, empty if end <= begin
+    int64_t end[kMostBlockVectors];
     float* maxima;   // [vectors] largest score so far
     float* sums;     // [vectors, kLanes] sum of weights so far, in lanes
     float* outputs;  // [vectors, padded_e] weighted sum of values so far
@@ -75,19 +81,26 @@ struct Block {
 
 // One way to do the inner part. Packed sizes are those of float32, whatever the variant keeps there.
 struct Variant {
-    bool keeps_pairs;  // queries, keys and values are bfloat16, two to a 32-bit lane
+    bool keeps_pairs;       // queries, keys and values are bfloat16, two to a 32-bit lane
+    int64_t block_vectors;  // of a block, at most kMostBlockVectors; queries are read as if it had as many
     // Fills keys [padded_d, 64] and values [64, padded_e], zeros where a row is null; sixteen that begin at a multiple
     // of sixteen and are all null may stay as they are, since nobody sees them. `next` is fetched meanwhile.
     void (*pack)(const Shape& shape, const TileRows& rows, const TileRows& next, float* keys, float* values);
     // Scores, weights and outputs of one block over one packed tile.
     void (*attend)(const Shape& shape, const float* keys, const float* values, const Block& block);
+    // What a thread does before its first block and after its last; null where it is nothing.
+    void (*begin)();
+    void (*end)();
 };
 
 const Variant& baseline();
 // As Variant::pack, for AVX-512: everything as float32, or bfloat16 in pairs.
 void pack_floats_avx512(const Shape& shape, const TileRows& rows, const TileRows& next, float* keys, float* values);
 void pack_pairs_avx512(const Shape& shape, const TileRows& rows, const TileRows& next, float* keys, float* values);
+// Tiles, for bfloat16 queries over bfloat16 or int8; heads of some sizes alone.
+bool fit_tiles(int64_t D, int64_t E);
+const Variant& on_tiles();
 // The variant that this CPU runs fastest, for queries of `dtype` over keys and values of `store`.
-const Variant& fastest(int64_t dtype, int64_t store, int64_t D);
+const Variant& fastest(int64_t dtype, int64_t store, int64_t D, int64_t E);
 
 }  // namespace hb::attention

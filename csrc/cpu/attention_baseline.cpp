@@ -241,7 +241,7 @@ void attend(const Shape& shape, const float* keys, const float* values, const Bl
 }  // namespace
 
 const Variant& baseline() {
-    static constexpr Variant kVariant = {false, pack, attend};
+    static constexpr Variant kVariant = {false, kBlockVectors, pack, attend, nullptr, nullptr};
     return kVariant;
 }
 

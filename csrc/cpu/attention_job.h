@@ -54,7 +54,7 @@ struct Job {
 
     explicit Job(const hb_paged_attention_args& args)
         : a(args),
-          variant(fastest(args.dtype, args.store_dtype, args.D)),
+          variant(fastest(args.dtype, args.store_dtype, args.D, args.E)),
           shape{args.dtype, args.store_dtype, args.D, args.E, round_up(args.D, 2), round_up(args.E, kLanes),
                 0,          args.softcap > 0, 0,      0},
           group(args.H / args.G),
@@ -70,9 +70,12 @@ struct Job {
     }
 
     int64_t scratch_floats() const {
-        return kTileKeys * round_up(shape.padded_d, kLanes) + kTileKeys * shape.padded_e +
-               item_vectors * round_up(shape.padded_d, kLanes) +
+        return kTileKeys * round_up(shape.padded_d, kLanes) + kTileKeys * shape.padded_e + query_floats() +
                2 * round_up(State::floats(item_vectors, shape.padded_e), kLanes);
+    }
+    // A block's queries are read to its whole size, also the last one's: pairs fill half of this.
+    int64_t query_floats() const {
+        return std::max(item_vectors, kMostBlockVectors) * round_up(shape.padded_d, kLanes);
     }
     // How many kv heads an item of a single row takes along: as many as leave enough items.
     void share_out(int64_t threads) {
@@ -104,8 +107,7 @@ struct Scratch {
         : keys(memory),
           values(keys + kTileKeys * round_up(job.shape.padded_d, kLanes)),
           queries(reinterpret_cast<char*>(values + kTileKeys * job.shape.padded_e)),
-          total(values + kTileKeys * job.shape.padded_e + job.item_vectors * round_up(job.shape.padded_d, kLanes),
-                job.item_vectors),
+          total(values + kTileKeys * job.shape.padded_e + job.query_floats(), job.item_vectors),
           span(total.maxima + round_up(State::floats(job.item_vectors, job.shape.padded_e), kLanes), job.item_vectors) {
     }
 };

@@ -46,7 +46,7 @@ void gather_scales(const TileRows& rows, int64_t head, TileScales* scales) {
 // The item's vectors of one kv head meet its packed tile, in blocks as equal as they can be.
 void attend_tile(const Job& job, const Item& item, int64_t tile, int64_t head, const TileScales* scales,
                  const Scratch& scratch, const State& state) {
-    const int64_t blocks = ceil_div(item.vectors, kBlockVectors);
+    const int64_t blocks = ceil_div(item.vectors, job.variant.block_vectors);
     for (int64_t i = 0; i < blocks; ++i) {
         const int64_t first = item.vectors * i / blocks;
         const State mine = state.from(head * item.vectors + first, job.shape.padded_e);

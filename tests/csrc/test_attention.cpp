@@ -236,7 +236,8 @@ constexpr int64_t kDtypes[][2] = {{HB_FLOAT32, HB_FLOAT32}, {HB_BFLOAT16, HB_BFL
                                   {HB_BFLOAT16, HB_INT8},   {HB_FLOAT32, HB_BFLOAT16},  {HB_BFLOAT16, HB_FLOAT32}};
 
 TEST(attention_is_right_at_every_shape) {
-    const int64_t shapes[][4] = {{4, 4, 16, 16}, {8, 1, 80, 96}, {6, 2, 7, 33}, {2, 1, 129, 64}, {3, 3, 1, 1}};
+    const int64_t shapes[][4] = {{4, 4, 16, 16}, {8, 1, 80, 96}, {6, 2, 7, 33},   {2, 1, 129, 64},
+                                 {3, 3, 1, 1},   {8, 1, 64, 64}, {40, 2, 32, 80}, {2, 2, 128, 128}};
     for (const auto& [H, G, D, E] : shapes) {
         for (const auto& [dtype, store] : kDtypes) {
             Options options;
@@ -254,7 +255,7 @@ TEST(attention_over_several_spans_is_right) {
     for (const auto& [dtype, store] : kDtypes) {
         Options options;
         options.dtype = dtype, options.store = store, options.window = any_of({0, 600, 511});
-        const Sequences all(2, 1, 16, 16, 16, {1100, any_of({512, 513, 1024})}, options);
+        const Sequences all(2, 1, any_of({16, 64}), 16, 16, {1100, any_of({512, 513, 1024})}, options);
         run(all, {{0, 1099, 1}}, 4, true);
         run(all, {{0, 1000, 100}, {1, 500, 12}}, 2, true);
     }
@@ -267,7 +268,8 @@ TEST(a_row_of_attention_is_the_same_in_every_chunk) {
         options.dtype = dtype, options.store = store, options.window = any_of({0, 70, 530});
         options.softcap = any_of({0, 1}) == 1 ? 5.0 : 0.0;
         options.has_sinks = any_of({0, 1}) == 1;
-        const Sequences all(6, any_of({1, 2, 6}), any_of({16, 40, 33}), 24, any_of({5, 16}), {600, 70}, options);
+        const Sequences all(6, any_of({1, 2, 6}), any_of({16, 40, 33, 64}), any_of({24, 64}), any_of({5, 16}),
+                            {600, 70}, options);
         const std::vector<uint32_t> whole = run(all, {{0, 0, 600}}, 2);
         const int64_t row_values = all.H * all.E;
         for (int64_t first = 0; first < 600;) {

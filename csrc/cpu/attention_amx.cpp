@@ -1,0 +1,127 @@
+// The inner part of attention on AMX tiles: up to sixteen query vectors meet 64 keys, and their weights 64 values of an
+// output, in products of sixteen by sixteen sums of 32 terms. Queries, keys, values and weights are bfloat16 in pairs,
+// as attention_pack_avx512.cpp packs them for vectors too: a lane of keys holds two neighbours of d, one of values two
+// neighbouring keys, which is how the right operand of a tile's product lies. See attention.h for the layout.
+//
+// Sums are added up in the order of the instruction: 16 products of even and 16 of odd places, then both to the sum. It
+// takes subnormal values for zeros.
+#include "attention.h"
+#include "attention_softmax_avx512.h"
+#include "level.h"
+
+#ifdef HB_X86
+
+#include "tiles.h"
+
+namespace hb::attention {
+
+namespace {
+
+constexpr int64_t kTileRows = 16;
+constexpr int64_t kTilePairs = 16;  // of terms in a product
+
+// 0 .. 3 sums      4 left operand      5, 6 right operand, in turn
+void configure() {
+    TileConfig config{};
+    config.palette = 1;
+    for (int tile = 0; tile < 7; ++tile) {
+        config.rows[tile] = kTileRows;
+        config.row_bytes[tile] = 64;
+    }
+    AmxTiles::configure(config);
+}
+
+void release() {
+    AmxTiles::release();
+}
+
+// Pairs [begin, end) of sixteen rows of x, `x_stride` bytes apart, times those of y [pairs, y_stride lanes].
+struct Operands {
+    const char* x;
+    int64_t x_stride;
+    const float* y;
+    int64_t y_stride;
+    int64_t begin, end;  // multiples of kTilePairs
+};
+
+template <int Lane, int Lanes>
+HB_INLINE void add_products(const float* y, int64_t stride) {
+    if constexpr (Lane < Lanes) {
+        constexpr int kRight = 5 + Lane % 2;
+        AmxTiles::load<kRight>(y + Lane * kLanes, stride);
+        AmxTiles::dot_bfloat16<Lane, 4, kRight>();
+        add_products<Lane + 1, Lanes>(y, stride);
+    }
+}
+
+template <int Lane, int Lanes>
+HB_INLINE void zero_sums() {
+    if constexpr (Lane < Lanes) AmxTiles::zero<Lane>(), zero_sums<Lane + 1, Lanes>();
+}
+
+template <int Lane, int Lanes>
+HB_INLINE void store_sums(float* sums) {
+    if constexpr (Lane < Lanes) {
+        AmxTiles::store<Lane>(sums + Lane * kLanes, kTileKeys * static_cast<int64_t>(sizeof(float)));
+        store_sums<Lane + 1, Lanes>(sums);
+    }
+}
+
+// sums[16][64], of which the first Lanes times sixteen columns.
+template <int Lanes>
+void multiply(const Operands& o, float* sums) {
+    const int64_t stride = o.y_stride * static_cast<int64_t>(sizeof(float));
+    zero_sums<0, Lanes>();
+    for (int64_t k = o.begin; k < o.end; k += kTilePairs) {
+        AmxTiles::load<4>(o.x + k * static_cast<int64_t>(sizeof(float)), o.x_stride);
+        add_products<0, Lanes>(o.y + k * o.y_stride, stride);
+    }
+    store_sums<0, Lanes>(sums);
+}
+
+void multiply(int64_t lanes, const Operands& operands, float* sums) {
+    static constexpr void (*kByLanes[kTileLanes])(const Operands&, float*) = {multiply<1>, multiply<2>, multiply<3>,
+                                                                              multiply<4>};
+    kByLanes[lanes - 1](operands, sums);
+}
+
+// Rows of tiles behind the block's vectors hold anything, and what comes of them is dropped.
+HB_AVX512 void attend(const Shape& shape, const float* keys, const float* values, const Block& block) {
+    const Seen seen = seen_by(block);
+    alignas(64) float rows[kTileRows][kTileKeys], sums[kTileRows][kTileKeys];
+    const int64_t row_bytes = kTileKeys * static_cast<int64_t>(sizeof(float));
+    // Scores of keys that no vector sees are not computed, for those may not have been packed; nor are they looked at.
+    multiply((seen.end + kLanes - 1) / kLanes,
+             {block.queries, shape.vector_bytes, keys, kTileKeys, 0, shape.padded_d / 2}, rows[0]);
+    for (int64_t vector = 0; vector < block.vectors; ++vector) weigh<true>(shape, block, vector, rows[vector]);
+    // Weights outside are zero, and so are values there.
+    const int64_t begin = seen.begin / 2 / kTilePairs * kTilePairs;
+    const int64_t end = (seen.end + 2 * kTilePairs - 1) / (2 * kTilePairs) * kTilePairs;
+    for (int64_t e = 0; e < shape.padded_e; e += kTileKeys) {
+        const int64_t left = (shape.padded_e - e) / kLanes, lanes = left < kTileLanes ? left : kTileLanes;
+        multiply(lanes, {reinterpret_cast<const char*>(rows[0]), row_bytes, values + e, shape.padded_e, begin, end},
+                 sums[0]);
+        for (int64_t vector = 0; vector < block.vectors; ++vector) {
+            float* const outputs = block.outputs + vector * shape.padded_e + e;
+            for (int64_t lane = 0; lane < lanes * kLanes; lane += kLanes) {
+                const __m512 more = _mm512_load_ps(sums[vector] + lane);
+                _mm512_storeu_ps(outputs + lane, _mm512_add_ps(_mm512_loadu_ps(outputs + lane), more));
+            }
+        }
+    }
+}
+
+}  // namespace
+
+bool fit_tiles(int64_t D, int64_t E) {
+    return D % (2 * kTilePairs) == 0 && E % kLanes == 0;
+}
+
+const Variant& on_tiles() {
+    static constexpr Variant kTiles = {true, kTileRows, pack_pairs_avx512, attend, configure, release};
+    return kTiles;
+}
+
+}  // namespace hb::attention
+
+#endif
