@@ -72,19 +72,25 @@ class _Plan(NamedTuple):
     M: int
     dtype_code: int
     threads: int
+    batch_invariant: int
     workspace_bytes: int
 
 
-class _Plans(dict[tuple[torch.Size, torch.dtype, int], _Plan]):
-    """Plans by x's shape and dtype and torch's threads."""
+_Key = tuple[torch.Size, torch.dtype, int, int]
+"""x's shape and dtype, torch's threads, and whether rows are to have the same bits in any batch."""
 
-    def add(self, key: tuple[torch.Size, torch.dtype, int], columns: int, needed: Callable[[_Plan], int]) -> _Plan:
+
+class _Plans(dict[_Key, _Plan]):
+    """Plans by what they follow from."""
+
+    def add(self, key: _Key, columns: int, needed: Callable[[_Plan], int]) -> _Plan:
         """The plan of a new key; `needed` gives the workspace of one that has none. Raises ShapeError."""
-        shape, dtype, threads = key
+        shape, dtype, threads, is_invariant = key
         if not shape or shape[-1] != columns or dtype not in native.DTYPE_CODES:
             x = torch.empty(shape, dtype=dtype, device="meta")
             arguments.check_linear(x, (1, columns), None, x)
-        plan = _Plan(tuple(shape[:-1]), math.prod(shape[:-1]), native.DTYPE_CODES[dtype], native.allowed(threads), 0)
+        code, threads = native.DTYPE_CODES[dtype], native.allowed(threads)
+        plan = _Plan(tuple(shape[:-1]), math.prod(shape[:-1]), code, threads, is_invariant, workspace_bytes=0)
         plan = plan._replace(workspace_bytes=needed(plan))
         if len(self) >= _PLANS_KEPT:
             self.clear()
@@ -135,7 +141,7 @@ class Direct:
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """x [..., K] float32, float16 or bfloat16 -> [..., N]. Raises ShapeError."""
-        key = (x.shape, x.dtype, torch.get_num_threads())
+        key = (x.shape, x.dtype, torch.get_num_threads(), native.batch_invariant())
         plan = self._plans.get(key) or self._plans.add(key, self.columns, self._needed)
         x = native.ready(x)
         out = x.new_empty(*plan.out_shape, self.rows)  # sizes in a row: a tuple takes twice as long
@@ -148,7 +154,7 @@ class Direct:
     def packed(self, plan: _Plan, x: int, out: int, workspace: int = 0) -> bytes:
         """The argument struct for contiguous x and out at these addresses."""
         begin = native.MATMUL_BEGIN.pack(
-            self._struct_bytes, 0, workspace, plan.workspace_bytes, plan.threads, native.batch_invariant(), 0,
+            self._struct_bytes, 0, workspace, plan.workspace_bytes, plan.threads, plan.batch_invariant, 0,
             x, plan.dtype_code, plan.M,
         )  # fmt: skip
         return begin + self._fixed + native.MATMUL_END.pack(out)
@@ -156,7 +162,8 @@ class Direct:
     def arguments_for(self, x: torch.Tensor, out: torch.Tensor) -> Any:
         """The struct for contiguous x [..., K] of a known dtype and out [..., N], all but the workspace."""
         M = math.prod(x.shape[:-1])
-        plan = _Plan((), M, native.DTYPE_CODES[x.dtype], native.thread_count(), workspace_bytes=0)
+        code, threads = native.DTYPE_CODES[x.dtype], native.thread_count()
+        plan = _Plan((), M, code, threads, native.batch_invariant(), workspace_bytes=0)
         return self.struct.from_buffer_copy(self.packed(plan, x.data_ptr(), out.data_ptr()))
 
     def _needed(self, plan: _Plan) -> int:
@@ -184,7 +191,7 @@ class DirectGroup:
 
     def __call__(self, x: torch.Tensor) -> list[torch.Tensor]:
         """x [..., K] -> one [..., N] for each weight. Raises ShapeError."""
-        key = (x.shape, x.dtype, torch.get_num_threads())
+        key = (x.shape, x.dtype, torch.get_num_threads(), native.batch_invariant())
         plan = self._plans.get(key) or self._plans.add(key, self._columns, self._needed)
         x = native.ready(x)
         outs = [x.new_empty(*plan.out_shape, part.rows) for part in self._parts]
@@ -265,6 +272,6 @@ def direct_8bit(
 
 
 def _check_bias(bias: torch.Tensor | None, shape: tuple[int, int], weight: torch.Tensor) -> None:
-    arguments.check_linear(torch.empty(0, shape[1]), shape, bias, weight)
+    arguments.check_linear(torch.empty(0, shape[1], dtype=torch.float32, device=weight.device), shape, bias, weight)
     if bias is not None and not bias.is_contiguous():
         raise ShapeError(f"bias has strides {list(bias.stride())}; it must be contiguous")

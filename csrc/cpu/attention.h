@@ -83,10 +83,11 @@ struct Block {
 struct Variant {
     bool keeps_pairs;       // queries, keys and values are bfloat16, two to a 32-bit lane
     int64_t block_vectors;  // of a block, at most kMostBlockVectors; queries are read as if it had as many
-    // Fills keys [padded_d, 64] and values [64, padded_e], zeros where a row is null; sixteen that begin at a multiple
-    // of sixteen and are all null may stay as they are, since nobody sees them. `next` is fetched meanwhile.
+    // Fills keys [padded_d, 64] and values [64, padded_e], zeros where a row is null. Sixteen from a multiple of
+    // sixteen on that are all null may stay as they are: attend may compute with their keys, but masks what comes of
+    // them. `next` is fetched meanwhile.
     void (*pack)(const Shape& shape, const TileRows& rows, const TileRows& next, float* keys, float* values);
-    // Scores, weights and outputs of one block over one packed tile.
+    // Scores, weights and outputs of one block over one packed tile, of which at least one vector sees something.
     void (*attend)(const Shape& shape, const float* keys, const float* values, const Block& block);
     // What a thread does before its first block and after its last; null where it is nothing.
     void (*begin)();

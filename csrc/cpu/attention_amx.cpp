@@ -90,7 +90,7 @@ HB_AVX512 void attend(const Shape& shape, const float* keys, const float* values
     const Seen seen = seen_by(block);
     alignas(64) float rows[kTileRows][kTileKeys], sums[kTileRows][kTileKeys];
     const int64_t row_bytes = kTileKeys * static_cast<int64_t>(sizeof(float));
-    // Scores of keys that no vector sees are not computed, for those may not have been packed; nor are they looked at.
+    // Lanes behind the last key that is seen are left out. Those in front may hold anything, and all are masked.
     multiply((seen.end + kLanes - 1) / kLanes,
              {block.queries, shape.vector_bytes, keys, kTileKeys, 0, shape.padded_d / 2}, rows[0]);
     for (int64_t vector = 0; vector < block.vectors; ++vector) weigh<true>(shape, block, vector, rows[vector]);

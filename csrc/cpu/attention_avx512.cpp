@@ -104,7 +104,7 @@ HB_AVX512 void attend(const Shape& shape, const float* keys, const float* values
     const Seen seen = seen_by(block);
     alignas(64) float rows[kBlockVectors][kTileKeys] = {};
     const int64_t depth = shape.padded_d / Kind::kWidth;
-    // Keys that no vector sees are not looked at: they may not have been packed.
+    // Lanes behind the last key that is seen are left out. Those in front may hold anything, and are masked.
     multiply_for<Kind>(block.vectors, (seen.end + kLanes - 1) / kLanes)(
         {rows[0], kTileKeys, reinterpret_cast<const float*>(block.queries),
          shape.vector_bytes / static_cast<int64_t>(sizeof(float)), keys, kTileKeys, 0, depth});

@@ -213,11 +213,10 @@ def _chain_for(layer: nn.Module, hidden_states: torch.Tensor) -> _LayerChain | N
         return None
     rows = hidden_states.shape[1]
     key = (rows, native.thread_count(), native.batch_invariant())
-    chain = state.chains.get(key)
-    if chain is None:
-        if len(state.chains) >= _CHAINS_KEPT:
-            del state.chains[next(iter(state.chains))]
-        chain = state.chains[key] = _LayerChain(layer, state.directs, rows, state.dtype)
+    chain = state.chains.pop(key, None) or _LayerChain(layer, state.directs, rows, state.dtype)
+    state.chains[key] = chain  # behind the others: the first is the one that has not been used for the longest
+    if len(state.chains) > _CHAINS_KEPT:
+        del state.chains[next(iter(state.chains))]
     return chain
 
 

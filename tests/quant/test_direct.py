@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from quant import BitsAndBytesConfig, Linear4bit, Linear8bit, native
-from quant.direct import Direct, is_direct
+from quant.direct import Direct, DirectGroup, _Plan, is_direct
 from quant.errors import ShapeError
 from quant.linear import PackedLinear
 
@@ -79,6 +79,52 @@ def test_a_struct_has_between_its_ends_what_no_call_changes(name: str) -> None:
     assert struct.M.offset + struct.M.size == begin
     assert fields[-1] == "out"
     assert ctypes.sizeof(struct) - struct.out.offset == end
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_struct_has_each_field_in_its_place(name: str) -> None:
+    layer = make(name)
+    layer(torch.randn(1, 130))
+    direct = layer._direct
+    assert direct is not None
+    plan = _Plan((2,), M=2, dtype_code=3, threads=4, batch_invariant=5, workspace_bytes=6)
+    args = direct.struct.from_buffer_copy(direct.packed(plan, 7, 8, 9))
+    call = args.call
+    assert (args.M, args.x_dtype, args.x, args.out, args.N, args.K) == (2, 3, 7, 8, 70, 130)
+    assert (call.threads, call.batch_invariant, call.workspace_bytes, call.workspace) == (4, 5, 6, 9)
+    assert (call.struct_bytes, call.stream, call.cuda_kernel) == (ctypes.sizeof(args), None, 0)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_whether_rows_are_invariant_may_change_between_calls(name: str, batch_invariant: None) -> None:
+    layers = [make(name) for _ in range(2)]
+    x = torch.randn(2, 130).bfloat16()
+    for layer in layers:
+        layer.compute_dtype = torch.bfloat16  # the only one that has a faster way for few rows
+    directs = [layer.direct_for(x) for layer in layers]
+    assert all(direct is not None for direct in directs)
+    group = DirectGroup(directs) if DirectGroup.may_be_grouped(directs) else None
+    for is_invariant in (True, False, True, False):
+        native.set_batch_invariant(is_invariant)
+        wanted = [dispatched(layer, x) for layer in layers]
+        assert all(torch.equal(layer(x), out) for layer, out in zip(layers, wanted, strict=True))
+        if group is not None:
+            assert all(map(torch.equal, group(x), wanted))
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_torchs_defaults_do_not_matter(name: str) -> None:
+    layer, x = make(name), torch.randn(2, 130)
+    wanted = make(name)
+    wanted.load_state_dict(layer.state_dict())
+    torch.set_default_dtype(torch.float64)
+    torch.set_default_device("meta")
+    try:
+        out = layer(x)
+    finally:
+        torch.set_default_dtype(torch.float32)
+        torch.set_default_device(None)
+    assert torch.equal(out, wanted(x))
 
 
 @pytest.mark.parametrize("name", CONFIGS)
