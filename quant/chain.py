@@ -121,7 +121,7 @@ class Chain:
 
     def ready(self) -> None:
         """To be called once, after the last step has been added."""
-        workspace = self._keep(BUFFERS.tensor(0, self._workspace_bytes))
+        workspace = self._keep(BUFFERS.tensor(0, _doubling(self._workspace_bytes)))
         for _, items, _ in self._items:
             for item in items if isinstance(items, ctypes.Array) else ():
                 item.call.workspace, item.call.workspace_bytes = workspace.data_ptr(), self._workspace_bytes
@@ -143,13 +143,18 @@ class Chain:
     def _buffer(self, *shape: int) -> torch.Tensor:
         self._buffers += 1  # the first is the workspace
         size = math.prod(shape) * self.dtype.itemsize
-        # Chains keep the buffers that they were made with: sizes that double leave no more behind than there is.
-        room = -(-size // self.rows) * (1 << (self.rows - 1).bit_length())
+        room = -(-size // self.rows) * _doubling(self.rows)
         return self._keep(BUFFERS.tensor(self._buffers, room)[:size].view(self.dtype).view(shape))
 
     def _keep(self, tensor: torch.Tensor) -> torch.Tensor:
         self._kept.append(tensor)
         return tensor
+
+
+def _doubling(size: int) -> int:
+    """The next power of two. Chains keep the buffers that they were made with: of sizes that double, the smaller ones are
+    no more together than the last."""
+    return 1 << (size - 1).bit_length() if size else 0
 
 
 class Run:

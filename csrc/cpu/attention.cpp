@@ -11,8 +11,8 @@
 //                  pack the tile; block after block of vectors meets it (attention_avx512.cpp or its like)
 //              sink, division, rounding
 //
-// Packing costs as much as five vectors' products, so decoding is near the speed of memory and prefill near the
-// multiplier's. The inner part is what the variants differ in; everything here is the same for all.
+// On vectors packing costs as much as five vectors' products, so decoding is near the speed of memory and prefill near
+// the multiplier's. The inner part is what the variants differ in; everything here is the same for all.
 #include <math.h>
 
 #include <atomic>

@@ -9,7 +9,8 @@
 // A score adds its products over d = 1, 0, 3, 2, 5, 4 ...: within each pair the odd one first, each sum rounded, which
 // is what AVX-512's bfloat16 instruction does. Outputs add theirs over keys in the same order. On AMX tiles the order
 // is that of another instruction (attention_amx.cpp). Tiles and spans begin at fixed positions, so nothing that a row
-// computes depends on who else is in the tile. Scores are in powers of two.
+// computes depends on who else is in the tile, as long as the values that those see are finite. Scores are in powers of
+// two.
 //
 // Of a cache in int8 codes are packed, which every dtype holds exactly. A score is multiplied with its key's scale, and
 // a weight with its value's once it has been counted: nothing is multiplied for each value, or rounded more than once.

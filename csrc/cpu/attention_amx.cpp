@@ -94,7 +94,7 @@ HB_AVX512 void attend(const Shape& shape, const float* keys, const float* values
     multiply((seen.end + kLanes - 1) / kLanes,
              {block.queries, shape.vector_bytes, keys, kTileKeys, 0, shape.padded_d / 2}, rows[0]);
     for (int64_t vector = 0; vector < block.vectors; ++vector) weigh<true>(shape, block, vector, rows[vector]);
-    // Weights outside are zero, and so are values there.
+    // Weights outside are zero; values there are zeros or other rows' own, and with finite ones nothing is added.
     const int64_t begin = seen.begin / 2 / kTilePairs * kTilePairs;
     const int64_t end = (seen.end + 2 * kTilePairs - 1) / (2 * kTilePairs) * kTilePairs;
     for (int64_t e = 0; e < shape.padded_e; e += kTileKeys) {

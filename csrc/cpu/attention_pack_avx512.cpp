@@ -1,6 +1,6 @@
-// Packing a tile of keys and values for attention_avx512.cpp: keys transposed in registers, sixteen by sixteen, values
-// widened or paired, the next tile fetched meanwhile. See attention.h for what comes out. Codes in int8 are transposed
-// four to a lane and widened then, which takes half of what transposing pairs does.
+// Packing a tile of keys and values for attention_avx512.cpp and attention_amx.cpp: keys transposed in registers,
+// sixteen by sixteen, values widened or paired, the next tile fetched meanwhile. See attention.h for what comes out.
+// Codes in int8 are transposed four to a lane and widened then, which takes half of what transposing pairs does.
 #include <string.h>
 
 #include "attention.h"

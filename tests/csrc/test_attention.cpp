@@ -268,8 +268,9 @@ TEST(a_row_of_attention_is_the_same_in_every_chunk) {
         options.dtype = dtype, options.store = store, options.window = any_of({0, 70, 530});
         options.softcap = any_of({0, 1}) == 1 ? 5.0 : 0.0;
         options.has_sinks = any_of({0, 1}) == 1;
-        const Sequences all(6, any_of({1, 2, 6}), any_of({16, 40, 33, 64}), any_of({24, 64}), any_of({5, 16}),
-                            {600, 70}, options);
+        const bool is_for_tiles = any_of({0, 1}) == 1;  // D and E are such that they may be taken
+        const int64_t D = is_for_tiles ? any_of({32, 64}) : any_of({16, 40, 33}), E = is_for_tiles ? 64 : 24;
+        const Sequences all(6, any_of({1, 2, 6}), D, E, any_of({5, 16}), {600, 70}, options);
         const std::vector<uint32_t> whole = run(all, {{0, 0, 600}}, 2);
         const int64_t row_values = all.H * all.E;
         for (int64_t first = 0; first < 600;) {

@@ -239,6 +239,39 @@ TEST(threads_work_in_their_callers_mode_and_keep_their_own) {
     EXPECT(others_keep_their_mode, "a thread that was lent came back in another mode");
 }
 
+// Attention of rows that each see themselves alone, of heads that fit tiles.
+std::vector<uint16_t> attend(int64_t threads) {
+    constexpr int64_t kRows = 64, kSize = 64;
+    std::vector<uint16_t> values(static_cast<size_t>(kRows * kSize)), out = poisoned<uint16_t>(kRows * kSize);
+    for (size_t i = 0; i < values.size(); ++i) values[i] = static_cast<uint16_t>(0x3f00 + i % 256);
+    std::vector<int64_t> tables, offsets = {0}, starts(kRows, 0);
+    for (int64_t row = 0; row < kRows; ++row) tables.push_back(row), offsets.push_back(row + 1);
+    auto args = args_with<hb_paged_attention_args>(threads);
+    args.query = args.keys = args.values = values.data(), args.out = out.data();
+    args.query_row_stride = args.query_head_stride = kSize;
+    args.dtype = args.store_dtype = HB_BFLOAT16;
+    args.T = args.S = args.blocks = kRows, args.H = args.G = args.block_tokens = args.max_blocks = 1;
+    args.D = args.E = kSize, args.scale = 1;
+    args.tables = tables.data(), args.offsets = offsets.data(), args.starts = starts.data();
+    int64_t bytes = 0;
+    EXPECT(hb_paged_attention_workspace(&args, &bytes) == HB_OK, "workspace");
+    const Workspace workspace(bytes);
+    workspace.give_to(args.call);
+    EXPECT(hb_paged_attention(&args) == HB_OK, "attention");
+    EXPECT(out == values, "a row that sees one value");
+    return out;
+}
+
+TEST(tiles_are_in_use_on_no_thread_after_attention) {
+    mode_of_others = _mm_getcsr() & ~kOccurred;
+    attend(1);
+    EXPECT(!uses_tiles(), "the caller's");
+    hb_use_parallel(lend_one<true>);
+    attend(2);
+    hb_use_parallel(nullptr);
+    EXPECT(!uses_tiles() && others_release_tiles, "a thread that was lent");
+}
+
 TEST(tiles_are_in_use_on_no_thread_after_a_call) {
     mode_of_others = _mm_getcsr() & ~kOccurred;
     const std::vector<uint16_t> alone = multiply(1);

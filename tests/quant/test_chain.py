@@ -102,6 +102,19 @@ def test_chains_one_behind_the_other() -> None:
     assert same_bits(out.clone(), blocks[1].by_calls(blocks[0].by_calls(x)))
 
 
+def test_buffers_double() -> None:
+    """Each chain keeps those it was made with; a buffer a row would leave many behind."""
+    block = Block(("nf4-dq",) * 3)
+    kept = [block.chain(rows) for rows in (65, 128)]
+    before = BUFFERS.nbytes
+    kept += [block.chain(rows) for rows in (66, 100, 127)]
+    assert BUFFERS.nbytes == before
+    kept = [block.chain(rows) for rows in (129, 130, 200, 255)]
+    after = BUFFERS.nbytes
+    kept.append(block.chain(256))
+    assert BUFFERS.nbytes == after
+
+
 def test_chains_share_their_buffers_and_keep_what_they_use() -> None:
     blocks = [Block(("nf4-dq",) * 3) for _ in range(3)]
     x = torch.randn(40, HIDDEN).bfloat16()
