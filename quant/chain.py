@@ -152,8 +152,8 @@ class Chain:
 
 
 def _doubling(size: int) -> int:
-    """The next power of two. Chains keep the buffers that they were made with: of sizes that double, the smaller ones are
-    no more together than the last."""
+    """The next power of two. Chains keep the buffers that they were made with: of sizes that double, the smaller ones
+    are no more together than the last."""
     return 1 << (size - 1).bit_length() if size else 0
 
 
