@@ -18,18 +18,6 @@ HB_INLINE void add(const hb_add_args& args, int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) out[i] = Dtype::store(Dtype::load(a[i]) + Dtype::load(b[i]));
 }
 
-HB_CLONES(void, add_floats, (const hb_add_args& args, int64_t begin, int64_t end)) {
-    add<Float32>(args, begin, end);
-}
-
-HB_CLONES(void, add_halves, (const hb_add_args& args, int64_t begin, int64_t end)) {
-    add<Float16>(args, begin, end);
-}
-
-HB_CLONES(void, add_bfloats, (const hb_add_args& args, int64_t begin, int64_t end)) {
-    add<Bfloat16>(args, begin, end);
-}
-
 }  // namespace
 }  // namespace hb
 
@@ -37,7 +25,8 @@ extern "C" hb_status hb_add(const hb_add_args* args) {
     using namespace hb;
     HB_REQUIRE(check(args));
     const hb_add_args& a = *args;
-    const auto run = a.dtype == HB_FLOAT32 ? add_floats : a.dtype == HB_FLOAT16 ? add_halves : add_bfloats;
+    const auto run =
+        for_dtype(a.dtype, Clones<add<Float32>>::run, Clones<add<Float16>>::run, Clones<add<Bfloat16>>::run);
     parallel_for(threads_for(a.call.threads, a.n), ceil_div(a.n, kPiece), [&](int64_t, int64_t begin, int64_t end) {
         run(a, begin * kPiece, end * kPiece < a.n ? end * kPiece : a.n);
     });

@@ -18,6 +18,8 @@
 
 #include <stdint.h>
 
+#include "clones.h"
+
 namespace hb::attention {
 
 constexpr int64_t kLanes = 16;
@@ -72,13 +74,26 @@ struct Block {
     int64_t vectors;
     const TileScales* scales;  // null unless keys and values are int8
     const char* queries;       // [vectors] of Shape::vector_bytes
-    int64_t
-        begin[kMostBlockVectors];  // positions of the tile that a vector sees: begin .. end - 1, empty if end <= begin
-    int64_t end[kMostBlockVectors];
+    // Positions of the tile that a vector sees: begin .. end - 1, empty if end <= begin.
+    int64_t begin[kMostBlockVectors], end[kMostBlockVectors];
     float* maxima;   // [vectors] largest score so far
     float* sums;     // [vectors, kLanes] sum of weights so far, in lanes
     float* outputs;  // [vectors, padded_e] weighted sum of values so far
 };
+
+// The positions of the tile that any of the block's vectors sees.
+struct Seen {
+    int64_t begin, end;
+};
+
+HB_INLINE Seen seen_by(const Block& block) {
+    Seen seen = {kTileKeys, 0};
+    for (int64_t vector = 0; vector < block.vectors; ++vector) {
+        seen.begin = block.begin[vector] < seen.begin ? block.begin[vector] : seen.begin;
+        seen.end = block.end[vector] > seen.end ? block.end[vector] : seen.end;
+    }
+    return seen;
+}
 
 // One way to do the inner part. Packed sizes are those of float32, whatever the variant keeps there.
 struct Variant {

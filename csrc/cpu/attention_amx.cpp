@@ -11,13 +11,13 @@
 
 #ifdef HB_X86
 
+#include "tile_blocks.h"
 #include "tiles.h"
 
 namespace hb::attention {
 
 namespace {
 
-constexpr int64_t kTileRows = 16;
 constexpr int64_t kTilePairs = 16;  // of terms in a product
 
 // 0 .. 3 sums      4 left operand      5, 6 right operand, in turn
@@ -26,7 +26,7 @@ void configure() {
     config.palette = 1;
     for (int tile = 0; tile < 7; ++tile) {
         config.rows[tile] = kTileRows;
-        config.row_bytes[tile] = 64;
+        config.row_bytes[tile] = kTileRowBytes;
     }
     AmxTiles::configure(config);
 }

@@ -221,7 +221,6 @@ void attend(const Shape& shape, const float* keys, const float* values, const Bl
     const int64_t stride = shape.vector_bytes / static_cast<int64_t>(sizeof(float));
     multiply(block.vectors, kTileKeys, rows[0], kTileKeys, reinterpret_cast<const float*>(block.queries), stride, keys,
              kTileKeys, 0, shape.padded_d);
-    int64_t begin = kTileKeys, end = 0;
     for (int64_t vector = 0; vector < block.vectors; ++vector) {
         const int64_t first = block.begin[vector], last = block.end[vector];
         const float largest = score(shape, is_int8 ? block.scales->keys : nullptr, first, last, rows[vector]);
@@ -230,12 +229,11 @@ void attend(const Shape& shape, const float* keys, const float* values, const Bl
         const float maximum = block.maxima[vector] == -INFINITY ? 0.0f : block.maxima[vector];
         weigh(maximum, rounds && !is_int8, rows[vector], block.sums + vector * kLanes);
         if (is_int8) weigh_values(block.scales->values, first, last, rounds, rows[vector]);
-        begin = first < begin ? first : begin;
-        end = last > end ? last : end;
     }
     // Weights outside are zero, and adding nothing changes no bit.
+    const Seen seen = seen_by(block);
     multiply(block.vectors, shape.padded_e, block.outputs, shape.padded_e, rows[0], kTileKeys, values, shape.padded_e,
-             begin / 2 * 2, (end + 1) / 2 * 2);
+             seen.begin / 2 * 2, (seen.end + 1) / 2 * 2);
 }
 
 }  // namespace

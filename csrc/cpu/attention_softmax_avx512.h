@@ -119,20 +119,6 @@ HB_AVX512 inline void weigh(const Shape& shape, const Block& block, int64_t vect
     _mm512_storeu_ps(sums, _mm512_add_ps(_mm512_loadu_ps(sums), sum));
 }
 
-// The positions of the tile that any of the block's vectors sees.
-struct Seen {
-    int64_t begin, end;
-};
-
-inline Seen seen_by(const Block& block) {
-    Seen seen = {kTileKeys, 0};
-    for (int64_t vector = 0; vector < block.vectors; ++vector) {
-        seen.begin = block.begin[vector] < seen.begin ? block.begin[vector] : seen.begin;
-        seen.end = block.end[vector] > seen.end ? block.end[vector] : seen.end;
-    }
-    return seen;
-}
-
 }  // namespace
 
 }  // namespace hb::attention

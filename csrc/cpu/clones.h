@@ -43,6 +43,7 @@ struct Clones<Body> {
 
 }  // namespace hb
 
+// Clones<body>::run is the function of a body by itself, as an instance of a template is one.
 // HB_CLONES(result, name, (parameters)) { body } defines the function `name`, of one file.
 #define HB_CLONES(result, name, parameters)                        \
     HB_INLINE result name##_body parameters;                       \

@@ -82,6 +82,12 @@ HB_INLINE typename Dtype::Kept product(float exact, typename Dtype::Kept factor)
     return Dtype::store(Dtype::load(Dtype::store(exact)) * Dtype::load(factor));
 }
 
+// Of three functions, one for each of them, that of `dtype`.
+template <typename Function>
+HB_INLINE Function for_dtype(int64_t dtype, Function float32, Function float16, Function bfloat16) {
+    return dtype == HB_FLOAT32 ? float32 : dtype == HB_FLOAT16 ? float16 : bfloat16;
+}
+
 // One element.
 HB_INLINE float load_float(const void* tensor, int64_t dtype, int64_t index) {
     if (dtype == HB_FLOAT32) return static_cast<const float*>(tensor)[index];

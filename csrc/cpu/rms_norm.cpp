@@ -40,18 +40,6 @@ HB_INLINE void normalise(const hb_rms_norm_args& a, int64_t begin, int64_t end) 
     }
 }
 
-HB_CLONES(void, normalise_floats, (const hb_rms_norm_args& a, int64_t begin, int64_t end)) {
-    normalise<Float32>(a, begin, end);
-}
-
-HB_CLONES(void, normalise_halves, (const hb_rms_norm_args& a, int64_t begin, int64_t end)) {
-    normalise<Float16>(a, begin, end);
-}
-
-HB_CLONES(void, normalise_bfloats, (const hb_rms_norm_args& a, int64_t begin, int64_t end)) {
-    normalise<Bfloat16>(a, begin, end);
-}
-
 }  // namespace
 }  // namespace hb
 
@@ -60,9 +48,8 @@ extern "C" hb_status hb_rms_norm(const hb_rms_norm_args* args) {
     HB_REQUIRE(check(args));
     const hb_rms_norm_args& a = *args;
     if (a.K == 0) return HB_OK;
-    const auto run = a.dtype == HB_FLOAT32   ? normalise_floats
-                     : a.dtype == HB_FLOAT16 ? normalise_halves
-                                             : normalise_bfloats;
+    const auto run = for_dtype(a.dtype, Clones<normalise<Float32>>::run, Clones<normalise<Float16>>::run,
+                               Clones<normalise<Bfloat16>>::run);
     parallel_for(threads_for(a.call.threads, a.M * a.K), a.M,
                  [&](int64_t, int64_t begin, int64_t end) { run(a, begin, end); });
     return HB_OK;

@@ -9,40 +9,22 @@
 namespace hb {
 namespace {
 
-struct Float32 {
-    using Element = float;
-    static HB_INLINE float load(float value) { return value; }
-    static HB_INLINE float store(float value) { return value; }
-};
-
-struct Float16 {
-    using Element = uint16_t;
-    static HB_INLINE float load(uint16_t value) { return from_half(value); }
-    static HB_INLINE uint16_t store(float value) { return to_half(value); }
-};
-
-struct Bfloat16 {
-    using Element = uint16_t;
-    static HB_INLINE float load(uint16_t value) { return from_bfloat(value); }
-    static HB_INLINE uint16_t store(float value) { return to_bfloat(value); }
-};
-
 // first * cos + other * sin, each product and the sum rounded to the dtype.
-template <typename Values>
-HB_INLINE typename Values::Element turned(float first, float cos, float other, float sin) {
-    const float straight = Values::load(Values::store(first * cos));
-    const float across = Values::load(Values::store(other * sin));
-    return Values::store(straight + across);
+template <typename Dtype>
+HB_INLINE typename Dtype::Kept turned(float first, float cos, float other, float sin) {
+    const float straight = Dtype::load(Dtype::store(first * cos));
+    const float across = Dtype::load(Dtype::store(other * sin));
+    return Dtype::store(straight + across);
 }
 
-template <typename Values>
-HB_INLINE void turn(typename Values::Element* head, int64_t half, const typename Values::Element* cos,
-                    const typename Values::Element* sin) {
-    typename Values::Element* const upper = head + half;
+template <typename Dtype>
+HB_INLINE void turn(typename Dtype::Kept* head, int64_t half, const typename Dtype::Kept* cos,
+                    const typename Dtype::Kept* sin) {
+    typename Dtype::Kept* const upper = head + half;
     for (int64_t d = 0; d < half; ++d) {
-        const float a = Values::load(head[d]), b = Values::load(upper[d]);
-        head[d] = turned<Values>(a, Values::load(cos[d]), -b, Values::load(sin[d]));
-        upper[d] = turned<Values>(b, Values::load(cos[d + half]), a, Values::load(sin[d + half]));
+        const float a = Dtype::load(head[d]), b = Dtype::load(upper[d]);
+        head[d] = turned<Dtype>(a, Dtype::load(cos[d]), -b, Dtype::load(sin[d]));
+        upper[d] = turned<Dtype>(b, Dtype::load(cos[d + half]), a, Dtype::load(sin[d + half]));
     }
 }
 

@@ -28,18 +28,6 @@ HB_INLINE void multiply(const hb_swiglu_args& a, int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) out[i] = product<Dtype>(silu<Rounded>(Dtype::load(gate[i])), up[i]);
 }
 
-HB_CLONES(void, multiply_floats, (const hb_swiglu_args& a, int64_t begin, int64_t end)) {
-    multiply<Float32>(a, begin, end);
-}
-
-HB_CLONES(void, multiply_halves, (const hb_swiglu_args& a, int64_t begin, int64_t end)) {
-    multiply<Float16>(a, begin, end);
-}
-
-HB_CLONES(void, multiply_bfloats, (const hb_swiglu_args& a, int64_t begin, int64_t end)) {
-    multiply<Bfloat16>(a, begin, end);
-}
-
 }  // namespace
 }  // namespace hb
 
@@ -47,9 +35,8 @@ extern "C" hb_status hb_swiglu(const hb_swiglu_args* args) {
     using namespace hb;
     HB_REQUIRE(check(args));
     const hb_swiglu_args& a = *args;
-    const auto run = a.dtype == HB_FLOAT32   ? multiply_floats
-                     : a.dtype == HB_FLOAT16 ? multiply_halves
-                                             : multiply_bfloats;
+    const auto run = for_dtype(a.dtype, Clones<multiply<Float32>>::run, Clones<multiply<Float16>>::run,
+                               Clones<multiply<Bfloat16>>::run);
     parallel_for(threads_for(a.call.threads, a.n), ceil_div(a.n, kPiece), [&](int64_t, int64_t begin, int64_t end) {
         run(a, begin * kPiece, end * kPiece < a.n ? end * kPiece : a.n);
     });
