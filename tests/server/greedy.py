@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import random
 
 import torch
@@ -14,7 +15,8 @@ from tests.tiny_models import VOCABULARY
 
 FP32_TIE = 1e-3
 """In standard deviations of a row's logits. The order of float32 sums was seen to move the logits of decoders by 6e-6;
-of the steps of a model with random weights one in a thousand is chosen more narrowly than this."""
+of the steps of a model with random weights one in a thousand is chosen more narrowly than this. Where the model itself
+is worse conditioned (a T5 of random weights: 3e-5 as a rule, 2e-2 at some steps), what moves its logits counts."""
 INT8_TIE = 0.05
 """Activations are rounded to int8 in every layer: where one lies between two steps, a difference of 1e-7 in its input
 turns it over, which moves the logits by about 0.01 (in 1 prompt of 20)."""
@@ -52,17 +54,42 @@ def same_up_to_a_tie(
     tie: float = FP32_TIE,
     **settings: object,
 ) -> None:
-    """Equal, or equal up to a token where generate()'s two best are so near that rounding may choose."""
+    """Equal, or equal up to a token where generate()'s two best are so near that rounding may choose.
+
+    So near is within `tie`, or within what the last bits of the model's weights decide at that step.
+    """
     assert len(found) == len(answer)
     different = [place for place, (ours, theirs) in enumerate(zip(found, answer, strict=True)) if ours != theirs]
     if different:
         place = different[0]
-        again = answered(model, prompt, len(answer), settings)
-        assert again.sequences[0, -len(answer) :].tolist() == answer, "not the answer under these settings"
-        scores = again.scores[place - len(answer)][0]
+        said, scores = scored(model, prompt, len(answer), place, settings)
+        assert said == answer, "not the answer under these settings"
         gap = float(scores[answer[place]] - scores[found[place]])
-        spread = float(scores[scores.isfinite()].std())
-        assert 0 <= gap < tie * spread, f"{found} where {answer} was expected; place {place} has a gap of {gap}"
+        allowed = tie * float(scores[scores.isfinite()].std())
+        if not 0 <= gap < allowed:
+            others = [scored(stirred(model), prompt, len(answer), place, settings) for _ in range(8)]
+            moved = [other - scores for said, other in others if said[:place] == answer[:place]]
+            allowed = 4 * max((float(by[scores.isfinite()].abs().max()) for by in moved), default=0.0)
+        assert 0 <= gap < allowed, (
+            f"{found} where {answer} was expected; place {place} has a gap of {gap}, {allowed} is a tie"
+        )
+
+
+def scored(
+    model: transformers.PreTrainedModel, prompt: list[int], count: int, place: int, settings: dict[str, object]
+) -> tuple[list[int], torch.Tensor]:
+    """What generate() answers, and the scores [vocabulary] by which it chose the token at `place`."""
+    output = answered(model, prompt, count, settings)
+    return output.sequences[0, -count:].tolist(), output.scores[place - count][0]
+
+
+@torch.no_grad()
+def stirred(model: transformers.PreTrainedModel) -> transformers.PreTrainedModel:
+    """The model with every weight up or down by a last bit of float32, or as it is."""
+    model = copy.deepcopy(model)
+    for weight in model.parameters():
+        weight.mul_(1 + torch.finfo(torch.float32).eps * torch.randint_like(weight, -1, 2))
+    return model
 
 
 def check_greedy(runner: ModelRunner, model: transformers.PreTrainedModel) -> None:

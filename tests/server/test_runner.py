@@ -50,9 +50,9 @@ CHANGES: dict[str, dict[str, object]] = {
     "bloom": {"tie_word_embeddings": False},
     "bart": {"tie_word_embeddings": False},
     "falcon with alibi": {"alibi": True},
-    "t5": {"initializer_factor": 2.0},
+    "t5": {"initializer_factor": 1.0},
     "t5 with a deeper encoder": {
-        "initializer_factor": 2.0,
+        "initializer_factor": 1.4,
         "num_layers": 3,
         "num_decoder_layers": 2,
         "feed_forward_proj": "relu",
