@@ -175,7 +175,7 @@ class PagedBatch:
     _parts: list[tuple[slice, PagedBatch]] = field(default_factory=list)
 
     def attend(self, call: Call) -> torch.Tensor:
-        stores = self.next_stores()
+        (stores,) = self.next_stores()
         device = stores.keys.device
         slots = self.slots if self.slots.device == device else self.slots.to(device)
         on_cuda = _has_cuda_kernels(call, stores)
@@ -193,10 +193,10 @@ class PagedBatch:
             return self.attend_at_once(call, stores)
         return self.attend_in_torch(call, stores)
 
-    def next_stores(self) -> Stores:
-        """Those of the layer whose turn it is."""
-        stores = self.cache.layers[self.calls]
-        self.calls += 1
+    def next_stores(self, layers: int = 1) -> list[Stores]:
+        """Those of as many layers whose turn it is."""
+        stores = self.cache.layers[self.calls : self.calls + layers]
+        self.calls += layers
         return stores
 
     def is_direct(self, dtype: torch.dtype) -> bool:

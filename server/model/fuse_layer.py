@@ -6,25 +6,27 @@ layer keeps its object, parts and names; where all of it may go past torch, for 
 goes as one chain of calls. Every other call is transformers' own, over the fused parts; the bits are the same.
 
 Nothing is believed by name: a class is fused where its forward, run on stand-ins for its four parts, is
-x + attention(norm(x)) and then x + mlp(norm(x)), bit for bit. Not here: the chain (quant/chain.py).
+x + attention(norm(x)) and then x + mlp(norm(x)), bit for bit. Not here: the calls of a layer (layer_run.py).
 """
 
 from __future__ import annotations
 
 import functools
+import operator
+from itertools import repeat
 from typing import Any, Final
+from weakref import WeakValueDictionary
 
 import torch
 from torch import nn
 
 from quant import native
-from quant.chain import MOST_ROWS, Chain, Run
-from quant.direct import Direct, is_direct
-from quant.errors import ShapeError
+from quant.chain import MOST_ROWS
+from quant.direct import is_direct
 from quant.siblings import direct_of
 from quant.unchanged import Unchanged
 from server.model.attention import CONTEXT_ARGUMENT, PagedBatch
-from server.model.paged_cache import Stores
+from server.model.layer_run import Angles, LayerChain, LayerRun
 
 LAYER_PARTS: Final = ("input_layernorm", "self_attn", "post_attention_layernorm", "mlp")
 _PROJECTIONS: Final = {
@@ -33,8 +35,10 @@ _PROJECTIONS: Final = {
 }
 _HIDDEN: Final = 64
 _SEED: Final = 22
-_CHAINS_KEPT: Final = 16
+_GROUPS_KEPT: Final = 16
 """For numbers of rows; a batch that grows or shrinks by one, or that has more or fewer guesses, meets them again."""
+
+_Key = tuple[int, int, int]  # rows, threads, whether batches must not matter
 
 
 class FusedLayer(nn.Module):
@@ -87,100 +91,24 @@ def _is_angle(angle: torch.Tensor, hidden_states: torch.Tensor) -> bool:
     return has_rows and angle.dtype is hidden_states.dtype and angle.is_cpu and angle.is_contiguous()
 
 
-class _LayerChain:
-    """One layer's calls for a number of rows."""
+class _Group(LayerRun):
+    """Layers that are known to follow each other."""
 
-    def __init__(self, layer: nn.Module, directs: tuple[Direct, ...], rows: int, dtype: torch.dtype) -> None:
-        parts: Any = layer._modules
-        attention, first, second = parts["self_attn"], parts["input_layernorm"], parts["post_attention_layernorm"]
-        q, k, v, o, gate, up, down = directs
-        self._options, self._head_dim = attention.__dict__["_options"], attention.head_dim
-        self.calls = chain = Chain(rows, dtype)
-        self._norm, x = chain.rms_norm(None, first.weight, first.variance_epsilon)
-        query, key, value = chain.linear(x, [q, k, v])
-        if "q_norm" in attention._modules:
-            query, key = self._normed(attention.q_norm, query), self._normed(attention.k_norm, key)
-        self._query, key = (rows_.view(rows, -1, self._head_dim) for rows_ in (query, key))
-        value = value.view(rows, key.shape[1], -1)
-        self._rotary = chain.rotary(self._query, key)
-        self._write = chain.cache_write(key, value)
-        self.attention, self._attended = chain.attention(self._query.shape[1], value.shape[2])
-        self._first_sum, hidden = chain.add(None, *chain.linear(self._attended.flatten(1), [o]))
-        _, x = chain.rms_norm(hidden, second.weight, second.variance_epsilon)
-        (product,) = chain.linear(chain.swiglu(*chain.linear(x, [gate, up])), [down])
-        self._last_sum, self.out = chain.add(hidden, product)
-        chain.ready()
-        self._heads = (key.shape[1:], value.shape[1:])
-        self._stores: Stores | None = None
+    def __init__(self, layers: list[FusedLayer], chains: list[LayerChain]) -> None:
+        super().__init__(chains)
+        self.layers = layers
+        self._unchanged = Unchanged(*layers, are_roots_called=False)
+        self._own = [vars(layer) for layer in layers]
+        self._followers = [*layers[1:], None]
 
-    def _normed(self, norm: Any, heads: torch.Tensor) -> torch.Tensor:
-        _, out = self.calls.rms_norm(heads.view(-1, self._head_dim), norm.weight, norm.variance_epsilon)
-        return out.view(heads.shape)
+    def is_good(self) -> bool:
+        """Whether these are the layers to be computed together, as they are, with nobody who looks at any of them."""
+        followers = map(dict.get, self._own, repeat("_follower"))
+        return all(map(operator.is_, followers, self._followers)) and self._unchanged()
 
-    def bind(self, source: int, out: int, angles: tuple[torch.Tensor, torch.Tensor], context: PagedBatch) -> Any:
-        """Puts a step's pointers in place, rows at address `source` to `out`; gives the attention's own struct.
-
-        Raises ShapeError where the cache or the angles do not fit this layer.
-        """
-        stores = context.next_stores()
-        if stores is not self._stores:
-            self._hold(stores)
-        cos, sin = angles
-        found = (cos.shape[2], sin.shape[2], context.slots.shape[0])
-        if found != (self._head_dim, self._head_dim, self.calls.rows):
-            raise ShapeError(
-                f"the angles have {found[:2]} values and there are {found[2]} slots; "
-                f"{self._head_dim} values and {self.calls.rows} slots are needed"
-            )
-        self._norm.x = self._first_sum.a = source
-        self._last_sum.out = out
-        self._rotary.cos, self._rotary.sin = cos.data_ptr(), sin.data_ptr()
-        write = self._write
-        write.slots = context.slots.data_ptr()
-        options = self._options
-        shared = context.direct_arguments(
-            self._query, stores, self._attended, options.scale, options.window, options.softcap
-        )
-        args = type(shared).from_buffer_copy(shared)
-        args.keys, args.values, args.scales = write.keys, write.values, write.scales
-        return args
-
-    def _hold(self, stores: Stores) -> None:
-        """The layer's part of the cache from now on."""
-        keys, values, scales = stores.keys, stores.values, stores.scales
-        if (keys.shape[2:], values.shape[2:]) != self._heads:
-            raise ShapeError(
-                f"the cache's keys and values have heads of {list(keys.shape[2:])} and {list(values.shape[2:])}; "
-                f"{' and '.join(str(list(shape)) for shape in self._heads)} are needed"
-            )
-        self._stores = stores
-        write = self._write
-        write.keys, write.values, write.slot_count = keys.data_ptr(), values.data_ptr(), keys.shape[:2].numel()
-        write.store_dtype = native.STORE_CODES[keys.dtype]
-        write.scales = None if scales is None else scales.data_ptr()
-
-
-class _Group:
-    """Layers that follow each other in the model, as one call: between them, rows stay in the chains' buffers."""
-
-    def __init__(self, layers: list[FusedLayer], chains: list[_LayerChain]) -> None:
-        self.layers, self.chains = layers, chains
-        self._run = Run([chain.calls for chain in chains])
-
-    def __call__(
-        self, hidden_states: torch.Tensor, angles: tuple[torch.Tensor, torch.Tensor], context: PagedBatch
-    ) -> torch.Tensor:
-        """[1, rows, hidden] -> what the last layer gives."""
-        out = torch.empty_like(hidden_states)
-        between = self.chains[0].out.data_ptr()
-        last = len(self.chains) - 1
-        kept = []
-        for i, chain in enumerate(self.chains):
-            source = hidden_states.data_ptr() if i == 0 else between
-            args = chain.bind(source, out.data_ptr() if i == last else between, angles, context)
-            self._run.set_step(i, chain.attention, args)
-            kept.append(args)
-        self._run()
+    def __call__(self, hidden_states: torch.Tensor, angles: Angles, context: PagedBatch) -> torch.Tensor:
+        """What the last layer gives; the others are told that theirs is done."""
+        out = super().__call__(hidden_states, angles, context)
         context.last = (self.layers[-1], out)
         context.computed = self.layers[1:]
         return out
@@ -193,8 +121,8 @@ class _State:
         parts: Any = layer._modules
         self.dtype = hidden_states.dtype
         self.is_good = Unchanged(layer)
-        self.chains: dict[tuple[int, int, int], _LayerChain] = {}
-        self.groups: dict[int, _Group] = {}
+        self.chains: WeakValueDictionary[_Key, LayerChain] = WeakValueDictionary()
+        self.groups: dict[_Key, _Group] = {}
         owned = [parts[owner]._modules[name] for owner, names in _PROJECTIONS.items() for name in names]
         directs = [direct_of(part, hidden_states) for part in owned]
         self.directs = tuple(direct for direct in directs if direct is not None)
@@ -204,19 +132,16 @@ class _State:
         self.may_be_chained = has_one_dtype and fits and len(self.directs) == len(directs) and self.is_good()
 
 
-def _chain_for(layer: nn.Module, hidden_states: torch.Tensor) -> _LayerChain | None:
+def _chain_for(layer: nn.Module, hidden_states: torch.Tensor, key: _Key) -> LayerChain | None:
     """The layer's chain for such rows; None where a part has no call, or does more."""
     state: _State | None = layer.__dict__.get("_state")
     if state is None or state.dtype is not hidden_states.dtype or not state.is_good():
         state = layer.__dict__["_state"] = _State(layer, hidden_states)
     if not state.may_be_chained:
         return None
-    rows = hidden_states.shape[1]
-    key = (rows, native.thread_count(), native.batch_invariant())
-    chain = state.chains.pop(key, None) or _LayerChain(layer, state.directs, rows, state.dtype)
-    state.chains[key] = chain  # behind the others: the first is the one that has not been used for the longest
-    if len(state.chains) > _CHAINS_KEPT:
-        del state.chains[next(iter(state.chains))]
+    chain = state.chains.get(key)
+    if chain is None:
+        chain = state.chains[key] = LayerChain(layer, state.directs, hidden_states.shape[1], state.dtype)
     return chain
 
 
@@ -227,11 +152,25 @@ def _group_from(layer: FusedLayer, hidden_states: torch.Tensor, context: PagedBa
     """
     if context.last is not None and context.last[1] is hidden_states:
         vars(context.last[0])["_follower"] = layer
+    key = (hidden_states.shape[1], native.thread_count(), native.batch_invariant())
+    state: _State | None = layer.__dict__.get("_state")
+    known = None if state is None or state.dtype is not hidden_states.dtype else state.groups.pop(key, None)
+    group = known if known is not None and known.is_good() else _gathered(layer, hidden_states, key, known)
+    if group is not None:
+        groups = layer.__dict__["_state"].groups
+        groups[key] = group  # behind the others: the first is the one that has not been used for the longest
+        if len(groups) > _GROUPS_KEPT:
+            del groups[next(iter(groups))]
+    return group
+
+
+def _gathered(layer: FusedLayer, hidden_states: torch.Tensor, key: _Key, known: _Group | None) -> _Group | None:
+    """`known`, where it is what there is now."""
     layers: list[FusedLayer] = []
-    chains: list[_LayerChain] = []
+    chains: list[LayerChain] = []
     each: FusedLayer | None = layer
     while each is not None and each not in layers and not (layers and _is_watched(each)):
-        chain = _chain_for(each, hidden_states)
+        chain = _chain_for(each, hidden_states, key)
         if chain is None or (chains and chain.out.data_ptr() != chains[0].out.data_ptr()):
             break  # not one of the same calls, whose buffers a follower leaves alone until its own end
         layers.append(each)
@@ -239,14 +178,7 @@ def _group_from(layer: FusedLayer, hidden_states: torch.Tensor, context: PagedBa
         each = None if _is_watched(each) else each.__dict__.get("_follower")
     if not chains:
         return None
-    groups = layer.__dict__["_state"].groups
-    rows = hidden_states.shape[1]
-    group: _Group | None = groups.get(rows)
-    if group is None or group.chains != chains:
-        if len(groups) >= _CHAINS_KEPT:
-            groups.clear()
-        group = groups[rows] = _Group(layers, chains)
-    return group
+    return known if known is not None and known.chains == chains else _Group(layers, chains)
 
 
 def _is_watched(layer: FusedLayer) -> bool:
