@@ -6,6 +6,8 @@
 #   make check       ruff, mypy --strict, clang-format, Dockerfile lint
 #   make cuda        compile the CUDA kernels for every supported architecture (needs nvcc, no GPU)
 #   make dist        wheel and sdist
+#   make format      what check wants of layout, done
+#   make clean       without .venv and what was built
 #
 # TORCH is what pip installs first, options and all: on a machine with a GPU, the build that fits its driver.
 # CUDA=ON|OFF|AUTO builds the CUDA library; AUTO does where nvcc and a GPU are present.
@@ -17,7 +19,7 @@ MODEL  ?=
 ARGS   ?=
 TORCH  ?= $(shell grep '^torch' constraints.txt)
 CUDA   ?= AUTO
-CUDA_ARCHITECTURES ?= 80;86;89;90a;100;120
+CUDA_ARCHITECTURES ?=
 
 VENV  := .venv
 BIN   := $(VENV)/bin
@@ -51,7 +53,7 @@ format: $(STAMP)
 
 cuda: $(STAMP)
 	$(BIN)/cmake -S csrc -B build/cuda -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))/ninja \
-	    -DCMAKE_BUILD_TYPE=Release -DHALFBYTE_CUDA=ON "-DHALFBYTE_CUDA_ARCHITECTURES=$(CUDA_ARCHITECTURES)"
+	    -DCMAKE_BUILD_TYPE=Release -DHALFBYTE_CUDA=ON $(if $(CUDA_ARCHITECTURES),"-DHALFBYTE_CUDA_ARCHITECTURES=$(CUDA_ARCHITECTURES)")
 	$(BIN)/cmake --build build/cuda
 
 dist: $(STAMP)

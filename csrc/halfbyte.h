@@ -175,7 +175,7 @@ typedef struct hb_dequantize_absmax_args {
 HB_API hb_status hb_dequantize_absmax(const hb_dequantize_absmax_args* args);
 
 /* out[M,N] = x[M,K] * W[N,K]^T + bias, W in 4 bits, decoded a few rows at a time into the workspace. Float32 sums; a
- * row's sum is added up in the same order whatever M is. */
+ * row's sum is added up in the same order whatever M is where the call is batch_invariant. */
 typedef struct hb_linear4_args {
     hb_call call;
     const void* x;              /* [M, K] */
@@ -327,7 +327,7 @@ HB_API hb_status hb_linear8_experts_workspace(const hb_linear8_experts_args* arg
  * Head h reads kv head h / (H / G). Position p of sequence s lies in block tables[s, p / block_tokens], at place
  * p % block_tokens. Table entries of positions that no row sees are not read and may hold anything, and so may the
  * blocks they name. A row's bits depend on its own query and on what it sees: not on other rows or sequences, on where
- * a chunk begins, on the blocks' order or size, or on threads.
+ * a chunk begins, on the blocks' order or size, or on threads, as long as all values of its own sequence are finite.
  *
  * What offsets, starts and tables say is checked by who reads them. The CPU library answers HB_BAD_SEQUENCE. On a
  * device nobody can be told in time: there a row that no sequence has, that stands outside its table, or that sees a

@@ -1,4 +1,4 @@
-"""A layer's calls for a few rows, one after the other in one call of the library (hb_run).
+"""A layer's calls for up to MOST_ROWS rows, one after the other in one call of the library (hb_run).
 
 Between two calls from Python some ten microseconds pass in which nobody reads weights, and a decoder layer has a dozen
 calls. A chain lays them out once for a number of rows: which call reads what another has written, in buffers that all

@@ -312,9 +312,10 @@ def paged_attention(
     block tables[s, p // block_tokens] (int64 [S, n]); entries of positions that no row sees may hold anything. A row
     sees the positions up to its own, or the last `window` of them. softcap c turns a score x into c * tanh(x / c);
     0 for none. sinks: [H], one more score per head that takes its share and gives nothing. Returns [T, H, E] in
-    query's dtype. A row's result does not depend on other rows or sequences, nor on how a prompt was cut into chunks.
-    No gradients. Raises ShapeError; NativeError where the tables name a block that is not there. On CUDA, which reads
-    tables on the device alone, the rows that see such a block become NaN instead.
+    query's dtype. A row's result does not depend on other rows or sequences, nor, as long as its own sequence's values
+    are finite, on how a prompt was cut into chunks. No gradients. Raises ShapeError; NativeError where the tables name
+    a block that is not there. On CUDA, which reads tables on the device alone, the rows that see such a block become
+    NaN instead.
     """
     return cast(
         torch.Tensor,

@@ -30,7 +30,14 @@ from pydantic import (
 from server.cpus import available_cpus
 from server.demo import DEMO_MODEL_NAME, DEMO_MODEL_PATH, DEMO_QUANTIZATION
 from server.errors import ConfigError
-from server.records import BATCH_TOKENS, CPU_BATCH_TOKENS, MAX_TIMEOUT_SECONDS, ModelSpec
+from server.records import (
+    BATCH_TOKENS,
+    CPU_BATCH_TOKENS,
+    MAX_SEQUENCES,
+    MAX_TIMEOUT_SECONDS,
+    SPECULATIVE_TOKENS,
+    ModelSpec,
+)
 from server.sentences import describe, listed, location, shown
 from server.yaml_file import read_yaml
 
@@ -116,13 +123,14 @@ class ModelConfig(Settings):
         "where that is more.",
     )
     max_sequences: Annotated[int, Field(ge=1, le=4096)] = Field(
-        default=64, description="Sequences that share an engine step at most."
+        default=MAX_SEQUENCES, description="Sequences that share an engine step at most."
     )
     prefix_caching: bool = Field(
         default=True, description="Use again what the KV cache still holds of a prompt's beginning."
     )
     speculative_tokens: Annotated[int, Field(ge=0, le=64)] = Field(
-        default=4, description="Tokens of a sequence that a step may guess and check at once, where that pays; 0: none."
+        default=SPECULATIVE_TOKENS,
+        description="Tokens of a sequence that a step may guess and check at once, where that pays; 0: none.",
     )
     batch_invariant: bool = Field(
         default=False, description="Same bits for a token whatever else is in its step, at some cost; on a CPU only."

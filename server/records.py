@@ -35,6 +35,9 @@ DEVICE_USED: Final = "device_used"
 ELSEWHERE: Final = "weights_elsewhere"
 """Key of `process`: bytes of weights in mapped files that are not in the figure: not read yet, dropped by the kernel,
 or the share of another process that maps the same file."""
+MAX_SEQUENCES: Final = 64
+SPECULATIVE_TOKENS: Final = 4
+"""What a model has where its config says nothing: see ModelSpec."""
 CPU_BATCH_TOKENS: Final = 256
 BATCH_TOKENS: Final = 2048
 """Tokens of a step, on a CPU and on other devices: where more of them stop making each one cheaper, and only let
@@ -78,11 +81,11 @@ class ModelSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     int8."""
     max_batch_tokens: int | None = None
     """Tokens one step computes at most (prefill chunks and decodes together); None takes what suits the device."""
-    max_sequences: int = 64
+    max_sequences: int = MAX_SEQUENCES
     """Sequences that share a step at most."""
     prefix_caching: bool = True
     """Whether a sequence uses the cache blocks that another left of the same beginning."""
-    speculative_tokens: int = 4
+    speculative_tokens: int = SPECULATIVE_TOKENS
     """How many tokens of a sequence a step guesses and checks at most; 0 for none."""
     batch_invariant: bool = False
     """Whether a row's logits have the same bits in a batch of any size, at some cost."""

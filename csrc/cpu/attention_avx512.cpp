@@ -2,7 +2,7 @@
 //
 // Six query vectors meet 64 keys in 24 registers; the six rows of weights meet 64 values of an output likewise. The
 // roof is the multiplier: per tile, 4 * padded_d + 4 * padded_e instructions for each vector, about 90 for its softmax.
-// bfloat16 keys and values stay as they are where the CPU multiplies their pairs (AVX512_BF16), at twice the speed;
+// bfloat16 keys and values stay as they are at the level avx512_bf16, which multiplies their pairs, at twice the speed;
 // weights are rounded to bfloat16 in either case, so the two give the same bits.
 #include "attention.h"
 #include "attention_softmax_avx512.h"

@@ -1,6 +1,5 @@
 // New keys and values into a paged cache, row by row: copies where the cache has their dtype, else rounded, in int8
-// with a scale for each head. A slot is believed only where it lies in the cache. Rows that share a slot are written in
-// their order where one thread works, which few rows never leave.
+// with a scale for each head. A slot is believed only where it lies in the cache.
 #include <math.h>
 #include <string.h>
 

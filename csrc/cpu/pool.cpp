@@ -6,10 +6,10 @@
 // an OpenMP runtime's where hb_use_parallel has handed one over, because the operators between ours keep its threads
 // awake and two pools would take the cores from each other; else workers of our own.
 //
-// A worker is handed a task by a pointer of its own, which it clears when
-// it is done; before it sleeps it looks for the next one for a while (kPatience), because the layers of a model follow
-// each other by some ten microseconds and waking a thread takes as long. Started on first use, never stopped: the pool
-// is leaked on purpose, so that no thread is joined while the process is ending.
+// A worker is handed a task by a pointer of its own, which it clears when it is done; before it sleeps it looks for the
+// next one for a while (kPatience), because the layers of a model follow each other by some ten microseconds and waking
+// a thread takes as long. Started on first use, never stopped: the pool is leaked on purpose, so that no thread is
+// joined while the process is ending.
 //
 // Even an awake thread is some microseconds away, and a sequence of calls has hundreds of jobs. So a caller may keep a
 // team together for a while: its threads watch one pointer, and a job costs the caller two exchanges of a cache line.

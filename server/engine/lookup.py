@@ -22,12 +22,8 @@ from typing import Final
 SHORTEST: Final = 3
 LONGEST: Final = 6
 """How many of the last tokens must be found again: so many at least, and more rather than fewer."""
-FIXED_ROWS: Final = 4
-"""How many rows cost as much as a step costs without any: reading the weights. Measured on a CPU without AMX
-(benchmarks/results/model_speed.md): a step of eight 4-bit sequences takes 69 ms and one of a single sequence 28, so a
-row takes 6 ms and the rest 22. Where rows cost less (int8, AMX), less is guessed than would pay."""
 MOST_ROWS: Final = 64
-"""Steps of more rows look nothing up: there a guess must be right in 94 of 100 cases to pay."""
+"""Steps of more rows look nothing up: there a guess must be right in 94 of 100 cases to pay, with AMX in 73."""
 _FIRST_RATE: Final = 0.5
 _MEMORY: Final = 8
 """The rate of right guesses is that of about the last so many."""
@@ -44,14 +40,14 @@ class Lookup:
         self._text = bytearray()
         self._guess: list[int] = []
 
-    def worth(self, rows: int, most: int) -> int:
+    def worth(self, rows: int, most: int, fixed_rows: int) -> int:
         """How many guesses pay in a step that has `rows` rows without them; `most` at most.
 
-        A row more takes 1 where the step takes FIXED_ROWS + rows, for which it gives `rows` sequences a token each.
+        A row more takes 1 where the step takes fixed_rows + rows, for which it gives `rows` sequences a token each.
         The n-th guess gives one with a probability of rate^n; it pays where that costs less than a token does anyway.
         """
         count, chance = 0, self.rate
-        while count < most and chance * (FIXED_ROWS + rows) > rows:
+        while count < most and chance * (fixed_rows + rows) > rows:
             count += 1
             chance *= self.rate
         return count

@@ -47,8 +47,10 @@ class EngineLoop:
         upkeep: Upkeep | None = None,
     ) -> None:
         scheduler.prefix_caching &= runner.shares_blocks  # a runner that can't would compute nonsense
-        if not runner.checks_drafts:
+        if runner.fixed_rows is None:
             scheduler.speculative_tokens = 0
+        else:
+            scheduler.fixed_rows = runner.fixed_rows
         scheduler.switch_length = runner.switch_length
         self._scheduler = scheduler
         self._runner = runner

@@ -11,10 +11,10 @@ fixed time after it: it does not starve, and a rank never changes. Who runs isn'
 
 A step's tokens are given out in this order: one to each running sequence that decodes, then, by rank, to prefills in
 chunks of what the budget leaves; those that wait are admitted as their turn comes. Where somebody decodes the budget is
-half of max_batch_tokens, or more where many do. A newcomer is admitted when the
-blocks for all its tokens are free, and one more for each sequence already running, so that it isn't thrown out again
-at once. Blocks that still hold its beginning are shared instead of computed, but never all of it: the last token's
-logits are needed. A block can be found by others once the step that filled it was taken in without an error.
+half of max_batch_tokens, or more where many do. A newcomer is admitted when the blocks for all its tokens are free,
+and one more for each sequence already running, so that it isn't thrown out again at once. Blocks that still hold its
+beginning are shared instead of computed, but never all of it: the last token's logits are needed. A block can be found
+by others once the step that filled it was taken in without an error.
 
 What is left of the budget then may go to guesses (lookup.py) of what the sequences that decode say next, on blocks that
 are free, so they displace nobody. When the step is taken in, blocks beyond what came true are given back.
@@ -42,7 +42,7 @@ from server.engine.lookup import MOST_ROWS, Lookup
 from server.engine.prefix import PrefixNames
 from server.engine.sequence import Sequence, Tokens
 from server.errors import ConfigError, RequestError
-from server.model.batch import Batch, Chunk, StepResult
+from server.model.batch import FIXED_ROWS, Batch, Chunk, StepResult
 from server.model.history import History
 from server.records import FinishReason, Generate, SequenceOutput
 
@@ -74,7 +74,7 @@ class Scheduler:
         if pool.blocks_for(max_model_len) > pool.total:
             raise ConfigError(
                 f"a sequence of max_model_len {max_model_len} needs {pool.blocks_for(max_model_len)} KV blocks, "
-                f"and the cache has {pool.total}; lower max_model_len or raise kv_cache_tokens"
+                f"and the cache has {pool.total}; lower max_model_len or raise kv_cache.tokens"
             )
         self.pool = pool
         self.max_batch_tokens = max_batch_tokens
@@ -83,6 +83,8 @@ class Scheduler:
         self.prefix_caching = prefix_caching
         """Whether blocks are shared and found again; to be changed before the first request only."""
         self.speculative_tokens = speculative_tokens
+        self.fixed_rows = FIXED_ROWS
+        """Of the runner, by which guesses are weighed."""
         """How many tokens are guessed at most, per sequence and step; to be changed before the first request only."""
         self.switch_length: int | None = None
         """The runner's; to be changed before the first request only."""
@@ -235,7 +237,7 @@ class Scheduler:
         if rest < 1 or not sequence.generated:
             return []
         room = (len(blocks) + pool.free) * pool.block_tokens - length
-        count = sequence.lookup.worth(rows, min(self.speculative_tokens, rest, budget, room))
+        count = sequence.lookup.worth(rows, min(self.speculative_tokens, rest, budget, room), self.fixed_rows)
         draft = sequence.lookup.guess(sequence.tokens, max(count, 1))[:count]
         blocks.extend(pool.take(max(0, pool.blocks_for(length + len(draft)) - len(blocks))))
         return draft

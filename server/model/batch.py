@@ -25,6 +25,11 @@ import msgspec
 from server.model.history import History
 from server.records import Batching, SamplingParams, TokenLogprobs
 
+FIXED_ROWS: Final = 4
+FIXED_ROWS_ON_TILES: Final = 24
+"""How many rows cost as much as reading the weights: of 1.1 billion parameters in 4 bits, on two cores, without
+AMX a step of eight sequences takes 69 ms and one of a single sequence 28, so a row takes 6 ms and the rest 22; with AMX
+44 and 34 (benchmarks/results/model_speed.md). Where rows cost less than that (int8), less is guessed than would pay."""
 SCORED_ROWS: Final = 256
 """Prompt rows that one forward call scores at most: the logits of all of them are there at the same time."""
 
@@ -210,8 +215,9 @@ class Runner(Protocol):
     switch_length: int | None
     """How many tokens a sequence may have before it is computed in another way, all of it; None where its length makes
     no difference."""
-    checks_drafts: bool
-    """Whether chunks may have drafted tokens: what it has cached of wrong guesses is overwritten, and never read."""
+    fixed_rows: int | None
+    """How many rows cost as much as a step costs without any, by which guesses are weighed. None where chunks may not
+    have drafted tokens; elsewhere what is cached of wrong guesses is overwritten, and never read."""
 
     def step(self, batch: Batch) -> StepResult:
         """Runs every chunk of the batch and draws where asked; raises StepError where the step failed as a whole."""

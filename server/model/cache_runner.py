@@ -40,7 +40,7 @@ class CallRunner(ABC):
 
     batching: Batching
     decoder_prompt: tuple[int, ...] = ()
-    checks_drafts = False
+    fixed_rows: int | None = None
     """Rows of unequal numbers of tokens take calls of their own: a draft would cost more than its guesses save."""
 
     def __init__(self, model: PreTrainedModel) -> None:

@@ -1,4 +1,4 @@
-"""Whole decoder layers of transformers' models in one call, for the few rows of a decode step.
+"""Whole decoder layers of transformers' models in one call, for steps of up to MOST_ROWS rows.
 
 A layer that is attention and a gated MLP, each after a norm and each added to what it was given, has a dozen calls once
 its parts are fused (fuse.py, fuse_attention.py), and Python between them takes as long as small matmuls do. A fused
@@ -70,7 +70,7 @@ def _handed_on(layer: FusedLayer, hidden_states: torch.Tensor, context: PagedBat
 
 
 def _may_be_chained(hidden_states: torch.Tensor, angles: Any, named: dict[str, Any], context: PagedBatch) -> bool:
-    """Whether a call is one packed row of few tokens, with angles for each, and nothing else to heed."""
+    """Whether a call is one packed row of at most MOST_ROWS tokens, with angles for each, and nothing else to heed."""
     if hidden_states.dim() != 3 or hidden_states.shape[0] != 1 or not 1 <= hidden_states.shape[1] <= MOST_ROWS:
         return False
     if not is_direct(hidden_states) or not hidden_states.is_contiguous() or not context.is_direct(hidden_states.dtype):

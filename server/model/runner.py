@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from quant import native
 from server.model.attention import CONTEXT_ARGUMENT, PagedBatch, Segment
-from server.model.batch import SCORED_ROWS, Batch, StepError, StepResult
+from server.model.batch import FIXED_ROWS, FIXED_ROWS_ON_TILES, SCORED_ROWS, Batch, StepError, StepResult
 from server.model.paged_cache import PagedCache
 from server.model.readout import read_logits
 from server.model.rope import rope_switch
@@ -47,7 +48,7 @@ class PagedRunner:
         """batch_invariant: a row's logits have the same bits in a batch of any size, or UnsteadyError is raised."""
         self.model = model
         self.cache = cache
-        self.checks_drafts = all(store.is_cpu for store in cache.tensors)  # CUDA's kernel takes single rows only
+        self.fixed_rows = _fixed_rows(cache)
         self.device = input_device(model)
         self._keeps_logits = keeps_logits(model)
         self._rope = rope_switch(model)
@@ -128,6 +129,13 @@ class PagedRunner:
         return PagedBatch(self.cache, self._rows.device[2, :total], segments), kept
 
 
+def _fixed_rows(cache: PagedCache) -> int | None:
+    if not all(store.is_cpu for store in cache.tensors):
+        return None  # CUDA's attention takes single rows only
+    has_tiles = native.kernels("cpu").level == "amx" and all(x.computed == torch.bfloat16 for x in cache.layers)
+    return FIXED_ROWS_ON_TILES if has_tiles else FIXED_ROWS
+
+
 class _Buffer:
     """An int64 array that is filled on the host and read on the device; on the CPU the two are the same memory."""
 
@@ -163,7 +171,7 @@ def memory_guard(tokens: int) -> Iterator[None]:
 def _out_of_memory(tokens: int) -> str:
     return (
         f"memory ran out in a step of {tokens} tokens that this request took part in; "
-        "lower max_batch_tokens, max_sequences or kv_cache_tokens of this model"
+        "lower max_batch_tokens, max_sequences or kv_cache.tokens of this model"
     )
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from server.model.batch import Batch, Chunk, StepError, StepResult
+from server.model.batch import FIXED_ROWS, Batch, Chunk, StepError, StepResult
 from server.records import Batching, TokenLogprobs
 
 VOCABULARY = 1000
@@ -56,7 +56,7 @@ class ScriptedRunner:
     decoder_prompt: tuple[int, ...] = ()
     shares_blocks = False
     switch_length: int | None = None
-    checks_drafts = False
+    fixed_rows: int | None = None
 
     def __init__(self) -> None:
         self.batches: list[Batch] = []
@@ -96,7 +96,7 @@ class PagedScriptedRunner:
     batching: Batching = "packed"
     decoder_prompt: tuple[int, ...] = ()
     shares_blocks = True
-    checks_drafts = True
+    fixed_rows: int | None = FIXED_ROWS
 
     def __init__(self, block_tokens: int, switch_length: int | None = None) -> None:
         self.block_tokens = block_tokens

@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from server.engine.lookup import FIXED_ROWS, LONGEST, SHORTEST, Lookup
+from server.engine.lookup import LONGEST, SHORTEST, Lookup
+from server.model.batch import FIXED_ROWS, FIXED_ROWS_ON_TILES
 
 
 def looked_up(tokens: Sequence[int], count: int) -> list[int]:
@@ -49,19 +50,28 @@ def test_a_long_text_is_found_again_at_its_beginning() -> None:
 
 
 @pytest.mark.parametrize(
-    ("rate", "rows", "count"),
-    [(0.0, 1, 0), (0.19, 1, 0), (0.21, 1, 1), (0.5, 1, 2), (0.9, 1, 15), (0.5, 5, 0), (0.9, 8, 3), (1.0, 64, 99)],
+    ("fixed", "rate", "rows", "count"),
+    [
+        *((FIXED_ROWS, *case) for case in [(0.0, 1, 0), (0.19, 1, 0), (0.21, 1, 1), (0.5, 1, 2), (0.9, 1, 15)]),
+        *((FIXED_ROWS, *case) for case in [(0.5, 5, 0), (0.9, 8, 3), (1.0, 64, 99)]),
+        *(
+            (FIXED_ROWS_ON_TILES, *case)
+            for case in [(0.03, 1, 0), (0.05, 1, 1), (0.5, 1, 4), (0.5, 8, 1), (0.9, 8, 13)]
+        ),
+    ],
 )
-def test_a_guess_pays_where_it_costs_less_than_a_token_does_anyway(rate: float, rows: int, count: int) -> None:
+def test_a_guess_pays_where_it_costs_less_than_a_token_does_anyway(
+    fixed: int, rate: float, rows: int, count: int
+) -> None:
     lookup = Lookup()
     lookup.rate = rate
-    assert lookup.worth(rows, 99) == count
-    assert lookup.worth(rows, 2) == min(count, 2)
+    assert lookup.worth(rows, 99, fixed) == count
+    assert lookup.worth(rows, 2, fixed) == min(count, 2)
     if 0 < count < 99:
         # Tokens a step gives over what it costs: with one guess fewer, and with one more, it would be less or equal.
         def gain(guesses: int) -> float:
             own = sum(rate**place for place in range(guesses + 1))
-            return own - guesses * rows / (FIXED_ROWS + rows)
+            return own - guesses * rows / (fixed + rows)
 
         assert gain(count) > gain(count - 1)
         assert gain(count) >= gain(count + 1)

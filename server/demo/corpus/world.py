@@ -79,8 +79,6 @@ class Weather:
     bad: bool = False
 
 
-VILLAGE: Final = "Ternby"
-
 PLACES: Final = (
     Place("the harbour", "at", "boats and nets", "the market"),
     Place("the market", "at", "stalls full of fish and apples", "the inn"),
