@@ -11,8 +11,8 @@
 //                  pack the tile; block after block of vectors meets it (attention_avx512.cpp or its like)
 //              sink, division, rounding
 //
-// On vectors packing costs as much as five vectors' products, so decoding is near the speed of memory and prefill near
-// the multiplier's. The inner part is what the variants differ in; everything here is the same for all.
+// On vectors packing costs as much as five vectors' products. The inner part is what the variants differ in; everything
+// here is the same for all.
 #include <math.h>
 
 #include <atomic>
@@ -118,16 +118,17 @@ void finish(const Job& job, const Item& item, const State& total) {
     }
 }
 
-void run_item(const Job& job, const Item& item, const Scratch& scratch, const State& parts) {
-    pack_queries(job, item, scratch.queries);
+// Of an item, and of the one that this thread computes next, if it has one.
+void run_item(const Job& job, const Item& item, const Item* after, const Scratch& scratch, const State& parts) {
+    pack_queries(job, item, scratch);
     if (job.is_split) {
         const int64_t vector = (item.first_span * job.a.T + item.row) * job.a.H + item.head_of(job, 0);
-        attend_span(job, item, item.first_span, scratch, parts.from(vector, job.shape.padded_e));
+        attend_span(job, item, after, item.first_span, scratch, parts.from(vector, job.shape.padded_e));
         return;
     }
-    attend_span(job, item, item.first_span, scratch, scratch.total);
+    attend_span(job, item, after, item.first_span, scratch, scratch.total);
     for (int64_t span = item.first_span + 1; span < item.end_span; ++span) {
-        attend_span(job, item, span, scratch, scratch.span);
+        attend_span(job, item, after, span, scratch, scratch.span);
         merge(job, scratch.total, scratch.span, item.all_vectors());
     }
     finish(job, item, scratch.total);
@@ -204,8 +205,11 @@ extern "C" hb_status hb_paged_attention(const hb_paged_attention_args* args) {
         const Scratch mine(job, scratch + part * job.scratch_floats());
         Cursor cursor(job);
         if (job.variant.begin != nullptr) job.variant.begin();
-        for (Item item; cursor.find(taken.fetch_add(1, std::memory_order_relaxed), &item);) {
-            run_item(job, item, mine, parts);
+        const auto take = [&](Item* item) { return cursor.find(taken.fetch_add(1, std::memory_order_relaxed), item); };
+        Item item, after;
+        for (bool is_there = take(&item); is_there; item = after) {
+            is_there = take(&after);
+            run_item(job, item, is_there ? &after : nullptr, mine, parts);
         }
         if (job.variant.end != nullptr) job.variant.end();
     });

@@ -56,11 +56,54 @@ struct TileRows {
     const char* keys[kTileKeys];
     const char* values[kTileKeys];
     const float* scales[kTileKeys];
+    int64_t begin = 0, end = 0;  // the positions that are to be read
+    int64_t key_stride = 0;      // from a position's keys to those of the next in its block
     int64_t key_offset = 0;
     int64_t value_offset = 0;
 
     const char* key(int64_t place) const { return keys[place] == nullptr ? nullptr : keys[place] + key_offset; }
     const char* value(int64_t place) const { return values[place] == nullptr ? nullptr : values[place] + value_offset; }
+};
+
+// Brings a tile into the second cache while the one before it is worked on, some lines a step. The heads of a position
+// that an item takes along lie side by side, and so do positions, so lines are fetched in the order of memory.
+class Fetching {
+  public:
+    // Of each position so many bytes of keys and of values, in about this many steps.
+    Fetching(const TileRows& rows, int64_t key_bytes, int64_t value_bytes, int64_t steps)
+        : rows_(rows.keys),
+          values_(rows.values),
+          begin_(rows.begin),
+          end_(rows.end),
+          bytes_(key_bytes),
+          value_bytes_(value_bytes),
+          place_(rows.begin) {
+        const int64_t lines = (key_bytes + kLine - 1) / kLine + (value_bytes + kLine - 1) / kLine;
+        pace_ = ((rows.end - rows.begin) * lines + steps - 1) / steps;
+    }
+    HB_INLINE void step() {
+        if (place_ >= end_) return;
+        // In registers: whoever packs writes to memory that the compiler takes for this, too.
+        int64_t place = place_, at = at_;
+        const char* const* const rows = rows_;
+        const int64_t bytes = bytes_, end = end_;
+        for (int64_t i = pace_; i > 0 && place < end; --i) {
+            __builtin_prefetch(rows[place] + at, 0, 2);
+            at += kLine;
+            if (at >= bytes) at = 0, ++place;
+        }
+        place_ = place, at_ = at;
+        if (place == end && rows != values_) rows_ = values_, bytes_ = value_bytes_, place_ = begin_;
+    }
+
+  private:
+    static constexpr int64_t kLine = 64;
+    const char* const* rows_;  // keys, then values
+    const char* const* const values_;
+    const int64_t begin_, end_;
+    int64_t bytes_;
+    const int64_t value_bytes_;
+    int64_t place_, at_ = 0, pace_;
 };
 
 // The scales of a tile's keys and values; zeros for positions that are not to be read.
@@ -101,10 +144,16 @@ struct Variant {
     int64_t block_vectors;  // of a block, at most kMostBlockVectors; queries are read as if it had as many
     // Fills keys [padded_d, 64] and values [64, padded_e], zeros where a row is null. Sixteen from a multiple of
     // sixteen on that are all null may stay as they are: attend may compute with their keys, but masks what comes of
-    // them. `next` is fetched meanwhile.
-    void (*pack)(const Shape& shape, const TileRows& rows, const TileRows& next, float* keys, float* values);
+    // them. Takes steps of fetching what is next, Job::pack_steps.
+    void (*pack)(const Shape& shape, const TileRows& rows, Fetching& next, float* keys, float* values);
     // Scores, weights and outputs of one block over one packed tile, of which at least one vector sees something.
     void (*attend)(const Shape& shape, const float* keys, const float* values, const Block& block);
+    // The same for single rows, whose vectors are one block, with packing; null where there is nothing to gain. Keys
+    // are read where they lie, sixteen positions of a block of the cache at a time, and what comes of those that nobody
+    // sees is masked. `turned` are the vectors as turn leaves them, [padded_d / 2, 16].
+    void (*turn)(const Shape& shape, const char* queries, int64_t vectors, float* turned);
+    void (*attend_alone)(const Shape& shape, const TileRows& rows, Fetching& next, const float* turned, float* values,
+                         const Block& block);
     // What a thread does before its first block and after its last; null where it is nothing.
     void (*begin)();
     void (*end)();
@@ -112,8 +161,9 @@ struct Variant {
 
 const Variant& baseline();
 // As Variant::pack, for AVX-512: everything as float32, or bfloat16 in pairs.
-void pack_floats_avx512(const Shape& shape, const TileRows& rows, const TileRows& next, float* keys, float* values);
-void pack_pairs_avx512(const Shape& shape, const TileRows& rows, const TileRows& next, float* keys, float* values);
+void pack_floats_avx512(const Shape& shape, const TileRows& rows, Fetching& next, float* keys, float* values);
+void pack_pairs_avx512(const Shape& shape, const TileRows& rows, Fetching& next, float* keys, float* values);
+void pack_value_pairs_avx512(const Shape& shape, const TileRows& rows, Fetching& next, float* values);
 // Tiles, for bfloat16 queries over bfloat16 or int8; heads of some sizes alone.
 bool fit_tiles(int64_t D, int64_t E);
 const Variant& on_tiles();

@@ -123,8 +123,10 @@ HB_AVX512 void attend(const Shape& shape, const float* keys, const float* values
 }  // namespace
 
 const Variant& fastest(int64_t dtype, int64_t store, int64_t D, int64_t E) {
-    static constexpr Variant kFloats = {false, kBlockVectors, pack_floats_avx512, attend<Floats>, nullptr, nullptr};
-    static constexpr Variant kPairs = {true, kBlockVectors, pack_pairs_avx512, attend<Pairs>, nullptr, nullptr};
+    static constexpr Variant kFloats = {false,   kBlockVectors, pack_floats_avx512, attend<Floats>, nullptr, nullptr,
+                                        nullptr, nullptr};
+    static constexpr Variant kPairs = {true,    kBlockVectors, pack_pairs_avx512, attend<Pairs>,
+                                       nullptr, nullptr,       nullptr,           nullptr};
     const bool are_pairs = dtype == HB_BFLOAT16 && D % 2 == 0 && (store == HB_BFLOAT16 || store == HB_INT8);
     if (are_pairs && level() >= kAmx && has_avx512() && fit_tiles(D, E)) return on_tiles();
     if (are_pairs && level() == kAvx512Bf16) return kPairs;

@@ -50,6 +50,7 @@ struct Job {
     int64_t item_vectors;  // the most that an item can have
     int64_t spans;         // at most, of a sequence
     bool is_split;         // items are single spans
+    bool is_alone;         // single rows read keys where they lie
     int64_t kv_heads = 1;  // of an item of a single row; see share_out
 
     explicit Job(const hb_paged_attention_args& args)
@@ -66,13 +67,23 @@ struct Job {
         shape.cap = softcap * kLog2E;
         const bool is_scarce = a.S < kItemsPerThread * a.call.threads;
         const int64_t part = kLanes + shape.padded_e + 1;
+        is_alone = variant.attend_alone != nullptr && a.store_dtype == HB_BFLOAT16 && group <= kMostBlockVectors &&
+                   a.block_tokens % kLanes == 0;
         is_split = a.T == a.S && is_scarce && a.H <= kMostPartFloats && a.T * a.H * part <= kMostPartFloats / spans;
     }
 
     int64_t scratch_floats() const {
         return kTileKeys * round_up(shape.padded_d, kLanes) + kTileKeys * shape.padded_e + query_floats() +
-               2 * round_up(State::floats(item_vectors, shape.padded_e), kLanes);
+               2 * round_up(State::floats(item_vectors, shape.padded_e), kLanes) + turned_floats() * most_heads();
     }
+    // How often packing a head's tile takes a step of fetching.
+    int64_t pack_steps() const {
+        const int64_t in_lane = a.store_dtype == HB_INT8 ? 4 : variant.keeps_pairs ? 2 : 1;
+        return kTileLanes * ceil_div(a.D, in_lane * kLanes) + kTileKeys / 2;
+    }
+    // The vectors of a head of a single row, turned.
+    int64_t turned_floats() const { return is_alone ? round_up(shape.padded_d, 2 * kLanes) / 2 * kLanes : 0; }
+    int64_t most_heads() const { return least(a.G, kItemVectors / group); }
     // A block's queries are read to its whole size, also the last one's: pairs fill half of this.
     int64_t query_floats() const {
         return std::max(item_vectors, kMostBlockVectors) * round_up(shape.padded_d, kLanes);
@@ -82,7 +93,7 @@ struct Job {
         if (group > kItemVectors) return;
         int64_t items = 0;
         for (int64_t s = 0; s < a.S; ++s) items += is_split ? a.starts[s] / kSpanKeys + 1 : 1;
-        kv_heads = least(a.G, kItemVectors / group);
+        kv_heads = most_heads();
         const int64_t wanted = kItemsPerThread * threads;
         while (kv_heads > 1 && items * ceil_div(a.G, kv_heads) < wanted) kv_heads = (kv_heads + 1) / 2;
     }
@@ -102,14 +113,15 @@ struct Scratch {
     float* values;
     char* queries;
     State total, span;
+    float* turned;
 
     Scratch(const Job& job, float* memory)
         : keys(memory),
           values(keys + kTileKeys * round_up(job.shape.padded_d, kLanes)),
           queries(reinterpret_cast<char*>(values + kTileKeys * job.shape.padded_e)),
           total(values + kTileKeys * job.shape.padded_e + job.query_floats(), job.item_vectors),
-          span(total.maxima + round_up(State::floats(job.item_vectors, job.shape.padded_e), kLanes), job.item_vectors) {
-    }
+          span(total.maxima + round_up(State::floats(job.item_vectors, job.shape.padded_e), kLanes), job.item_vectors),
+          turned(span.maxima + round_up(State::floats(job.item_vectors, job.shape.padded_e), kLanes)) {}
 };
 
 // A range of one sequence's query vectors, the same for each of some kv heads. The sequence's first row is `row` of the
@@ -126,6 +138,7 @@ struct Item {
     int64_t keys_begin(const Job& job) const { return seen_from(job.a, start + first_row(job)); }
     int64_t keys_end(const Job& job) const { return start + last_row(job) + 1; }
     int64_t all_vectors() const { return kv_heads * vectors; }
+    bool is_alone(const Job& job) const { return job.is_alone && job.rows_of(sequence) == 1; }
     // Of vector i of all: its row in the batch and its head.
     int64_t row_of(const Job& job, int64_t i) const { return row + (first + i % vectors) / job.group; }
     int64_t head_of(const Job& job, int64_t i) const {
@@ -134,8 +147,10 @@ struct Item {
 };
 
 // Query vectors as the variant takes them.
-void pack_queries(const Job& job, const Item& item, char* queries);
-// The running softmax of an item's vectors over one span, from nothing.
-void attend_span(const Job& job, const Item& item, int64_t span, const Scratch& scratch, const State& state);
+void pack_queries(const Job& job, const Item& item, const Scratch& scratch);
+// The running softmax of an item's vectors over one span, from nothing. Fetches the first tile of what is computed
+// after the item's last one, if anything is.
+void attend_span(const Job& job, const Item& item, const Item* after, int64_t span, const Scratch& scratch,
+                 const State& state);
 
 }  // namespace hb::attention

@@ -41,38 +41,6 @@ HB_AVX512 inline __m512i load_floats(const char* row, int64_t first, int64_t cou
     return _mm512_slli_epi32(_mm512_cvtepu16_epi32(shorts), 16);
 }
 
-// 16 rows of 16 lanes -> 16 columns.
-HB_AVX512 inline void transpose(__m512i (&rows)[kLanes]) {
-    __m512i pairs[kLanes], quads[kLanes];
-    for (int i = 0; i < kLanes; i += 2) {
-        pairs[i] = _mm512_unpacklo_epi32(rows[i], rows[i + 1]);
-        pairs[i + 1] = _mm512_unpackhi_epi32(rows[i], rows[i + 1]);
-    }
-    for (int i = 0; i < kLanes; i += 4) {
-        for (int j = 0; j < 2; ++j) {
-            quads[i + 2 * j] = _mm512_unpacklo_epi64(pairs[i + j], pairs[i + j + 2]);
-            quads[i + 2 * j + 1] = _mm512_unpackhi_epi64(pairs[i + j], pairs[i + j + 2]);
-        }
-    }
-    // quads[4 * i + j] holds, in its 128-bit part k, column 4 * k + j of rows 4 * i .. 4 * i + 3.
-    for (int j = 0; j < 4; ++j) {
-        const __m512i low = _mm512_shuffle_i32x4(quads[j], quads[4 + j], 0x88);
-        const __m512i low_odd = _mm512_shuffle_i32x4(quads[j], quads[4 + j], 0xdd);
-        const __m512i high = _mm512_shuffle_i32x4(quads[8 + j], quads[12 + j], 0x88);
-        const __m512i high_odd = _mm512_shuffle_i32x4(quads[8 + j], quads[12 + j], 0xdd);
-        rows[j] = _mm512_shuffle_i32x4(low, high, 0x88);
-        rows[4 + j] = _mm512_shuffle_i32x4(low_odd, high_odd, 0x88);
-        rows[8 + j] = _mm512_shuffle_i32x4(low, high, 0xdd);
-        rows[12 + j] = _mm512_shuffle_i32x4(low_odd, high_odd, 0xdd);
-    }
-}
-
-// What the next tile will read where this one reads `row` now: one line per load, so that fetching keeps pace with
-// work.
-HB_AVX512 inline void fetch(const char* row, int64_t byte) {
-    if (row != nullptr) _mm_prefetch(row + byte, _MM_HINT_T1);
-}
-
 // Whether sixteen positions from `first` on are all not to be read.
 inline bool are_unread(const TileRows& rows, int64_t first) {
     for (int64_t i = first; i < first + kLanes; ++i) {
@@ -83,16 +51,14 @@ inline bool are_unread(const TileRows& rows, int64_t first) {
 
 // keys [depth, 64] from 64 rows of `count` lanes; `Load` reads 16 lanes of a row.
 template <typename Load>
-HB_AVX512 inline void pack_keys(const TileRows& rows, const TileRows& next, int64_t count, int64_t depth, Load load,
+HB_AVX512 inline void pack_keys(const TileRows& rows, Fetching& next, int64_t count, int64_t depth, Load load,
                                 float* keys) {
     for (int64_t key = 0; key < kTileKeys; key += kLanes) {
         if (are_unread(rows, key)) continue;
         for (int64_t first = 0; first < count; first += kLanes) {
             __m512i lanes[kLanes];
-            for (int i = 0; i < kLanes; ++i) {
-                lanes[i] = load(rows.key(key + i), first, count);
-                fetch(next.key(key + i), first * Load::kBytes);
-            }
+            for (int i = 0; i < kLanes; ++i) lanes[i] = load(rows.key(key + i), first, count);
+            next.step();
             transpose(lanes);
             for (int i = 0; i < kLanes && first + i < depth; ++i) {
                 _mm512_storeu_si512(keys + (first + i) * kTileKeys + key, lanes[i]);
@@ -107,29 +73,27 @@ HB_AVX512 inline void pack_keys(const TileRows& rows, const TileRows& next, int6
 
 template <int64_t Dtype>
 struct LoadFloats {
-    static constexpr int64_t kBytes = Dtype == HB_FLOAT32 ? 4 : 2;
     HB_AVX512 __m512i operator()(const char* row, int64_t first, int64_t count) const {
         return load_floats<Dtype>(row, first, count);
     }
 };
 
 struct LoadWords {
-    static constexpr int64_t kBytes = 4;
     HB_AVX512 __m512i operator()(const char* row, int64_t first, int64_t count) const {
         return load_words(row, first, count);
     }
 };
 
 template <int64_t Dtype>
-HB_AVX512 void pack_floats(const Shape& shape, const TileRows& rows, const TileRows& next, float* keys, float* values) {
+HB_AVX512 void pack_floats(const Shape& shape, const TileRows& rows, Fetching& next, float* keys, float* values) {
     pack_keys(rows, next, shape.D, shape.padded_d, LoadFloats<Dtype>(), keys);
     for (int64_t group = 0; group < kTileKeys; group += kLanes) {
         if (are_unread(rows, group)) continue;
         for (int64_t key = group; key < group + kLanes; ++key) {
+            if (key % 2 == 0) next.step();
             for (int64_t first = 0; first < shape.E; first += kLanes) {
                 _mm512_storeu_si512(values + key * shape.padded_e + first,
                                     load_floats<Dtype>(rows.value(key), first, shape.E));
-                fetch(next.value(key), first * LoadFloats<Dtype>::kBytes);
             }
         }
     }
@@ -171,17 +135,15 @@ struct ToPairs {
 };
 
 template <typename To>
-HB_AVX512BW void pack_key_codes(const Shape& shape, const TileRows& rows, const TileRows& next, float* keys) {
+HB_AVX512BW void pack_key_codes(const Shape& shape, const TileRows& rows, Fetching& next, float* keys) {
     constexpr int64_t kOut = 4 / To::kWidth;  // lanes that four codes become
     const int64_t depth = shape.padded_d / To::kWidth;
     for (int64_t key = 0; key < kTileKeys; key += kLanes) {
         if (are_unread(rows, key)) continue;
         for (int64_t first = 0; first < shape.D; first += 4 * kLanes) {
             __m512i lanes[kLanes];
-            for (int i = 0; i < kLanes; ++i) {
-                lanes[i] = load_codes(rows.key(key + i), first, shape.D);
-                fetch(next.key(key + i), first);
-            }
+            for (int i = 0; i < kLanes; ++i) lanes[i] = load_codes(rows.key(key + i), first, shape.D);
+            next.step();
             transpose(lanes);
             for (int64_t i = 0; i < kLanes && first + i * 4 < shape.padded_d; ++i) {
                 __m512i out[kOut];
@@ -201,29 +163,29 @@ HB_AVX512BW inline __m512 load_value(const char* row, int64_t first, int64_t cou
         _mm512_castsi512_si128(load_codes(row, first, count - first < kLanes ? count : first + kLanes))));
 }
 
-HB_AVX512BW void pack_value_codes(const Shape& shape, const TileRows& rows, const TileRows& next, float* values) {
+HB_AVX512BW void pack_value_codes(const Shape& shape, const TileRows& rows, Fetching& next, float* values) {
     for (int64_t key = 0; key < kTileKeys; ++key) {
+        if (key % 2 == 0) next.step();
         for (int64_t first = 0; first < shape.E; first += kLanes) {
             _mm512_storeu_ps(values + key * shape.padded_e + first, load_value(rows.value(key), first, shape.E));
-            if (first % 64 == 0) fetch(next.value(key), first);
         }
     }
 }
 
-HB_AVX512BW void pack_value_code_pairs(const Shape& shape, const TileRows& rows, const TileRows& next, float* values) {
+HB_AVX512BW void pack_value_code_pairs(const Shape& shape, const TileRows& rows, Fetching& next, float* values) {
     for (int64_t key = 0; key < kTileKeys; key += 2) {
+        next.step();
         for (int64_t first = 0; first < shape.E; first += kLanes) {
             const __m512 even = load_value(rows.value(key), first, shape.E);
             const __m512 odd = load_value(rows.value(key + 1), first, shape.E);
             _mm512_storeu_si512(values + key / 2 * shape.padded_e + first, pair_up(even, odd));
-            if (first % 64 == 0) fetch(next.value(key), first), fetch(next.value(key + 1), first);
         }
     }
 }
 
 }  // namespace
 
-HB_AVX512 void pack_floats_avx512(const Shape& shape, const TileRows& rows, const TileRows& next, float* keys,
+HB_AVX512 void pack_floats_avx512(const Shape& shape, const TileRows& rows, Fetching& next, float* keys,
                                   float* values) {
     switch (shape.store) {
         case HB_INT8:
@@ -239,21 +201,23 @@ HB_AVX512 void pack_floats_avx512(const Shape& shape, const TileRows& rows, cons
 }
 
 // Pairs of d become one lane of keys, pairs of keys one lane of values.
-HB_AVX512 void pack_pairs_avx512(const Shape& shape, const TileRows& rows, const TileRows& next, float* keys,
-                                 float* values) {
+HB_AVX512 void pack_pairs_avx512(const Shape& shape, const TileRows& rows, Fetching& next, float* keys, float* values) {
     if (shape.store == HB_INT8) {
         pack_key_codes<ToPairs>(shape, rows, next, keys);
         return pack_value_code_pairs(shape, rows, next, values);
     }
     pack_keys(rows, next, shape.D / 2, shape.D / 2, LoadWords(), keys);
+    pack_value_pairs_avx512(shape, rows, next, values);
+}
+
+HB_AVX512 void pack_value_pairs_avx512(const Shape& shape, const TileRows& rows, Fetching& next, float* values) {
     for (int64_t key = 0; key < kTileKeys; key += 2) {
+        next.step();
         for (int64_t first = 0; first < shape.E; first += kLanes) {
             const __m512i even = _mm512_cvtepu16_epi32(load_shorts(rows.value(key), first, shape.E));
             const __m512i odd = _mm512_cvtepu16_epi32(load_shorts(rows.value(key + 1), first, shape.E));
             _mm512_storeu_si512(values + key / 2 * shape.padded_e + first,
                                 _mm512_or_si512(even, _mm512_slli_epi32(odd, 16)));
-            fetch(next.value(key), first * 2);
-            fetch(next.value(key + 1), first * 2);
         }
     }
 }

@@ -16,6 +16,32 @@
 
 namespace hb {
 
+// 16 rows of 16 lanes -> 16 columns.
+HB_AVX512 inline void transpose(__m512i (&rows)[16]) {
+    __m512i pairs[16], quads[16];
+    for (int i = 0; i < 16; i += 2) {
+        pairs[i] = _mm512_unpacklo_epi32(rows[i], rows[i + 1]);
+        pairs[i + 1] = _mm512_unpackhi_epi32(rows[i], rows[i + 1]);
+    }
+    for (int i = 0; i < 16; i += 4) {
+        for (int j = 0; j < 2; ++j) {
+            quads[i + 2 * j] = _mm512_unpacklo_epi64(pairs[i + j], pairs[i + j + 2]);
+            quads[i + 2 * j + 1] = _mm512_unpackhi_epi64(pairs[i + j], pairs[i + j + 2]);
+        }
+    }
+    // quads[4 * i + j] holds, in its 128-bit part k, column 4 * k + j of rows 4 * i .. 4 * i + 3.
+    for (int j = 0; j < 4; ++j) {
+        const __m512i low = _mm512_shuffle_i32x4(quads[j], quads[4 + j], 0x88);
+        const __m512i low_odd = _mm512_shuffle_i32x4(quads[j], quads[4 + j], 0xdd);
+        const __m512i high = _mm512_shuffle_i32x4(quads[8 + j], quads[12 + j], 0x88);
+        const __m512i high_odd = _mm512_shuffle_i32x4(quads[8 + j], quads[12 + j], 0xdd);
+        rows[j] = _mm512_shuffle_i32x4(low, high, 0x88);
+        rows[4 + j] = _mm512_shuffle_i32x4(low_odd, high_odd, 0x88);
+        rows[8 + j] = _mm512_shuffle_i32x4(low, high, 0xdd);
+        rows[12 + j] = _mm512_shuffle_i32x4(low_odd, high_odd, 0xdd);
+    }
+}
+
 // Each dtype of values: sixteen of them as float32, and 32 as two vectors that hold the first and the second half of
 // them or, where `kAlternates`, those with even and with odd index.
 struct Float32Values {
