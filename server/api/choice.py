@@ -42,7 +42,7 @@ class Piece:
 
 
 class ChoiceText:
-    """The text of one choice, which begins at `offset` (behind an echoed prompt)."""
+    """The text of one choice, which begins at `offset` (behind an echoed prompt) and continues the tokens `before`."""
 
     def __init__(
         self,
@@ -53,11 +53,12 @@ class ChoiceText:
         stop: Sequence[str] = (),
         keep_stop: bool = False,
         offset: int = 0,
+        before: Sequence[int] = (),
     ) -> None:
         self._index = index
         self._tokenizer = tokenizer
         self._params = params
-        self._decoder = IncrementalDecoder(tokenizer)
+        self._decoder = IncrementalDecoder(tokenizer, before)
         self._stops = StopStrings(stop, keep=keep_stop)
         self._keep_stop = keep_stop
         self.tokens = 0

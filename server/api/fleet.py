@@ -170,7 +170,7 @@ class Fleet:
         try:
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(model.admission.empty.wait(), within)
-            cut = model.client.end_requests(f"model {model.name!r} was unloaded; this request did not end in time")
+            cut = model.end_requests(f"model {model.name!r} was unloaded; this request did not end in time")
             pid = model.client.process_id
             held = None if pid is None else await asyncio.to_thread(process_bytes, pid)
             device = _device_bytes(model.client.loaded)

@@ -91,8 +91,7 @@ class TextJob:
         timeout = self._model.timeout if self._options.timeout is None else self._options.timeout
         self._deadline = None if timeout is None else time.monotonic() + timeout
         with self._place():
-            prompts = await self._encode()
-            banned = await asyncio.to_thread(bad_word_ids, self._model.tokenizer, self._options.bad_words)
+            prompts, banned = await self._model.prepared(self._prepare(), self._count)
             params = [sampling(prompt.ids, self._options, banned, self._model.info) for prompt in prompts]
             self.prompt_tokens = sum(len(prompt.ids) for prompt in prompts)
             runs = [
@@ -103,6 +102,11 @@ class TextJob:
             async with contextlib.aclosing(runs[0] if len(runs) == 1 else _merged(runs)) as merged:
                 async for piece in merged:
                     yield piece
+
+    async def _prepare(self) -> tuple[list[Prompt], tuple[tuple[int, ...], ...]]:
+        """The prompts, and the bad words as token sequences."""
+        prompts = await self._encode()
+        return prompts, await asyncio.to_thread(bad_word_ids, self._model.tokenizer, self._options.bad_words)
 
     @contextlib.contextmanager
     def _place(self) -> Iterator[None]:
@@ -129,7 +133,10 @@ class TextJob:
         """`echo` are the prompt's tokens: its first choice has them scored, the others wait for that."""
         options, tokenizer = self._options, self._model.tokenizer
         echoed = self._echoed(prompt)
-        text = ChoiceText(index, tokenizer, params, stop=options.stop, keep_stop=options.keep_stop, offset=len(echoed))
+        text = ChoiceText(
+            index, tokenizer, params, stop=options.stop, keep_stop=options.keep_stop, offset=len(echoed),
+            before=() if self._model.info.is_encoder_decoder else prompt.ids,
+        )  # fmt: skip
         logprobs: list[TokenLogprobs] = []
         opening = options.echo
         with self._model.client.generate(

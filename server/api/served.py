@@ -5,11 +5,12 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from collections.abc import Coroutine
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from server.api.admission import Admission
-from server.engine.client import EngineClient
+from server.engine.client import Cut, EngineClient
 from server.engine.supervisor import ModelState, Supervisor
 from server.errors import EngineUnavailableError
 from server.memory import allocator
@@ -19,6 +20,7 @@ from server.text.chat_template import ChatTemplate, load_chat_template
 from server.text.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
+_Result = TypeVar("_Result")
 
 
 class ServedModel:
@@ -39,6 +41,10 @@ class ServedModel:
         self.ready = False
         """Whether it has been loaded once."""
         self._tokenizer: Tokenizer | None = None
+        self._preparing = 0
+        """Choices of requests that the engine does not know of yet."""
+        self._cut = asyncio.Event()
+        self._why_cut = ""
 
     async def load(self) -> Loaded:
         """Starts the engine and reads the tokenizer; returns when both are done. Raises a ServerError."""
@@ -57,6 +63,30 @@ class ServedModel:
             return tokenizer, load_chat_template(path, tokenizer)
         finally:
             allocator.give_back()  # reading a large tokenizer takes several times what it keeps
+
+    async def prepared(self, work: Coroutine[Any, Any, _Result], count: int) -> _Result:
+        """What is done of a request of `count` choices before the engine gets it. Raises EngineUnavailableError where
+        the open requests are ended meanwhile.
+        """
+        self._preparing += count
+        working, cutting = asyncio.create_task(work), asyncio.create_task(self._cut.wait())
+        try:
+            await asyncio.wait({working, cutting}, return_when=asyncio.FIRST_COMPLETED)
+            if working.done():
+                return working.result()
+            raise EngineUnavailableError(self._why_cut)
+        finally:
+            self._preparing -= count
+            for task in (working, cutting):
+                task.cancel()
+            await asyncio.gather(working, cutting, return_exceptions=True)
+
+    def end_requests(self, why: str) -> Cut:
+        """Ends every open request with an error, for good; says what that cut."""
+        cut = self.client.end_requests(why)
+        self._why_cut = why
+        self._cut.set()
+        return Cut(cut.requests + self._preparing, cut.tokens)
 
     async def end(self, why: str) -> None:
         """Ends the engine and lets the tokenizer go; requests that still run have it as long as they do."""
@@ -87,8 +117,8 @@ class ServedModel:
 
     @property
     def info(self) -> ModelInfo:
-        """Raises EngineUnavailableError unless requests can be served."""
-        return self.engine.require_ready().info
+        """Raises EngineUnavailableError unless requests can be served; those that are open may end while it stops."""
+        return (self.client if self.state == "stopping" else self.engine).require_ready().info
 
     @property
     def tokenizer(self) -> Tokenizer:

@@ -85,7 +85,7 @@ class Service:
 
     def end_requests(self, sentence: str) -> Cut:
         """Ends every open request with an error; says what that cut."""
-        return _sum([model.client.end_requests(sentence) for model in self.models.values()])
+        return _sum([model.end_requests(sentence) for model in self.models.values()])
 
     def kill(self) -> Cut:
         """Ends every engine at once; says what that cut."""

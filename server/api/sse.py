@@ -18,6 +18,8 @@ from server.errors import RequestError
 
 log = logging.getLogger(__name__)
 DONE: Final = "[DONE]"
+SEND_SECONDS: Final = 60.0
+"""How long a client may read nothing before it counts as gone; the number is nginx's."""
 _Result = TypeVar("_Result")
 
 
@@ -81,15 +83,16 @@ class EventStream(Response):
     async def _write(self, send: Send) -> None:
         async def data(text: str, *, more: bool = True) -> None:
             body = f"data: {text}\n\n".encode()
-            await send({"type": "http.response.body", "body": body, "more_body": more})
+            async with asyncio.timeout(SEND_SECONDS):
+                await send({"type": "http.response.body", "body": body, "more_body": more})
 
         try:
             async for event in self._events:
                 await data(compact(event))
         except RequestError as error:
             await data(compact(error_body(error)), more=False)
-        except OSError:
-            return  # the connection broke while writing
+        except OSError:  # TimeoutError is one
+            return  # the connection broke while writing, or nobody reads at its other end
         except Exception:
             log.exception("a stream failed")
             with contextlib.suppress(OSError):

@@ -37,12 +37,30 @@ Prompt = str | list[int]
 def _content(value: object) -> object:
     if not isinstance(value, str | list):
         raise ValueError(f"'content' is {shown(value)}; accepted are a string or a list of text parts")
+    if isinstance(value, str):
+        _require_characters("content", value)
+        return value
+    for index, part in enumerate(value):
+        if isinstance(part, dict) and isinstance(part.get("text"), str):
+            _require_characters(f"content[{index}].text", part["text"])
     return value
+
+
+def _require_characters(name: str, text: str) -> None:
+    """Refuses halves of UTF-16 pairs, which JSON can hold, and no tokenizer or answer."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"{name!r} holds half of a surrogate pair, U+{ord(text[error.start]):04X} at {error.start}; "
+            "accepted are whole characters"
+        ) from None
 
 
 def _prompts(value: object) -> list[Prompt]:
     """The four shapes of `prompt` as a list of texts or token sequences."""
     if isinstance(value, str):
+        _require_characters("prompt", value)
         return [value]
     if not isinstance(value, list) or not value:
         raise ValueError(
@@ -57,6 +75,8 @@ def _prompts(value: object) -> list[Prompt]:
         tokens = isinstance(item, list) and item and all(_is_token(token) for token in item)
         if not isinstance(item, str) and not tokens:
             raise ValueError(f"'prompt[{index}]' is {shown(item)}; accepted are a string or a list of token ids")
+        if isinstance(item, str):
+            _require_characters(f"prompt[{index}]", item)
     return value
 
 

@@ -126,7 +126,10 @@ class EngineClient:
 
     async def start(self) -> None:
         """Starts the process and sends it LoadModel; returns at once, loading goes on by itself."""
-        ours, theirs = socket.socketpair()
+        try:
+            ours, theirs = socket.socketpair()
+        except OSError as error:
+            raise LoadError(self._unstarted(error)) from error
         try:
             self._scratch = Path(tempfile.mkdtemp(prefix=SCRATCH_PREFIX))
             self._process = await asyncio.create_subprocess_exec(
@@ -141,7 +144,7 @@ class EngineClient:
             ours.close()
             self._remove_scratch()
             if isinstance(error, OSError):
-                raise LoadError(f"the engine of model {self.spec.name!r} could not be started: {error}") from error
+                raise LoadError(self._unstarted(error)) from error
             raise
         finally:
             theirs.close()
@@ -159,6 +162,11 @@ class EngineClient:
     async def wait_ended(self) -> None:
         """Returns when the process is gone and every request has been told; `death` then says how."""
         await self._ended.wait()
+
+    @property
+    def last_moved(self) -> float:
+        """When the engine last reported, or got the first request after a rest; by time.monotonic."""
+        return self._moved
 
     @property
     def stalled_seconds(self) -> float:
@@ -193,13 +201,16 @@ class EngineClient:
         Raises EngineUnavailableError when the engine is not ready.
         """
         self.require_ready()
-        stream = OutputStream(request_id, len(prompt), self._metrics, self._forget, origin)
+        stream = OutputStream(request_id, len(prompt), self._metrics, self._forget, origin, deadline)
         self._requests[request_id] = stream
         if not self._owed:
             self._moved = time.monotonic()
         self._owed.add(request_id)
         self._send(Generate(request_id, tuple(prompt), sampling, priority, deadline, cache_salt))
         return stream
+
+    def _unstarted(self, error: OSError) -> str:
+        return f"the engine of model {self.spec.name!r} could not be started: {error}"
 
     def _forget(self, request_id: str, abort: bool) -> None:
         """Called by a stream that is closed: it gets no more outputs."""

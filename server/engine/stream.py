@@ -7,10 +7,14 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from types import TracebackType
+from typing import Final
 
 from server.errors import DeadlineExceededError, EngineFaultError, RequestError, ServerError
 from server.metrics import ModelMetrics
 from server.records import FinishReason, SequenceOutput
+
+LATE_SECONDS: Final = 2.0
+"""How long after a deadline the engine's own word on it is waited for: it comes between steps, which take time."""
 
 
 @dataclass(frozen=True)
@@ -36,6 +40,7 @@ class OutputStream:
         metrics: ModelMetrics,
         forget: Callable[[str, bool], None],
         origin: Origin | None = None,
+        deadline: float | None = None,
     ) -> None:
         self.request_id = request_id
         self.tokens = 0
@@ -48,6 +53,7 @@ class OutputStream:
         self._last_token = 0.0
         self._reason: FinishReason | None = None
         self._closed = False
+        self._deadline = deadline
 
     def __aiter__(self) -> OutputStream:
         return self
@@ -58,7 +64,7 @@ class OutputStream:
         """
         if self._closed or self._reason is not None:
             raise StopAsyncIteration
-        output = await self._outputs.get()
+        output = await self._next()
         if isinstance(output, ServerError):
             self._reason = "error"
             raise output
@@ -69,6 +75,20 @@ class OutputStream:
                 raise DeadlineExceededError(sentence)
             raise RequestError(sentence) if output.refused else EngineFaultError(sentence)
         return output
+
+    async def _next(self) -> SequenceOutput | ServerError:
+        """Not for longer than the deadline and what an engine may take to say that it has come: a stuck one doesn't."""
+        if self._deadline is None or not self._outputs.empty():
+            return await self._outputs.get()
+        try:
+            async with asyncio.timeout_at(self._deadline + LATE_SECONDS):
+                return await self._outputs.get()
+        except TimeoutError:
+            self.close("timeout")
+            raise DeadlineExceededError(
+                f"the request's time was up {LATE_SECONDS:.3g} seconds ago, with {self.tokens} tokens generated, "
+                "and the engine has not answered since"
+            ) from None
 
     def deliver(self, output: SequenceOutput | ServerError) -> None:
         """Called by the client as outputs arrive; times are taken here, however late the consumer is."""

@@ -202,7 +202,8 @@ class Supervisor:
             await self.client.wait_ended()
             reason: RestartReason = self.client.death or "exit"
             self._last_words = self.client.how_it_died
-            lived = time.monotonic() - ready_at
+            ended = self.client.last_moved if reason == "stuck" else time.monotonic()
+            lived = ended - ready_at  # hanging is not living
             while not await self._again(backoff, lived, reason):
                 if self._given_up:
                     return
@@ -231,9 +232,9 @@ class Supervisor:
         try:
             await self.client.start()
             await self.client.wait_loaded()
-        except ServerError as error:
+        except Exception as error:  # whatever was short, such as descriptors or threads: the next try may have it
             self._last_words = f"model {self.spec.name!r} did not load again ({error})"
-            log.error(self._last_words)
+            log.error(self._last_words, exc_info=None if isinstance(error, ServerError) else error)
             await self.client.shutdown()
             if isinstance(error, ConfigError):
                 self._give_up("what it is configured to be is not accepted any more")

@@ -10,7 +10,7 @@ difference:
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Final
 
 from server.text.tokenizer import NO_CHARACTER, Tokenizer
@@ -18,16 +18,18 @@ from server.text.tokenizer import NO_CHARACTER, Tokenizer
 _LONGEST_WAIT: Final = 8
 """Tokens without text after which their bytes can't all belong to one character: keeps the window small."""
 _CHARACTER_BYTES: Final = 4
+_CONTEXT: Final = 8
+"""Tokens of what goes before that are decoded as context: the first one may lose a space, the last ones don't."""
 
 
 class IncrementalDecoder:
-    """The text of one sequence, piece by piece."""
+    """The text of one sequence, piece by piece; `before` are tokens that it follows, whose text is not given out."""
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
+    def __init__(self, tokenizer: Tokenizer, before: Sequence[int] = ()) -> None:
         self._tokenizer = tokenizer
-        self._known: list[int] = []
+        self._known = [token for token in before[-_CONTEXT:] if token not in tokenizer.special_ids]
         """Tokens whose text was given out last; decoded again as context for the next ones."""
-        self._known_text = ""
+        self._known_text = tokenizer.decode(self._known) if self._known else ""
         self._new: list[int] = []
 
     def push(self, ids: Iterable[int]) -> str:

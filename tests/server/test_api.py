@@ -8,6 +8,7 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from typing import Any
 
@@ -16,7 +17,9 @@ import pytest
 from pydantic import SecretStr
 
 from server.api.admission import Admission
+from server.engine.client import Cut
 from server.errors import OverloadedError
+from server.text.tokenizer import Tokenizer
 from tests.server.conftest import RunningApp, ServeScript, wait_for
 
 
@@ -760,3 +763,67 @@ def test_many_clients_at_once_each_get_their_own_text(echo: RunningApp) -> None:
             await asyncio.gather(*(ask(number) for number in range(100)))
 
     asyncio.run(test())
+
+
+@pytest.mark.parametrize(
+    ("body", "field"),
+    [
+        ({"prompt": "a\ud800b"}, "prompt"),
+        ({"prompt": ["a", "\udfff"]}, "prompt[1]"),
+        ({"messages": [{"role": "user", "content": "\ud83d"}]}, "content"),
+        ({"messages": [{"role": "user", "content": [{"type": "text", "text": "\ud83d"}]}]}, "text"),
+    ],
+)
+def test_half_a_character_is_refused(echo: RunningApp, body: dict[str, Any], field: str) -> None:
+    path = "/v1/chat/completions" if "messages" in body else "/v1/completions"
+    with echo.client() as client:
+        content = json.dumps({"model": "echo", "max_tokens": 2, **body})
+        answer = client.post(path, content=content, headers={"Content-Type": "application/json"})
+    assert answer.status_code == 400, answer.text
+    assert field in answer.json()["error"]["message"]
+
+
+@pytest.fixture
+def slow_text(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A tokenizer that takes a second."""
+    encode_all = Tokenizer.encode_all
+
+    def slow(self: Tokenizer, texts: list[str], **options: Any) -> list[list[int]]:
+        time.sleep(1)
+        return encode_all(self, texts, **options)
+
+    monkeypatch.setattr(Tokenizer, "encode_all", slow)
+
+
+def test_what_is_cut_before_the_engine_has_it_is_told_and_counted(serve_scripts: ServeScript, slow_text: None) -> None:
+    with serve_scripts({"echo": {}}) as running, ThreadPoolExecutor() as pool:
+        answer = pool.submit(complete, running, prompt="abc", max_tokens=2, n=2)
+        wait_for(lambda: running.service.open_requests)
+        cut: list[Cut] = []
+        running.call(lambda: cut.append(running.service.end_requests("this server had enough")))
+        assert answer.result().status_code == 503
+        assert "this server had enough" in answer.result().text
+        assert [part.requests for part in cut] == [2]
+
+
+def test_an_unload_lets_finish_what_is_still_being_tokenized(serve_scripts: ServeScript, slow_text: None) -> None:
+    with serve_scripts({"echo": {}}) as running, ThreadPoolExecutor() as pool:
+        answer = pool.submit(complete, running, prompt=["abc", "def"], max_tokens=2)
+        wait_for(lambda: running.service.open_requests)
+        running.call(lambda: running.service.models["echo"].engine.retire("model 'echo' is being unloaded"))
+        assert complete(running, prompt="abc").status_code == 503
+        assert answer.result().status_code == 200, answer.result().text
+
+
+def test_a_client_that_reads_nothing_loses_its_place(
+    serve_scripts: ServeScript, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("server.api.sse.SEND_SECONDS", 0.5)
+    body = json.dumps({"model": "echo", "prompt": "ab", "max_tokens": 12000, "stream": True, "logprobs": 5}).encode()
+    head = f"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}\r\n"
+    with serve_scripts({"echo": {"max_model_len": 20_000}}) as running, socket.socket() as deaf:
+        deaf.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        deaf.connect(("127.0.0.1", running.port))
+        deaf.sendall(head.encode() + b"Content-Type: application/json\r\n\r\n" + body)
+        wait_for(lambda: running.service.open_requests)
+        wait_for(lambda: not running.service.open_requests)

@@ -17,6 +17,7 @@ from server.engine.client import EngineClient
 from server.engine.stream import OutputStream
 from server.errors import (
     ConfigError,
+    DeadlineExceededError,
     DoesNotFitError,
     EngineUnavailableError,
     LoadError,
@@ -272,5 +273,23 @@ def test_an_engine_that_hangs_and_ignores_sigterm_is_killed(monkeypatch: pytest.
             assert time.monotonic() - started < 5, "the server's own patience is longer"
             with pytest.raises(EngineUnavailableError, match="shutting down"):
                 await tokens(stream)
+
+    run(test)
+
+
+def test_a_deadline_holds_though_the_engine_hangs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("server.engine.stream.LATE_SECONDS", 0.1)
+    monkeypatch.setattr("server.engine.client.SHUTDOWN_SECONDS", 0.2)
+    monkeypatch.setattr("server.engine.client._KILL_SECONDS", 0.2)
+
+    async def test() -> None:
+        async with engine(hang_after_steps=1) as client:
+            deadline = time.monotonic() + 0.5
+            with client.generate("r", [5], SamplingParams(max_tokens=100), deadline=deadline) as stream:
+                await anext(stream)
+                with pytest.raises(DeadlineExceededError, match="1 tokens generated, and the engine has not answered"):
+                    await anext(stream)
+                assert time.monotonic() < deadline + 5
+            assert client.open_requests == 0
 
     run(test)

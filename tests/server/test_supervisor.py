@@ -6,6 +6,7 @@ import asyncio
 import logging
 import os
 import signal
+import socket
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
@@ -317,5 +318,41 @@ def test_retry_after_is_the_pause_that_is_left_and_the_time_that_loading_took() 
             after = supervisor.retry_after()
             assert after is not None
             assert 50 < after <= 50 + supervisor._load_seconds + 1  # type: ignore[operator]
+
+    run(test)
+
+
+def test_one_that_hangs_again_and_again_is_given_up() -> None:
+    """The time for which it hung is not counted as a life that lasted, however long that is."""
+    rules = Supervision(stuck_seconds=0.3, first_pause=0.02, longest_pause=0.1, restart_limit=2, restart_stuck=True)
+
+    async def test() -> None:
+        async with supervised(rules, hang_after_steps=1) as supervisor:
+            while supervisor.state != "dead":
+                if supervisor.state == "ready":
+                    with pytest.raises(EngineUnavailableError):
+                        await tokens(supervisor.client.generate("r", [5], ENDLESS))
+                await asyncio.sleep(0.005)
+            assert supervisor.restarts == rules.restart_limit
+
+    run(test)
+
+
+def test_a_start_that_the_system_refuses_is_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def test() -> None:
+        async with supervised() as supervisor:
+            refused = iter([OSError(24, "Too many open files"), RuntimeError("can't start new thread")])
+            real = socket.socketpair
+
+            def socketpair(*args: Any) -> Any:
+                error = next(refused, None)
+                if error is not None:
+                    raise error
+                return real(*args)
+
+            monkeypatch.setattr("server.engine.client.socket.socketpair", socketpair)
+            supervisor.client.kill()
+            await until(lambda: supervisor.restarts == 3 and supervisor.state == "ready")
+            assert await answers(supervisor)
 
     run(test)

@@ -14,7 +14,9 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer as RustTokenizer
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 
+from server.api.choice import ChoiceText
 from server.errors import LoadError, RequestError
+from server.records import SamplingParams, SequenceOutput
 from server.text.bad_words import bad_word_ids
 from server.text.chat_template import ChatTemplate, load_chat_template
 from server.text.decode import IncrementalDecoder
@@ -315,3 +317,32 @@ def test_broken_files_are_one_sentence(tmp_path: Path, files: dict[str, Any], se
     with pytest.raises(LoadError, match=sentence) as caught:
         load_chat_template(tmp_path, Tokenizer.from_directory(tmp_path))
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["byte-level", "sentencepiece"])
+def test_a_text_that_goes_on_keeps_its_first_space(name: str) -> None:
+    """Decoders drop the first space of a text; what follows a prompt is none."""
+    tokenizer = TOKENIZERS[name]
+    prompt, whole = tokenizer.encode("the cat"), tokenizer.encode("the cat sat at the cat")
+    assert whole[: len(prompt)] == prompt
+    for before in (prompt, [*prompt * 20, *sorted(tokenizer.special_ids), *prompt]):
+        decoder = IncrementalDecoder(tokenizer, before)
+        assert (
+            "".join([*(decoder.push([token]) for token in whole[len(prompt) :]), decoder.finish()]) == " sat at the cat"
+        )
+
+
+def test_what_goes_before_may_end_within_a_character() -> None:
+    tokenizer = TOKENIZERS["byte-level"]
+    ids = tokenizer.encode("日本")
+    decoder = IncrementalDecoder(tokenizer, ids[:4])
+    assert (decoder.push(ids[4:]) + decoder.finish()).endswith(tokenizer.decode(ids[4:])[-1:])
+
+
+def test_a_stop_string_may_begin_with_the_first_space() -> None:
+    tokenizer = TOKENIZERS["sentencepiece"]
+    prompt, whole = tokenizer.encode("the cat"), tokenizer.encode("the cat sat")
+    text = ChoiceText(0, tokenizer, SamplingParams(max_tokens=9), stop=(" sat",), offset=7, before=prompt)
+    piece = text.push(SequenceOutput("r", tuple(whole[len(prompt) :]), "length"))
+    assert piece is not None
+    assert (piece.text, piece.finish) == ("", "stop")
