@@ -45,6 +45,11 @@ def _column(values: Sequence[float], like: torch.Tensor) -> torch.Tensor:
     return torch.tensor(values, dtype=torch.float64, device=like.device)[:, None]
 
 
+def _row_sums(values: torch.Tensor) -> torch.Tensor:
+    """[rows, 1], added up from left to right: sum() shares a single long row out among threads, and many rows not."""
+    return values.cumsum(dim=-1)[:, -1:]
+
+
 def _top_k(ordered: torch.Tensor, top_k: torch.Tensor) -> None:
     ordered.masked_fill_(torch.arange(ordered.shape[-1], device=ordered.device) >= top_k, 0.0)
 
@@ -64,8 +69,9 @@ def _min_p(ordered: torch.Tensor, min_p: torch.Tensor) -> None:
 
 def _typical_p(ordered: torch.Tensor, typical_p: torch.Tensor) -> None:
     """Ties in distance stay together, as in transformers."""
-    probabilities = ordered.double() / ordered.sum(dim=-1, keepdim=True, dtype=torch.float64)
-    entropy = -torch.xlogy(probabilities, probabilities).sum(dim=-1, keepdim=True)
+    probabilities = ordered.double()
+    probabilities /= _row_sums(probabilities)
+    entropy = -_row_sums(torch.xlogy(probabilities, probabilities))
     distance = (probabilities.log() + entropy).abs()  # of -log p from the entropy; infinite where p is 0
     nearest, order = distance.sort(dim=-1, stable=True)
     reached = probabilities.gather(-1, order).cumsum(dim=-1)

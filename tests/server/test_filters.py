@@ -18,6 +18,7 @@ from transformers import (
 )
 
 from server.model.batch import Draw
+from server.model.filters import _row_sums, leave_out
 from server.model.sampler import sample
 from server.records import SamplingParams
 
@@ -127,3 +128,15 @@ def test_a_row_among_any_others_is_the_row_alone(data: st.DataObject, rows: int)
     together = sample(logits, draws)
     assert together == list(itertools.chain(*(sample(logits[row : row + 1], [draws[row]]) for row in range(rows))))
     assert torch.equal(logits, before)
+
+
+def test_a_row_of_a_large_vocabulary_has_the_same_bits_alone() -> None:
+    ordered = torch.randn(5, 100_003).softmax(-1).sort(dim=-1, descending=True).values
+    params = SamplingParams(max_tokens=1, top_p=0.99, min_p=1e-7, typical_p=0.9)
+    together, alone = ordered.clone(), ordered.clone()
+    leave_out(together, [params] * 5)
+    for row in alone.split(1):
+        leave_out(row, [params])
+    assert torch.equal(together, alone)
+    sums = torch.cat([_row_sums(row) for row in ordered.double().split(1)])
+    assert torch.equal(_row_sums(ordered.double()), sums), "which decide, where two tokens are equally far away"
