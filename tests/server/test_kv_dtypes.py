@@ -23,7 +23,7 @@ from server.model.runner import PagedRunner
 from server.records import KV_BLOCK_TOKENS, Abort, ModelSpec, SamplingParams
 from tests.server.engines import Engine, generate
 from tests.server.test_runner import expected, prompt_of
-from tests.tiny_models import tiny_model
+from tests.tiny_models import VOCABULARY, tiny_model
 
 ARCHITECTURES = {"llama": {}, "mistral": {"sliding_window": 5}, "qwen3": {}, "gpt2": {}, "bloom": {}}
 """The last one attends by itself, over pages that are gathered for it."""
@@ -83,6 +83,8 @@ def test_int8_blocks_are_shared_and_freed(architecture: str) -> None:
     """In chunks beside decodes, with a beginning from the cache, and somebody aborted in between."""
     beginning = prompt_of(40)
     prompts = {f"r{i}": beginning[: 40 - 9 * i] + prompt_of(5 + 3 * i) for i in range(3)}
+    for i in (1, 2):  # which part from it there, and not a token later by chance
+        prompts[f"r{i}"][40 - 9 * i] = 3 + (beginning[40 - 9 * i] - 2) % (VOCABULARY - 3)
     requests = {name: generate(name, prompt, 24) for name, prompt in prompts.items()}
     neighbour = generate("n", prompt_of(20), 30, temperature=1.0)
     engine = Engine(runner_for(architecture, "float32", "int8"), max_batch_tokens=24)
