@@ -19,6 +19,7 @@ from server.api.service import Service, get_service
 from server.api.tracing import origin_of
 from server.api.wire import ChatRequest
 from server.errors import RequestError
+from server.records import ModelInfo
 from server.text.tokenizer import Spelling
 
 router = APIRouter()
@@ -32,7 +33,7 @@ async def create_chat_completion(
     origin = origin_of(request)
     model = service.model(body.model)
 
-    async def encode() -> list[Prompt]:
+    async def encode(info: ModelInfo) -> list[Prompt]:
         if model.template is None:
             raise RequestError(
                 f"model {model.name!r} has no chat template; accepted are plain prompts on /v1/completions",
@@ -40,7 +41,7 @@ async def create_chat_completion(
             )
         messages = [message.plain() for message in body.messages]
         text = await asyncio.to_thread(model.template.render, messages)
-        return [Prompt(await encode_text(model, text, add_special_tokens=False), text)]
+        return [Prompt(await encode_text(model, info, text, add_special_tokens=False), text)]
 
     request_id = f"chatcmpl-{uuid.uuid4().hex}"
     job = TextJob(model, request_id, 1, encode, options(body, body.limit, tenant=tenant_of(request)), origin)

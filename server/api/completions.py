@@ -17,6 +17,7 @@ from server.api.respond import Choice, Format, options, respond
 from server.api.service import Service, get_service
 from server.api.tracing import origin_of
 from server.api.wire import DEFAULT_COMPLETION_TOKENS, CompletionRequest
+from server.records import ModelInfo
 
 router = APIRouter()
 
@@ -29,12 +30,12 @@ async def create_completion(
     origin = origin_of(request)
     model = service.model(body.model)
 
-    async def encode() -> list[Prompt]:
-        return [await one(prompt) for prompt in body.prompt]
+    async def encode(info: ModelInfo) -> list[Prompt]:
+        return [await one(info, prompt) for prompt in body.prompt]
 
-    async def one(prompt: str | list[int]) -> Prompt:
+    async def one(info: ModelInfo, prompt: str | list[int]) -> Prompt:
         if isinstance(prompt, str):
-            return Prompt(await encode_text(model, prompt, add_special_tokens=True), prompt)
+            return Prompt(await encode_text(model, info, prompt, add_special_tokens=True), prompt)
         return Prompt(prompt)
 
     request_id = f"cmpl-{uuid.uuid4().hex}"

@@ -62,7 +62,7 @@ class TextJob:
         model: ServedModel,
         request_id: str,
         count: int,
-        encode: Callable[[], Awaitable[list[Prompt]]],
+        encode: Callable[[ModelInfo], Awaitable[list[Prompt]]],
         options: Options,
         origin: Origin,
     ) -> None:
@@ -90,52 +90,64 @@ class TextJob:
     async def _pieces(self) -> AsyncGenerator[Piece, None]:
         timeout = self._model.timeout if self._options.timeout is None else self._options.timeout
         self._deadline = None if timeout is None else time.monotonic() + timeout
-        with self._place():
-            prompts, banned = await self._model.prepared(self._prepare(), self._count)
-            params = [sampling(prompt.ids, self._options, banned, self._model.info) for prompt in prompts]
+        with self._place() as info:
+            prompts, banned = await self._model.prepared(self._prepare(info), self._count)
+            params = [sampling(prompt.ids, self._options, banned, info) for prompt in prompts]
             self.prompt_tokens = sum(len(prompt.ids) for prompt in prompts)
             runs = [
                 run
                 for place, (prompt, param) in enumerate(zip(prompts, params, strict=True))
-                for run in self._choices(place, prompt, param)
+                for run in self._choices(place, prompt, param, info)
             ]
             async with contextlib.aclosing(runs[0] if len(runs) == 1 else _merged(runs)) as merged:
                 async for piece in merged:
                     yield piece
 
-    async def _prepare(self) -> tuple[list[Prompt], tuple[tuple[int, ...], ...]]:
+    async def _prepare(self, info: ModelInfo) -> tuple[list[Prompt], tuple[tuple[int, ...], ...]]:
         """The prompts, and the bad words as token sequences."""
-        prompts = await self._encode()
+        prompts = await self._encode(info)
         return prompts, await asyncio.to_thread(bad_word_ids, self._model.tokenizer, self._options.bad_words)
 
     @contextlib.contextmanager
-    def _place(self) -> Iterator[None]:
-        """A place among the model's open requests; a refusal is counted by its reason."""
+    def _place(self) -> Iterator[ModelInfo]:
+        """A place among the model's open requests, and what is served to those; a refusal is counted by its reason."""
         model = self._model
         with contextlib.ExitStack() as stack:
             try:
-                model.engine.require_ready()
+                loaded = model.engine.require_ready()
                 stack.enter_context(model.admission.enter(self._count))
             except (OverloadedError, EngineUnavailableError) as error:
                 model.metrics.rejected(error)
                 raise
-            yield
+            yield loaded.info
 
-    def _choices(self, place: int, prompt: Prompt, params: SamplingParams) -> list[AsyncGenerator[Piece, None]]:
+    def _choices(
+        self, place: int, prompt: Prompt, params: SamplingParams, info: ModelInfo
+    ) -> list[AsyncGenerator[Piece, None]]:
         """All choices of one prompt, the `place`-th."""
         count = self._options.choices
         echo: asyncio.Future[tuple[ScoredToken, ...]] = asyncio.get_running_loop().create_future()
-        return [self._choice(count * place + which, prompt, nth_choice(params, which), echo) for which in range(count)]
+        head = () if info.is_encoder_decoder else prompt.ids
+        return [
+            self._choice(count * place + which, prompt, nth_choice(params, which), echo, head) for which in range(count)
+        ]
 
     async def _choice(
-        self, index: int, prompt: Prompt, params: SamplingParams, echo: asyncio.Future[tuple[ScoredToken, ...]]
+        self,
+        index: int,
+        prompt: Prompt,
+        params: SamplingParams,
+        echo: asyncio.Future[tuple[ScoredToken, ...]],
+        head: Sequence[int],
     ) -> AsyncGenerator[Piece, None]:
-        """`echo` are the prompt's tokens: its first choice has them scored, the others wait for that."""
+        """`echo` are the prompt's tokens: its first choice has them scored, the others wait for that. `head` are the
+        tokens that the text continues.
+        """
         options, tokenizer = self._options, self._model.tokenizer
         echoed = self._echoed(prompt)
         text = ChoiceText(
             index, tokenizer, params, stop=options.stop, keep_stop=options.keep_stop, offset=len(echoed),
-            before=() if self._model.info.is_encoder_decoder else prompt.ids,
+            before=head,
         )  # fmt: skip
         logprobs: list[TokenLogprobs] = []
         opening = options.echo
@@ -264,9 +276,9 @@ def nth_choice(params: SamplingParams, which: int) -> SamplingParams:
     return msgspec.structs.replace(params, seed=seed, prompt_logprobs=None)
 
 
-async def encode_text(model: ServedModel, text: str, *, add_special_tokens: bool) -> list[int]:
+async def encode_text(model: ServedModel, info: ModelInfo, text: str, *, add_special_tokens: bool) -> list[int]:
     """Token ids, made in a thread; a text that is too long whatever its tokens are is refused before that."""
-    tokenizer, limit = model.tokenizer, model.info.max_model_len
+    tokenizer, limit = model.tokenizer, info.max_model_len
     at_least = tokenizer.at_least(text)
     if at_least > limit:
         raise RequestError(

@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from server.api.admission import Admission
+from server.api.race import unless
 from server.engine.client import Cut, EngineClient
 from server.engine.supervisor import ModelState, Supervisor
 from server.errors import EngineUnavailableError
 from server.memory import allocator
 from server.metrics import ModelMetrics
-from server.records import Loaded, ModelInfo, ModelSpec
+from server.records import Loaded, ModelSpec
 from server.text.chat_template import ChatTemplate, load_chat_template
 from server.text.tokenizer import Tokenizer
 
@@ -69,17 +70,10 @@ class ServedModel:
         the open requests are ended meanwhile.
         """
         self._preparing += count
-        working, cutting = asyncio.create_task(work), asyncio.create_task(self._cut.wait())
         try:
-            await asyncio.wait({working, cutting}, return_when=asyncio.FIRST_COMPLETED)
-            if working.done():
-                return working.result()
-            raise EngineUnavailableError(self._why_cut)
+            return await unless(self._cut.wait(), work, lambda: EngineUnavailableError(self._why_cut))
         finally:
             self._preparing -= count
-            for task in (working, cutting):
-                task.cancel()
-            await asyncio.gather(working, cutting, return_exceptions=True)
 
     def end_requests(self, why: str) -> Cut:
         """Ends every open request with an error, for good; says what that cut."""
@@ -114,11 +108,6 @@ class ServedModel:
     def idle(self) -> bool:
         """Whether it serves and nobody is served."""
         return self.state == "ready" and not self.admission.open
-
-    @property
-    def info(self) -> ModelInfo:
-        """Raises EngineUnavailableError unless requests can be served; those that are open may end while it stops."""
-        return (self.client if self.state == "stopping" else self.engine).require_ready().info
 
     @property
     def tokenizer(self) -> Tokenizer:

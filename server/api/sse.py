@@ -14,6 +14,7 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from server.api.errors import INTERNAL, error_body
+from server.api.race import unless
 from server.errors import RequestError
 
 log = logging.getLogger(__name__)
@@ -29,26 +30,12 @@ class ClientGoneError(Exception):
 
 async def unless_gone(request: Request, work: Coroutine[Any, Any, _Result]) -> _Result:
     """The result of `work`, which is cancelled when the client disconnects first (ClientGoneError)."""
-    working = asyncio.create_task(work)
-    watching = asyncio.create_task(_disconnected(request.receive))
-    try:
-        await asyncio.wait({working, watching}, return_when=asyncio.FIRST_COMPLETED)
-        if working.done():
-            return working.result()
-        raise ClientGoneError
-    finally:
-        await _cancelled(working, watching)
+    return await unless(_disconnected(request.receive), work, ClientGoneError)
 
 
 async def _disconnected(receive: Receive) -> None:
     while (await receive())["type"] != "http.disconnect":
         pass
-
-
-async def _cancelled(*tasks: asyncio.Task[Any]) -> None:
-    for task in tasks:
-        task.cancel()
-    await asyncio.gather(*tasks, return_exceptions=True)
 
 
 class EventStream(Response):
@@ -69,14 +56,10 @@ class EventStream(Response):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
-        writing = asyncio.create_task(self._write(send))
-        watching = asyncio.create_task(_disconnected(receive))
         try:
-            await asyncio.wait({writing, watching}, return_when=asyncio.FIRST_COMPLETED)
-            if writing.done():
-                writing.result()
+            with contextlib.suppress(ClientGoneError):
+                await unless(_disconnected(receive), self._write(send), ClientGoneError)
         finally:
-            await _cancelled(writing, watching)
             await self._events.aclose()
             await self._source.aclose()
 
