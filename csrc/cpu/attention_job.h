@@ -76,10 +76,10 @@ struct Job {
         return kTileKeys * round_up(shape.padded_d, kLanes) + kTileKeys * shape.padded_e + query_floats() +
                2 * round_up(State::floats(item_vectors, shape.padded_e), kLanes) + turned_floats() * most_heads();
     }
-    // How often packing a head's tile takes a step of fetching.
-    int64_t pack_steps() const {
+    // How often packing a head's tile, or its values alone, takes a step of fetching.
+    int64_t pack_steps(bool of_values) const {
         const int64_t in_lane = a.store_dtype == HB_INT8 ? 4 : variant.keeps_pairs ? 2 : 1;
-        return kTileLanes * ceil_div(a.D, in_lane * kLanes) + kTileKeys / 2;
+        return (of_values ? 0 : kTileLanes * ceil_div(a.D, in_lane * kLanes)) + kTileKeys / 2;
     }
     // The vectors of a head of a single row, turned.
     int64_t turned_floats() const { return is_alone ? round_up(shape.padded_d, 2 * kLanes) / 2 * kLanes : 0; }

@@ -52,10 +52,11 @@ void gather_scales(const TileRows& rows, int64_t head, TileScales* scales) {
     }
 }
 
-// The item's vectors of one kv head meet its packed tile, in blocks as equal as they can be; or, where they are
-// `alone`, its keys as they lie in these rows.
-void attend_tile(const Job& job, const Item& item, int64_t tile, int64_t head, const TileScales* scales,
-                 const Scratch& scratch, const State& state, const TileRows* alone, Fetching& fetching) {
+// The item's vectors of one kv head meet its tile, in blocks as equal as they can be: packed, or keys as they lie.
+void attend_tile(const Job& job, const Item& item, int64_t tile, int64_t head, const TileRows& rows,
+                 const TileScales* scales, Fetching& next, const Scratch& scratch, const State& state) {
+    const bool is_alone = item.is_alone(job);
+    if (!is_alone) job.variant.pack(job.shape, rows, next, scratch.keys, scratch.values);
     const int64_t blocks = ceil_div(item.vectors, job.variant.block_vectors);
     for (int64_t i = 0; i < blocks; ++i) {
         const int64_t first = item.vectors * i / blocks;
@@ -77,11 +78,11 @@ void attend_tile(const Job& job, const Item& item, int64_t tile, int64_t head, c
             sees_any = sees_any || block.begin[v] < block.end[v];
         }
         if (!sees_any) continue;
-        if (alone == nullptr) {
-            job.variant.attend(job.shape, scratch.keys, scratch.values, block);
+        if (is_alone) {
+            job.variant.attend_alone(job.shape, rows, next, scratch.turned + head * job.turned_floats(), scratch.values,
+                                     block);
         } else {
-            job.variant.attend_alone(job.shape, *alone, fetching, scratch.turned + head * job.turned_floats(),
-                                     scratch.values, block);
+            job.variant.attend(job.shape, scratch.keys, scratch.values, block);
         }
     }
 }
@@ -117,24 +118,25 @@ void attend_span(const Job& job, const Item& item, const Item* after, int64_t sp
     const int64_t own_end = job.is_split ? last : end;  // of what this thread computes without a pause
     int64_t tile = (begin > span * kSpanKeys ? begin : span * kSpanKeys) / kTileKeys;
     const int64_t bytes = dtype_bytes(job.a.store_dtype);
-    const bool is_int8 = job.a.store_dtype == HB_INT8, is_alone = item.is_alone(job);
+    const bool is_int8 = job.a.store_dtype == HB_INT8;
     TileScales scales;
     TileRows rows[2];
     find_rows(job, item, tile, begin, end, &rows[0]);
     for (int turn = 0; tile * kTileKeys < last; ++tile, turn ^= 1) {
         TileRows &now = rows[turn], &next = rows[turn ^ 1];
         const Item* const next_item = (tile + 1) * kTileKeys < own_end ? &item : after;
-        if (next_item == &item) find_rows(job, item, tile + 1, begin, end, &next);
-        if (next_item == after) find_first_rows(job, after, &next);
+        if (next_item == &item) {
+            find_rows(job, item, tile + 1, begin, end, &next);
+        } else {
+            find_first_rows(job, after, &next);
+        }
         const int64_t next_heads = next_item == nullptr ? 0 : next_item->kv_heads;
         Fetching fetching(next, next_heads * job.a.D * bytes, next_heads * job.a.E * bytes,
-                          item.kv_heads * (is_alone ? kTileKeys / 2 : job.pack_steps()));
+                          item.kv_heads * job.pack_steps(item.is_alone(job)));
         for (int64_t head = 0; head < item.kv_heads; ++head) {
             now.key_offset = head * job.a.D * bytes, now.value_offset = head * job.a.E * bytes;
             if (is_int8) gather_scales(now, head, &scales);
-            if (!is_alone) job.variant.pack(job.shape, now, fetching, scratch.keys, scratch.values);
-            attend_tile(job, item, tile, head, is_int8 ? &scales : nullptr, scratch, state, is_alone ? &now : nullptr,
-                        fetching);
+            attend_tile(job, item, tile, head, now, is_int8 ? &scales : nullptr, fetching, scratch, state);
         }
     }
 }

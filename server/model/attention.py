@@ -31,7 +31,7 @@ import torch
 from transformers import AttentionInterface
 
 from quant import direct_rows, formats, native, ops
-from quant.direct import WORKSPACE, is_direct
+from quant.direct import is_direct
 from quant.direct_attention import DirectAttention
 from server.model import prompts
 from server.model.paged_cache import PagedCache, Stores, gather_tokens, has_kernels
@@ -163,7 +163,6 @@ class PagedBatch:
     calls: int = 0
     _tables: dict[torch.device, _Tables] = field(default_factory=dict)
     _direct: DirectAttention | None = None
-    _prepared: dict[tuple[object, ...], Any] = field(default_factory=dict)
     checked_angles: object = None
     """Position embeddings that a fused layer has found to be as it needs them; they serve all layers."""
     last: tuple[object, torch.Tensor] | None = None
@@ -261,22 +260,12 @@ class PagedBatch:
         window: int | None,
         softcap: float | None,
     ) -> Any:
-        """The struct of the kernel's call: query [T, H, D], a layer's stores, out [T, H, E].
-
-        Layers of one shape that compute in the same memory share it, with the first one's stores.
+        """A struct of the kernel's call of its own: query [T, H, D], a layer's stores, out [T, H, E]. Its workspace is
+        that of the moment, which a larger call replaces.
         """
-        keys, values = stores.keys, stores.values
-        shapes = (query.shape, keys.shape, values.shape, keys.dtype)
-        key = (query.data_ptr(), out.data_ptr(), *shapes, scale, window, softcap)
-        args = self._prepared.get(key)
-        if args is None:
-            direct = self._direct_call()
-            options = (scale, window or 0, softcap or 0.0, None, stores.scales)
-            shared = direct.arguments_for(query, keys, values, out, *options)
-            args = self._prepared[key] = type(shared).from_buffer_copy(shared)
-        call = args.call
-        call.workspace = WORKSPACE.at_least(call.workspace_bytes)
-        return args
+        options = (scale, window or 0, softcap or 0.0, None, stores.scales)
+        args = self._direct_call().arguments_for(query, stores.keys, stores.values, out, *options)
+        return type(args).from_buffer_copy(args)
 
     def _direct_call(self) -> DirectAttention:
         if self._direct is None:

@@ -17,7 +17,7 @@ from torch import nn
 
 from quant import native
 from quant.chain import Chain, Run
-from quant.direct import Direct
+from quant.direct import WORKSPACE, Direct
 from quant.errors import ShapeError
 from server.model.attention import PagedBatch
 from server.model.paged_cache import Stores
@@ -106,17 +106,26 @@ class LayerRun:
             self._hold(stores)
         last = len(self.chains) - 1
         step = cos.data_ptr(), sin.data_ptr(), context.slots.data_ptr()
-        shared: dict[int, Any] = {}
+        shared = self._shared(stores, context)
         for i, (chain, args, first) in enumerate(zip(self.chains, self._attention, self._alike, strict=True)):
             source = hidden_states.data_ptr() if i == 0 else self._between
             chain.place(source, out.data_ptr() if i == last else self._between)
             chain.point(*step)
-            if first not in shared:
-                shared[first] = context.direct_arguments(chain.query, stores[first], chain.attended, *chain.options)
             ctypes.memmove(ctypes.byref(args), ctypes.byref(shared[first]), ctypes.sizeof(args))
             args.keys, args.values, args.scales = chain.addresses
         self._run()
         return out
+
+    def _shared(self, stores: Sequence[Stores], context: PagedBatch) -> dict[int, Any]:
+        """A step's structs of the layers that others are like; all in one workspace, which fits the largest."""
+        shared = {}
+        for first in set(self._alike):
+            chain = self.chains[first]
+            shared[first] = context.direct_arguments(chain.query, stores[first], chain.attended, *chain.options)
+        workspace = WORKSPACE.at_least(max(args.call.workspace_bytes for args in shared.values()))
+        for args in shared.values():
+            args.call.workspace = workspace
+        return shared
 
     def _check(self, cos: torch.Tensor, sin: torch.Tensor, slots: torch.Tensor) -> None:
         rows = self.chains[0].rows

@@ -130,6 +130,7 @@ class PagedRunner:
 
 
 def _fixed_rows(cache: PagedCache) -> int | None:
+    """Runner.fixed_rows of a model with this cache."""
     if not all(store.is_cpu for store in cache.tensors):
         return None  # CUDA's attention takes single rows only
     has_tiles = native.kernels("cpu").level == "amx" and all(x.computed == torch.bfloat16 for x in cache.layers)
