@@ -22,6 +22,7 @@ import numpy as np
 import torch
 
 from server.model.history import History, Tokens
+from server.model.transfer import on_device
 
 Index = tuple[torch.Tensor, torch.Tensor]
 """Rows and tokens, both int64 of the same length."""
@@ -38,7 +39,7 @@ def edit(scores: torch.Tensor, histories: Sequence[History]) -> None:
 def _bias(scores: torch.Tensor, histories: Sequence[History]) -> None:
     index = _index([history.biased for history in histories], scores.device)
     if index is not None:
-        biases = torch.from_numpy(np.concatenate([history.biases for history in histories])).to(scores.device)
+        biases = on_device(np.concatenate([history.biases for history in histories]), scores.device, torch.float32)
         scores[index] += biases  # each token is there once per row
 
 
@@ -53,10 +54,10 @@ def _penalise(scores: torch.Tensor, histories: Sequence[History]) -> None:
 
     def per_entry(values: list[float]) -> torch.Tensor:
         """A value per row as a value per entry of the index."""
-        return torch.from_numpy(np.repeat(np.array(values, dtype=np.float32), lengths)).to(scores.device)
+        return on_device(np.repeat(np.array(values, dtype=np.float32), lengths), scores.device, torch.float32)
 
     lengths = [len(each.tokens) for each in counts]
-    generated = torch.from_numpy(np.concatenate([each.generated for each in counts])).to(scores.device)
+    generated = on_device(np.concatenate([each.generated for each in counts]), scores.device)
     repetition = per_entry([each.repetition_penalty for each in params])
     frequency = per_entry([each.frequency_penalty for each in params])
     presence = per_entry([each.presence_penalty for each in params])
@@ -74,7 +75,7 @@ def _allow(scores: torch.Tensor, histories: Sequence[History]) -> None:
     rows, allowed = zip(*limited, strict=True)
     index = _index(list(allowed), scores.device, rows)
     ruled_out = torch.zeros(scores.shape, dtype=torch.bool, device=scores.device)
-    ruled_out[torch.tensor(rows, device=scores.device)] = True
+    ruled_out[on_device(rows, scores.device)] = True
     if index is not None:
         ruled_out[index] = False
     scores.masked_fill_(ruled_out, -torch.inf)
@@ -92,5 +93,5 @@ def _index(tokens: Sequence[Tokens], device: torch.device, rows: Sequence[int] |
     if not any(lengths):
         return None
     numbers = np.arange(len(tokens)) if rows is None else np.array(rows)
-    both = torch.from_numpy(np.stack([np.repeat(numbers, lengths), np.concatenate(tokens)])).to(device)
+    both = on_device(np.stack([np.repeat(numbers, lengths), np.concatenate(tokens)]), device)
     return both[0], both[1]

@@ -19,6 +19,7 @@ from collections.abc import Sequence
 
 import torch
 
+from server.model.transfer import on_device
 from server.records import SamplingParams
 
 
@@ -34,7 +35,7 @@ def leave_out(ordered: torch.Tensor, params: Sequence[SamplingParams]) -> None:
     _min_p(ordered, _column([one.min_p for one in params], ordered))
     typical = [row for row, one in enumerate(params) if one.typical_p < 1.0]
     if typical:  # only these rows pay for a second sort
-        rows = torch.tensor(typical, device=ordered.device)
+        rows = on_device(typical, ordered.device)
         some = ordered.index_select(0, rows)
         _typical_p(some, _column([params[row].typical_p for row in typical], ordered))
         ordered.index_copy_(0, rows, some)
@@ -42,7 +43,7 @@ def leave_out(ordered: torch.Tensor, params: Sequence[SamplingParams]) -> None:
 
 def _column(values: Sequence[float], like: torch.Tensor) -> torch.Tensor:
     """One setting per row: [rows, 1] float64, in which every accepted top_k is exact."""
-    return torch.tensor(values, dtype=torch.float64, device=like.device)[:, None]
+    return on_device(values, like.device, torch.float64)[:, None]
 
 
 def _row_sums(values: torch.Tensor) -> torch.Tensor:

@@ -2,7 +2,8 @@
 
 Raw logits in, before any penalty, temperature or filter (sampler.py never changes them). Rows are taken in slices, so
 that the float32 copy of a vocabulary-wide matrix stays small; and each row's likeliest tokens are sought in the same
-way whatever its neighbours ask for.
+way whatever its neighbours ask for. Nothing here waits for the device: what is found is a tensor, whose rows are read
+when it has been brought.
 """
 
 from __future__ import annotations
@@ -17,25 +18,31 @@ from server.records import MAX_TOP_LOGPROBS, TokenLogprobs
 SLICE_ROWS: Final = 64
 
 
-def token_logprobs(logits: torch.Tensor, tokens: Sequence[int], tops: Sequence[int]) -> list[TokenLogprobs | None]:
-    """For each row its token's logprob and the `tops[row]` likeliest tokens; None for a row that is not finite.
+def token_logprobs(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+    """What `read` takes of each row, float64 [rows, 2 + 2 * n]: whether it is finite, its token's logprob, the n
+    likeliest tokens' logprobs and their ids. n is MAX_TOP_LOGPROBS or the vocabulary's size, if that is less.
 
-    logits: [rows, vocabulary], any floating dtype; tokens and tops: one per row, 0 <= tops <= MAX_TOP_LOGPROBS.
+    logits: [rows, vocabulary], any floating dtype; tokens: int64 [rows].
     """
-    found: list[TokenLogprobs | None] = []
-    for first in range(0, len(tokens), SLICE_ROWS):
-        rows = slice(first, first + SLICE_ROWS)
-        found += _slice(logits[rows].float(), tokens[rows], tops[rows])
-    return found
+    slices = [slice(first, first + SLICE_ROWS) for first in range(0, len(tokens), SLICE_ROWS)]
+    return torch.cat([_slice(logits[rows].float(), tokens[rows]) for rows in slices])
 
 
-def _slice(logits: torch.Tensor, tokens: Sequence[int], tops: Sequence[int]) -> list[TokenLogprobs | None]:
+def _slice(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
     logprobs = torch.log_softmax(logits, dim=-1)
-    finite = torch.isfinite(logits.amax(dim=-1)).tolist()
-    own = logprobs.gather(-1, torch.tensor(tokens, device=logits.device)[:, None])[:, 0].tolist()
+    finite = torch.isfinite(logits.amax(dim=-1, keepdim=True))
+    own = logprobs.gather(-1, tokens[:, None])
     # As many for every row: how they are sought, and so which of two equals is found, depends on the number.
-    values, ids = (found.tolist() for found in logprobs.topk(min(MAX_TOP_LOGPROBS, logits.shape[-1]), dim=-1))
-    return [
-        TokenLogprobs(own[row], tuple(ids[row][:top]), tuple(values[row][:top])) if finite[row] else None
-        for row, top in enumerate(tops)
-    ]
+    values, ids = logprobs.topk(min(MAX_TOP_LOGPROBS, logits.shape[-1]), dim=-1)
+    return torch.cat([part.double() for part in (finite, own, values, ids)], dim=1)
+
+
+def read(row: Sequence[float], top: int) -> TokenLogprobs | None:
+    """One row of what `token_logprobs` found, with at most `top` <= MAX_TOP_LOGPROBS likeliest tokens; None where its
+    logits are not finite.
+    """
+    finite, own, *likeliest = row
+    if not finite:
+        return None
+    values, ids = likeliest[: len(likeliest) // 2], likeliest[len(likeliest) // 2 :]
+    return TokenLogprobs(own, tuple(int(token) for token in ids[:top]), tuple(values[:top]))

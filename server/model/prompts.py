@@ -26,6 +26,8 @@ import torch
 from torch.nn import functional as F
 from torch.nn.attention import varlen
 
+from server.model.transfer import on_device
+
 MOST_GATHERED: Final = 8192
 """Tokens of several prompts whose keys and values are gathered at once; a longer prompt goes alone."""
 MOST_DIMS: Final = 256
@@ -50,8 +52,8 @@ class Lengths:
     @classmethod
     def of(cls, rows: list[int], tokens: list[int], device: torch.device) -> Lengths:
         ends = [list(accumulate(counts, initial=0)) for counts in (rows, tokens)]
-        on_device = [torch.tensor(counts, dtype=torch.int32).to(device) for counts in ends]
-        return cls(on_device[0], on_device[1], max(rows), max(tokens))
+        row_ends, token_ends = (on_device(counts, device, torch.int32) for counts in ends)
+        return cls(row_ends, token_ends, max(rows), max(tokens))
 
 
 def takes(query: torch.Tensor, value_dim: int, softcap: float | None) -> bool:

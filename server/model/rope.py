@@ -20,6 +20,7 @@ import torch
 from torch import nn
 
 from server.errors import LoadError
+from server.model.transfer import on_device
 
 _KIND: Final = "longrope"
 Angles = tuple[torch.Tensor, torch.Tensor]
@@ -46,7 +47,7 @@ class RopeSwitch:
             return
         flags = list(switched)
         agree = all(flags) or not any(flags)
-        self.rows = flags[0] if agree else torch.tensor(flags, device=device).view(shape)
+        self.rows = flags[0] if agree else on_device(flags, device, torch.bool).view(shape)
         try:
             yield
         finally:

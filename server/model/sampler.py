@@ -19,6 +19,7 @@ import torch
 from server.model.batch import Draw
 from server.model.edits import edit
 from server.model.filters import filters, leave_out
+from server.model.transfer import on_device
 
 NOT_FINITE: Final = -1
 NONE_LEFT: Final = -2
@@ -43,35 +44,35 @@ def _mix(z: int) -> int:
     return z ^ (z >> 31)
 
 
-def sample(logits: torch.Tensor, draws: Sequence[Draw]) -> list[int]:
-    """The next token of each row, or a negative key of FAULTS for a row that has none.
+def sample(logits: torch.Tensor, draws: Sequence[Draw]) -> torch.Tensor:
+    """The next token of each row, int64 [rows], or a negative key of FAULTS for a row that has none.
 
     logits: [rows, vocabulary], any floating dtype, any device, not changed; draws: one per row. Greedy rows
-    (temperature 0) take the largest logit, the first of equals. One transfer from the device, however many rows.
+    (temperature 0) take the largest logit, the first of equals. Nothing is waited for: tokens are where logits are.
     """
     if not draws:
-        return []
+        return logits.new_empty(0, dtype=torch.int64)
     greatest, tokens = logits.max(dim=-1)
     special = [row for row, draw in enumerate(draws) if draw.params.temperature > 0 or draw.history is not None]
     if special:
-        rows = torch.tensor(special, device=logits.device)
+        rows = on_device(special, logits.device)
         chosen = _choose(logits.index_select(0, rows).float(), [draws[row] for row in special])
         tokens = tokens.index_copy(0, rows, chosen)
-    return [int(token) for token in torch.where(torch.isfinite(greatest), tokens, NOT_FINITE).tolist()]
+    return torch.where(torch.isfinite(greatest), tokens, NOT_FINITE)
 
 
 def _choose(scores: torch.Tensor, draws: Sequence[Draw]) -> torch.Tensor:
     """scores: [rows, vocabulary] float32, which this may change -> tokens [rows] int64, or keys of FAULTS."""
     edited = [row for row, draw in enumerate(draws) if draw.history is not None]
     if edited:
-        rows = torch.tensor(edited, device=scores.device)
+        rows = on_device(edited, scores.device)
         some = scores.index_select(0, rows)
         edit(some, [draw.history for draw in draws if draw.history is not None])
         scores.index_copy_(0, rows, some)
     greatest, tokens = scores.max(dim=-1)
     drawing = [row for row, draw in enumerate(draws) if draw.params.temperature > 0]
     if drawing:
-        rows = torch.tensor(drawing, device=scores.device)
+        rows = on_device(drawing, scores.device)
         tokens.index_copy_(0, rows, _draw(scores.index_select(0, rows), [draws[row] for row in drawing]))
     return torch.where(torch.isneginf(greatest), NONE_LEFT, tokens)
 
@@ -79,16 +80,16 @@ def _choose(scores: torch.Tensor, draws: Sequence[Draw]) -> torch.Tensor:
 def _draw(scores: torch.Tensor, draws: Sequence[Draw]) -> torch.Tensor:
     """scores: [rows, vocabulary] float32 -> tokens [rows] int64."""
     device = scores.device
-    temperature = torch.tensor([draw.params.temperature for draw in draws], device=device)
+    temperature = on_device([draw.params.temperature for draw in draws], device, torch.float32)
     temperature.clamp_min_(torch.finfo(torch.float32).tiny)  # what is smaller became 0 on its way to float32
     # The largest logit becomes 0 first: a tiny temperature then leads to -inf, never to inf - inf.
     scaled = (scores - scores.amax(dim=-1, keepdim=True)) / temperature[:, None]
     probabilities = torch.softmax(scaled, dim=-1)
-    u = torch.tensor([uniform(draw.seed, draw.index) for draw in draws], dtype=torch.float64, device=device)
+    u = on_device([uniform(draw.seed, draw.index) for draw in draws], device, torch.float64)
     filtered = [row for row, draw in enumerate(draws) if filters(draw.params)]
     if not filtered:
         return _invert(probabilities, u)
-    rows = torch.tensor(filtered, device=device)
+    rows = on_device(filtered, device)
     ordered, order = torch.sort(probabilities.index_select(0, rows), dim=-1, descending=True, stable=True)
     leave_out(ordered, [draws[row].params for row in filtered])
     place = _invert(ordered, u.index_select(0, rows))

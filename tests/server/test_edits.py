@@ -19,8 +19,9 @@ from transformers import (
 from server.model.batch import Draw
 from server.model.edits import edit
 from server.model.history import History, TokenCounts
-from server.model.sampler import NONE_LEFT, NOT_FINITE, sample
+from server.model.sampler import NONE_LEFT, NOT_FINITE
 from server.records import SamplingParams
+from tests.server.sampled import sampled
 
 VOCABULARY = 30
 
@@ -136,7 +137,7 @@ def test_greedy_takes_the_largest_of_what_is_left() -> None:
         {"logit_bias": ((3, 5.0),)},
         {"min_tokens": 2, "stop_token_ids": (0, 1)},
     ]
-    assert sample(logits, [draw({"temperature": 0.0} | one, [1], [1]) for one in asked]) == [0, 1, 2, 3, 2]
+    assert sampled(logits, [draw({"temperature": 0.0} | one, [1], [1]) for one in asked]) == [0, 1, 2, 3, 2]
 
 
 def test_a_row_with_no_token_left_harms_no_other() -> None:
@@ -148,7 +149,7 @@ def test_a_row_with_no_token_left_harms_no_other() -> None:
             draw({"temperature": temperature} | asked, [7], [])
             for asked in ({}, nothing, nothing, {"allowed_token_ids": (3,)})
         ]
-        tokens = sample(logits, draws)
+        tokens = sampled(logits, draws)
         assert tokens[0] >= 0
         assert tokens[1:] == [NONE_LEFT, NOT_FINITE, 3]
 
@@ -163,7 +164,7 @@ def test_a_seed_gives_the_same_token_whatever_else_is_in_the_batch(data: st.Data
     draws = [
         draw(data.draw(changes) | data.draw(warm), data.draw(text), data.draw(text | st.just([]))) for _ in range(count)
     ]
-    alone = [sample(logits[row : row + 1], [draws[row]])[0] for row in range(count)]
+    alone = [sampled(logits[row : row + 1], [draws[row]])[0] for row in range(count)]
     order = data.draw(st.permutations(range(count)))
-    together = sample(logits[order], [draws[row] for row in order])
+    together = sampled(logits[order], [draws[row] for row in order])
     assert [together[order.index(row)] for row in range(count)] == alone

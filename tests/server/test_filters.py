@@ -19,8 +19,8 @@ from transformers import (
 
 from server.model.batch import Draw
 from server.model.filters import _row_sums, leave_out
-from server.model.sampler import sample
 from server.records import SamplingParams
+from tests.server.sampled import sampled
 
 GRID = 1024
 VOCABULARY = 40
@@ -41,7 +41,7 @@ choices = st.fixed_dictionaries(
 def drawn(logits: torch.Tensor, params: SamplingParams) -> torch.Tensor:
     """How often each token is drawn by u = 0.5 / GRID, 1.5 / GRID, ...: [vocabulary] float64, their sum is GRID."""
     with patch("server.model.sampler.uniform", lambda seed, index: (index + 0.5) / GRID):
-        tokens = sample(logits.expand(GRID, -1), [Draw(params, 0, index) for index in range(GRID)])
+        tokens = sampled(logits.expand(GRID, -1), [Draw(params, 0, index) for index in range(GRID)])
     return torch.bincount(torch.tensor(tokens), minlength=logits.shape[-1]).double()
 
 
@@ -125,8 +125,8 @@ def test_a_row_among_any_others_is_the_row_alone(data: st.DataObject, rows: int)
         for _ in range(rows)
     ]
     before = logits.clone()
-    together = sample(logits, draws)
-    assert together == list(itertools.chain(*(sample(logits[row : row + 1], [draws[row]]) for row in range(rows))))
+    together = sampled(logits, draws)
+    assert together == list(itertools.chain(*(sampled(logits[row : row + 1], [draws[row]]) for row in range(rows))))
     assert torch.equal(logits, before)
 
 

@@ -12,9 +12,14 @@ from hypothesis import strategies as st
 
 from server.model.batch import Batch, Chunk, Draw, Score, StepResult
 from server.model.history import History
-from server.model.logprobs import SLICE_ROWS, token_logprobs
+from server.model.logprobs import SLICE_ROWS, read, token_logprobs
 from server.model.readout import read_logits
 from server.records import MAX_TOP_LOGPROBS, SamplingParams, TokenLogprobs
+
+
+def logprobs_of(logits: torch.Tensor, tokens: list[int], tops: list[int]) -> list[TokenLogprobs | None]:
+    found = token_logprobs(logits, torch.tensor(tokens)).tolist()
+    return [read(row, top) for row, top in zip(found, tops, strict=True)]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -28,7 +33,7 @@ def test_logprobs_are_the_logs_of_the_softmax(vocabulary: int, dtype: torch.dtyp
     # x - max - log(sum): two subtractions, each rounded in float32 to 2^-24 of numbers below 64, and a log of a sum
     # whose terms are off by a few 2^-24 each, relatively.
     bound = 64 * 2.0**-24 * 2 + (4 + vocabulary.bit_length()) * 2.0**-24
-    for row, found in enumerate(token_logprobs(logits, tokens, tops)):
+    for row, found in enumerate(logprobs_of(logits, tokens, tops)):
         assert found is not None
         assert abs(found.logprob - float(expected[row, tokens[row]])) <= bound
         assert len(found.top_ids) == len(found.top_logprobs) == min(tops[row], vocabulary)
@@ -41,8 +46,8 @@ def test_logprobs_are_the_logs_of_the_softmax(vocabulary: int, dtype: torch.dtyp
 def test_a_row_s_logprobs_do_not_hang_on_its_neighbours() -> None:
     logits = torch.randint(0, 4, (9, 200)).float()  # many equals: which of them come is decided in one way
     tops = [random.randint(0, MAX_TOP_LOGPROBS) for _ in range(9)]
-    together = token_logprobs(logits, list(range(9)), tops)
-    assert together == [token_logprobs(logits[row : row + 1], [row], [tops[row]])[0] for row in range(9)]
+    together = logprobs_of(logits, list(range(9)), tops)
+    assert together == [logprobs_of(logits[row : row + 1], [row], [tops[row]])[0] for row in range(9)]
 
 
 GREEDY = Draw(SamplingParams(max_tokens=1, temperature=0.0, logprobs=1), 0, 0)

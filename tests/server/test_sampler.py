@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from server.model.batch import Draw
-from server.model.sampler import NOT_FINITE, sample, uniform
+from server.model.sampler import NOT_FINITE, uniform
 from server.records import SamplingParams
+from tests.server.sampled import sampled
 
 
 def draw(seed: int = 0, index: int = 0, **changes: float) -> Draw:
@@ -21,7 +22,7 @@ def test_greedy_is_the_first_largest_in_every_dtype() -> None:
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         logits = torch.randn(16, 1000).to(dtype)
         logits[3, 10] = logits[3, 700] = 9.0
-        tokens = sample(logits, [draw(temperature=0.0)] * 16)
+        tokens = sampled(logits, [draw(temperature=0.0)] * 16)
         assert tokens == logits.argmax(-1).tolist()
         assert tokens[3] == 10
 
@@ -65,7 +66,7 @@ def test_frequencies_are_those_of_the_filtered_softmax(settings: dict[str, float
     expected = expected * mask / (expected * mask).sum()
     rows, base = 32_000, random.getrandbits(60)
     logits = (weights.log() + 3.0).expand(rows, 6)
-    tokens = sample(logits, [draw(seed=base, index=i, **settings) for i in range(rows)])
+    tokens = sampled(logits, [draw(seed=base, index=i, **settings) for i in range(rows)])
     frequencies = torch.bincount(torch.tensor(tokens), minlength=6) / rows
     assert float(frequencies[mask == 0].sum()) == 0.0
     # Each count is binomial. Chernoff's bound holds for small ones too, whose tail is longer than a normal one: a count
@@ -81,10 +82,10 @@ def test_a_row_does_not_see_its_neighbours() -> None:
         draw(seed=random.getrandbits(64), index=i, temperature=t, top_k=k, top_p=p)
         for i, (t, k, p) in enumerate([(0.0, 0, 1.0), (0.7, 0, 1.0), (1.0, 20, 1.0), (1.3, 0, 0.9)] * 3)
     ]
-    alone = [sample(logits[row : row + 1], [draws[row]])[0] for row in range(12)]
+    alone = [sampled(logits[row : row + 1], [draws[row]])[0] for row in range(12)]
     order = list(range(12))
     random.shuffle(order)
-    together = sample(logits[order], [draws[row] for row in order])
+    together = sampled(logits[order], [draws[row] for row in order])
     assert [together[order.index(row)] for row in range(12)] == alone
 
 
@@ -93,7 +94,7 @@ def test_rows_that_are_not_numbers_are_named_and_harm_no_other() -> None:
     logits[1, 3] = float("nan")
     logits[3] = float("-inf")
     for temperature in (0.0, 1.0):
-        tokens = sample(logits, [draw(temperature=temperature, index=row) for row in range(5)])
+        tokens = sampled(logits, [draw(temperature=temperature, index=row) for row in range(5)])
         assert [token == NOT_FINITE for token in tokens] == [False, True, False, True, False]
 
 
@@ -101,6 +102,6 @@ def test_masked_tokens_are_never_drawn_and_no_rows_is_no_work() -> None:
     logits = torch.full((2000, 40), float("-inf"))
     logits[:, 17] = 0.0
     logits[:, 39] = -1.0
-    tokens = sample(logits, [draw(seed=1, index=i) for i in range(2000)])
+    tokens = sampled(logits, [draw(seed=1, index=i) for i in range(2000)])
     assert set(tokens) == {17, 39}
-    assert sample(torch.empty(0, 40), []) == []
+    assert sampled(torch.empty(0, 40), []) == []

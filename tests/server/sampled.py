@@ -1,0 +1,16 @@
+"""The sampler's tokens on the host. Not a test."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from server.model.batch import Draw
+from server.model.sampler import sample
+
+
+def sampled(logits: torch.Tensor, draws: Sequence[Draw]) -> list[int]:
+    """One token per row, or what stands for a fault."""
+    tokens: list[int] = sample(logits, draws).tolist()
+    return tokens
