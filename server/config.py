@@ -135,6 +135,9 @@ class ModelConfig(Settings):
     batch_invariant: bool = Field(
         default=False, description="Same bits for a token whatever else is in its step, at some cost; on a CPU only."
     )
+    cuda_graphs: bool = Field(
+        default=True, description="On a GPU, start the kernels of a decode step in one call, recorded at the start."
+    )
     threads: Annotated[int, Field(ge=1, le=1024)] | None = Field(
         default=None, description="CPU threads of this engine; without it an equal share of the machine's."
     )
@@ -173,6 +176,7 @@ class ModelConfig(Settings):
             prefix_caching=self.prefix_caching,
             speculative_tokens=self.speculative_tokens,
             batch_invariant=self.batch_invariant,
+            cuda_graphs=self.cuda_graphs,
             threads=self.threads or threads,
         )
 

@@ -89,6 +89,8 @@ class ModelSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """How many tokens of a sequence a step guesses and checks at most; 0 for none."""
     batch_invariant: bool = False
     """Whether a row's logits have the same bits in a batch of any size, at some cost."""
+    cuda_graphs: bool = True
+    """Whether steps of single rows are recorded on a GPU, where they can be."""
     threads: int | None = None
     """CPU threads this engine may use; None takes its share of the machine."""
 

@@ -41,13 +41,28 @@ def activation_bytes(
 ) -> int:
     """Bytes of a step of `tokens` tokens at its largest moment, where `rows` of them have logits that are sampled."""
     text = config.get_text_config(decoder=True)
-    widest = max((given + PRODUCTS * taken for given, taken in widths.values()), default=0)
     widest_input = max((taken for _, taken in widths.values()), default=0)
-    in_blocks = tokens * (RESIDUALS * int(text.hidden_size) + widest) * dtype.itemsize
     at_logits = tokens * int(text.hidden_size) * dtype.itemsize
-    at_logits += rows * int(text.vocab_size) * (dtype.itemsize + SAMPLING_BYTES)
+    at_logits += logits_bytes(config, dtype, rows) + rows * int(text.vocab_size) * SAMPLING_BYTES
     largest = tokens * widest_input * dtype.itemsize
-    return max(in_blocks, at_logits) + min(MOST_RETAINED, 2 * largest)
+    return max(_in_blocks(config, widths, dtype, tokens), at_logits) + min(MOST_RETAINED, 2 * largest)
+
+
+def recorded_bytes(config: transformers.PretrainedConfig, widths: Widths, dtype: torch.dtype, rows: int) -> int:
+    """Bytes that recordings of up to `rows` rows hold for what they compute in between (server/model/graphs.py): the
+    largest moment of a step of so many tokens, without sampling."""
+    hidden = rows * int(config.get_text_config(decoder=True).hidden_size) * dtype.itemsize
+    return max(_in_blocks(config, widths, dtype, rows), hidden + logits_bytes(config, dtype, rows))
+
+
+def logits_bytes(config: transformers.PretrainedConfig, dtype: torch.dtype, rows: int) -> int:
+    return rows * int(config.get_text_config(decoder=True).vocab_size) * dtype.itemsize
+
+
+def _in_blocks(config: transformers.PretrainedConfig, widths: Widths, dtype: torch.dtype, tokens: int) -> int:
+    widest = max((given + PRODUCTS * taken for given, taken in widths.values()), default=0)
+    residuals = RESIDUALS * int(config.get_text_config(decoder=True).hidden_size)
+    return tokens * (residuals + widest) * dtype.itemsize
 
 
 def block_widths(model: transformers.PreTrainedModel) -> Widths:

@@ -16,7 +16,7 @@ from quant.config import BitsAndBytesConfig
 from quant.memory import Portion, by_component, predict_tensors
 from quant.offload import device_of
 from server.errors import ConfigError
-from server.memory.activations import activation_bytes
+from server.memory.activations import activation_bytes, logits_bytes, recorded_bytes
 from server.memory.components import ACTIVATIONS, KV_CACHE, MAPPED_FILES, RUNTIME_CONTEXT, WORKSPACE
 from server.memory.facts import Facts, describe
 from server.memory.kv import kv_dtype, kv_layers, layer_bytes_per_token, layer_devices, texts_per_sequence
@@ -159,7 +159,15 @@ def _without_cache(
         rows = min(spec.max_sequences, tokens)
         components[WORKSPACE] = workspace_bytes(step, spec.max_sequences, length)
         components[ACTIVATIONS] = activation_bytes(facts.hf_config, facts.widths, facts.dtype, tokens, rows)
+        if spec.cuda_graphs and _may_be_recorded(facts, weights):
+            components[WORKSPACE] += logits_bytes(facts.hf_config, facts.dtype, rows)
+            components[ACTIVATIONS] += recorded_bytes(facts.hf_config, facts.widths, facts.dtype, rows)
     return components
+
+
+def _may_be_recorded(facts: Facts, weights: Weights) -> bool:
+    """Whether one GPU has all of the model, whose steps are recorded then (server/model/graphs.py)."""
+    return facts.device != CPU and not any(weights.bytes_on(each) for each in weights.devices if each != facts.device)
 
 
 def _kv_room(fixed: Mapping[str, Mapping[str, int]], kv_per_token: Mapping[str, int], supply: Supply) -> int:

@@ -35,6 +35,7 @@ from quant.direct import is_direct
 from quant.direct_attention import DirectAttention
 from server.model import prompts
 from server.model.paged_cache import PagedCache, Stores, gather_tokens, has_kernels
+from server.model.transfer import on_device
 
 ATTENTION_NAME: Final = "halfbyte"
 CONTEXT_ARGUMENT: Final = "paged"
@@ -123,22 +124,21 @@ class Segment:
 
 
 @dataclass(frozen=True, slots=True)
-class _Tables:
-    """A batch's segments as the kernel takes them, int64."""
+class Tables:
+    """A batch's sequences as the kernel takes them, int64."""
 
-    blocks: torch.Tensor  # [S, widest], -1 where a sequence has none
+    blocks: torch.Tensor  # [S, widest]; what stands beyond a sequence's blocks is not read
     offsets: torch.Tensor  # [S + 1]
     starts: torch.Tensor  # [S]
 
     @classmethod
-    def of(cls, segments: Sequence[Segment], device: torch.device) -> _Tables:
+    def of(cls, segments: Sequence[Segment], device: torch.device) -> Tables:
         widest = max(len(segment.blocks) for segment in segments)
         blocks = torch.full((len(segments), widest), -1, device=device)  # where theirs are: nothing is waited for
         for row, segment in zip(blocks, segments, strict=True):
             row[: len(segment.blocks)] = segment.blocks
-        offsets = torch.tensor([segment.row for segment in segments] + [segments[-1].row + segments[-1].rows])
-        starts = torch.tensor([segment.start for segment in segments])
-        return cls(blocks, offsets.to(device), starts.to(device))
+        offsets = on_device([*(segment.row for segment in segments), segments[-1].row + segments[-1].rows], device)
+        return cls(blocks, offsets, on_device([segment.start for segment in segments], device))
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,7 +161,7 @@ class PagedBatch:
     segments: list[Segment]
     """In packed order, together all rows."""
     calls: int = 0
-    _tables: dict[torch.device, _Tables] = field(default_factory=dict)
+    _tables: dict[torch.device, Tables] = field(default_factory=dict)
     _direct: DirectAttention | None = None
     checked_angles: object = None
     """Position embeddings that a fused layer has found to be as it needs them; they serve all layers."""
@@ -178,13 +178,13 @@ class PagedBatch:
         device = stores.keys.device
         slots = self.slots if self.slots.device == device else self.slots.to(device)
         on_cuda = _has_cuda_kernels(call, stores)
-        key, value = call.key.transpose(0, 1), call.value.transpose(0, 1)
         if is_direct(call.key) and self.is_direct(call.key.dtype):
+            key, value = call.key.transpose(0, 1), call.value.transpose(0, 1)
             direct_rows.cache_write(key, value, stores.keys, stores.values, slots, stores.scales)
-        elif on_cuda and key.stride(2) == value.stride(2) == 1:
-            ops.cache_write(key, value, stores.keys, stores.values, slots, stores.scales)
+        elif on_cuda:
+            write_rows(call, stores, slots)
         else:
-            stores.write(slots, key, value)
+            stores.write(slots, call.key.transpose(0, 1), call.value.transpose(0, 1))
         on_cpu = device.type == "cpu" and has_kernels(stores.keys.dtype) and call.query.dtype in formats.VALUE_DTYPES
         if on_cuda:
             return self.attend_in_parts(call, stores)
@@ -237,19 +237,10 @@ class PagedBatch:
     def attend_at_once(self, call: Call, stores: Stores) -> torch.Tensor:
         """All sequences in one call of quant's kernel; the same."""
         query = call.query.transpose(0, 1)
-        options = (call.scale, call.window or 0, call.softcap or 0.0, call.sinks, stores.scales)
         if is_direct(query):
+            options = (call.scale, call.window or 0, call.softcap or 0.0, call.sinks, stores.scales)
             return self._direct_call()(query, stores.keys, stores.values, *options)
-        tables = self._own_tables(stores.keys.device)
-        return ops.paged_attention(
-            query,
-            stores.keys,
-            stores.values,
-            tables.blocks,
-            tables.offsets,
-            tables.starts,
-            *options,
-        )
+        return attend_by_tables(call, stores, self._own_tables(stores.keys.device))
 
     def direct_arguments(
         self,
@@ -273,9 +264,9 @@ class PagedBatch:
             self._direct = DirectAttention(tables.blocks, tables.offsets, tables.starts)
         return self._direct
 
-    def _own_tables(self, device: torch.device) -> _Tables:
+    def _own_tables(self, device: torch.device) -> Tables:
         if device not in self._tables:
-            self._tables[device] = _Tables.of(self.segments, device)
+            self._tables[device] = Tables.of(self.segments, device)
         return self._tables[device]
 
     def _attend_segment(self, call: Call, index: int, stores: Stores) -> torch.Tensor:
@@ -335,6 +326,32 @@ class PagedBatch:
                 known &= columns > rows - window
             self._masks[index, window, device] = known
         return known
+
+
+def write_rows(call: Call, stores: Stores, slots: torch.Tensor) -> None:
+    """A call's keys and values to their slots, int64 [T], by quant's operator, or torch where their heads have gaps."""
+    key, value = call.key.transpose(0, 1), call.value.transpose(0, 1)
+    if key.stride(2) == value.stride(2) == 1:
+        ops.cache_write(key, value, stores.keys, stores.values, slots, stores.scales)
+    else:
+        stores.write(slots, key, value)
+
+
+def attend_by_tables(call: Call, stores: Stores, tables: Tables) -> torch.Tensor:
+    """A layer's attention by quant's operator: [T, H, E]."""
+    return ops.paged_attention(
+        call.query.transpose(0, 1),
+        stores.keys,
+        stores.values,
+        tables.blocks,
+        tables.offsets,
+        tables.starts,
+        call.scale,
+        call.window or 0,
+        call.softcap or 0.0,
+        call.sinks,
+        stores.scales,
+    )
 
 
 def _has_cuda_kernels(call: Call, stores: Stores) -> bool:

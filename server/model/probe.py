@@ -15,17 +15,23 @@ it changed is proven by the same comparison.
     else                                           -> refused, by name, with what was seen
 
 Encoder-decoders have a probe and a runner of their own (encoder_probe.py).
+
+On a GPU the paged runner then records its steps of single rows (graphs.py), and has to pass the same comparison again.
+What does not is served without recordings.
 """
 
 from __future__ import annotations
 
 import logging
+import math
 from functools import partial
+from itertools import chain
 from typing import TYPE_CHECKING
 
 import torch
 from transformers import DynamicCache
 
+from quant.errors import QuantError
 from server.errors import LoadError
 from server.memory.kv import kv_dtype, other_layers
 from server.model.attention import ATTENTION_NAME, CONTEXT_ARGUMENT, Call, register
@@ -34,6 +40,7 @@ from server.model.cache_runner import CacheRunner, batchings, cache_argument
 from server.model.encoder_probe import choose_encoder_decoder_runner
 from server.model.fuse import fuse
 from server.model.gather import cached_shapes
+from server.model.graphs import CudaRecorder, Recorder
 from server.model.paged_cache import LayerShape, PagedCache
 from server.model.proof import LARGEST_DIFFERENCE, Proof, architecture_of, first_proven
 from server.model.runner import PagedRunner, input_device
@@ -122,7 +129,29 @@ def _paged_runner(
         raise NotPagedError(f"is to be batch-invariant and calls {error}, which is not") from error
     if difference > LARGEST_DIFFERENCE:
         raise NotPagedError(f"gives other logits in packed batches (relative difference {difference:.2g})")
+    if spec.cuda_graphs and runner.device.type == "cuda" and can_be_recorded(model, runner):
+        record_steps(runner, proof, CudaRecorder(runner.device))
     return runner
+
+
+def can_be_recorded(model: PreTrainedModel, runner: PagedRunner) -> bool:
+    """Whether one device has all of a model, and computes every sequence in one way."""
+    tensors = chain(model.parameters(), model.buffers())
+    return runner.switch_length is None and all(tensor.device == runner.device for tensor in tensors)
+
+
+def record_steps(runner: PagedRunner, proof: Proof, recorder: Recorder) -> None:
+    """Records a runner's steps of single rows; where that fails, or gives other logits, all stays as it was."""
+    try:
+        runner.record(recorder)
+        difference = proof.difference(runner)
+        reason = f"replayed, its logits differ from the model's own (relative difference {difference:.2g})"
+    except (RuntimeError, QuantError) as error:
+        difference = math.inf
+        reason = " ".join(str(error).split())
+    if difference > LARGEST_DIFFERENCE:
+        runner.forget_recordings()
+        log.warning("%s's steps are not recorded: %s", type(runner.model).__name__, reason)
 
 
 @torch.inference_mode()

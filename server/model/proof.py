@@ -37,7 +37,7 @@ class Provable(Protocol):
     batching: Batching
 
     def logits(self, batch: Batch) -> torch.Tensor:
-        """[wanted rows, vocabulary], in the order of the batch."""
+        """[wanted rows, vocabulary], in the order of the batch; until the next call."""
         ...
 
     def release(self, request_id: str) -> None: ...
@@ -107,7 +107,7 @@ def architecture_of(model: PreTrainedModel) -> str:
 
 def logits_of(runner: Provable, steps: Sequence[Sequence[Chunk]]) -> torch.Tensor:
     """Runs steps one after the other and forgets their sequences; all wanted rows, [rows, vocabulary] float32."""
-    found = [runner.logits(Batch(tuple(step))) for step in steps if step]
+    found = [runner.logits(Batch(tuple(step))).clone() for step in steps if step]
     for request_id in {chunk.request_id for step in steps for chunk in step}:
         runner.release(request_id)
     return torch.cat(found).float()

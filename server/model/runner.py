@@ -1,27 +1,33 @@
 """The paged runner: a batch of chunks in, one packed forward call, the next token of each chunk that draws out.
 
 Input buffers are made once and filled anew each step: token ids, positions, cache slots and block tables go to the
-device in two copies, and the sampled tokens come back in one. It knows no queues: whoever calls `step` hands every
-chunk its blocks. Architectures that never call our attention have a runner of their own (cache_runner.py).
+device in two copies, and the sampled tokens come back in one. Where recordings were made (graphs.py), a batch of single
+rows replays one instead of calling the model. It knows no queues: whoever calls `step` hands every chunk its blocks.
+Architectures that never call our attention have a runner of their own (cache_runner.py).
 """
 
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from quant import native
-from server.model.attention import CONTEXT_ARGUMENT, PagedBatch, Segment
+from server.model.attention import CONTEXT_ARGUMENT, Context, PagedBatch, Segment, Tables
 from server.model.batch import FIXED_ROWS, FIXED_ROWS_ON_TILES, SCORED_ROWS, Batch, StepError, StepResult
+from server.model.graphs import Graphs, Recorder, SingleRows
 from server.model.paged_cache import PagedCache
 from server.model.readout import read_logits
 from server.model.rope import rope_switch
 from server.model.steady import Steady
+from server.model.transfer import on_device
 from server.records import Batching
 
 if TYPE_CHECKING:
@@ -48,15 +54,19 @@ class PagedRunner:
         """batch_invariant: a row's logits have the same bits in a batch of any size, or UnsteadyError is raised."""
         self.model = model
         self.cache = cache
+        _look_for_no_padding(model)
         self.fixed_rows = _fixed_rows(cache)
         self.device = input_device(model)
         self._keeps_logits = keeps_logits(model)
         self._rope = rope_switch(model)
         self.switch_length = self._rope.length
         self._steadied: AbstractContextManager[object] = Steady() if batch_invariant else nullcontext()
-        tables = (max_sequences, -(-max_model_len // cache.block_tokens))
-        self._rows = _Buffer((3, max_batch_tokens), self.device)  # token ids, positions, slots
-        self._tables = _Buffer(tables, self.device)
+        self._most_blocks = -(-max_model_len // cache.block_tokens)
+        self._most_single = min(max_sequences, max_batch_tokens)
+        self._rows = _Buffer(3 * max_batch_tokens, self.device)  # token ids, positions, slots
+        self._tables = _Buffer(max_sequences * self._most_blocks, self.device)
+        self._graphs: Graphs | None = None
+        self._recorded: list[torch.Tensor] = []
 
     def step(self, batch: Batch) -> StepResult:
         """One forward call for the whole batch, or a few where long prompts are scored.
@@ -80,53 +90,124 @@ class PagedRunner:
     @property
     def buffers(self) -> list[torch.Tensor]:
         """What is kept from step to step, beside the cache."""
-        return [*self._rows.tensors, *self._tables.tensors]
+        return [*self._rows.tensors, *self._tables.tensors, *self._recorded]
+
+    @torch.inference_mode()
+    def record(self, recorder: Recorder) -> None:
+        """From now on batches of single rows replay what is recorded here. Raises whatever the recorder does, and then
+        all is as it was.
+
+        Not for a model that computes long sequences in another way.
+        """
+        self._tables.device.zero_()
+        self._rows.device.zero_()  # rows of one token that lie in the first block, until batches come
+        offsets = torch.arange(self._most_single + 1, device=self.device)
+
+        def forward(rows: int) -> torch.Tensor:
+            ids, positions, slots = self._rows.on_device(3, rows)
+            tables = Tables(self._tables.on_device(rows, self._most_blocks), offsets[: rows + 1], positions)
+            return self._forward(ids, positions, SingleRows(self.cache, slots, tables))
+
+        one = forward(1)
+        logits = one.new_zeros(self._most_single, one.shape[1])
+
+        def work(rows: int) -> None:
+            logits[:rows].copy_(forward(rows))
+
+        self._graphs = Graphs(work, self._most_single, recorder)
+        self._recorded = [offsets, logits]
+
+    def forget_recordings(self) -> None:
+        """From now on every batch calls the model."""
+        self._graphs, self._recorded = None, []
 
     @torch.inference_mode()
     def logits(self, batch: Batch) -> torch.Tensor:
-        """[wanted rows, vocabulary] in the model's dtype, in the order of the batch."""
-        context, kept = self._prepare(batch)
-        ids, positions, _ = self._rows.device[:, : batch.tokens].unbind()
-        arguments: dict[str, Any] = {CONTEXT_ARGUMENT: context}
+        """[wanted rows, vocabulary] in the model's dtype, in the order of the batch; until the next call."""
+        if self._graphs is not None and batch.tokens == len(batch.chunks):
+            rows = self._graphs.fitting(batch.tokens)
+            if rows is not None:
+                return self._replayed(self._graphs, batch, rows)
+        self._send(batch, batch.tokens)
+        ids, positions, slots = self._rows.on_device(3, batch.tokens)
+        kept = _wanted_rows(batch)
         # One row at least: an empty product would ask every layer's kernel about a case nobody needs.
-        wanted = torch.tensor(kept or [0], device=self.device)
-        if self._keeps_logits:
-            arguments["logits_to_keep"] = wanted
+        wanted = on_device(kept or [0], self.device)
         switched = (chunk.switched for chunk in batch.chunks for _ in chunk.tokens)
         with self._steadied, self._rope.told(switched, (1, batch.tokens), self.device):
-            output = self.model(input_ids=ids[None], position_ids=positions[None], use_cache=False, **arguments)
-        logits: torch.Tensor = output.logits[0]
-        if not self._keeps_logits:
-            logits = logits.index_select(0, wanted.to(logits.device))
+            logits = self._forward(ids, positions, self._context(batch, slots), wanted)
         return logits[: len(kept)]
 
-    def _prepare(self, batch: Batch) -> tuple[PagedBatch, list[int]]:
-        """Fills the buffers; returns the attention's context and the rows whose logits are wanted.
+    def _forward(
+        self, ids: torch.Tensor, positions: torch.Tensor, context: Context, wanted: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """The model on packed rows; logits of all of them, or of `wanted` ones."""
+        arguments: dict[str, Any] = {CONTEXT_ARGUMENT: context}
+        if wanted is not None and self._keeps_logits:
+            arguments["logits_to_keep"] = wanted
+        output = self.model(input_ids=ids[None], position_ids=positions[None], use_cache=False, **arguments)
+        logits: torch.Tensor = output.logits[0]
+        if wanted is not None and not self._keeps_logits:
+            logits = logits.index_select(0, wanted.to(logits.device))
+        return logits
+
+    def _replayed(self, graphs: Graphs, batch: Batch, rows: int) -> torch.Tensor:
+        """The logits of a batch of single rows, by the recording of `rows` of them."""
+        self._send(batch, rows)
+        graphs.replay(rows)
+        logits = self._recorded[-1][: batch.tokens]
+        kept = _wanted_rows(batch)
+        return logits if len(kept) == len(logits) else logits.index_select(0, on_device(kept, logits.device))
+
+    def _send(self, batch: Batch, rows: int) -> None:
+        """Fills the buffers with a batch, which is made up to `rows` rows, if it has fewer, by copies of its last one.
 
         A few calls of numpy for the whole batch, and one for each sequence: a batch has hundreds of them.
         """
-        chunks, size, tables = batch.chunks, self.cache.block_tokens, self._tables.host
+        chunks, size = batch.chunks, self.cache.block_tokens
         counts = np.array([len(chunk.tokens) for chunk in chunks])
         starts = np.array([chunk.start for chunk in chunks])
         ends = np.cumsum(counts)
-        firsts = ends - counts
+        total, more = int(ends[-1]), rows - int(ends[-1])
+        tables = self._tables.on_host(len(chunks) + more, self._most_blocks)
         for index, chunk in enumerate(chunks):
             tables[index, : len(chunk.blocks)] = chunk.blocks
-        total = int(ends[-1])
-        ids, positions, slots = self._rows.host[:, :total]
-        ids[:] = [token for chunk in chunks for token in chunk.tokens]
-        positions[:] = np.arange(total) + np.repeat(starts - firsts, counts)
-        slots[:] = tables[np.repeat(np.arange(len(chunks)), counts), positions // size] * size + positions % size
-        self._rows.send(total)
-        self._tables.send()
-        widest = max(len(chunk.blocks) for chunk in chunks)
-        blocks = self._tables.device[: len(chunks), :widest].unbind()
+        ids, positions, slots = self._rows.on_host(3, rows)
+        ids[:total] = [token for chunk in chunks for token in chunk.tokens]
+        positions[:total] = np.arange(total) + np.repeat(starts - (ends - counts), counts)
+        own = tables[np.repeat(np.arange(len(chunks)), counts), positions[:total] // size]
+        slots[:total] = own * size + positions[:total] % size
+        if more:
+            for filled in (ids, positions, slots):
+                filled[total:] = filled[total - 1]
+            tables[len(chunks) :] = tables[len(chunks) - 1]
+        self._rows.send(3 * rows)
+        self._tables.send(tables.size)
+
+    def _context(self, batch: Batch, slots: torch.Tensor) -> PagedBatch:
+        """The attention's context of a batch that has been sent."""
+        widest = max(len(chunk.blocks) for chunk in batch.chunks)
+        blocks = self._tables.on_device(len(batch.chunks), self._most_blocks)[:, :widest].unbind()
+        ends = accumulate(len(chunk.tokens) for chunk in batch.chunks)
         segments = [
-            Segment(first, len(chunk.tokens), chunk.start, row)
-            for first, chunk, row in zip(firsts.tolist(), chunks, blocks, strict=True)
+            Segment(end - len(chunk.tokens), len(chunk.tokens), chunk.start, row)
+            for end, chunk, row in zip(ends, batch.chunks, blocks, strict=True)
         ]
-        kept = [row for end, chunk in zip(ends.tolist(), chunks, strict=True) for row in range(end - chunk.wanted, end)]
-        return PagedBatch(self.cache, self._rows.device[2, :total], segments), kept
+        return PagedBatch(self.cache, slots, segments)
+
+
+def _look_for_no_padding(model: PreTrainedModel) -> None:
+    """Some models look for padding in the ids of every call, to warn of it, which waits for the device. There is none
+    here."""
+    for module in model.modules():
+        if callable(getattr(module, "warn_if_padding_and_no_attention_mask", None)):
+            vars(module)["warn_if_padding_and_no_attention_mask"] = lambda *_: None
+
+
+def _wanted_rows(batch: Batch) -> list[int]:
+    """Rows whose logits are wanted; they are the last ones of each chunk."""
+    ends = accumulate(len(chunk.tokens) for chunk in batch.chunks)
+    return [row for end, chunk in zip(ends, batch.chunks, strict=True) for row in range(end - chunk.wanted, end)]
 
 
 def _fixed_rows(cache: PagedCache) -> int | None:
@@ -138,22 +219,30 @@ def _fixed_rows(cache: PagedCache) -> int | None:
 
 
 class _Buffer:
-    """An int64 array that is filled on the host and read on the device; on the CPU the two are the same memory."""
+    """Numbers in int64 that are filled on the host and read on the device; on the CPU the two are the same memory.
 
-    def __init__(self, shape: tuple[int, int], device: torch.device) -> None:
-        on_host = torch.zeros(shape, dtype=torch.int64, pin_memory=device.type == "cuda")
-        self.host = on_host.numpy()
-        self.device = on_host if device.type == "cpu" else on_host.to(device)
-        self._on_host = on_host
+    A step sees as many of them as it needs, from the first on, so that they are sent as one piece.
+    """
+
+    def __init__(self, size: int, device: torch.device) -> None:
+        self._on_host = torch.zeros(size, dtype=torch.int64, pin_memory=device.type == "cuda")
+        self.device = self._on_host if device.type == "cpu" else self._on_host.to(device)
 
     @property
     def tensors(self) -> list[torch.Tensor]:
         return [self._on_host, self.device]
 
-    def send(self, columns: int | None = None) -> None:
-        """Copies the first `columns` columns to the device."""
+    def on_host(self, *shape: int) -> npt.NDArray[np.int64]:
+        array: npt.NDArray[np.int64] = self._on_host.numpy()[: math.prod(shape)]
+        return array.reshape(shape)
+
+    def on_device(self, *shape: int) -> torch.Tensor:
+        return self.device[: math.prod(shape)].view(shape)
+
+    def send(self, size: int) -> None:
+        """Copies the first `size` numbers to the device."""
         if self.device is not self._on_host:
-            self.device[:, :columns].copy_(self._on_host[:, :columns], non_blocking=True)
+            self.device[:size].copy_(self._on_host[:size], non_blocking=True)
 
 
 @contextmanager

@@ -377,6 +377,27 @@ def test_the_first_device_of_a_map_is_the_main_one(path: str) -> None:
 
 
 @pytest.mark.usefixtures("two_accelerators")
+def test_recorded_steps_hold_logits_and_a_step_of_single_rows(path: str) -> None:
+    """On one GPU alone, and only if they are wanted."""
+    with_them, without = (planned(path, cuda_graphs=wanted, max_sequences=8) for wanted in (True, False))
+    workspace, activations = (
+        with_them.devices[0].components[name] - without.devices[0].components[name]
+        for name in ("workspace", "activations")
+    )
+    vocabulary, hidden, inner = 320, 128, 192
+    assert workspace == 8 * vocabulary * 2
+    assert activations == 8 * max(3 * hidden + 2 * inner + hidden + 2 * inner, hidden + vocabulary) * 2
+    for other in (
+        {"device": "cpu"},
+        {"device_map": {"": 0, "model.layers.1": 1}},
+        {"device_map": {"": 0, "lm_head": "cpu"}},
+    ):
+        assert (
+            planned(path, cuda_graphs=True, **other).components == planned(path, cuda_graphs=False, **other).components
+        )
+
+
+@pytest.mark.usefixtures("two_accelerators")
 def test_two_accelerators_are_planned_apart(path: str) -> None:
     """Each has its layers' weights and cache; the process lives on the CPU, where one layer waits in float32."""
     spread = {"": 0, "model.layers.1": 1}
