@@ -57,6 +57,12 @@ void load_absmax(const AbsmaxSource& source, int64_t first, int64_t count, float
     }
 }
 
+const float* absmax_at(const AbsmaxSource& source, int64_t first, int64_t count, float* room) {
+    if (source.nested_absmax == nullptr) return static_cast<const float*>(source.absmax) + first;
+    load_absmax(source, first, count, room);
+    return room;
+}
+
 namespace {
 
 // The code of a value is the number of midpoints below it. Floats are cut into buckets of 1/64 of an octave, by sign,

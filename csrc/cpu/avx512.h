@@ -45,28 +45,31 @@ HB_INLINE uint64_t outliers_of_floats(const float* values, int64_t count, float 
 
 // Sixteen rows of sixteen 32-bit units, rows become columns; strides are in bytes.
 HB_INLINE void transpose_units(const char* from, int64_t from_stride, char* to, int64_t to_stride) {
-    __m512i rows[16], pairs[16];
+    __m512i rows[16];
     for (int i = 0; i < 16; ++i) rows[i] = _mm512_loadu_si512(from + i * from_stride);
-    // In each quarter of 128 bits: 2 x 2 units, then 4 x 4; then the quarters change places twice.
-    for (int i = 0; i < 16; i += 2) {
-        pairs[i] = _mm512_unpacklo_epi32(rows[i], rows[i + 1]);
-        pairs[i + 1] = _mm512_unpackhi_epi32(rows[i], rows[i + 1]);
-    }
-    for (int i = 0; i < 16; i += 4) {
-        rows[i] = _mm512_unpacklo_epi64(pairs[i], pairs[i + 2]);
-        rows[i + 1] = _mm512_unpackhi_epi64(pairs[i], pairs[i + 2]);
-        rows[i + 2] = _mm512_unpacklo_epi64(pairs[i + 1], pairs[i + 3]);
-        rows[i + 3] = _mm512_unpackhi_epi64(pairs[i + 1], pairs[i + 3]);
-    }
-    for (int i = 0; i < 4; ++i) {
-        const __m512i ab_even = _mm512_shuffle_i32x4(rows[i], rows[i + 4], 0x88);
-        const __m512i ab_odd = _mm512_shuffle_i32x4(rows[i], rows[i + 4], 0xdd);
-        const __m512i cd_even = _mm512_shuffle_i32x4(rows[i + 8], rows[i + 12], 0x88);
-        const __m512i cd_odd = _mm512_shuffle_i32x4(rows[i + 8], rows[i + 12], 0xdd);
-        _mm512_storeu_si512(to + i * to_stride, _mm512_shuffle_i32x4(ab_even, cd_even, 0x88));
-        _mm512_storeu_si512(to + (i + 4) * to_stride, _mm512_shuffle_i32x4(ab_odd, cd_odd, 0x88));
-        _mm512_storeu_si512(to + (i + 8) * to_stride, _mm512_shuffle_i32x4(ab_even, cd_even, 0xdd));
-        _mm512_storeu_si512(to + (i + 12) * to_stride, _mm512_shuffle_i32x4(ab_odd, cd_odd, 0xdd));
+    transpose(rows);
+    for (int i = 0; i < 16; ++i) _mm512_storeu_si512(to + i * to_stride, rows[i]);
+}
+
+// The first `lanes` of sixteen, all of them if it is more.
+HB_INLINE __mmask16 lanes_mask(int64_t lanes) {
+    return static_cast<__mmask16>(lanes >= 16 ? 0xffff : (1 << lanes) - 1);
+}
+
+// absmax [rows, blocks] -> turned[block * Columns + column]; columns beyond the rows are the last row once more.
+template <int64_t Columns>
+void turn_absmax(const float* absmax, int64_t rows, int64_t blocks, float* turned) {
+    for (int64_t first = 0; first < Columns; first += 16) {
+        for (int64_t block = 0; block < blocks; block += 16) {
+            const int64_t some = blocks - block < 16 ? blocks - block : 16;
+            __m512i values[16];
+            for (int64_t i = 0; i < 16; ++i) {
+                const int64_t row = first + i < rows ? first + i : rows - 1;
+                values[i] = _mm512_maskz_loadu_epi32(lanes_mask(some), absmax + row * blocks + block);
+            }
+            transpose(values);
+            for (int64_t b = 0; b < some; ++b) _mm512_storeu_si512(turned + (block + b) * Columns + first, values[b]);
+        }
     }
 }
 

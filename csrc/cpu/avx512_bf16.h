@@ -26,7 +26,7 @@ struct Avx512Bf16 {
     static constexpr bool kScalesSums = true;
     static constexpr int64_t kGroup = 64;
     static constexpr int kRows = 6;
-    static constexpr int kFewRows = 12;
+    static constexpr int kFewRows = 8;
     static constexpr int kRowsWithoutTile = 16;
 
     static HB_INLINE uint16_t value(float x) { return to_bfloat(x); }

@@ -24,6 +24,9 @@ struct AbsmaxSource {
 // absmax of blocks [first, first + count) as float32. (absmax.cpp: the product and the sum are rounded separately.)
 void load_absmax(const AbsmaxSource& source, int64_t first, int64_t count, float* out);
 
+// The same: where they lie, if they are float32, or in `room`.
+const float* absmax_at(const AbsmaxSource& source, int64_t first, int64_t count, float* room);
+
 // Values [first, first + count) of the flattened tensor; absmax[0] belongs to the block that holds `first`.
 void decode4(const PairTable& table, const uint8_t* packed, const float* absmax, int64_t blocksize, int64_t first,
              int64_t count, float* out);

@@ -1,5 +1,5 @@
-// Products with decoded weights: chooses the way to multiply, lays out its workspace and cuts the work. vectors.cpp and
-// tiled.cpp multiply.
+// Products with decoded weights: chooses the way to multiply, lays out its workspace and cuts the work. vectors.cpp,
+// columns.cpp and tiled.cpp multiply.
 //
 // Rows of x are taken in waves, and a wave in passes of some rows, evenly many, that meet the same weights: those of
 // one expert, or of all rows where there are none. A wave is loaded, then multiplied, all of its passes and calls in
@@ -15,6 +15,7 @@
 #include <algorithm>
 
 #include "checks.h"
+#include "columns.h"
 #include "level.h"
 #include "pool.h"
 
@@ -30,14 +31,28 @@ constexpr int64_t kDecodingSteps = 8;
 // Tiles take as long for one row as for many, and vectors less for these few: memory is what they wait for.
 constexpr int64_t kRowsOnVectors = 3;
 
-// For a pass of so many rows.
+// Up to so many, weights that go from register to register are faster than a panel of them.
+constexpr int64_t kRowsInRegisters = 12;
+
+// For a call's part in a pass of so many rows.
 const DecodedWay& way_for(const DecodedCall& call, int64_t rows) {
 #ifdef HB_X86
     const bool may_take_vectors = rows <= kRowsOnVectors && !call.batch_invariant && has_avx512();
     if (level() >= kAmx && call.x_dtype == HB_BFLOAT16 && !may_take_vectors) return kOnTiles;
+    if (rows > kRowsInRegisters && !call.batch_invariant && fit_columns(call)) return kByColumns;
 #endif
     (void)call, (void)rows;
     return kOnVectors;
+}
+
+// The way that x is loaded for: that of the first call which wants it loaded. There is one such way at most, since
+// calls differ in whether they can be computed by columns, and then x stays where it is.
+const DecodedWay& loading_way(const DecodedCalls& calls, int64_t rows) {
+    for (int64_t i = 0; i < calls.count; ++i) {
+        const DecodedWay& way = way_for(calls.at[i], rows);
+        if (way.x_pieces(calls.at[i], rows) > 0) return way;
+    }
+    return way_for(calls.at[0], rows);
 }
 
 // The most that a pass has.
@@ -53,9 +68,12 @@ int64_t rows_of_pass(const DecodedCall& call, int64_t left) {
 
 struct Pass {
     int64_t expert;
-    const DecodedWay* way;
+    const DecodedWay* way;  // that x is loaded for
     DecodedRows rows;
-    int64_t steps;  // of a row of the weight
+    int64_t unit_rows;  // of a weight, in the largest unit of the calls' ways
+    int64_t steps;      // of a row of the weight
+
+    int64_t unit_steps() const { return steps * unit_rows; }
 };
 
 // Passes over the rows of x, one expert's after the other's.
@@ -64,11 +82,13 @@ class Passes {
     explicit Passes(const DecodedCalls& calls) : calls_(calls) { step_to_rows(); }
     bool is_done() const { return expert_ == calls_.experts; }
     int64_t next_count() const { return rows_of_pass(calls_.at[0], end() - first_); }
-    const DecodedWay& next_way() const { return way_for(calls_.at[0], next_count()); }
-    int64_t next_x_bytes() const { return next_way().x_bytes(calls_.at[0], next_count()); }
+    int64_t next_x_bytes() const { return loading_way(calls_, next_count()).x_bytes(calls_.at[0], next_count()); }
     Pass take() {
         const int64_t count = next_count();
-        const Pass pass = {expert_, &next_way(), {first_, count, nullptr}, count + kDecodingSteps};
+        Pass pass = {expert_, &loading_way(calls_, count), {first_, count, nullptr}, 0, count + kDecodingSteps};
+        for (int64_t i = 0; i < calls_.count; ++i) {
+            pass.unit_rows = std::max(pass.unit_rows, way_for(calls_.at[i], count).weight_rows);
+        }
         first_ += count;
         step_to_rows();
         return pass;
@@ -98,7 +118,7 @@ int64_t most_of_ways(const DecodedCall& call, const Size& size) {
 int64_t wave_bytes(const DecodedCalls& calls) {
     const DecodedCall& call = calls.at[0];
     const int64_t rows = rows_per_wave(calls);
-    if (calls.ends == nullptr) return way_for(call, rows).x_bytes(call, rows);
+    if (calls.ends == nullptr) return loading_way(calls, rows).x_bytes(call, rows);
     return most_of_ways(call, [&](const DecodedWay& way) { return way.x_bytes(call, rows); });
 }
 
@@ -147,9 +167,7 @@ struct Wave {
 
     explicit Wave(const DecodedCalls& all) : calls(all), count(0), rows(0) {}
 
-    static int64_t units_of(const DecodedCall& call, const DecodedWay& way) {
-        return ceil_div(call.N, way.weight_rows);
-    }
+    static int64_t units_of(const DecodedCall& call, const Pass& pass) { return ceil_div(call.N, pass.unit_rows); }
 
     // As many passes as `bytes` hold at x, one at least.
     void fill(Passes& all, char* x, int64_t bytes) {
@@ -178,32 +196,33 @@ struct Wave {
     }
 
     void run(int64_t threads, char* scratch, int64_t scratch_bytes) const {
-        const auto steps = [&](int64_t i) { return units(passes[i]) * unit_steps(passes[i]); };
+        const auto steps = [&](int64_t i) { return units(passes[i]) * passes[i].unit_steps(); };
         int64_t all = 0;
         for (int64_t i = 0; i < count; ++i) all += steps(i);
         parallel_for(threads, all, [&](int64_t part, int64_t begin, int64_t end) {
             for_ranges(count, steps, begin, end, [&](int64_t i, int64_t from, int64_t to) {
                 // A unit is whose range has its first step.
-                const int64_t own = unit_steps(passes[i]);
+                const int64_t own = passes[i].unit_steps();
                 run_units(passes[i], ceil_div(from, own), ceil_div(to, own), scratch + part * scratch_bytes);
             });
         });
     }
 
-    int64_t unit_steps(const Pass& pass) const { return pass.steps * pass.way->weight_rows; }
-
     int64_t units(const Pass& pass) const {
         int64_t all = 0;
-        for (int64_t i = 0; i < calls.count; ++i) all += units_of(calls.at[i], *pass.way);
+        for (int64_t i = 0; i < calls.count; ++i) all += units_of(calls.at[i], pass);
         return all;
     }
 
     void run_units(const Pass& pass, int64_t begin, int64_t end, char* scratch) const {
         for_ranges(
-            calls.count, [&](int64_t i) { return units_of(calls.at[i], *pass.way); }, begin, end,
+            calls.count, [&](int64_t i) { return units_of(calls.at[i], pass); }, begin, end,
             [&](int64_t i, int64_t from, int64_t to) {
                 const DecodedCall call = moved(calls.at[i], calls.strides, pass.expert * calls.count);
-                pass.way->run(call, pass.rows, from, to, scratch);
+                const DecodedWay& way = way_for(call, pass.rows.count);
+                const int64_t units = pass.unit_rows / way.weight_rows;
+                way.run(call, pass.rows, from * units, std::min(to * units, ceil_div(call.N, way.weight_rows)),
+                        scratch);
             });
     }
 };

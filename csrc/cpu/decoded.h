@@ -55,6 +55,13 @@ struct DecodedCalls {
     MatrixStrides strides;
 };
 
+// What a table is multiplied by before it is rounded to bfloat16 where sums are scaled and not the table, chosen so
+// that little is rounded: NF4 values then are off by half as much on average as those of a table that is scaled by
+// absmax first, FP4 values are exact.
+constexpr float lift_of(int64_t format) {
+    return format == HB_NF4 ? 1.4365f : 1.03125f;
+}
+
 // Rows of a call that are multiplied together.
 struct DecodedRows {
     int64_t first;  // the first one's place in the call's x and out
@@ -62,7 +69,7 @@ struct DecodedRows {
     char* x;        // x_bytes, the rows as the way to multiply keeps them
 };
 
-// A way to multiply: on vectors (vectors.cpp) or on tiles (tiled.cpp).
+// A way to multiply: on vectors (vectors.cpp), by columns (columns.cpp) or on tiles (tiled.cpp).
 struct DecodedWay {
     int64_t weight_rows;  // in a unit of work
     // Rows of x that are best multiplied together, at most kRowsPerPass and a multiple of 32.
@@ -80,6 +87,7 @@ struct DecodedWay {
 extern const DecodedWay kOnVectors;
 #ifdef __x86_64__
 extern const DecodedWay kOnTiles;
+extern const DecodedWay kByColumns;
 #endif
 
 // Some rows of a call, as one variant computes them on vectors. Sizes are in values unless a name says bytes.

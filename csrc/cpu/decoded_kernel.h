@@ -115,10 +115,6 @@ struct Decoded {
 
     // --- few rows of x --------------------------------------------------------------------------------------------
 
-    // What a table is multiplied by before it is rounded to bfloat16, chosen so that little is rounded: NF4 values then
-    // are off by half as much on average as those of a table that is scaled by absmax first, FP4 values are exact.
-    static HB_INLINE float lift_of(int64_t format) { return format == HB_NF4 ? 1.4365f : 1.03125f; }
-
     // Weight rows n .. n + 3, each beginning with a block, against Rows rows of x. absmax: float32 [4, blocks]. A
     // function of its own: inlined beside its neighbours, one row took half as long again.
     template <int Rows, bool BySums>
@@ -169,7 +165,18 @@ struct Decoded {
         }
     }
 
-    // The same for more rows than meet four weight rows in registers: they meet two, and then the other two.
+    // A group of two weight rows, decoded.
+    struct Pair {
+        Vector high[2], low[2];
+
+        HB_INLINE Pair(const uint8_t* packed, size_t row_bytes, const Table& first, const Table& second) {
+            Isa::decode(packed, first, high[0], low[0]);
+            Isa::decode(packed + row_bytes, second, high[1], low[1]);
+        }
+    };
+
+    // The same for more rows than meet four weight rows in registers: they meet two, and then the other two. A group is
+    // decoded before the products with the one before it, since the processor does not look that far ahead.
     template <int Rows>
     static HB_NOINLINE void few_in_pairs(const DecodedJob& job, int64_t n, const float* absmax, float* out,
                                          int64_t stride) {
@@ -182,26 +189,30 @@ struct Decoded {
         for (int pair = 0; pair < kWeightRows; pair += 2) {
             const uint8_t* const packed = a.weight.codes + static_cast<size_t>(n + pair) * row_bytes;
             const uint8_t* fetched = packed + fetch_distance(2, static_cast<int64_t>(row_bytes));
-            const float* const scales = absmax + static_cast<size_t>(pair) * blocks;
+            const float* scales = absmax + static_cast<size_t>(pair) * blocks;
             const Value* x = static_cast<const Value*>(job.x);
             Sum sums[Rows][2];
             for (int r = 0; r < Rows; ++r) sums[r][0] = sums[r][1] = Isa::zero();
-            for (size_t block = 0, at = 0; block < blocks; ++block) {
-                const Table first = Isa::scaled(base, scales[block]),
-                            second = Isa::scaled(base, scales[blocks + block]);
-                for (const size_t end = at + block_bytes; at < end; at += kGroup / kCodes, x += kGroup) {
-                    for (int64_t i = 0; i < kGroup / kCodes * 2; i += 64, fetched += 64) fetch_line(fetched);
-                    Vector high[2], low[2];
-                    Isa::decode(packed + at, first, high[0], low[0]);
-                    Isa::decode(packed + row_bytes + at, second, high[1], low[1]);
-                    for (int r = 0; r < Rows; ++r) {
-                        const Vector even = Isa::load(x + r * job.stride), odd = Isa::load(x + r * job.stride + kHalf);
-                        for (int i = 0; i < 2; ++i) {
-                            sums[r][i] = Isa::dot(sums[r][i], even, high[i]);
-                            sums[r][i] = Isa::dot(sums[r][i], odd, low[i]);
-                        }
-                    }
+            Table first = Isa::scaled(base, scales[0]), second = Isa::scaled(base, scales[blocks]);
+            Pair weights(packed, row_bytes, first, second);
+            for (size_t at = 0, end = block_bytes; at < row_bytes; x += kGroup) {
+                for (int64_t i = 0; i < kGroup / kCodes * 2; i += 64, fetched += 64) fetch_line(fetched);
+                at += kGroup / kCodes;
+                const size_t next = at < row_bytes ? at : 0;  // behind the last group anything will do
+                if (next == end) {
+                    end += block_bytes, ++scales;
+                    first = Isa::scaled(base, scales[0]), second = Isa::scaled(base, scales[blocks]);
                 }
+                const Pair following(packed + next, row_bytes, first, second);
+                for (int r = 0; r < Rows; ++r) {
+                    const Vector even = Isa::load(x + r * job.stride);
+                    for (int i = 0; i < 2; ++i) sums[r][i] = Isa::dot(sums[r][i], even, weights.high[i]);
+                }
+                for (int r = 0; r < Rows; ++r) {
+                    const Vector odd = Isa::load(x + r * job.stride + kHalf);
+                    for (int i = 0; i < 2; ++i) sums[r][i] = Isa::dot(sums[r][i], odd, weights.low[i]);
+                }
+                weights = following;
             }
             for (int r = 0; r < Rows; ++r) totals.at[r][pair] = sums[r][0], totals.at[r][pair + 1] = sums[r][1];
         }
@@ -279,16 +290,6 @@ struct Decoded {
         load_absmax(a.weight.absmax, first, last - first + 1, out);
     }
 
-    // The absmax of rows [n, n + rows), which begin with a block, one row behind the other: where they lie, or in
-    // `room`.
-    static const float* absmax_of(const DecodedCall& a, int64_t n, int64_t rows, float* room) {
-        const int64_t blocks = a.K / a.weight.blocksize;
-        const AbsmaxSource& source = a.weight.absmax;
-        if (source.nested_absmax == nullptr) return static_cast<const float*>(source.absmax) + n * blocks;
-        load_absmax(source, n * blocks, rows * blocks, room);
-        return room;
-    }
-
     // --- the whole: weight rows [begin, end) x kWeightRows --------------------------------------------------------
 
     static void run(const DecodedJob& job, int64_t begin, int64_t end, char* scratch) {
@@ -304,13 +305,14 @@ struct Decoded {
             while (n + kWeightRows <= last) {
                 const int64_t left = (last - n) / kWeightRows * kWeightRows;
                 const int64_t columns = left < kMostTileRows ? left : kMostTileRows;
-                const float* scales = absmax_of(a, n, columns, absmax);
+                const int64_t blocks_of_row = a.K / a.weight.blocksize;
+                const float* scales = absmax_at(a.weight.absmax, n * blocks_of_row, columns * blocks_of_row, absmax);
                 for (int64_t row = 0, blocks = (job.rows + kFewRows - 1) / kFewRows; row < job.rows; --blocks) {
                     DecodedJob some = job;
                     some.rows = (job.rows - row + blocks - 1) / blocks;
                     some.x = static_cast<const Value*>(job.x) + row * job.stride;
                     for (int64_t i = 0; i < columns; i += kWeightRows) {
-                        few_rows(some, n + i, scales + i * (a.K / a.weight.blocksize), sums + i);
+                        few_rows(some, n + i, scales + i * blocks_of_row, sums + i);
                     }
                     finish(job, row, some.rows, n, columns, sums);
                     row += some.rows;

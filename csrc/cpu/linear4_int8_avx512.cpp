@@ -16,6 +16,7 @@
 #include <immintrin.h>
 #include <string.h>
 
+#include "avx512.h"
 #include "fetch.h"
 #include "linear4_int8.h"
 
@@ -86,37 +87,6 @@ struct WeightRows {
 HB_INLINE __mmask64 bytes_mask(int64_t bytes) {
     if (bytes <= 0) return 0;
     return bytes >= 64 ? ~__mmask64{0} : (__mmask64{1} << bytes) - 1;
-}
-
-HB_INLINE __mmask16 lanes_mask(int64_t lanes) {
-    return static_cast<__mmask16>(lanes >= 16 ? 0xffff : (1 << lanes) - 1);
-}
-
-// absmax of `rows` weight rows from row n on, one row behind the other: where they lie, or in `room`.
-const float* absmax_of_rows(const Int8Job& job, int64_t n, int64_t rows, float* room) {
-    const int64_t blocks = job.args->K / job.args->blocksize;
-    if (job.absmax.nested_absmax == nullptr) return static_cast<const float*>(job.absmax.absmax) + n * blocks;
-    load_absmax(job.absmax, n * blocks, rows * blocks, room);
-    return room;
-}
-
-// absmax [rows, blocks] -> turned[block * kInt8TileColumns + column]; columns beyond the rows are the last row once
-// more.
-void turn_absmax(const float* absmax, int64_t rows, int64_t blocks, float* turned) {
-    for (int64_t first = 0; first < kInt8TileColumns; first += kLanes) {
-        for (int64_t block = 0; block < blocks; block += 16) {
-            const __mmask16 there = lanes_mask(blocks - block);
-            __m512i values[16];
-            for (int64_t i = 0; i < kLanes; ++i) {
-                const int64_t row = smaller(first + i, rows - 1);
-                values[i] = _mm512_maskz_loadu_epi32(there, absmax + row * blocks + block);
-            }
-            transpose(values);
-            for (int64_t b = 0; b < smaller(16, blocks - block); ++b) {
-                _mm512_storeu_si512(turned + (block + b) * kInt8TileColumns + first, values[b]);
-            }
-        }
-    }
 }
 
 HB_INLINE __m512 add_group(__m512 total, __m512i sums, __m512 absmax, float scale) {
@@ -390,13 +360,13 @@ void run_wide(const Int8Job& job, int64_t begin, int64_t end, char* scratch) {
     const int64_t blocks = a.K / a.blocksize;
     for (int64_t n = begin; n < end; n += parts.columns) {
         const int64_t columns = smaller(parts.columns, end - n);
-        const float* const absmax = absmax_of_rows(job, n, columns, room);
+        const float* const absmax = absmax_at(job.absmax, n * blocks, columns * blocks, room);
         if (parts.is_few) {
             for (int64_t i = 0; i < columns; i += 4) {
                 few_rows(job, FourRows(a, n + i, absmax + i * blocks), totals + i);
             }
         } else {
-            turn_absmax(absmax, columns, blocks, turned);
+            turn_absmax<kInt8TileColumns>(absmax, columns, blocks, turned);
             many(job, n, turned, tile, totals);
         }
         for (int64_t row = 0; row < job.rows; ++row) finish_int8(job, row, n, columns, totals + row * parts.columns);

@@ -127,9 +127,7 @@ struct Tiled {
         const int64_t width = source.nested_absmax == nullptr ? int64_t{sizeof(float)} : 1;
         const char* const next = static_cast<const char*>(source.absmax) + (last + 1) * width;
         for (int64_t i = 0; i < (last + 1 - first) * width; i += 64) __builtin_prefetch(next + i, 0, 2);
-        if (source.nested_absmax == nullptr) return static_cast<const float*>(source.absmax) + first;
-        load_absmax(source, first, last - first + 1, room);
-        return room;
+        return absmax_at(source, first, last - first + 1, room);
     }
 
     // --- the whole: weight rows [begin, end) x kPanelRows ------------------------------------------------------

@@ -4,6 +4,7 @@
 
 #include <stdint.h>
 
+#include "clones.h"
 #include "level.h"
 
 #ifdef HB_X86
@@ -17,7 +18,7 @@
 namespace hb {
 
 // 16 rows of 16 lanes -> 16 columns.
-HB_AVX512 inline void transpose(__m512i (&rows)[16]) {
+HB_AVX512 HB_INLINE void transpose(__m512i (&rows)[16]) {
     __m512i pairs[16], quads[16];
     for (int i = 0; i < 16; i += 2) {
         pairs[i] = _mm512_unpacklo_epi32(rows[i], rows[i + 1]);

@@ -74,7 +74,46 @@ TEST(products_of_bfloat16_are_right_at_every_shape) {
     }
 }
 
-// Where not every batch must give a row the same bits, up to three rows may have their own.
+// Where not every batch must give a row the same bits, sums may be scaled and not the table, which is then rounded
+// once.
+static void expect_near(const Weight& w, const std::vector<uint16_t>& x, int64_t M, const std::vector<float>& bias,
+                        const std::vector<uint16_t>& out) {
+    for (int64_t n = 0; n < w.N; ++n) {
+        std::vector<double> weights;
+        for (int64_t k = 0; k < w.K; ++k) weights.push_back(w.at(n, k));
+        for (int64_t m = 0; m < M; ++m) {
+            double sum = bias[static_cast<size_t>(n)], size = std::fabs(sum);
+            for (int64_t k = 0; k < w.K; ++k) {
+                const double product = value_at(x, m * w.K + k, HB_BFLOAT16) * weights[static_cast<size_t>(k)];
+                sum += product, size += std::fabs(product);
+            }
+            const double error = std::fabs(value_at(out, m * w.N + n, HB_BFLOAT16) - sum);
+            EXPECT(error <= std::fabs(sum) / 256 + size / 256, "out[%d, %d] of %d x %d x %d off by %g of %g", (int)m,
+                   (int)n, (int)M, (int)w.N, (int)w.K, error, size);
+        }
+    }
+}
+
+// More than twelve rows may have bits of their own, but then all of them have these.
+TEST(many_rows_of_bfloat16_are_right_too) {
+    for (const int64_t N : {1, 16, 31, 33, 70}) {
+        const int64_t shapes[][2] = {{64, 64},    {96, 32},     {768, 256}, {1088, 64},
+                                     {1536, 512}, {2048, 1024}, {333, 64},  {576, 128}};
+        for (const auto& [K, blocksize] : shapes) {
+            const Weight w(N, K, any_of({0, 1}) == 1, blocksize);
+            const std::vector<uint16_t> x = bfloats(normal_values(37 * K));
+            const std::vector<float> bias = normal_values(N);
+            const std::vector<uint16_t> out = run(w, x, 37, &bias, 3, 0);
+            expect_near(w, x, 37, bias, out);
+            for (const int64_t M : {13, 14, 24}) {
+                const std::vector<uint16_t> fewer(x.begin(), x.begin() + M * K);
+                const std::vector<uint16_t> some = run(w, fewer, M, &bias, any_of({1, 2}), 0);
+                EXPECT(std::equal(some.begin(), some.end(), out.begin()), "%d rows of %d x %d", (int)M, (int)N, (int)K);
+            }
+        }
+    }
+}
+
 TEST(few_rows_of_bfloat16_are_right_too) {
     for (const int64_t K : {64, 512, 2048}) {
         for (const int64_t blocksize : {64, 256}) {
@@ -84,18 +123,7 @@ TEST(few_rows_of_bfloat16_are_right_too) {
             const std::vector<uint16_t> out = run(w, three, 3, nullptr, 2, 0), alone = run(w, one, 1, nullptr, 1, 0);
             EXPECT(std::equal(alone.begin(), alone.end(), out.begin()), "a row among few, K %d", (int)K);
             EXPECT(run(w, x, 5, nullptr, 1, 0) == run(w, x, 5, nullptr, 2, 1), "more rows are added up one way");
-            for (int64_t m = 0; m < 3; ++m) {
-                for (int64_t n = 0; n < w.N; ++n) {
-                    double sum = 0, size = 0;
-                    for (int64_t k = 0; k < K; ++k) {
-                        const double product = value_at(x, m * K + k, HB_BFLOAT16) * w.at(n, k);
-                        sum += product, size += std::fabs(product);
-                    }
-                    const double error = std::fabs(value_at(out, m * w.N + n, HB_BFLOAT16) - sum);
-                    EXPECT(error <= std::fabs(sum) / 256 + size / 256, "out[%d, %d], K %d, off by %g of %g", (int)m,
-                           (int)n, (int)K, error, size);
-                }
-            }
+            expect_near(w, three, 3, std::vector<float>(37), out);
         }
     }
 }
@@ -112,15 +140,17 @@ TEST(a_row_of_bfloat16_is_the_same_in_every_batch) {
 }
 
 template <typename T>
-static void compare_group(const std::vector<T>& x, int64_t M, int64_t K) {
+static void compare_group(const std::vector<T>& x, int64_t M, int64_t K, int64_t batch_invariant) {
     const std::vector<float> bias = normal_values(130);
-    const Weight weights[] = {{70, K, true}, {1, K, false}, {130, K, true}, {0, K, false}};
+    // Block sizes that differ, and one of more than a row.
+    const Weight weights[] = {{70, K, true}, {1, K, false}, {130, K, true}, {0, K, false}, {37, K, true, 512}};
     for (const int64_t threads : {1, 3}) {
         std::vector<std::vector<T>> outs;
         std::vector<hb_linear4_args> items;
         for (const Weight& w : weights) {
             outs.push_back(poisoned<T>(M * w.N));
-            items.push_back(linear4_arguments(w, x, M, w.N == 130 ? &bias : nullptr, outs.back(), threads));
+            const std::vector<float>* const own_bias = w.N == 130 ? &bias : nullptr;
+            items.push_back(linear4_arguments(w, x, M, own_bias, outs.back(), threads, batch_invariant));
         }
         int64_t bytes = -1;
         const int64_t count = static_cast<int64_t>(items.size());
@@ -129,7 +159,8 @@ static void compare_group(const std::vector<T>& x, int64_t M, int64_t K) {
         workspace.give_to(items[0].call);
         EXPECT(hb_linear4_group(items.data(), count) == HB_OK, "group");
         for (size_t i = 0; i < items.size(); ++i) {
-            const std::vector<T> alone = run(weights[i], x, M, weights[i].N == 130 ? &bias : nullptr, 2);
+            const std::vector<float>* const own_bias = weights[i].N == 130 ? &bias : nullptr;
+            const std::vector<T> alone = run(weights[i], x, M, own_bias, 2, batch_invariant);
             EXPECT(outs[i] == alone, "item %d", (int)i);
         }
         --items[0].call.workspace_bytes;
@@ -139,9 +170,12 @@ static void compare_group(const std::vector<T>& x, int64_t M, int64_t K) {
 
 TEST(a_group_gives_what_its_products_give_alone) {
     const std::vector<float> x = normal_values(40 * 256);
-    compare_group(x, 40, 256);
-    compare_group(std::vector<float>(x.begin(), x.begin() + 7 * 256), 7, 256);
-    compare_group(bfloats(x), 40, 256);
+    compare_group(x, 40, 256, 1);
+    compare_group(std::vector<float>(x.begin(), x.begin() + 7 * 256), 7, 256, 1);
+    for (const int64_t batch_invariant : {0, 1}) {
+        compare_group(bfloats(x), 40, 256, batch_invariant);
+        compare_group(bfloats(x), 12, 256, batch_invariant);
+    }
 }
 
 TEST(a_row_is_the_same_in_every_batch) {

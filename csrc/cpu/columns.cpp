@@ -1,0 +1,52 @@
+// Products with decoded weights by columns: which calls can be computed so, and what they work in. columns_avx512.cpp
+// computes. Rows of x are read where they are.
+#include "columns.h"
+
+#include "formats.h"
+#include "level.h"
+
+namespace hb {
+
+static_assert(kPanelValues % kSmallestBlocksize == 0 && kLargestBlocksize % kPanelValues == 0, "powers of two");
+
+bool fit_columns(const DecodedCall& call) {
+#ifdef HB_X86
+    static const bool has_kernel = level() == kAvx512Bf16 && __builtin_cpu_supports("avx512vbmi");
+    const DecodedWeight& weight = call.weight;
+    return has_kernel && !weight.is_int8 && call.x_dtype == HB_BFLOAT16 && call.K > 0 && call.K % weight.blocksize == 0;
+#else
+    (void)call;
+    return false;
+#endif
+}
+
+#ifdef HB_X86
+
+namespace {
+
+int64_t most_rows(const DecodedCall&) {
+    return kRowsPerPass;
+}
+
+int64_t no_bytes(const DecodedCall&, int64_t) {
+    return 0;
+}
+
+int64_t no_pieces(const DecodedCall&, int64_t) {
+    return 0;
+}
+
+void load_nothing(const DecodedCall&, const DecodedRows&, int64_t, int64_t) {}
+
+int64_t scratch_bytes(const DecodedCall& call, int64_t rows) {
+    return ColumnsScratch(call, rows).bytes();
+}
+
+}  // namespace
+
+const DecodedWay kByColumns = {kColumns,     most_rows,     no_bytes,          no_pieces,
+                               load_nothing, scratch_bytes, run_columns_avx512};
+
+#endif
+
+}  // namespace hb

@@ -1,0 +1,45 @@
+// Products with decoded weights by columns, for many rows of x: what their way (columns.cpp) and their kernel
+// (columns_avx512.cpp) share.
+//
+// Sixteen weight rows share a vector, a lane each, and a value of x meets all of them at once. So no sum must be added
+// up over its lanes, and a panel of 32 weight rows serves eight rows of x from registers:
+//
+//     panel            k pairs of 32 weight rows, decoded       [pair][row] two bfloat16, neighbours along K
+//     x                as it is: a pair of a row is loaded into every lane
+//     sums             [8 rows of x][32 weight rows] over a block, float32, in registers
+//     totals           [rows of x][32 weight rows]: sums times the block's absmax, added up block by block
+#pragma once
+
+#include <stdint.h>
+
+#include "checks.h"
+#include "decoded.h"
+
+namespace hb {
+
+constexpr int64_t kColumns = 32;       // weight rows in a panel
+constexpr int64_t kPanelValues = 256;  // of a weight row that a panel has at most: 16 KB, half of a small first cache
+
+// Whether a call can be computed so: weights in 4 bits whose rows begin with a block. A block's size is a power of two,
+// so a panel has whole ones, or a block whole panels.
+bool fit_columns(const DecodedCall& call);
+
+// Scratch of one thread, in bytes; each part is a multiple of 64.
+struct ColumnsScratch {
+    int64_t panel, totals, absmax, scales;
+
+    ColumnsScratch(const DecodedCall& call, int64_t rows)
+        : panel(kPanelValues * kColumns * int64_t{sizeof(uint16_t)}),
+          totals(rows * kColumns * int64_t{sizeof(float)}),
+          absmax(0),
+          scales(blocks(call) * kColumns * int64_t{sizeof(float)}) {
+        if (call.weight.absmax.nested_absmax != nullptr) absmax = scales;
+    }
+    static int64_t blocks(const DecodedCall& call) { return call.K / call.weight.blocksize; }
+    int64_t bytes() const { return panel + totals + absmax + scales; }
+};
+
+// The rows against weight rows [begin, end) in units of kColumns. For processors with BF16 products and VBMI.
+void run_columns_avx512(const DecodedCall& call, const DecodedRows& rows, int64_t begin, int64_t end, char* scratch);
+
+}  // namespace hb

@@ -1,0 +1,180 @@
+// Products with decoded weights by columns for AVX-512 with BF16 and VBMI; columns.h has the layout.
+//
+// Sixteen rows of codes, 64 bytes each, are transposed in units of four bytes, so that a vector has eight values of
+// each row. One instruction then moves a pair's two codes to the low bits of their 16-bit lanes, and a second one looks
+// both up. Tables stay as they are, rounded to bfloat16 once, and what a block has added up to is scaled.
+//
+// A sum is its row's and column's own, in the order of K, however many other rows there are. The products' instruction
+// takes subnormal values for zeros.
+#include <immintrin.h>
+#include <string.h>
+
+#include "avx512.h"
+#include "clones.h"
+#include "columns.h"
+#include "floats.h"
+#include "formats.h"
+
+namespace hb {
+
+namespace {
+
+constexpr int64_t kLanes = 16;
+constexpr int kVectors = 2;   // of sums, for a row of x
+constexpr int kMostRows = 8;  // of x in registers; with more of them, what is scaled after each block has no room
+constexpr int64_t kPairBytes = kVectors * 64;
+constexpr int64_t kChunk = 64;     // bytes of a row of codes
+constexpr int64_t kUnitBytes = 4;  // of a row of codes, transposed together
+static_assert(kColumns == kVectors * kLanes, "a row's sums");
+
+// Where in a quadword, which has a unit of two rows, the codes of each of its pairs are: the first one in the high half
+// of its byte.
+struct Places {
+    __m512i at[kUnitBytes];
+
+    HB_INLINE Places() {
+        for (int64_t pair = 0; pair < kUnitBytes; ++pair) {
+            const int64_t first = 8 * pair + 4, second = 8 * pair;
+            at[pair] = _mm512_set1_epi64(first | second << 16 | (32 + first) << 32 | (32 + second) << 48);
+        }
+    }
+};
+
+// The sixteen values times `lift`, rounded, twice: lookups heed five bits, and the fifth belongs to the next code.
+HB_INLINE __m512i table_of(int64_t format, float lift) {
+    const __m512 values = _mm512_loadu_ps(format == HB_NF4 ? kNf4Values.at : kFp4Values.at);
+    return _mm512_broadcast_i64x4(bfloats_of_floats(_mm512_mul_ps(values, _mm512_set1_ps(lift))));
+}
+
+// `bytes` bytes of codes of sixteen rows, at most a chunk -> units[unit][row]. Of `rows` rows the last one stands in
+// for those that are not there.
+HB_INLINE void transpose_codes(const uint8_t* codes, int64_t row_bytes, int64_t rows, int64_t bytes, char* units) {
+    if (rows == kLanes && bytes == kChunk) {
+        transpose_units(reinterpret_cast<const char*>(codes), row_bytes, units, kChunk);
+        return;
+    }
+    alignas(64) char some[kLanes * kChunk] = {};
+    for (int64_t i = 0; i < kLanes; ++i) {
+        memcpy(some + i * kChunk, codes + (i < rows ? i : rows - 1) * row_bytes, static_cast<size_t>(bytes));
+    }
+    transpose_units(some, kChunk, units, kChunk);
+}
+
+// `bytes` bytes of codes of sixteen rows -> their vectors of a panel. Fetches those of the next panel.
+HB_INLINE void fill(const uint8_t* codes, int64_t row_bytes, int64_t rows, int64_t bytes, __m512i table, char* panel) {
+    const Places places;
+    alignas(64) char units[kLanes * kChunk];
+    for (int64_t at = 0; at < bytes; at += kChunk) {
+        for (int64_t i = 0; i < kLanes; ++i) __builtin_prefetch(codes + (i + kColumns) * row_bytes + at, 0, 2);
+        const int64_t some = bytes - at < kChunk ? bytes - at : kChunk;
+        transpose_codes(codes + at, row_bytes, rows, some, units);
+        for (int64_t first = 0; first < some; first += kUnitBytes) {  // a byte has a pair
+            const __m512i unit = _mm512_load_si512(units + first / kUnitBytes * kChunk);
+            for (int64_t i = 0; i < kUnitBytes; ++i) {
+                const __m512i found = _mm512_multishift_epi64_epi8(places.at[i], unit);
+                _mm512_store_si512(panel + (at + first + i) * kPairBytes, _mm512_permutexvar_epi16(found, table));
+            }
+        }
+    }
+}
+
+// What rows of x meet: `pieces` times `pairs` pairs of 32 weight rows, each piece part of a block or a whole one.
+struct Panel {
+    const char* weights;
+    int64_t pieces, pairs;
+    const float* scales;  // [pieces][32]
+};
+
+// Rows rows of x against a panel; totals [Rows][32].
+template <int Rows>
+HB_NOINLINE void multiply(const uint16_t* x, int64_t stride, const Panel& panel, float* totals) {
+    const char* at = panel.weights;
+    for (int64_t piece = 0; piece < panel.pieces; ++piece) {
+        __m512 sums[Rows][kVectors];
+        for (auto& row : sums) {
+            for (__m512& sum : row) sum = _mm512_setzero_ps();
+        }
+        for (int64_t pair = 0; pair < panel.pairs; ++pair, at += kPairBytes) {
+            __m512bh weights[kVectors];
+            for (int i = 0; i < kVectors; ++i) weights[i] = (__m512bh)_mm512_load_si512(at + 64 * i);
+            for (int r = 0; r < Rows; ++r) {
+                int32_t two;
+                memcpy(&two, x + r * stride + 2 * pair, sizeof two);
+                const __m512bh values = (__m512bh)_mm512_set1_epi32(two);
+                for (int i = 0; i < kVectors; ++i) sums[r][i] = _mm512_dpbf16_ps(sums[r][i], values, weights[i]);
+            }
+        }
+        x += 2 * panel.pairs;
+        for (int i = 0; i < kVectors; ++i) {
+            const __m512 scale = _mm512_loadu_ps(panel.scales + piece * kColumns + i * kLanes);
+            for (int r = 0; r < Rows; ++r) {
+                float* const total = totals + r * kColumns + i * kLanes;
+                _mm512_storeu_ps(total, _mm512_fmadd_ps(sums[r][i], scale, _mm512_loadu_ps(total)));
+            }
+        }
+    }
+}
+
+template <int Rows = kMostRows>
+HB_INLINE void multiply_rows(int64_t rows, const uint16_t* x, int64_t stride, const Panel& panel, float* totals) {
+    if constexpr (Rows > 1) {
+        if (rows < Rows) return multiply_rows<Rows - 1>(rows, x, stride, panel, totals);
+    }
+    multiply<Rows>(x, stride, panel, totals);
+}
+
+// Totals, divided by the table's lift, and the bias, rounded -> columns [n, n + columns) of out.
+HB_INLINE void hand_out(const DecodedCall& a, const DecodedRows& rows, int64_t n, int64_t columns, float lift,
+                        const float* totals) {
+    float biases[kColumns] = {};
+    for (int64_t i = 0; i < columns && a.bias != nullptr; ++i) biases[i] = load_float(a.bias, a.bias_dtype, n + i);
+    const __m512 inverse = _mm512_set1_ps(1 / lift);
+    uint16_t* const out = static_cast<uint16_t*>(a.out) + rows.first * a.out_stride + n;
+    for (int64_t r = 0; r < rows.count; ++r) {
+        for (int64_t i = 0; i < columns; i += kLanes) {
+            const __m512 total = _mm512_mul_ps(_mm512_loadu_ps(totals + r * kColumns + i), inverse);
+            const __m256i rounded = bfloats_of_floats(_mm512_add_ps(total, _mm512_loadu_ps(biases + i)));
+            _mm256_mask_storeu_epi16(out + r * a.out_stride + i, lanes_mask(columns - i), rounded);
+        }
+    }
+}
+
+}  // namespace
+
+void run_columns_avx512(const DecodedCall& a, const DecodedRows& rows, int64_t begin, int64_t end, char* scratch) {
+    const ColumnsScratch parts(a, rows.count);
+    char* const weights = scratch;
+    float* const totals = reinterpret_cast<float*>(weights + parts.panel);
+    float* const room = totals + parts.totals / int64_t{sizeof(float)};
+    float* const scales = room + parts.absmax / int64_t{sizeof(float)};
+    const float lift = lift_of(a.weight.format);
+    const __m512i table = table_of(a.weight.format, lift);
+    const int64_t row_bytes = a.K / 2, blocks = ColumnsScratch::blocks(a), blocksize = a.weight.blocksize;
+    const int64_t piece = blocksize < kPanelValues ? blocksize : kPanelValues;
+    const uint16_t* const x = static_cast<const uint16_t*>(a.x) + rows.first * a.K;
+    const int64_t last = end * kColumns < a.N ? end * kColumns : a.N;
+    for (int64_t n = begin * kColumns; n < last; n += kColumns) {
+        const int64_t columns = last - n < kColumns ? last - n : kColumns;
+        turn_absmax<kColumns>(absmax_at(a.weight.absmax, n * blocks, columns * blocks, room), columns, blocks, scales);
+        memset(totals, 0, static_cast<size_t>(parts.totals));
+        for (int64_t k = 0; k < a.K; k += kPanelValues) {
+            const int64_t values = a.K - k < kPanelValues ? a.K - k : kPanelValues;
+            for (int64_t i = 0; i < kVectors; ++i) {
+                // Where a vector has no row, its lanes are those of the last one there is.
+                const int64_t first = i * kLanes < columns ? i * kLanes : columns - 1;
+                const int64_t there = columns - first < kLanes ? columns - first : kLanes;
+                const uint8_t* const codes = a.weight.codes + (n + first) * row_bytes + k / 2;
+                fill(codes, row_bytes, there, values / 2, table, weights + 64 * i);
+            }
+            const Panel panel = {weights, values / piece, piece / 2, scales + k / blocksize * kColumns};
+            for (int64_t row = 0, shares = (rows.count + kMostRows - 1) / kMostRows; row < rows.count; --shares) {
+                const int64_t together = (rows.count - row + shares - 1) / shares;
+                multiply_rows(together, x + row * a.K + k, a.K, panel, totals + row * kColumns);
+                row += together;
+            }
+        }
+        hand_out(a, rows, n, columns, lift, totals);
+    }
+}
+
+}  // namespace hb
