@@ -26,6 +26,7 @@ struct Avx512Bf16 {
     static constexpr bool kScalesSums = true;
     static constexpr int64_t kGroup = 64;
     static constexpr int kRows = 6;
+    static constexpr int kRowsByFour = 4;
     static constexpr int kFewRows = 8;
     static constexpr int kRowsWithoutTile = 16;
 

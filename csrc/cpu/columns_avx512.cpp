@@ -12,6 +12,7 @@
 #include "avx512.h"
 #include "clones.h"
 #include "columns.h"
+#include "fetch.h"
 #include "floats.h"
 #include "formats.h"
 
@@ -156,6 +157,7 @@ void run_columns_avx512(const DecodedCall& a, const DecodedRows& rows, int64_t b
     for (int64_t n = begin * kColumns; n < last; n += kColumns) {
         const int64_t columns = last - n < kColumns ? last - n : kColumns;
         turn_absmax<kColumns>(absmax_at(a.weight.absmax, n * blocks, columns * blocks, room), columns, blocks, scales);
+        fetch_absmax(a.weight.absmax, (n + columns) * blocks, columns * blocks);
         memset(totals, 0, static_cast<size_t>(parts.totals));
         for (int64_t k = 0; k < a.K; k += kPanelValues) {
             const int64_t values = a.K - k < kPanelValues ? a.K - k : kPanelValues;

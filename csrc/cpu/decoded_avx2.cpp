@@ -20,6 +20,7 @@ struct Avx2 {
     static constexpr bool kScalesSums = false;
     static constexpr int64_t kGroup = 16;
     static constexpr int kRows = 2;
+    static constexpr int kRowsByFour = 2;
     static constexpr int kFewRows = 2;
     static constexpr int kRowsWithoutTile = 2;
 

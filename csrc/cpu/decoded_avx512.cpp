@@ -18,6 +18,7 @@ struct Avx512 {
     static constexpr bool kScalesSums = false;
     static constexpr int64_t kGroup = 32;
     static constexpr int kRows = 6;
+    static constexpr int kRowsByFour = 6;
     static constexpr int kFewRows = 6;
     static constexpr int kRowsWithoutTile = 6;
 

@@ -17,6 +17,7 @@ struct Baseline {
     static constexpr bool kScalesSums = false;
     static constexpr int64_t kGroup = 8;
     static constexpr int kRows = 2;
+    static constexpr int kRowsByFour = 2;
     static constexpr int kFewRows = 2;
     static constexpr int kRowsWithoutTile = 2;
 

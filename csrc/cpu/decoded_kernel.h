@@ -12,10 +12,10 @@
 // order; a row's sum is scaled by absmax / 127 at the end.
 //
 // Few rows of x: decoded vectors go from register to register (`few`), four weight rows at a time, or two where x has
-// more rows (`few_in_pairs`); up to Isa::kRowsWithoutTile rows the codes are rather decoded twice than written down.
-// Many: a tile of weight rows is decoded into the cache and meets all of x, up to six by four sums at a time (`many`).
-// The sum of one row and one column is added up in the same order both ways: over the groups in each lane, then over
-// the lanes in one fixed tree.
+// more than Isa::kRowsByFour rows (`few_in_pairs`); up to Isa::kRowsWithoutTile rows the codes are rather decoded twice
+// than written down. Many: a tile of weight rows is decoded into the cache and meets all of x, up to six by four sums
+// at a time (`many`). The sum of one row and one column is added up in the same order both ways: over the groups in
+// each lane, then over the lanes in one fixed tree.
 //
 // Where scaling the table costs as much as the products of a block with one row (Isa::kScalesSums), up to kRowsBySums
 // rows take a third way: the table stays as it is, and what a block has added up to is scaled. Not in invariant calls,
@@ -50,10 +50,12 @@ struct Decoded {
     static constexpr int64_t kGroup = Isa::kGroup;
     static constexpr int64_t kHalf = kGroup / 2;             // values in a vector
     static constexpr int64_t kCodes = Isa::kIsInt8 ? 1 : 2;  // in a byte
-    static constexpr int kFewRows = Isa::kFewRows;           // rows of x that meet two weight rows there, at most
+    static constexpr int kFewRows = Isa::kFewRows;           // rows of x that meet weights from registers, at most
     static constexpr int kRows = Isa::kRows;  // rows of x that meet kWeightRows weight rows in registers, at most
     // Values of a row that are worked on before the next rows: x and the tile then stay in the first cache.
     static constexpr int64_t kStretch = 2560 / static_cast<int64_t>(sizeof(Value));
+    // Bytes of weight rows in pairs that are worked on before the next bytes: x then stays in the first cache.
+    static constexpr size_t kPairStretch = 1024;
     static constexpr int kRowsBySums = 3;  // from four on, scaling their sums costs more than scaling the tables
 
     static HB_INLINE Table table_of(int64_t format) {
@@ -175,48 +177,73 @@ struct Decoded {
         }
     };
 
-    // The same for more rows than meet four weight rows in registers: they meet two, and then the other two. A group is
-    // decoded before the products with the one before it, since the processor does not look that far ahead.
+    // Bytes [begin, end) of two weight rows, from `packed` on, whole blocks of them, against as much of Rows rows of x.
+    // A group is decoded before the products with the one before it, since the processor does not look that far ahead.
     template <int Rows>
-    static HB_NOINLINE void few_in_pairs(const DecodedJob& job, int64_t n, const float* absmax, float* out,
-                                         int64_t stride) {
+    static HB_INLINE void pair_stretch(const DecodedJob& job, const uint8_t* packed, size_t begin, size_t end,
+                                       const float* scales, const uint8_t* fetched, Sum (&kept)[Rows][2]) {
         const DecodedCall& a = *job.call;
         const Table base = table_of(a.weight.format);
         const size_t row_bytes = static_cast<size_t>(a.K / kCodes);
         const size_t block_bytes = static_cast<size_t>(a.weight.blocksize / kCodes);
         const size_t blocks = row_bytes / block_bytes;
-        Sums<Rows> totals;
-        for (int pair = 0; pair < kWeightRows; pair += 2) {
-            const uint8_t* const packed = a.weight.codes + static_cast<size_t>(n + pair) * row_bytes;
-            const uint8_t* fetched = packed + fetch_distance(2, static_cast<int64_t>(row_bytes));
-            const float* scales = absmax + static_cast<size_t>(pair) * blocks;
-            const Value* x = static_cast<const Value*>(job.x);
-            Sum sums[Rows][2];
-            for (int r = 0; r < Rows; ++r) sums[r][0] = sums[r][1] = Isa::zero();
-            Table first = Isa::scaled(base, scales[0]), second = Isa::scaled(base, scales[blocks]);
-            Pair weights(packed, row_bytes, first, second);
-            for (size_t at = 0, end = block_bytes; at < row_bytes; x += kGroup) {
-                for (int64_t i = 0; i < kGroup / kCodes * 2; i += 64, fetched += 64) fetch_line(fetched);
-                at += kGroup / kCodes;
-                const size_t next = at < row_bytes ? at : 0;  // behind the last group anything will do
-                if (next == end) {
-                    end += block_bytes, ++scales;
-                    first = Isa::scaled(base, scales[0]), second = Isa::scaled(base, scales[blocks]);
-                }
-                const Pair following(packed + next, row_bytes, first, second);
-                for (int r = 0; r < Rows; ++r) {
-                    const Vector even = Isa::load(x + r * job.stride);
-                    for (int i = 0; i < 2; ++i) sums[r][i] = Isa::dot(sums[r][i], even, weights.high[i]);
-                }
-                for (int r = 0; r < Rows; ++r) {
-                    const Vector odd = Isa::load(x + r * job.stride + kHalf);
-                    for (int i = 0; i < 2; ++i) sums[r][i] = Isa::dot(sums[r][i], odd, weights.low[i]);
-                }
-                weights = following;
+        const Value* x = static_cast<const Value*>(job.x) + begin * kCodes;
+        scales += begin / block_bytes;
+        Sum sums[Rows][2];
+        for (int r = 0; r < Rows; ++r) sums[r][0] = kept[r][0], sums[r][1] = kept[r][1];
+        Table first = Isa::scaled(base, scales[0]), second = Isa::scaled(base, scales[blocks]);
+        Pair weights(packed + begin, row_bytes, first, second);
+        for (size_t at = begin, block_end = begin + block_bytes; at < end; x += kGroup) {
+            for (int64_t i = 0; i < kGroup / kCodes * 2; i += 64, fetched += 64) __builtin_prefetch(fetched, 0, 2);
+            at += kGroup / kCodes;
+            const size_t next = at < end ? at : begin;  // behind the last group anything will do
+            if (next == block_end) {
+                block_end += block_bytes, ++scales;
+                first = Isa::scaled(base, scales[0]), second = Isa::scaled(base, scales[blocks]);
             }
-            for (int r = 0; r < Rows; ++r) totals.at[r][pair] = sums[r][0], totals.at[r][pair + 1] = sums[r][1];
+            const Pair following(packed + next, row_bytes, first, second);
+            for (int r = 0; r < Rows; ++r) {
+                const Vector even = Isa::load(x + r * job.stride);
+                for (int i = 0; i < 2; ++i) sums[r][i] = Isa::dot(sums[r][i], even, weights.high[i]);
+            }
+            for (int r = 0; r < Rows; ++r) {
+                const Vector odd = Isa::load(x + r * job.stride + kHalf);
+                for (int i = 0; i < 2; ++i) sums[r][i] = Isa::dot(sums[r][i], odd, weights.low[i]);
+            }
+            weights = following;
         }
-        totals.add_lanes(out, stride);
+        for (int r = 0; r < Rows; ++r) kept[r][0] = sums[r][0], kept[r][1] = sums[r][1];
+    }
+
+    // The same for `columns` weight rows, two at a time, where x has more rows. Fetches as many that follow.
+    template <int Rows>
+    static HB_NOINLINE void few_in_pairs(const DecodedJob& job, int64_t n, int64_t columns, const float* absmax,
+                                         float* out) {
+        const DecodedCall& a = *job.call;
+        const size_t row_bytes = static_cast<size_t>(a.K / kCodes), pairs = static_cast<size_t>(columns / 2);
+        const size_t block_bytes = static_cast<size_t>(a.weight.blocksize / kCodes);
+        const size_t blocks = row_bytes / block_bytes;
+        const size_t stretch_bytes = block_bytes < kPairStretch ? kPairStretch : block_bytes;
+        const uint8_t* const packed = a.weight.codes + static_cast<size_t>(n) * row_bytes;
+        const uint8_t* fetched = packed + static_cast<size_t>(columns) * row_bytes;
+        Sum sums[kMostTileRows / 2][Rows][2];
+        for (auto& pair : sums) {
+            for (auto& row : pair) row[0] = row[1] = Isa::zero();
+        }
+        for (size_t begin = 0; begin < row_bytes; begin += stretch_bytes) {
+            const size_t end = begin + stretch_bytes < row_bytes ? begin + stretch_bytes : row_bytes;
+            for (size_t pair = 0; pair < pairs; ++pair, fetched += 2 * (end - begin)) {
+                pair_stretch<Rows>(job, packed + 2 * pair * row_bytes, begin, end, absmax + 2 * pair * blocks, fetched,
+                                   sums[pair]);
+            }
+        }
+        for (int64_t quad = 0; quad < columns / kWeightRows; ++quad) {
+            Sums<Rows> four;
+            for (int r = 0; r < Rows; ++r) {
+                for (int i = 0; i < kWeightRows; ++i) four.at[r][i] = sums[2 * quad + i / 2][r][i % 2];
+            }
+            four.add_lanes(out + quad * kWeightRows, kMostTileRows);
+        }
     }
 
     // --- many rows of x -------------------------------------------------------------------------------------------
@@ -307,13 +334,12 @@ struct Decoded {
                 const int64_t columns = left < kMostTileRows ? left : kMostTileRows;
                 const int64_t blocks_of_row = a.K / a.weight.blocksize;
                 const float* scales = absmax_at(a.weight.absmax, n * blocks_of_row, columns * blocks_of_row, absmax);
+                fetch_absmax(a.weight.absmax, (n + columns) * blocks_of_row, columns * blocks_of_row);
                 for (int64_t row = 0, blocks = (job.rows + kFewRows - 1) / kFewRows; row < job.rows; --blocks) {
                     DecodedJob some = job;
                     some.rows = (job.rows - row + blocks - 1) / blocks;
                     some.x = static_cast<const Value*>(job.x) + row * job.stride;
-                    for (int64_t i = 0; i < columns; i += kWeightRows) {
-                        few_rows(some, n + i, scales + i * blocks_of_row, sums + i);
-                    }
+                    few_rows(some, n, columns, scales, sums);
                     finish(job, row, some.rows, n, columns, sums);
                     row += some.rows;
                 }
@@ -356,15 +382,21 @@ struct Decoded {
     }
 
     template <int Rows = kFewRows>
-    static void few_rows(const DecodedJob& job, int64_t n, const float* absmax, float* sums) {
+    static void few_rows(const DecodedJob& job, int64_t n, int64_t columns, const float* absmax, float* sums) {
         if constexpr (Rows > 1) {
-            if (job.rows < Rows) return few_rows<Rows - 1>(job, n, absmax, sums);
+            if (job.rows < Rows) return few_rows<Rows - 1>(job, n, columns, absmax, sums);
         }
-        if constexpr (Rows > kRows) return few_in_pairs<Rows>(job, n, absmax, sums, kMostTileRows);
-        if constexpr (Isa::kScalesSums && Rows <= kRowsBySums) {
-            if (!job.call->batch_invariant) return few<Rows, true>(job, n, absmax, sums, kMostTileRows);
+        if constexpr (Rows > Isa::kRowsByFour) return few_in_pairs<Rows>(job, n, columns, absmax, sums);
+        const int64_t blocks = job.call->K / job.call->weight.blocksize;
+        for (int64_t i = 0; i < columns; i += kWeightRows, absmax += kWeightRows * blocks) {
+            if constexpr (Isa::kScalesSums && Rows <= kRowsBySums) {
+                if (!job.call->batch_invariant) {
+                    few<Rows, true>(job, n + i, absmax, sums + i, kMostTileRows);
+                    continue;
+                }
+            }
+            few<Rows, false>(job, n + i, absmax, sums + i, kMostTileRows);
         }
-        few<Rows, false>(job, n, absmax, sums, kMostTileRows);
     }
 
     template <int Rows = kRows>

@@ -13,6 +13,7 @@
 #include <string.h>
 
 #include "decode4.h"
+#include "fetch.h"
 #include "floats.h"
 #include "formats.h"
 #include "tile_product.h"
@@ -124,9 +125,7 @@ struct Tiled {
         if (a.K == 0) return room;
         const AbsmaxSource& source = a.weight.absmax;
         const int64_t first = n * a.K / a.weight.blocksize, last = ((n + rows) * a.K - 1) / a.weight.blocksize;
-        const int64_t width = source.nested_absmax == nullptr ? int64_t{sizeof(float)} : 1;
-        const char* const next = static_cast<const char*>(source.absmax) + (last + 1) * width;
-        for (int64_t i = 0; i < (last + 1 - first) * width; i += 64) __builtin_prefetch(next + i, 0, 2);
+        fetch_absmax(source, last + 1, last + 1 - first);
         return absmax_at(source, first, last - first + 1, room);
     }
 
