@@ -8,6 +8,9 @@ last one: they write to its place what it writes there, and nobody reads what th
     rows the batch has      1   2   3   4   5 .. 8   9 .. 16   17 .. 24       in eights up to 256, then in 64s
     rows recorded           1   2   4   4     8        16         24
 
+Attention shares its work out by how long sequences may be, not by how long they are. So there are recordings for
+tables of few blocks beside those for tables of as many as a sequence can have, and a batch takes the narrowest it fits.
+
 A recording must not depend on a batch but by its tensors, which stay where they are (runner.py's buffers), and may not
 wait for the device. Both are CUDA's rules; that it does what the same calls do without it is proven at the start
 (probe.py). Prompts are not recorded: their shapes differ from step to step, and they are long enough not to wait for
@@ -21,7 +24,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from itertools import chain
-from typing import Final, Protocol
+from typing import Final, NamedTuple, Protocol
 
 import torch
 
@@ -31,6 +34,10 @@ from server.model.paged_cache import PagedCache
 FINE_STEP: Final = 8
 FINE_UP_TO: Final = 256
 COARSE_STEP: Final = 64
+NARROWEST: Final = 256
+"""Blocks in the narrowest tables that steps are recorded with; 4,096 tokens."""
+WIDENED: Final = 8
+"""How many times as wide the next ones are."""
 
 
 class SingleRows:
@@ -81,28 +88,49 @@ class CudaRecorder:
         return graph.replay
 
 
+class Size(NamedTuple):
+    """Of a step that is recorded."""
+
+    width: int
+    """Blocks in a row of its table."""
+    rows: int
+
+
 class Graphs:
-    """The recordings of `work`, which computes its number of rows from buffers into buffers."""
+    """The recordings of `work`, which computes a step of the size it is given from buffers into buffers."""
 
-    def __init__(self, work: Callable[[int], None], most: int, recorder: Recorder) -> None:
-        """For batches of up to `most` rows. The largest is recorded first: the others fit in its memory."""
-        self._rows = recorded_rows(most)
-        self._replays = {rows: recorder(partial(work, rows)) for rows in reversed(self._rows)}
+    def __init__(self, work: Callable[[Size], None], most_rows: int, most_blocks: int, recorder: Recorder) -> None:
+        """For batches of up to `most_rows` rows. The largest is recorded first: the others fit in its memory."""
+        self._rows, self._widths = recorded_rows(most_rows), recorded_widths(most_blocks)
+        sizes = [Size(width, rows) for width in self._widths for rows in self._rows]
+        self._replays = {size: recorder(partial(work, size)) for size in reversed(sizes)}
 
-    def fitting(self, rows: int) -> int | None:
-        """How many rows the smallest recording has that holds so many, if there is one."""
-        place = bisect_left(self._rows, rows)
-        return self._rows[place] if place < len(self._rows) else None
+    def fitting(self, rows: int, blocks: int) -> Size | None:
+        """The smallest recording that holds so many rows, of sequences with up to so many blocks, if there is one."""
+        row, width = bisect_left(self._rows, rows), bisect_left(self._widths, blocks)
+        if row == len(self._rows) or width == len(self._widths):
+            return None
+        return Size(self._widths[width], self._rows[row])
 
-    def replay(self, rows: int) -> None:
-        """Does the work of as many rows, a number that `fitting` gave, on the current stream."""
-        self._replays[rows]()
+    def replay(self, size: Size) -> None:
+        """Does the work of a size that `fitting` gave, on the current stream."""
+        self._replays[size]()
 
 
 def recorded_rows(most: int) -> list[int]:
     """How many rows recordings have, where batches have up to `most`."""
     steps = chain((1, 2, 4), range(FINE_STEP, FINE_UP_TO, FINE_STEP), range(FINE_UP_TO, most, COARSE_STEP))
     return [*(rows for rows in steps if rows < most), most]
+
+
+def recorded_widths(most: int) -> list[int]:
+    """How many blocks a row of their tables has, where sequences have up to `most`."""
+    widths = []
+    width = NARROWEST
+    while width < most:
+        widths.append(width)
+        width *= WIDENED
+    return [*widths, most]
 
 
 @contextmanager

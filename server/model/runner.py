@@ -22,7 +22,7 @@ import torch
 from quant import native
 from server.model.attention import CONTEXT_ARGUMENT, Context, PagedBatch, Segment, Tables
 from server.model.batch import FIXED_ROWS, FIXED_ROWS_ON_TILES, SCORED_ROWS, Batch, StepError, StepResult
-from server.model.graphs import Graphs, Recorder, SingleRows
+from server.model.graphs import Graphs, Recorder, SingleRows, Size
 from server.model.paged_cache import PagedCache
 from server.model.readout import read_logits
 from server.model.rope import rope_switch
@@ -103,18 +103,18 @@ class PagedRunner:
         self._rows.device.zero_()  # rows of one token that lie in the first block, until batches come
         offsets = torch.arange(self._most_single + 1, device=self.device)
 
-        def forward(rows: int) -> torch.Tensor:
-            ids, positions, slots = self._rows.on_device(3, rows)
-            tables = Tables(self._tables.on_device(rows, self._most_blocks), offsets[: rows + 1], positions)
+        def forward(size: Size) -> torch.Tensor:
+            ids, positions, slots = self._rows.on_device(3, size.rows)
+            tables = Tables(self._tables.on_device(size.rows, size.width), offsets[: size.rows + 1], positions)
             return self._forward(ids, positions, SingleRows(self.cache, slots, tables))
 
-        one = forward(1)
+        one = forward(Size(width=1, rows=1))
         logits = one.new_zeros(self._most_single, one.shape[1])
 
-        def work(rows: int) -> None:
-            logits[:rows].copy_(forward(rows))
+        def work(size: Size) -> None:
+            logits[: size.rows].copy_(forward(size))
 
-        self._graphs = Graphs(work, self._most_single, recorder)
+        self._graphs = Graphs(work, self._most_single, self._most_blocks, recorder)
         self._recorded = [offsets, logits]
 
     def forget_recordings(self) -> None:
@@ -124,18 +124,19 @@ class PagedRunner:
     @torch.inference_mode()
     def logits(self, batch: Batch) -> torch.Tensor:
         """[wanted rows, vocabulary] in the model's dtype, in the order of the batch; until the next call."""
+        widest = max(len(chunk.blocks) for chunk in batch.chunks)
         if self._graphs is not None and batch.tokens == len(batch.chunks):
-            rows = self._graphs.fitting(batch.tokens)
-            if rows is not None:
-                return self._replayed(self._graphs, batch, rows)
-        self._send(batch, batch.tokens)
+            size = self._graphs.fitting(batch.tokens, widest)
+            if size is not None:
+                return self._replayed(self._graphs, batch, size)
+        self._send(batch, Size(widest, batch.tokens))
         ids, positions, slots = self._rows.on_device(3, batch.tokens)
         kept = _wanted_rows(batch)
         # One row at least: an empty product would ask every layer's kernel about a case nobody needs.
         wanted = on_device(kept or [0], self.device)
         switched = (chunk.switched for chunk in batch.chunks for _ in chunk.tokens)
         with self._steadied, self._rope.told(switched, (1, batch.tokens), self.device):
-            logits = self._forward(ids, positions, self._context(batch, slots), wanted)
+            logits = self._forward(ids, positions, self._context(batch, slots, widest), wanted)
         return logits[: len(kept)]
 
     def _forward(
@@ -151,32 +152,32 @@ class PagedRunner:
             logits = logits.index_select(0, wanted.to(logits.device))
         return logits
 
-    def _replayed(self, graphs: Graphs, batch: Batch, rows: int) -> torch.Tensor:
-        """The logits of a batch of single rows, by the recording of `rows` of them."""
-        self._send(batch, rows)
-        graphs.replay(rows)
+    def _replayed(self, graphs: Graphs, batch: Batch, size: Size) -> torch.Tensor:
+        """The logits of a batch of single rows, by the recording of this size."""
+        self._send(batch, size)
+        graphs.replay(size)
         logits = self._recorded[-1][: batch.tokens]
         kept = _wanted_rows(batch)
         return logits if len(kept) == len(logits) else logits.index_select(0, on_device(kept, logits.device))
 
-    def _send(self, batch: Batch, rows: int) -> None:
-        """Fills the buffers with a batch, which is made up to `rows` rows, if it has fewer, by copies of its last one.
+    def _send(self, batch: Batch, size: Size) -> None:
+        """Fills the buffers with a batch, which is made up to this size's rows, if it has fewer, by copies of its last.
 
         A few calls of numpy for the whole batch, and one for each sequence: a batch has hundreds of them.
         """
-        chunks, size = batch.chunks, self.cache.block_tokens
+        chunks, rows, block_tokens = batch.chunks, size.rows, self.cache.block_tokens
         counts = np.array([len(chunk.tokens) for chunk in chunks])
         starts = np.array([chunk.start for chunk in chunks])
         ends = np.cumsum(counts)
         total, more = int(ends[-1]), rows - int(ends[-1])
-        tables = self._tables.on_host(len(chunks) + more, self._most_blocks)
+        tables = self._tables.on_host(len(chunks) + more, size.width)
         for index, chunk in enumerate(chunks):
             tables[index, : len(chunk.blocks)] = chunk.blocks
         ids, positions, slots = self._rows.on_host(3, rows)
         ids[:total] = [token for chunk in chunks for token in chunk.tokens]
         positions[:total] = np.arange(total) + np.repeat(starts - (ends - counts), counts)
-        own = tables[np.repeat(np.arange(len(chunks)), counts), positions[:total] // size]
-        slots[:total] = own * size + positions[:total] % size
+        own = tables[np.repeat(np.arange(len(chunks)), counts), positions[:total] // block_tokens]
+        slots[:total] = own * block_tokens + positions[:total] % block_tokens
         if more:
             for filled in (ids, positions, slots):
                 filled[total:] = filled[total - 1]
@@ -184,10 +185,9 @@ class PagedRunner:
         self._rows.send(3 * rows)
         self._tables.send(tables.size)
 
-    def _context(self, batch: Batch, slots: torch.Tensor) -> PagedBatch:
-        """The attention's context of a batch that has been sent."""
-        widest = max(len(chunk.blocks) for chunk in batch.chunks)
-        blocks = self._tables.on_device(len(batch.chunks), self._most_blocks)[:, :widest].unbind()
+    def _context(self, batch: Batch, slots: torch.Tensor, width: int) -> PagedBatch:
+        """The attention's context of a batch that has been sent with tables of this width."""
+        blocks = self._tables.on_device(len(batch.chunks), width).unbind()
         ends = accumulate(len(chunk.tokens) for chunk in batch.chunks)
         segments = [
             Segment(end - len(chunk.tokens), len(chunk.tokens), chunk.start, row)

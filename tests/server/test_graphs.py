@@ -18,8 +18,9 @@ import transformers
 from hypothesis import given
 from hypothesis import strategies as st
 
+from server.model import graphs as graphs_module
 from server.model.batch import Batch, Chunk, Draw
-from server.model.graphs import COARSE_STEP, CudaRecorder, Graphs, recorded_rows
+from server.model.graphs import COARSE_STEP, WIDENED, CudaRecorder, Graphs, Size, recorded_rows, recorded_widths
 from server.model.load import load_model
 from server.model.probe import can_be_recorded, choose_runner, record_steps
 from server.model.proof import Proof
@@ -28,6 +29,13 @@ from server.records import KV_BLOCK_TOKENS, ModelSpec, SamplingParams
 from tests.server.greedy import check_greedy, prompt_of
 from tests.server.tape import TapeRecorder
 from tests.tiny_models import save_tiny, tiny_model
+
+
+@pytest.fixture(autouse=True)
+def narrow_tables(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Steps are recorded with tables of two widths, though the sequences here are short."""
+    monkeypatch.setattr(graphs_module, "NARROWEST", 2)
+
 
 BLOCKS = 64
 PROVEN_BLOCKS = 2
@@ -134,7 +142,7 @@ def test_greedy_is_transformers_generate_with_recorded_steps(architecture: str) 
     runner, proof = runner_of(Case(architecture))
     recorder = TapeRecorder()
     record_steps(runner, proof, recorder)
-    assert recorder.recorded == len(recorded_rows(MOST))
+    assert recorder.recorded == len(recorded_rows(MOST)) * len(recorded_widths(LENGTH // KV_BLOCK_TOKENS))
     check_greedy(runner, tiny_model(architecture))
     assert recorder.replayed > 20
 
@@ -214,19 +222,24 @@ def test_models_in_parts_and_those_of_two_ways_are_not_recorded() -> None:
     assert not can_be_recorded(runner.model, runner)
 
 
-@given(most=st.integers(1, 4096), rows=st.integers(1, 4096))
-def test_every_batch_fits_in_a_recording_that_is_not_much_larger(most: int, rows: int) -> None:
-    sizes = recorded_rows(most)
-    assert sizes == sorted(set(sizes))
-    assert sizes[-1] == most
-    done: list[int] = []
-    graphs = Graphs(done.append, most, lambda work: work)
-    fitting = graphs.fitting(rows)
-    if rows > most:
+@given(
+    most=st.integers(1, 4096), rows=st.integers(1, 4096), longest=st.integers(1, 2**17), blocks=st.integers(1, 2**17)
+)
+def test_every_batch_fits_in_a_recording_that_is_not_much_larger(
+    most: int, rows: int, longest: int, blocks: int
+) -> None:
+    for sizes, largest in ((recorded_rows(most), most), (recorded_widths(longest), longest)):
+        assert sizes == sorted(set(sizes))
+        assert sizes[-1] == largest
+    done: list[Size] = []
+    graphs = Graphs(done.append, most, longest, lambda work: work)
+    fitting = graphs.fitting(rows, blocks)
+    if rows > most or blocks > longest:
         assert fitting is None
     else:
         assert fitting is not None
-        assert rows <= fitting <= min(most, max(2 * rows - 1, rows + COARSE_STEP - 1))
+        assert rows <= fitting.rows <= min(most, max(2 * rows - 1, rows + COARSE_STEP - 1))
+        assert blocks <= fitting.width <= min(longest, max(graphs_module.NARROWEST, WIDENED * blocks))
         graphs.replay(fitting)
         assert done == [fitting]
 
