@@ -27,6 +27,7 @@ HB_INLINE void fetch_line(const void* far) {
 // `bytes` that are needed much later, into the second cache; a line more than that, since shares seldom are whole
 // lines. Returns what is next.
 HB_INLINE const uint8_t* fetch_share(const uint8_t* from, int64_t bytes) {
+    if (bytes == 0) return from;  // of a weight without columns, which may be null
     for (const uint8_t* const end = from + bytes + 64; from < end; from += 64) __builtin_prefetch(from, 0, 2);
     return from;
 }

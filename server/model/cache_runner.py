@@ -22,6 +22,7 @@ from server.model.paged_cache import PagedCache
 from server.model.readout import read_logits
 from server.model.rope import rope_switch
 from server.model.runner import input_device, keeps_logits, memory_guard, takes
+from server.model.transfer import on_device
 from server.records import Batching, ModelSpec
 
 if TYPE_CHECKING:
@@ -143,7 +144,7 @@ class CacheRunner(CallRunner):
             arguments["position_ids"] = gather.positions
         if self._keeps_logits:
             arguments["logits_to_keep"] = max(1, *(chunk.wanted for chunk in group))  # 0 would keep all
-        ids = torch.tensor([list(chunk.tokens) for chunk in group], device=self.device)
+        ids = on_device([list(chunk.tokens) for chunk in group], self.device)
         logits: torch.Tensor = self.model(input_ids=ids, **arguments).logits
         for chunk, row in zip(group, logits, strict=True):
             rows[chunk.request_id].append(row[len(row) - chunk.wanted :])

@@ -25,6 +25,7 @@ from server.model.batch import Chunk, StepError
 from server.model.cache_runner import CacheRunner, Rows, groups
 from server.model.gather import Gather, Span
 from server.model.paged_cache import PagedCache
+from server.model.transfer import on_device
 from server.records import Batching
 
 if TYPE_CHECKING:
@@ -85,7 +86,7 @@ class EncoderDecoderRunner(CacheRunner):
             for chunk in group
         ]
         cross_gather, self_gather = (Gather(self.cache, spans, self.device) for spans in (crossed, own))
-        ids = torch.tensor([list(chunk.tokens) for chunk in group], device=self.device)
+        ids = on_device([list(chunk.tokens) for chunk in group], self.device)
         if is_prompt:
             arguments: dict[str, Any] = {"input_ids": ids[:, : group[0].encoder_tokens]}
         else:

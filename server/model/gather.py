@@ -24,6 +24,7 @@ from transformers.cache_utils import DynamicLayer
 
 from quant import kv
 from server.model.paged_cache import LayerShape, PagedCache, Stores
+from server.model.transfer import on_device
 
 Indices = npt.NDArray[np.int64]
 
@@ -59,8 +60,8 @@ class Gather:
         self.mask: torch.Tensor | None = None
         """Which columns are tokens, int64 [rows, width]; None where all are."""
         if padding.any():
-            self.mask = torch.from_numpy((columns >= padding).astype(np.int64)).to(device)
-        self.positions = torch.from_numpy(columns[self.past :] - padding).to(device)
+            self.mask = on_device((columns >= padding).astype(np.int64), device)
+        self.positions = on_device(columns[self.past :] - padding, device)
         """Of the new tokens, counted from `first`, int64 [rows, new]."""
 
     def layers(self) -> Cache:
@@ -72,7 +73,7 @@ class Gather:
         device = stores.keys.device
         writes = self._writes.get(device)
         if writes is None:
-            writes = self._slots[:, self.past :].flatten().to(device)
+            writes = on_device(self._slots[:, self.past :].flatten(), device)
             self._writes[device] = writes
         stores.write(writes, *(states.transpose(1, 2).flatten(0, 1) for states in (keys, values)))
 
@@ -83,7 +84,7 @@ class Gather:
         indices = self._indices.get((heads, store.device))
         if indices is None:
             per_head = self._slots[:, None, :] * heads + torch.arange(heads)[:, None]
-            indices = per_head.flatten().to(store.device)
+            indices = on_device(per_head.flatten(), store.device)
             self._indices[heads, store.device] = indices
         found = store.view(-1, dim).index_select(0, indices)
         if stores.scales is None:

@@ -16,6 +16,7 @@ from transformers import DynamicCache
 
 from server.model.batch import Chunk, StepError
 from server.model.cache_runner import CallRunner, Rows
+from server.model.transfer import on_device
 from server.records import Batching
 
 if TYPE_CHECKING:
@@ -59,7 +60,7 @@ class SingleRunner(CallRunner):
         cache = self._caches.get(chunk.request_id)
         if cache is None or cache.get_seq_length() != chunk.start:
             raise StepError(f"request {chunk.request_id} continues at {chunk.start}, where its cache does not end")
-        ids = torch.tensor([list(chunk.tokens)], device=self.device)
+        ids = on_device([list(chunk.tokens)], self.device)
         arguments: dict[str, Any] = {self._cache_argument: cache}
         if self._keeps_logits:
             arguments["logits_to_keep"] = max(1, chunk.wanted)  # 0 would keep all

@@ -16,9 +16,11 @@ import torch
 
 
 def on_device(
-    values: Sequence[Any] | npt.NDArray[np.generic], device: torch.device, dtype: torch.dtype = torch.int64
+    values: Sequence[Any] | npt.NDArray[np.generic] | torch.Tensor,
+    device: torch.device,
+    dtype: torch.dtype = torch.int64,
 ) -> torch.Tensor:
-    """A tensor of these numbers; on a CPU one that may share an array's memory."""
+    """A tensor of these numbers, which are on the host; on a CPU one that may share an array's memory."""
     on_host = torch.as_tensor(values, dtype=dtype)
     if device.type != "cuda":
         return on_host.to(device)

@@ -416,7 +416,9 @@ void fuzz_paged_attention(Input& input) {
     const __int128 bytes = element_bytes(args.dtype);
     const auto product = [](std::initializer_list<int64_t> sizes) {
         __int128 count = 1;
-        for (const int64_t size : sizes) count = size < 0 || count > kLargestTensor ? -1 : count * size;
+        for (const int64_t size : sizes) {
+            count = size < 0 || count < 0 || count > kLargestTensor ? -1 : count * size;
+        }
         return count;
     };
     __int128 reach = args.D;
