@@ -368,8 +368,8 @@ def cache_write(
     key: [T, G, D], value: [T, G, E], float32 / float16 / bfloat16; keys: [blocks, block_tokens, G, D] and values:
     [.., E], contiguous, of one dtype, which rows are rounded to: one of those, or int8 with scales: contiguous float32
     [blocks, block_tokens, G, 2], where each head's scale goes, the key's and the value's (quant/kv.py says how). slots:
-    int64 [T], block * block_tokens + place, all different. A row whose slot is not in the cache is left out. No
-    gradients. Raises ShapeError.
+    int64 [T], block * block_tokens + place, all different unless their rows are equal. A row whose slot is not in the
+    cache is left out. No gradients. Raises ShapeError.
     """
     torch.ops.halfbyte.cache_write(key, value, keys, values, slots, scales)
 

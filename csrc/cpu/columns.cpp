@@ -20,6 +20,14 @@ bool fit_columns(const DecodedCall& call) {
 #endif
 }
 
+ColumnsScratch::ColumnsScratch(const DecodedCall& call, int64_t rows)
+    : panel(kPanelValues * kColumns * int64_t{sizeof(uint16_t)}),
+      totals(rows * kColumns * int64_t{sizeof(float)}),
+      absmax(0),
+      scales(call.K / call.weight.blocksize * kColumns * int64_t{sizeof(float)}) {
+    if (call.weight.absmax.nested_absmax != nullptr) absmax = scales;
+}
+
 #ifdef HB_X86
 
 namespace {
@@ -39,7 +47,8 @@ int64_t no_pieces(const DecodedCall&, int64_t) {
 void load_nothing(const DecodedCall&, const DecodedRows&, int64_t, int64_t) {}
 
 int64_t scratch_bytes(const DecodedCall& call, int64_t rows) {
-    return ColumnsScratch(call, rows).bytes();
+    const ColumnsScratch parts(call, rows);
+    return parts.panel + parts.totals + parts.absmax + parts.scales;
 }
 
 }  // namespace

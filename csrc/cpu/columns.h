@@ -17,6 +17,7 @@
 
 namespace hb {
 
+constexpr int64_t kFewestRows = 13;    // of x; with fewer, weights that go from register to register are faster
 constexpr int64_t kColumns = 32;       // weight rows in a panel
 constexpr int64_t kPanelValues = 256;  // of a weight row that a panel has at most: 16 KB, half of a small first cache
 
@@ -28,15 +29,7 @@ bool fit_columns(const DecodedCall& call);
 struct ColumnsScratch {
     int64_t panel, totals, absmax, scales;
 
-    ColumnsScratch(const DecodedCall& call, int64_t rows)
-        : panel(kPanelValues * kColumns * int64_t{sizeof(uint16_t)}),
-          totals(rows * kColumns * int64_t{sizeof(float)}),
-          absmax(0),
-          scales(blocks(call) * kColumns * int64_t{sizeof(float)}) {
-        if (call.weight.absmax.nested_absmax != nullptr) absmax = scales;
-    }
-    static int64_t blocks(const DecodedCall& call) { return call.K / call.weight.blocksize; }
-    int64_t bytes() const { return panel + totals + absmax + scales; }
+    ColumnsScratch(const DecodedCall& call, int64_t rows);
 };
 
 // The rows against weight rows [begin, end) in units of kColumns. For processors with BF16 products and VBMI.

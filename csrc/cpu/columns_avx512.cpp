@@ -116,9 +116,10 @@ HB_NOINLINE void multiply(const uint16_t* x, int64_t stride, const Panel& panel,
     }
 }
 
+// Rows are shared out evenly, so that of kFewestRows nobody gets less than half of the most.
 template <int Rows = kMostRows>
 HB_INLINE void multiply_rows(int64_t rows, const uint16_t* x, int64_t stride, const Panel& panel, float* totals) {
-    if constexpr (Rows > 1) {
+    if constexpr (Rows > kMostRows / 2) {
         if (rows < Rows) return multiply_rows<Rows - 1>(rows, x, stride, panel, totals);
     }
     multiply<Rows>(x, stride, panel, totals);
@@ -150,7 +151,7 @@ void run_columns_avx512(const DecodedCall& a, const DecodedRows& rows, int64_t b
     float* const scales = room + parts.absmax / int64_t{sizeof(float)};
     const float lift = lift_of(a.weight.format);
     const __m512i table = table_of(a.weight.format, lift);
-    const int64_t row_bytes = a.K / 2, blocks = ColumnsScratch::blocks(a), blocksize = a.weight.blocksize;
+    const int64_t row_bytes = a.K / 2, blocksize = a.weight.blocksize, blocks = a.K / blocksize;
     const int64_t piece = blocksize < kPanelValues ? blocksize : kPanelValues;
     const uint16_t* const x = static_cast<const uint16_t*>(a.x) + rows.first * a.K;
     const int64_t last = end * kColumns < a.N ? end * kColumns : a.N;

@@ -31,15 +31,12 @@ constexpr int64_t kDecodingSteps = 8;
 // Tiles take as long for one row as for many, and vectors less for these few: memory is what they wait for.
 constexpr int64_t kRowsOnVectors = 3;
 
-// Up to so many, weights that go from register to register are faster than a panel of them.
-constexpr int64_t kRowsInRegisters = 12;
-
 // For a call's part in a pass of so many rows.
 const DecodedWay& way_for(const DecodedCall& call, int64_t rows) {
 #ifdef HB_X86
     const bool may_take_vectors = rows <= kRowsOnVectors && !call.batch_invariant && has_avx512();
     if (level() >= kAmx && call.x_dtype == HB_BFLOAT16 && !may_take_vectors) return kOnTiles;
-    if (rows > kRowsInRegisters && !call.batch_invariant && fit_columns(call)) return kByColumns;
+    if (rows >= kFewestRows && !call.batch_invariant && fit_columns(call)) return kByColumns;
 #endif
     (void)call, (void)rows;
     return kOnVectors;

@@ -1,19 +1,20 @@
 // Products of float activations with weights that are decoded on the way: what the entries (linear4.cpp,
-// linear4_experts.cpp, and linear8.cpp for weights alone in int8), the ways to multiply (vectors.cpp, tiled.cpp) and
-// the variants (decoded_<level>.cpp) share.
+// linear4_experts.cpp, and linear8.cpp for weights alone in int8), the ways to multiply (vectors.cpp, columns.cpp,
+// tiled.cpp) and the variants (decoded_<level>.cpp) share.
 #pragma once
 
 #include <stdint.h>
 
+#include "clones.h"
 #include "decode4.h"
 #include "halfbyte.h"
 
 namespace hb {
 
-constexpr int64_t kWeightRows = 4;         // of a weight, that meet the rows of x together
-constexpr int64_t kMostTileRows = 16;      // weight rows in a tile, at most: more sums crowd x out of the first cache
-constexpr int64_t kMostRowsTogether = 12;  // rows of x that are finished together, at most
-constexpr int64_t kRowsPerPass = 256;      // rows of x that are multiplied together, at most
+constexpr int64_t kWeightRows = 4;        // of a weight, that meet the rows of x together
+constexpr int64_t kMostTileRows = 16;     // weight rows in a tile, at most: more sums crowd x out of the first cache
+constexpr int64_t kMostRowsTogether = 8;  // rows of x that are finished together, at most
+constexpr int64_t kRowsPerPass = 256;     // rows of x that are multiplied together, at most
 
 // A packed weight [N, K] and where its values come from.
 struct DecodedWeight {
@@ -58,7 +59,7 @@ struct DecodedCalls {
 // What a table is multiplied by before it is rounded to bfloat16 where sums are scaled and not the table, chosen so
 // that little is rounded: NF4 values then are off by half as much on average as those of a table that is scaled by
 // absmax first, FP4 values are exact.
-constexpr float lift_of(int64_t format) {
+HB_INLINE constexpr float lift_of(int64_t format) {
     return format == HB_NF4 ? 1.4365f : 1.03125f;
 }
 
@@ -128,7 +129,7 @@ extern const DecodedVariants kDecodedAvx512Bf16;
 // Scratch of one thread, in bytes; each part is a multiple of 64.
 struct DecodedScratch {
     int64_t tile_bytes;
-    int64_t absmax_bytes;  // of kWeightRows weight rows
+    int64_t absmax_bytes;  // of kMostTileRows weight rows
     int64_t row_bytes;     // one weight row as float32, for rows that do not begin with a block
     int64_t sums_bytes;
     int64_t bytes() const { return tile_bytes + absmax_bytes + row_bytes + sums_bytes; }

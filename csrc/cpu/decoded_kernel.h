@@ -54,8 +54,10 @@ struct Decoded {
     static constexpr int kRows = Isa::kRows;  // rows of x that meet kWeightRows weight rows in registers, at most
     // Values of a row that are worked on before the next rows: x and the tile then stay in the first cache.
     static constexpr int64_t kStretch = 2560 / static_cast<int64_t>(sizeof(Value));
-    // Bytes of weight rows in pairs that are worked on before the next bytes: x then stays in the first cache.
+    // Bytes of weight rows in pairs that are worked on before the next bytes: x then stays in the first cache. Of int8
+    // it is the whole row, its block.
     static constexpr size_t kPairStretch = 1024;
+    static_assert(kFewRows <= kMostRowsTogether && kRows <= kMostRowsTogether, "room for their sums");
     static constexpr int kRowsBySums = 3;  // from four on, scaling their sums costs more than scaling the tables
 
     static HB_INLINE Table table_of(int64_t format) {
@@ -215,7 +217,8 @@ struct Decoded {
         for (int r = 0; r < Rows; ++r) kept[r][0] = sums[r][0], kept[r][1] = sums[r][1];
     }
 
-    // The same for `columns` weight rows, two at a time, where x has more rows. Fetches as many that follow.
+    // As `few` for `columns` weight rows, two at a time, where x has too many rows for four. Fetches as many that
+    // follow.
     template <int Rows>
     static HB_NOINLINE void few_in_pairs(const DecodedJob& job, int64_t n, int64_t columns, const float* absmax,
                                          float* out) {
@@ -386,16 +389,19 @@ struct Decoded {
         if constexpr (Rows > 1) {
             if (job.rows < Rows) return few_rows<Rows - 1>(job, n, columns, absmax, sums);
         }
-        if constexpr (Rows > Isa::kRowsByFour) return few_in_pairs<Rows>(job, n, columns, absmax, sums);
-        const int64_t blocks = job.call->K / job.call->weight.blocksize;
-        for (int64_t i = 0; i < columns; i += kWeightRows, absmax += kWeightRows * blocks) {
-            if constexpr (Isa::kScalesSums && Rows <= kRowsBySums) {
-                if (!job.call->batch_invariant) {
-                    few<Rows, true>(job, n + i, absmax, sums + i, kMostTileRows);
-                    continue;
+        if constexpr (Rows > Isa::kRowsByFour) {
+            few_in_pairs<Rows>(job, n, columns, absmax, sums);
+        } else {
+            const int64_t blocks = job.call->K / job.call->weight.blocksize;
+            for (int64_t i = 0; i < columns; i += kWeightRows, absmax += kWeightRows * blocks) {
+                if constexpr (Isa::kScalesSums && Rows <= kRowsBySums) {
+                    if (!job.call->batch_invariant) {
+                        few<Rows, true>(job, n + i, absmax, sums + i, kMostTileRows);
+                        continue;
+                    }
                 }
+                few<Rows, false>(job, n + i, absmax, sums + i, kMostTileRows);
             }
-            few<Rows, false>(job, n + i, absmax, sums + i, kMostTileRows);
         }
     }
 

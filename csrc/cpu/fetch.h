@@ -1,6 +1,7 @@
-// Fetching weights ahead of their use, each line once and in the order of memory, in two steps: from memory into the
-// second cache, and from there into the first. A core's first cache waits for two dozen lines at most, which at this
-// memory's delay is less than half of what a core can read; its second cache waits for twice as many.
+// Fetching weights ahead of their use, each line once and in the order of memory. Where memory decides, in two steps:
+// from memory into the second cache, and from there into the first; elsewhere the processor does the second by itself.
+// A core's first cache waits for two dozen lines at most, which at this memory's delay is less than half of what a core
+// can read; its second cache waits for twice as many.
 #pragma once
 
 #include <stdint.h>

@@ -27,6 +27,8 @@ PRODUCTS: Final = 2
 MOST_RETAINED: Final = 64 << 20
 """Freed and kept beside what is in use at the largest moment: about two of the largest blocks, of which malloc's heap
 has none above 32 MiB (allocator.py)."""
+MOST_PARTS: Final = 64 << 20
+"""What attention of single rows puts together, at most (csrc/cuda/attention_plan.h)."""
 SAMPLING_BYTES: Final = 48
 """Per logit of a row that is sampled with top_p: scores, probabilities and their order in float32, int64 and float64
 (server/model/sampler.py, filters.py)."""
@@ -50,9 +52,9 @@ def activation_bytes(
 
 def recorded_bytes(config: transformers.PretrainedConfig, widths: Widths, dtype: torch.dtype, rows: int) -> int:
     """Bytes that recordings of up to `rows` rows hold for what they compute in between (server/model/graphs.py): the
-    largest moment of a step of so many tokens, without sampling."""
+    largest moment of a step of so many tokens, without sampling, and attention's parts."""
     hidden = rows * int(config.get_text_config(decoder=True).hidden_size) * dtype.itemsize
-    return max(_in_blocks(config, widths, dtype, rows), hidden + logits_bytes(config, dtype, rows))
+    return max(_in_blocks(config, widths, dtype, rows), hidden + logits_bytes(config, dtype, rows)) + MOST_PARTS
 
 
 def logits_bytes(config: transformers.PretrainedConfig, dtype: torch.dtype, rows: int) -> int:

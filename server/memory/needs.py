@@ -166,7 +166,9 @@ def _without_cache(
 
 
 def _may_be_recorded(facts: Facts, weights: Weights) -> bool:
-    """Whether one GPU has all of the model, whose steps are recorded then (server/model/graphs.py)."""
+    """Whether one GPU has all of the model, whose steps may be recorded then (server/model/graphs.py)."""
+    if facts.hf_config.is_encoder_decoder:
+        return False
     return facts.device != CPU and not any(weights.bytes_on(each) for each in weights.devices if each != facts.device)
 
 

@@ -12,13 +12,14 @@ Attention shares its work out by how long sequences may be, not by how long they
 tables of few blocks beside those for tables of as many as a sequence can have, and a batch takes the narrowest it fits.
 
 A recording must not depend on a batch but by its tensors, which stay where they are (runner.py's buffers), and may not
-wait for the device. Both are CUDA's rules; that it does what the same calls do without it is proven at the start
+wait for the device. Both are CUDA's rules; that each does what the same calls do without it is proven at the start
 (probe.py). Prompts are not recorded: their shapes differ from step to step, and they are long enough not to wait for
 Python. Not here: what is computed, nor which batches may be replayed (runner.py).
 """
 
 from __future__ import annotations
 
+import warnings
 from bisect import bisect_left
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -66,25 +67,32 @@ class Recorder(Protocol):
 
 
 class CudaRecorder:
-    """CUDA graphs of one device. None runs beside another, so they share the memory of what is computed in between."""
+    """CUDA graphs of one device. None runs beside another, so they share the memory of what is computed in between, and
+    one stream to be recorded on, since libraries keep a workspace for each stream."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
+        self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         self._pool = torch.cuda.graph_pool_handle()
 
     def __call__(self, work: Callable[[], None]) -> Callable[[], None]:
         with torch.cuda.device(self._device):
-            # First uses (libraries, their workspaces, a kernel's code) may wait or allocate, which a graph can't hold.
-            aside = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-            aside.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(aside):
-                work()
-                with _waiting_forbidden():
+            outside = torch.cuda.current_stream()
+            try:
+                # First uses (libraries, their workspaces, a kernel's code) may wait or allocate, which a graph can't
+                # hold; what waits all the same is found before anything is captured, since of a failed capture torch
+                # leaves its allocator in doubt.
+                self._stream.wait_stream(outside)
+                with torch.cuda.stream(self._stream):
                     work()
-            torch.cuda.current_stream().wait_stream(aside)
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=self._pool):
-                work()
+                    with _waiting_forbidden():
+                        work()
+                graph = torch.cuda.CUDAGraph()
+                with torch.cuda.graph(graph, pool=self._pool, stream=self._stream):
+                    work()
+            finally:
+                torch.cuda.set_stream(outside)
+                outside.wait_stream(self._stream)
         return graph.replay
 
 
@@ -102,8 +110,8 @@ class Graphs:
     def __init__(self, work: Callable[[Size], None], most_rows: int, most_blocks: int, recorder: Recorder) -> None:
         """For batches of up to `most_rows` rows. The largest is recorded first: the others fit in its memory."""
         self._rows, self._widths = recorded_rows(most_rows), recorded_widths(most_blocks)
-        sizes = [Size(width, rows) for width in self._widths for rows in self._rows]
-        self._replays = {size: recorder(partial(work, size)) for size in reversed(sizes)}
+        self.sizes = [Size(width, rows) for width in self._widths for rows in self._rows]
+        self._replays = {size: recorder(partial(work, size)) for size in reversed(self.sizes)}
 
     def fitting(self, rows: int, blocks: int) -> Size | None:
         """The smallest recording that holds so many rows, of sequences with up to so many blocks, if there is one."""
@@ -137,8 +145,10 @@ def recorded_widths(most: int) -> list[int]:
 def _waiting_forbidden() -> Iterator[None]:
     """While this is open, what makes the host wait for the device raises RuntimeError, as torch knows it."""
     before = torch.cuda.get_sync_debug_mode()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        yield
-    finally:
-        torch.cuda.set_sync_debug_mode(before)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # that this is a prototype
+        try:
+            torch.cuda.set_sync_debug_mode("error")
+            yield
+        finally:
+            torch.cuda.set_sync_debug_mode(before)

@@ -31,7 +31,6 @@ from typing import TYPE_CHECKING
 import torch
 from transformers import DynamicCache
 
-from quant.errors import QuantError
 from server.errors import LoadError
 from server.memory.kv import kv_dtype, other_layers
 from server.model.attention import ATTENTION_NAME, CONTEXT_ARGUMENT, Call, register
@@ -42,7 +41,7 @@ from server.model.fuse import fuse
 from server.model.gather import cached_shapes
 from server.model.graphs import CudaRecorder, Recorder
 from server.model.paged_cache import LayerShape, PagedCache
-from server.model.proof import LARGEST_DIFFERENCE, Proof, architecture_of, first_proven
+from server.model.proof import LARGEST_DIFFERENCE, Proof, architecture_of, first_proven, relative
 from server.model.runner import PagedRunner, input_device
 from server.model.single_runner import SingleRunner
 from server.model.steady import UnsteadyError
@@ -141,12 +140,15 @@ def can_be_recorded(model: PreTrainedModel, runner: PagedRunner) -> bool:
 
 
 def record_steps(runner: PagedRunner, proof: Proof, recorder: Recorder) -> None:
-    """Records a runner's steps of single rows; where that fails, or gives other logits, all stays as it was."""
+    """Records a runner's steps of single rows. Each has to give what calling the model gives, and batches of them the
+    model's own logits; where that fails all stays as it was."""
     try:
         runner.record(recorder)
-        difference = proof.difference(runner)
+        difference = max(relative(found.float(), called.float()) for found, called in runner.replayed_and_called())
+        difference = max(difference, proof.difference(runner))
         reason = f"replayed, its logits differ from the model's own (relative difference {difference:.2g})"
-    except (RuntimeError, QuantError) as error:
+    except Exception as error:  # whatever it is, the model can be served without
+        log.info("what was raised while steps were recorded", exc_info=error)
         difference = math.inf
         reason = " ".join(str(error).split())
     if difference > LARGEST_DIFFERENCE:

@@ -13,7 +13,7 @@ import math
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from itertools import accumulate
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -63,10 +63,10 @@ class PagedRunner:
         self._steadied: AbstractContextManager[object] = Steady() if batch_invariant else nullcontext()
         self._most_blocks = -(-max_model_len // cache.block_tokens)
         self._most_single = min(max_sequences, max_batch_tokens)
-        self._rows = _Buffer(3 * max_batch_tokens, self.device)  # token ids, positions, slots
-        self._tables = _Buffer(max_sequences * self._most_blocks, self.device)
+        self._rows = StepBuffer(3 * max_batch_tokens, self.device)  # token ids, positions, slots
+        self._tables = StepBuffer(max_sequences * self._most_blocks, self.device)
         self._graphs: Graphs | None = None
-        self._recorded: list[torch.Tensor] = []
+        self._recorded: _Recorded | None = None
 
     def step(self, batch: Batch) -> StepResult:
         """One forward call for the whole batch, or a few where long prompts are scored.
@@ -90,45 +90,68 @@ class PagedRunner:
     @property
     def buffers(self) -> list[torch.Tensor]:
         """What is kept from step to step, beside the cache."""
-        return [*self._rows.tensors, *self._tables.tensors, *self._recorded]
+        return [*self._rows.tensors, *self._tables.tensors, *(self._recorded or ())]
 
     @torch.inference_mode()
     def record(self, recorder: Recorder) -> None:
         """From now on batches of single rows replay what is recorded here. Raises whatever the recorder does, and then
         all is as it was.
 
-        Not for a model that computes long sequences in another way.
+        Not for a model that computes long sequences in another way, nor while there are sequences.
         """
-        self._tables.device.zero_()
-        self._rows.device.zero_()  # rows of one token that lie in the first block, until batches come
         offsets = torch.arange(self._most_single + 1, device=self.device)
-
-        def forward(size: Size) -> torch.Tensor:
-            ids, positions, slots = self._rows.on_device(3, size.rows)
-            tables = Tables(self._tables.on_device(size.rows, size.width), offsets[: size.rows + 1], positions)
-            return self._forward(ids, positions, SingleRows(self.cache, slots, tables))
-
-        one = forward(Size(width=1, rows=1))
+        for buffer in (self._rows, self._tables):
+            buffer.device.zero_()  # rows of one token that lie in the first block
+        one = self._call(offsets, Size(width=1, rows=1))
         logits = one.new_zeros(self._most_single, one.shape[1])
 
         def work(size: Size) -> None:
-            logits[: size.rows].copy_(forward(size))
+            logits[: size.rows].copy_(self._call(offsets, size))
 
         self._graphs = Graphs(work, self._most_single, self._most_blocks, recorder)
-        self._recorded = [offsets, logits]
+        self._recorded = _Recorded(logits, offsets)
+
+    @torch.inference_mode()
+    def replayed_and_called(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """For each recording the logits that it gives of some rows, and those that calling the model gives of them. To
+        be run while there are no sequences."""
+        if self._graphs is not None and self._recorded is not None:
+            for size in self._graphs.sizes:
+                self._fill_with_rows_that_differ(size)
+                self._graphs.replay(size)
+                yield self._recorded.logits[: size.rows], self._call(self._recorded.offsets, size)
+
+    def _call(self, offsets: torch.Tensor, size: Size) -> torch.Tensor:
+        """The logits of as many single rows as the buffers have."""
+        ids, positions, slots = self._rows.on_device(3, size.rows)
+        tables = Tables(self._tables.on_device(size.rows, size.width), offsets[: size.rows + 1], positions)
+        return self._forward(ids, positions, SingleRows(self.cache, slots, tables))
+
+    def _fill_with_rows_that_differ(self, size: Size) -> None:
+        """Tokens, positions, blocks: no two rows have the same, as far as there are so many."""
+        row = np.arange(size.rows)
+        block, place = row % self.cache.blocks, row // self.cache.blocks % self.cache.block_tokens
+        ids, positions, slots = self._rows.on_host(3, size.rows)
+        ids[:] = row % int(self.model.config.get_text_config().vocab_size)
+        positions[:], slots[:] = place, block * self.cache.block_tokens + place
+        self._tables.on_host(size.rows, size.width)[:] = block[:, None]
+        self._rows.send(3 * size.rows)
+        self._tables.send(size.rows * size.width)
 
     def forget_recordings(self) -> None:
         """From now on every batch calls the model."""
-        self._graphs, self._recorded = None, []
+        self._graphs = self._recorded = None
 
     @torch.inference_mode()
     def logits(self, batch: Batch) -> torch.Tensor:
         """[wanted rows, vocabulary] in the model's dtype, in the order of the batch; until the next call."""
         widest = max(len(chunk.blocks) for chunk in batch.chunks)
-        if self._graphs is not None and batch.tokens == len(batch.chunks):
+        if self._graphs is not None and self._recorded is not None and batch.tokens == len(batch.chunks):
             size = self._graphs.fitting(batch.tokens, widest)
             if size is not None:
-                return self._replayed(self._graphs, batch, size)
+                self._send(batch, size)
+                self._graphs.replay(size)
+                return _of_wanted_rows(self._recorded.logits[: batch.tokens], batch)
         self._send(batch, Size(widest, batch.tokens))
         ids, positions, slots = self._rows.on_device(3, batch.tokens)
         kept = _wanted_rows(batch)
@@ -151,14 +174,6 @@ class PagedRunner:
         if wanted is not None and not self._keeps_logits:
             logits = logits.index_select(0, wanted.to(logits.device))
         return logits
-
-    def _replayed(self, graphs: Graphs, batch: Batch, size: Size) -> torch.Tensor:
-        """The logits of a batch of single rows, by the recording of this size."""
-        self._send(batch, size)
-        graphs.replay(size)
-        logits = self._recorded[-1][: batch.tokens]
-        kept = _wanted_rows(batch)
-        return logits if len(kept) == len(logits) else logits.index_select(0, on_device(kept, logits.device))
 
     def _send(self, batch: Batch, size: Size) -> None:
         """Fills the buffers with a batch, which is made up to this size's rows, if it has fewer, by copies of its last.
@@ -196,6 +211,12 @@ class PagedRunner:
         return PagedBatch(self.cache, slots, segments)
 
 
+def _of_wanted_rows(logits: torch.Tensor, batch: Batch) -> torch.Tensor:
+    """Of the logits of all rows."""
+    kept = _wanted_rows(batch)
+    return logits if len(kept) == len(logits) else logits.index_select(0, on_device(kept, logits.device))
+
+
 def _look_for_no_padding(model: PreTrainedModel) -> None:
     """Some models look for padding in the ids of every call, to warn of it, which waits for the device. There is none
     here."""
@@ -218,7 +239,14 @@ def _fixed_rows(cache: PagedCache) -> int | None:
     return FIXED_ROWS_ON_TILES if has_tiles else FIXED_ROWS
 
 
-class _Buffer:
+class _Recorded(NamedTuple):
+    """What recordings read and write beside the step's buffers."""
+
+    logits: torch.Tensor  # [rows, vocabulary]
+    offsets: torch.Tensor  # [rows + 1]: every sequence has one row
+
+
+class StepBuffer:
     """Numbers in int64 that are filled on the host and read on the device; on the CPU the two are the same memory.
 
     A step sees as many of them as it needs, from the first on, so that they are sent as one piece.
@@ -227,12 +255,17 @@ class _Buffer:
     def __init__(self, size: int, device: torch.device) -> None:
         self._on_host = torch.zeros(size, dtype=torch.int64, pin_memory=device.type == "cuda")
         self.device = self._on_host if device.type == "cpu" else self._on_host.to(device)
+        self._sent = torch.cuda.Event() if device.type == "cuda" else None  # type: ignore[no-untyped-call]
 
     @property
     def tensors(self) -> list[torch.Tensor]:
         return [self._on_host, self.device]
 
     def on_host(self, *shape: int) -> npt.NDArray[np.int64]:
+        """To be filled; what was sent before has been read. A step of which nobody wants a token does not wait for its
+        end, so its copy may still be on its way."""
+        if self._sent is not None:
+            self._sent.synchronize()
         array: npt.NDArray[np.int64] = self._on_host.numpy()[: math.prod(shape)]
         return array.reshape(shape)
 
@@ -243,6 +276,8 @@ class _Buffer:
         """Copies the first `size` numbers to the device."""
         if self.device is not self._on_host:
             self.device[:size].copy_(self._on_host[:size], non_blocking=True)
+        if self._sent is not None:
+            self._sent.record(torch.cuda.current_stream(self.device.device))
 
 
 @contextmanager

@@ -2,7 +2,7 @@
 
 A copy from memory that the driver may page out waits until the device is done with everything before. From pinned
 memory it takes its place in the stream, and torch keeps that memory until it has been read. What a step draws comes
-back in one transfer, at its end (readout.py), and that is the one time a step waits.
+back in one transfer, at its end (readout.py), and that is the one time a step waits; one that draws nothing does not.
 """
 
 from __future__ import annotations

@@ -129,13 +129,17 @@ TEST(few_rows_of_bfloat16_are_right_too) {
 }
 
 TEST(a_row_of_bfloat16_is_the_same_in_every_batch) {
-    const Weight w(37, any_of({333, 1024}), true);
-    const std::vector<uint16_t> x = bfloats(normal_values(40 * w.K));
-    const std::vector<uint16_t> together = run(w, x, 40, nullptr, 2);
-    for (const int64_t M : {1, 2, 7, 8, 9, 11, 12, 13, 15, 16, 17, 32, 33, 39}) {
-        const std::vector<uint16_t> fewer(x.begin(), x.begin() + M * w.K);
-        const std::vector<uint16_t> out = run(w, fewer, M, nullptr, any_of({1, 2, 3}));
-        EXPECT(memcmp(out.data(), together.data(), out.size() * sizeof(uint16_t)) == 0, "M = %d", (int)M);
+    // Rows that lie in one piece of work and in several, blocks that are less than a piece and more.
+    const int64_t shapes[][2] = {{333, 64}, {1024, 64}, {2112, 64}, {5632, 256}, {8192, 4096}};
+    for (const auto& [K, blocksize] : shapes) {
+        const Weight w(37, K, any_of({0, 1}) == 1, blocksize);
+        const std::vector<uint16_t> x = bfloats(normal_values(40 * w.K));
+        const std::vector<uint16_t> together = run(w, x, 40, nullptr, 2);
+        for (const int64_t M : {1, 2, 5, 6, 7, 8, 9, 11, 12, 13, 15, 16, 17, 32, 33, 39}) {
+            const std::vector<uint16_t> fewer(x.begin(), x.begin() + M * w.K);
+            const std::vector<uint16_t> out = run(w, fewer, M, nullptr, any_of({1, 2, 3}));
+            EXPECT(memcmp(out.data(), together.data(), out.size() * sizeof(uint16_t)) == 0, "M = %d", (int)M);
+        }
     }
 }
 
@@ -169,6 +173,7 @@ static void compare_group(const std::vector<T>& x, int64_t M, int64_t K, int64_t
 }
 
 TEST(a_group_gives_what_its_products_give_alone) {
+    compare_group(bfloats(normal_values(300 * 256)), 300, 256, 0);  // in two passes
     const std::vector<float> x = normal_values(40 * 256);
     compare_group(x, 40, 256, 1);
     compare_group(std::vector<float>(x.begin(), x.begin() + 7 * 256), 7, 256, 1);

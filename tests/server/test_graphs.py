@@ -24,7 +24,7 @@ from server.model.graphs import COARSE_STEP, WIDENED, CudaRecorder, Graphs, Size
 from server.model.load import load_model
 from server.model.probe import can_be_recorded, choose_runner, record_steps
 from server.model.proof import Proof
-from server.model.runner import PagedRunner
+from server.model.runner import PagedRunner, StepBuffer
 from server.records import KV_BLOCK_TOKENS, ModelSpec, SamplingParams
 from tests.server.greedy import check_greedy, prompt_of
 from tests.server.tape import TapeRecorder
@@ -38,9 +38,10 @@ def narrow_tables(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 BLOCKS = 64
-PROVEN_BLOCKS = 2
-LENGTH = 256
 MOST = 12
+PROVEN_BLOCKS = MOST
+"""One for each row."""
+LENGTH = 256
 DRAW = Draw(SamplingParams(max_tokens=9, temperature=0.0), 0, 1)
 
 
@@ -155,6 +156,26 @@ def test_rows_that_draw_nothing_get_no_logits() -> None:
     silent = Chunk(rows[1].request_id, rows[1].tokens, rows[1].start, rows[1].blocks, None)
     assert torch.equal(runner.logits(Batch((rows[0], silent, rows[2]))), whole[[0, 2]])
     assert runner.logits(Batch((silent,))).shape == (0, whole.shape[1])
+
+
+def test_a_buffer_is_not_filled_before_what_it_held_has_been_sent(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Steps that draw nothing do not wait for the device, so the next one may come while a copy is on its way."""
+    happened: list[str] = []
+
+    class Sent:
+        def record(self, _stream: object) -> None:
+            happened.append("sent")
+
+        def synchronize(self) -> None:
+            happened.append("waited")
+
+    buffer = StepBuffer(4, torch.device("cpu"))
+    monkeypatch.setattr(buffer, "_sent", Sent())
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda _device: None)
+    for _ in range(2):
+        buffer.on_host(2, 2)[:] = 1
+        buffer.send(4)
+    assert happened == ["waited", "sent"] * 2
 
 
 def test_what_recordings_keep_is_counted() -> None:
