@@ -31,7 +31,7 @@ using Decode = void (*)(const uint8_t* codes, int64_t count, float nested_absmax
 
 Decode best_decode() {
 #ifdef HB_X86
-    if (level() >= kAvx512Bf16 && __builtin_cpu_supports("avx512vbmi")) return decode_absmax_vbmi;
+    if (has_vbmi()) return decode_absmax_vbmi;
     if (has_avx512()) return decode_absmax_avx512;
 #endif
     return decode_absmax;

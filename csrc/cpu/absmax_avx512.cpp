@@ -4,6 +4,7 @@
 
 #include "absmax.h"
 #include "formats.h"
+#include "vectors_avx512.h"
 
 namespace hb {
 
@@ -11,7 +12,7 @@ void decode_absmax_avx512(const uint8_t* codes, int64_t count, float nested_absm
     __m512 map[16];
     for (int i = 0; i < 16; ++i) map[i] = _mm512_loadu_ps(kDynamicValues.at + 16 * i);
     for (int64_t first = 0; first < count; first += 16) {
-        const __mmask16 there = static_cast<__mmask16>(count - first >= 16 ? 0xffff : (1 << (count - first)) - 1);
+        const __mmask16 there = lanes_mask(count - first);
         const __m512i code = _mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(there, codes + first));
         __m512 found[8];
         for (int i = 0; i < 8; ++i) found[i] = _mm512_permutex2var_ps(map[2 * i], code, map[2 * i + 1]);

@@ -20,8 +20,7 @@ namespace {
 // 16 values of a row from `first` on, as 32-bit lanes: zeros beyond `count` and for a null row.
 HB_AVX512 inline __m512i load_words(const char* row, int64_t first, int64_t count) {
     if (row == nullptr) return _mm512_setzero_si512();
-    const __mmask16 there = static_cast<__mmask16>(count - first < kLanes ? (1 << (count - first)) - 1 : 0xffff);
-    return _mm512_maskz_loadu_epi32(there, reinterpret_cast<const int32_t*>(row) + first);
+    return _mm512_maskz_loadu_epi32(lanes_mask(count - first), reinterpret_cast<const int32_t*>(row) + first);
 }
 
 HB_AVX512 inline __m256i load_shorts(const char* row, int64_t first, int64_t count) {

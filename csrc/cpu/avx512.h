@@ -36,7 +36,7 @@ HB_INLINE uint64_t outliers_of_floats(const float* values, int64_t count, float 
     const __m512 least = _mm512_set1_ps(threshold);
     uint64_t found = 0;
     for (int64_t i = 0; i < count; i += 16) {
-        const __mmask16 there = static_cast<__mmask16>(count - i >= 16 ? 0xffff : (1 << (count - i)) - 1);
+        const __mmask16 there = lanes_mask(count - i);
         const __m512 magnitude = _mm512_abs_ps(_mm512_maskz_loadu_ps(there, values + i));
         found |= uint64_t{_mm512_mask_cmp_ps_mask(there, magnitude, least, _CMP_GE_OQ)} << i;
     }
@@ -49,11 +49,6 @@ HB_INLINE void transpose_units(const char* from, int64_t from_stride, char* to, 
     for (int i = 0; i < 16; ++i) rows[i] = _mm512_loadu_si512(from + i * from_stride);
     transpose(rows);
     for (int i = 0; i < 16; ++i) _mm512_storeu_si512(to + i * to_stride, rows[i]);
-}
-
-// The first `lanes` of sixteen, all of them if it is more.
-HB_INLINE __mmask16 lanes_mask(int64_t lanes) {
-    return static_cast<__mmask16>(lanes >= 16 ? 0xffff : (1 << lanes) - 1);
 }
 
 // absmax [rows, blocks] -> turned[block * Columns + column]; columns beyond the rows are the last row once more.

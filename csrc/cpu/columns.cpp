@@ -10,14 +10,9 @@ namespace hb {
 static_assert(kPanelValues % kSmallestBlocksize == 0 && kLargestBlocksize % kPanelValues == 0, "powers of two");
 
 bool fit_columns(const DecodedCall& call) {
-#ifdef HB_X86
-    static const bool has_kernel = level() == kAvx512Bf16 && __builtin_cpu_supports("avx512vbmi");
+    static const bool has_kernel = level() == kAvx512Bf16 && has_vbmi();
     const DecodedWeight& weight = call.weight;
     return has_kernel && !weight.is_int8 && call.x_dtype == HB_BFLOAT16 && call.K > 0 && call.K % weight.blocksize == 0;
-#else
-    (void)call;
-    return false;
-#endif
 }
 
 ColumnsScratch::ColumnsScratch(const DecodedCall& call, int64_t rows)
@@ -36,11 +31,7 @@ int64_t most_rows(const DecodedCall&) {
     return kRowsPerPass;
 }
 
-int64_t no_bytes(const DecodedCall&, int64_t) {
-    return 0;
-}
-
-int64_t no_pieces(const DecodedCall&, int64_t) {
+int64_t none(const DecodedCall&, int64_t) {
     return 0;
 }
 
@@ -53,8 +44,7 @@ int64_t scratch_bytes(const DecodedCall& call, int64_t rows) {
 
 }  // namespace
 
-const DecodedWay kByColumns = {kColumns,     most_rows,     no_bytes,          no_pieces,
-                               load_nothing, scratch_bytes, run_columns_avx512};
+const DecodedWay kByColumns = {kColumns, most_rows, none, none, load_nothing, scratch_bytes, run_columns_avx512};
 
 #endif
 

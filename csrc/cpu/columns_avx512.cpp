@@ -9,7 +9,7 @@
 #include <immintrin.h>
 #include <string.h>
 
-#include "avx512.h"
+#include "avx512_bf16.h"
 #include "clones.h"
 #include "columns.h"
 #include "fetch.h"
@@ -40,12 +40,6 @@ struct Places {
         }
     }
 };
-
-// The sixteen values times `lift`, rounded, twice: lookups heed five bits, and the fifth belongs to the next code.
-HB_INLINE __m512i table_of(int64_t format, float lift) {
-    const __m512 values = _mm512_loadu_ps(format == HB_NF4 ? kNf4Values.at : kFp4Values.at);
-    return _mm512_broadcast_i64x4(bfloats_of_floats(_mm512_mul_ps(values, _mm512_set1_ps(lift))));
-}
 
 // `bytes` bytes of codes of sixteen rows, at most a chunk -> units[unit][row]. Of `rows` rows the last one stands in
 // for those that are not there.
@@ -150,7 +144,8 @@ void run_columns_avx512(const DecodedCall& a, const DecodedRows& rows, int64_t b
     float* const room = totals + parts.totals / int64_t{sizeof(float)};
     float* const scales = room + parts.absmax / int64_t{sizeof(float)};
     const float lift = lift_of(a.weight.format);
-    const __m512i table = table_of(a.weight.format, lift);
+    const __m512 entries = Avx512Bf16::table(a.weight.format == HB_NF4 ? kNf4Values.at : kFp4Values.at);
+    const __m512i table = _mm512_castps_si512(Avx512Bf16::scaled(entries, lift));
     const int64_t row_bytes = a.K / 2, blocksize = a.weight.blocksize, blocks = a.K / blocksize;
     const int64_t piece = blocksize < kPanelValues ? blocksize : kPanelValues;
     const uint16_t* const x = static_cast<const uint16_t*>(a.x) + rows.first * a.K;

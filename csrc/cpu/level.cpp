@@ -83,6 +83,14 @@ bool has_avx512() {
     return level() >= kAvx512;
 }
 
+bool has_vbmi() {
+#ifdef HB_X86
+    return level() >= kAvx512Bf16 && __builtin_cpu_supports("avx512vbmi");
+#else
+    return false;
+#endif
+}
+
 }  // namespace hb
 
 extern "C" const char* hb_level(void) {

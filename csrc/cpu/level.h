@@ -30,4 +30,7 @@ Level level();
 bool has_avx2();
 bool has_avx512();
 
+// Whether what kAvx512Bf16 needs may run, and VBMI, which some processors of that level lack.
+bool has_vbmi();
+
 }  // namespace hb

@@ -17,6 +17,11 @@
 
 namespace hb {
 
+// The first `lanes` of sixteen, all of them if it is more.
+HB_INLINE __mmask16 lanes_mask(int64_t lanes) {
+    return static_cast<__mmask16>(lanes >= 16 ? 0xffff : (1 << lanes) - 1);
+}
+
 // 16 rows of 16 lanes -> 16 columns.
 HB_AVX512 HB_INLINE void transpose(__m512i (&rows)[16]) {
     __m512i pairs[16], quads[16];

@@ -12,7 +12,6 @@ import inspect
 import math
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from itertools import accumulate
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -21,7 +20,7 @@ import torch
 
 from quant import native
 from server.model.attention import CONTEXT_ARGUMENT, Context, PagedBatch, Segment, Tables
-from server.model.batch import FIXED_ROWS, FIXED_ROWS_ON_TILES, SCORED_ROWS, Batch, StepError, StepResult
+from server.model.batch import FIXED_ROWS, FIXED_ROWS_ON_TILES, SCORED_ROWS, Batch, Chunk, StepError, StepResult
 from server.model.graphs import Graphs, Recorder, SingleRows, Size
 from server.model.paged_cache import PagedCache
 from server.model.readout import read_logits
@@ -65,7 +64,6 @@ class PagedRunner:
         self._most_single = min(max_sequences, max_batch_tokens)
         self._rows = StepBuffer(3 * max_batch_tokens, self.device)  # token ids, positions, slots
         self._tables = StepBuffer(max_sequences * self._most_blocks, self.device)
-        self._graphs: Graphs | None = None
         self._recorded: _Recorded | None = None
 
     def step(self, batch: Batch) -> StepResult:
@@ -90,7 +88,7 @@ class PagedRunner:
     @property
     def buffers(self) -> list[torch.Tensor]:
         """What is kept from step to step, beside the cache."""
-        return [*self._rows.tensors, *self._tables.tensors, *(self._recorded or ())]
+        return [*self._rows.tensors, *self._tables.tensors, *(self._recorded.tensors if self._recorded else ())]
 
     @torch.inference_mode()
     def record(self, recorder: Recorder) -> None:
@@ -108,18 +106,18 @@ class PagedRunner:
         def work(size: Size) -> None:
             logits[: size.rows].copy_(self._call(offsets, size))
 
-        self._graphs = Graphs(work, self._most_single, self._most_blocks, recorder)
-        self._recorded = _Recorded(logits, offsets)
+        self._recorded = _Recorded(Graphs(work, self._most_single, self._most_blocks, recorder), logits, offsets)
 
     @torch.inference_mode()
     def replayed_and_called(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """For each recording the logits that it gives of some rows, and those that calling the model gives of them. To
         be run while there are no sequences."""
-        if self._graphs is not None and self._recorded is not None:
-            for size in self._graphs.sizes:
-                self._fill_with_rows_that_differ(size)
-                self._graphs.replay(size)
-                yield self._recorded.logits[: size.rows], self._call(self._recorded.offsets, size)
+        if self._recorded is not None:
+            graphs, logits, offsets = self._recorded
+            for size in graphs.sizes:
+                self._send(self._rows_that_differ(size), size)
+                graphs.replay(size)
+                yield logits[: size.rows], self._call(offsets, size)
 
     def _call(self, offsets: torch.Tensor, size: Size) -> torch.Tensor:
         """The logits of as many single rows as the buffers have."""
@@ -127,39 +125,36 @@ class PagedRunner:
         tables = Tables(self._tables.on_device(size.rows, size.width), offsets[: size.rows + 1], positions)
         return self._forward(ids, positions, SingleRows(self.cache, slots, tables))
 
-    def _fill_with_rows_that_differ(self, size: Size) -> None:
+    def _rows_that_differ(self, size: Size) -> Batch:
         """Tokens, positions, blocks: no two rows have the same, as far as there are so many."""
-        row = np.arange(size.rows)
-        block, place = row % self.cache.blocks, row // self.cache.blocks % self.cache.block_tokens
-        ids, positions, slots = self._rows.on_host(3, size.rows)
-        ids[:] = row % int(self.model.config.get_text_config().vocab_size)
-        positions[:], slots[:] = place, block * self.cache.block_tokens + place
-        self._tables.on_host(size.rows, size.width)[:] = block[:, None]
-        self._rows.send(3 * size.rows)
-        self._tables.send(size.rows * size.width)
+        vocabulary = int(self.model.config.get_text_config().vocab_size)
+        chunks = []
+        for row in range(size.rows):
+            turn, block = divmod(row, self.cache.blocks)
+            place = turn % self.cache.block_tokens
+            chunks.append(Chunk(f"row-{row}", (row % vocabulary,), place, [block] * size.width, None))
+        return Batch(tuple(chunks))
 
     def forget_recordings(self) -> None:
         """From now on every batch calls the model."""
-        self._graphs = self._recorded = None
+        self._recorded = None
 
     @torch.inference_mode()
     def logits(self, batch: Batch) -> torch.Tensor:
         """[wanted rows, vocabulary] in the model's dtype, in the order of the batch; until the next call."""
         widest = max(len(chunk.blocks) for chunk in batch.chunks)
-        if self._graphs is not None and self._recorded is not None and batch.tokens == len(batch.chunks):
-            size = self._graphs.fitting(batch.tokens, widest)
+        if self._recorded is not None and batch.tokens == len(batch.chunks):
+            size = self._recorded.graphs.fitting(batch.tokens, widest)
             if size is not None:
-                self._send(batch, size)
-                self._graphs.replay(size)
-                return _of_wanted_rows(self._recorded.logits[: batch.tokens], batch)
-        self._send(batch, Size(widest, batch.tokens))
+                return self._replayed(self._recorded, batch, size)
+        ends = self._send(batch, Size(widest, batch.tokens))
         ids, positions, slots = self._rows.on_device(3, batch.tokens)
-        kept = _wanted_rows(batch)
+        kept = _wanted_rows(batch, ends)
         # One row at least: an empty product would ask every layer's kernel about a case nobody needs.
         wanted = on_device(kept or [0], self.device)
         switched = (chunk.switched for chunk in batch.chunks for _ in chunk.tokens)
         with self._steadied, self._rope.told(switched, (1, batch.tokens), self.device):
-            logits = self._forward(ids, positions, self._context(batch, slots, widest), wanted)
+            logits = self._forward(ids, positions, self._context(batch, ends, slots, widest), wanted)
         return logits[: len(kept)]
 
     def _forward(
@@ -175,8 +170,16 @@ class PagedRunner:
             logits = logits.index_select(0, wanted.to(logits.device))
         return logits
 
-    def _send(self, batch: Batch, size: Size) -> None:
+    def _replayed(self, recorded: _Recorded, batch: Batch, size: Size) -> torch.Tensor:
+        """The logits of a batch of single rows, by the recording of this size."""
+        kept = _wanted_rows(batch, self._send(batch, size))
+        recorded.graphs.replay(size)
+        logits = recorded.logits[: batch.tokens]
+        return logits if len(kept) == len(logits) else logits.index_select(0, on_device(kept, logits.device))
+
+    def _send(self, batch: Batch, size: Size) -> list[int]:
         """Fills the buffers with a batch, which is made up to this size's rows, if it has fewer, by copies of its last.
+        Returns where each chunk's rows end.
 
         A few calls of numpy for the whole batch, and one for each sequence: a batch has hundreds of them.
         """
@@ -199,22 +202,17 @@ class PagedRunner:
             tables[len(chunks) :] = tables[len(chunks) - 1]
         self._rows.send(3 * rows)
         self._tables.send(tables.size)
+        found: list[int] = ends.tolist()
+        return found
 
-    def _context(self, batch: Batch, slots: torch.Tensor, width: int) -> PagedBatch:
+    def _context(self, batch: Batch, ends: list[int], slots: torch.Tensor, width: int) -> PagedBatch:
         """The attention's context of a batch that has been sent with tables of this width."""
         blocks = self._tables.on_device(len(batch.chunks), width).unbind()
-        ends = accumulate(len(chunk.tokens) for chunk in batch.chunks)
         segments = [
             Segment(end - len(chunk.tokens), len(chunk.tokens), chunk.start, row)
             for end, chunk, row in zip(ends, batch.chunks, blocks, strict=True)
         ]
         return PagedBatch(self.cache, slots, segments)
-
-
-def _of_wanted_rows(logits: torch.Tensor, batch: Batch) -> torch.Tensor:
-    """Of the logits of all rows."""
-    kept = _wanted_rows(batch)
-    return logits if len(kept) == len(logits) else logits.index_select(0, on_device(kept, logits.device))
 
 
 def _look_for_no_padding(model: PreTrainedModel) -> None:
@@ -225,9 +223,8 @@ def _look_for_no_padding(model: PreTrainedModel) -> None:
             vars(module)["warn_if_padding_and_no_attention_mask"] = lambda *_: None
 
 
-def _wanted_rows(batch: Batch) -> list[int]:
-    """Rows whose logits are wanted; they are the last ones of each chunk."""
-    ends = accumulate(len(chunk.tokens) for chunk in batch.chunks)
+def _wanted_rows(batch: Batch, ends: list[int]) -> list[int]:
+    """Rows whose logits are wanted; they are the last ones of each chunk, which end there."""
     return [row for end, chunk in zip(ends, batch.chunks, strict=True) for row in range(end - chunk.wanted, end)]
 
 
@@ -240,10 +237,15 @@ def _fixed_rows(cache: PagedCache) -> int | None:
 
 
 class _Recorded(NamedTuple):
-    """What recordings read and write beside the step's buffers."""
+    """Recordings, and what they read and write beside the step's buffers."""
 
+    graphs: Graphs
     logits: torch.Tensor  # [rows, vocabulary]
     offsets: torch.Tensor  # [rows + 1]: every sequence has one row
+
+    @property
+    def tensors(self) -> list[torch.Tensor]:
+        return [self.logits, self.offsets]
 
 
 class StepBuffer:

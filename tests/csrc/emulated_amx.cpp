@@ -101,6 +101,10 @@ bool has_avx512() {
     return false;
 }
 
+bool has_vbmi() {
+    return __builtin_cpu_supports("avx512vbmi");
+}
+
 }  // namespace hb
 
 extern "C" const char* hb_level(void) {

@@ -8,12 +8,10 @@ beginning; then in company, with everything that may not matter drawn at random.
 from __future__ import annotations
 
 import random
-import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -24,13 +22,13 @@ from hypothesis import strategies as st
 import quant
 from server.engine.blocks import KV_BLOCK_TOKENS
 from server.model.batch import Batch, Runner, StepResult
-from server.model.load import load_model
 from server.model.probe import choose_runner
 from server.model.readout import read_logits
-from server.records import Abort, Generate, ModelSpec, StepReport, ToEngine, TokenLogprobs
+from server.records import Abort, Generate, StepReport, ToEngine, TokenLogprobs
 from tests.server.engines import Engine, generate
 from tests.server.scripted import PagedScriptedRunner
-from tests.tiny_models import VOCABULARY, save_tiny
+from tests.server.tiny_cases import Case as TinyCase
+from tests.tiny_models import VOCABULARY
 
 BLOCKS = 64
 FEW_BLOCKS = 8
@@ -43,13 +41,8 @@ ANCHOR_TOKENS = 60
 
 
 @dataclass(frozen=True)
-class Case:
-    architecture: str
-    dtype: str = "float32"
-    quantization: str | None = None
-    cache: str = "auto"
+class Case(TinyCase):
     examples: int = 6
-    changes: dict[str, object] = field(default_factory=dict)
 
 
 CASES = {
@@ -84,20 +77,9 @@ def invariance(wanted: bool) -> Iterator[None]:
 
 @cache
 def runner_for(name: str, *, batch_invariant: bool) -> Runner:
-    case = CASES[name]
-    dtype = getattr(torch, case.dtype)
-    with invariance(batch_invariant), tempfile.TemporaryDirectory() as directory:
-        path = save_tiny(case.architecture, Path(directory), dtype=dtype, **case.changes)
-        spec = ModelSpec(
-            "m",
-            str(path),
-            dtype=case.dtype,
-            quantization=case.quantization,
-            kv_cache_dtype=case.cache,
-            batch_invariant=batch_invariant,
-        )
-        loaded = load_model(spec, lambda *_: None)
-        return choose_runner(loaded.model, spec, blocks=BLOCKS, max_model_len=LENGTH)
+    with invariance(batch_invariant):
+        model, spec = CASES[name].load(batch_invariant=batch_invariant)
+        return choose_runner(model, spec, blocks=BLOCKS, max_model_len=LENGTH)
 
 
 @dataclass(frozen=True)

@@ -7,9 +7,6 @@ from __future__ import annotations
 
 import logging
 import random
-import tempfile
-from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -21,14 +18,14 @@ from hypothesis import strategies as st
 from server.model import graphs as graphs_module
 from server.model.batch import Batch, Chunk, Draw
 from server.model.graphs import COARSE_STEP, WIDENED, CudaRecorder, Graphs, Size, recorded_rows, recorded_widths
-from server.model.load import load_model
 from server.model.probe import can_be_recorded, choose_runner, record_steps
 from server.model.proof import Proof
 from server.model.runner import PagedRunner, StepBuffer
-from server.records import KV_BLOCK_TOKENS, ModelSpec, SamplingParams
+from server.records import KV_BLOCK_TOKENS, SamplingParams
 from tests.server.greedy import check_greedy, prompt_of
 from tests.server.tape import TapeRecorder
-from tests.tiny_models import save_tiny, tiny_model
+from tests.server.tiny_cases import Case
+from tests.tiny_models import tiny_model
 
 
 @pytest.fixture(autouse=True)
@@ -43,15 +40,6 @@ PROVEN_BLOCKS = MOST
 """One for each row."""
 LENGTH = 256
 DRAW = Draw(SamplingParams(max_tokens=9, temperature=0.0), 0, 1)
-
-
-@dataclass(frozen=True)
-class Case:
-    architecture: str
-    dtype: str = "float32"
-    quantization: str | None = None
-    cache: str = "auto"
-    changes: dict[str, object] = field(default_factory=dict)
 
 
 CASES = {
@@ -71,21 +59,9 @@ CASES = {
 
 def runner_of(case: Case, device: str = "cpu") -> tuple[PagedRunner, Proof]:
     """A runner without recordings, and what it has to prove with them."""
-    with tempfile.TemporaryDirectory() as directory:
-        path = save_tiny(case.architecture, Path(directory), dtype=getattr(torch, case.dtype), **case.changes)
-        spec = ModelSpec(
-            "m",
-            str(path),
-            dtype=case.dtype,
-            device=device,
-            quantization=case.quantization,
-            kv_cache_dtype=case.cache,
-            max_sequences=MOST,
-            cuda_graphs=False,
-        )
-        model = load_model(spec, lambda *_: None).model
-        proof = Proof.of(model, blocks=BLOCKS, block_tokens=KV_BLOCK_TOKENS, max_model_len=LENGTH)
-        runner = choose_runner(model, spec, blocks=BLOCKS, max_model_len=LENGTH)
+    model, spec = case.load(device=device, max_sequences=MOST, cuda_graphs=False)
+    proof = Proof.of(model, blocks=BLOCKS, block_tokens=KV_BLOCK_TOKENS, max_model_len=LENGTH)
+    runner = choose_runner(model, spec, blocks=BLOCKS, max_model_len=LENGTH)
     assert isinstance(runner, PagedRunner)
     return runner, proof
 
