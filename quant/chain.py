@@ -47,16 +47,19 @@ BUFFERS: Final = _Buffers()
 
 
 class Chain:
-    """Calls over `rows` rows of one dtype. Tensors that a method is given must stay where they are."""
+    """Calls over `rows` rows of one dtype. Tensors that a method is given must stay where they are.
 
-    def __init__(self, rows: int, dtype: torch.dtype) -> None:
+    A chain that goes on from another one leaves that one's results alone.
+    """
+
+    def __init__(self, rows: int, dtype: torch.dtype, goes_on_from: Chain | None = None) -> None:
         self.rows, self.dtype = rows, dtype
         self.threads = native.thread_count()
         self._kernels = native.kernels("cpu")
         self._items: list[tuple[int, Any, int]] = []
         self.steps: list[native.Step] = []
         self._kept: list[torch.Tensor | Direct] = []
-        self._buffers = 0
+        self._buffers: int = 0 if goes_on_from is None else goes_on_from._buffers
         self._workspace_bytes = 0
 
     def rms_norm(self, x: torch.Tensor | None, weight: torch.Tensor, eps: float) -> tuple[Any, torch.Tensor]:
@@ -175,8 +178,9 @@ class Run:
         """Fills a place of the chain with this number with a struct, which must live until the call is over."""
         self._steps[self._firsts[chain] + index].args = ctypes.addressof(args)
 
-    def __call__(self) -> None:
-        """All of it. Raises NativeError where a call refuses."""
-        status = self._function(self._steps, len(self._steps), self._threads)
+    def __call__(self, chains: int | None = None) -> None:
+        """The first so many chains, or all of them. Raises NativeError where a call refuses."""
+        count = len(self._steps) if chains is None else self._firsts[chains]
+        status = self._function(self._steps, count, self._threads)
         if status:
             self._kernels.check_status("hb_run", status)

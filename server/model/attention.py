@@ -160,6 +160,8 @@ class PagedBatch:
     """Where each row's key and value go, int64 [T]: block * block_tokens + place."""
     segments: list[Segment]
     """In packed order, together all rows."""
+    wanted: Sequence[int] | None = None
+    """Of each segment, how many of its last rows have logits that somebody looks at; None: all may have."""
     calls: int = 0
     _tables: dict[torch.device, Tables] = field(default_factory=dict)
     _direct: DirectAttention | None = None
@@ -197,6 +199,23 @@ class PagedBatch:
         stores = self.cache.layers[self.calls : self.calls + layers]
         self.calls += layers
         return stores
+
+    def wanted_rows(self) -> list[int] | None:
+        """Rows of the packed batch; None where it may be all of them."""
+        if self.wanted is None:
+            return None
+        ends = [segment.row + segment.rows for segment in self.segments]
+        return [row for end, wanted in zip(ends, self.wanted, strict=True) for row in range(end - wanted, end)]
+
+    def wanted_part(self) -> PagedBatch:
+        """The batch with its wanted rows alone. They see what they saw; nothing of them is to be written again."""
+        segments: list[Segment] = []
+        row = 0
+        for segment, wanted in zip(self.segments, self.wanted or (), strict=True):
+            if wanted:
+                segments.append(replace(segment, row=row, rows=wanted, start=segment.end - wanted))
+                row += wanted
+        return PagedBatch(self.cache, self.slots[:0], segments)
 
     def is_direct(self, dtype: torch.dtype) -> bool:
         """Whether layers that compute in `dtype` may use `direct_arguments` and the stores' addresses."""

@@ -14,7 +14,7 @@ from __future__ import annotations
 import functools
 import operator
 from itertools import repeat
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 from weakref import WeakValueDictionary
 
 import torch
@@ -26,7 +26,7 @@ from quant.direct import is_direct
 from quant.siblings import direct_of
 from quant.unchanged import Unchanged
 from server.model.attention import CONTEXT_ARGUMENT, PagedBatch
-from server.model.layer_run import Angles, LayerChain, LayerRun
+from server.model.layer_run import Angles, Ending, LayerChain, LayerRun
 
 LAYER_PARTS: Final = ("input_layernorm", "self_attn", "post_attention_layernorm", "mlp")
 _PROJECTIONS: Final = {
@@ -35,10 +35,12 @@ _PROJECTIONS: Final = {
 }
 _HIDDEN: Final = 64
 _SEED: Final = 22
+_LEARNT: Final = ("_state", "_follower", "_is_last")
 _GROUPS_KEPT: Final = 16
 """For numbers of rows; a batch that grows or shrinks by one, or that has more or fewer guesses, meets them again."""
 
 _Key = tuple[int, int, int]  # rows, threads, whether batches must not matter
+_T = TypeVar("_T")
 
 
 class FusedLayer(nn.Module):
@@ -57,8 +59,8 @@ class FusedLayer(nn.Module):
         return super().forward(hidden_states, *positional, **named)
 
     def __getstate__(self) -> dict[str, Any]:
-        """For copies: pointers and neighbours stay behind."""
-        return {name: value for name, value in self.__dict__.items() if name not in ("_state", "_follower")}
+        """For copies: pointers, neighbours and its place in a model stay behind."""
+        return {name: value for name, value in self.__dict__.items() if name not in _LEARNT}
 
 
 def _handed_on(layer: FusedLayer, hidden_states: torch.Tensor, context: PagedBatch) -> torch.Tensor:
@@ -97,6 +99,7 @@ class _Group(LayerRun):
     def __init__(self, layers: list[FusedLayer], chains: list[LayerChain]) -> None:
         super().__init__(chains)
         self.layers = layers
+        self._last: _State = layers[-1].__dict__["_state"]
         self._unchanged = Unchanged(*layers, are_roots_called=False)
         self._own = [vars(layer) for layer in layers]
         self._followers = [*layers[1:], None]
@@ -108,10 +111,22 @@ class _Group(LayerRun):
 
     def __call__(self, hidden_states: torch.Tensor, angles: Angles, context: PagedBatch) -> torch.Tensor:
         """What the last layer gives; the others are told that theirs is done."""
-        out = super().__call__(hidden_states, angles, context)
+        wanted = self._wanted(context)
+        if wanted is None:
+            out = super().__call__(hidden_states, angles, context)
+        else:
+            ending = self._last.ending(self.layers[-1], len(wanted), self.chains[-1])
+            out = self.shortened(hidden_states, angles, context, wanted, ending)
         context.last = (self.layers[-1], out)
         context.computed = self.layers[1:]
         return out
+
+    def _wanted(self, context: PagedBatch) -> list[int] | None:
+        """The rows that the last layer's second half is worth computing for alone; None where it is for all of them."""
+        if "_is_last" not in self._own[-1] or _is_watched(self.layers[-1]):
+            return None
+        wanted = context.wanted_rows()
+        return None if wanted is None or 2 * len(wanted) > self.chains[-1].rows else wanted
 
 
 class _State:
@@ -123,6 +138,7 @@ class _State:
         self.is_good = Unchanged(layer)
         self.chains: WeakValueDictionary[_Key, LayerChain] = WeakValueDictionary()
         self.groups: dict[_Key, _Group] = {}
+        self.endings: dict[_Key, Ending] = {}
         owned = [parts[owner]._modules[name] for owner, names in _PROJECTIONS.items() for name in names]
         directs = [direct_of(part, hidden_states) for part in owned]
         self.directs = tuple(direct for direct in directs if direct is not None)
@@ -130,6 +146,15 @@ class _State:
         has_one_dtype = all(norm.weight.dtype is self.dtype for norm in norms)
         fits = parts["input_layernorm"].weight.shape == hidden_states.shape[2:]
         self.may_be_chained = has_one_dtype and fits and len(self.directs) == len(directs) and self.is_good()
+
+    def ending(self, layer: nn.Module, rows: int, chain: LayerChain) -> Ending | None:
+        """The layer's for so many wanted rows; None where there are none."""
+        if not rows:
+            return None
+        key = _key_of(rows)
+        ending = self.endings.pop(key, None) or Ending(layer, self.directs, rows, chain)
+        _keep_last(self.endings, key, ending)
+        return ending
 
 
 def _chain_for(layer: nn.Module, hidden_states: torch.Tensor, key: _Key) -> LayerChain | None:
@@ -152,16 +177,24 @@ def _group_from(layer: FusedLayer, hidden_states: torch.Tensor, context: PagedBa
     """
     if context.last is not None and context.last[1] is hidden_states:
         vars(context.last[0])["_follower"] = layer
-    key = (hidden_states.shape[1], native.thread_count(), native.batch_invariant())
+    key = _key_of(hidden_states.shape[1])
     state: _State | None = layer.__dict__.get("_state")
     known = None if state is None or state.dtype is not hidden_states.dtype else state.groups.pop(key, None)
     group = known if known is not None and known.is_good() else _gathered(layer, hidden_states, key, known)
     if group is not None:
-        groups = layer.__dict__["_state"].groups
-        groups[key] = group  # behind the others: the first is the one that has not been used for the longest
-        if len(groups) > _GROUPS_KEPT:
-            del groups[next(iter(groups))]
+        _keep_last(layer.__dict__["_state"].groups, key, group)
     return group
+
+
+def _key_of(rows: int) -> _Key:
+    return rows, native.thread_count(), native.batch_invariant()
+
+
+def _keep_last(kept: dict[_Key, _T], key: _Key, value: _T) -> None:
+    """Behind the others: the first is the one that has not been used for the longest, and goes when they are many."""
+    kept[key] = value
+    if len(kept) > _GROUPS_KEPT:
+        del kept[next(iter(kept))]
 
 
 def _gathered(layer: FusedLayer, hidden_states: torch.Tensor, key: _Key, known: _Group | None) -> _Group | None:

@@ -1,8 +1,15 @@
-"""The calls of decoder layers for a number of rows, laid out once: a layer as a chain, layers in a row as one call.
+"""The calls of decoder layers for a number of rows, laid out once: a layer as two chains, layers in a row as one call.
 
 What a step brings (where its rows are, angles, slots, the attention's tables) is put into structs that stay; so little
-else is done in a step because after a layer's weights nothing of Python is left in a processor's caches. Not here:
-which layers these are, and whether they still are what they were (fuse_layer.py); the calls (quant/chain.py).
+else is done in a step because after a layer's weights nothing of Python is left in a processor's caches.
+
+    layer    FirstHalf: norm, q k v, rotary, cache write | SecondHalf: attention, o, sum, norm, gate up, down, sum
+
+Nobody looks at all rows that a model's last layer gives, but at those whose logits are wanted. The keys and values of
+the others are; so its first half is computed for all rows, and its second one for those that are wanted.
+
+Not here: which layers these are, and whether they still are what they were (fuse_layer.py); which layer is the last
+(last_layer.py); the calls (quant/chain.py).
 """
 
 from __future__ import annotations
@@ -25,63 +32,120 @@ from server.model.paged_cache import Stores
 Angles = tuple[torch.Tensor, torch.Tensor]
 
 
-class LayerChain:
-    """One layer's calls for a number of rows: q, k, v, o, gate, up and down among them."""
+class FirstHalf:
+    """A layer's calls up to its attention: q, k and v among them."""
 
-    def __init__(self, layer: nn.Module, directs: tuple[Direct, ...], rows: int, dtype: torch.dtype) -> None:
+    def __init__(self, layer: nn.Module, directs: Sequence[Direct], rows: int, dtype: torch.dtype) -> None:
         parts: Any = layer._modules
-        attention, first, second = parts["self_attn"], parts["input_layernorm"], parts["post_attention_layernorm"]
-        q, k, v, o, gate, up, down = directs
-        options = attention.__dict__["_options"]
-        self.options = (options.scale, options.window, options.softcap)
-        self.head_dim, self.rows = attention.head_dim, rows
+        attention, norm = parts["self_attn"], parts["input_layernorm"]
+        self.head_dim = attention.head_dim
         self.calls = chain = Chain(rows, dtype)
-        self._norm, x = chain.rms_norm(None, first.weight, first.variance_epsilon)
-        query, key, value = chain.linear(x, [q, k, v])
+        self._norm, x = chain.rms_norm(None, norm.weight, norm.variance_epsilon)
+        query, key, value = chain.linear(x, directs)
         if "q_norm" in attention._modules:
             query, key = self._normed(attention.q_norm, query), self._normed(attention.k_norm, key)
         self.query, key = (rows_.view(rows, -1, self.head_dim) for rows_ in (query, key))
         value = value.view(rows, key.shape[1], -1)
         self._rotary = chain.rotary(self.query, key)
         self._write = chain.cache_write(key, value)
-        self.attention, self.attended = chain.attention(self.query.shape[1], value.shape[2])
-        self._first_sum, hidden = chain.add(None, *chain.linear(self.attended.flatten(1), [o]))
-        _, x = chain.rms_norm(hidden, second.weight, second.variance_epsilon)
-        (product,) = chain.linear(chain.swiglu(*chain.linear(x, [gate, up])), [down])
-        self._last_sum, self.out = chain.add(hidden, product)
         chain.ready()
-        self._heads = (key.shape[1:], value.shape[1:])
-        self.stores: Stores | None = None
-        self.addresses: tuple[int, int, int | None] = (0, 0, None)
-        """Of the layer's keys, values and scales in the cache."""
+        self.heads = (key.shape[1:], value.shape[1:])
 
     def _normed(self, norm: Any, heads: torch.Tensor) -> torch.Tensor:
         _, out = self.calls.rms_norm(heads.view(-1, self.head_dim), norm.weight, norm.variance_epsilon)
         return out.view(heads.shape)
 
-    def hold(self, stores: Stores) -> None:
-        """The layer's part of the cache from now on. Raises ShapeError where it does not fit."""
+    def hold(self, stores: Stores) -> tuple[int, int, int | None]:
+        """The cache's keys, values and scales from now on; their addresses."""
         keys, values, scales = stores.keys, stores.values, stores.scales
-        if (keys.shape[2:], values.shape[2:]) != self._heads:
-            raise ShapeError(
-                f"the cache's keys and values have heads of {list(keys.shape[2:])} and {list(values.shape[2:])}; "
-                f"{' and '.join(str(list(shape)) for shape in self._heads)} are needed"
-            )
-        self.stores = stores
         write = self._write
         write.keys, write.values, write.slot_count = keys.data_ptr(), values.data_ptr(), keys.shape[:2].numel()
         write.store_dtype = native.STORE_CODES[keys.dtype]
         write.scales = None if scales is None else scales.data_ptr()
-        self.addresses = write.keys, write.values, write.scales
+        return write.keys, write.values, write.scales
+
+    def point(self, source: int, cos: int, sin: int, slots: int) -> None:
+        """To the rows, and to what a step brings for each of them, by address."""
+        self._norm.x = source
+        self._rotary.cos, self._rotary.sin, self._write.slots = cos, sin, slots
+
+
+class SecondHalf:
+    """A layer's calls from its attention on: o, gate, up and down among them."""
+
+    def __init__(self, layer: nn.Module, directs: Sequence[Direct], rows: int, first: FirstHalf) -> None:
+        """Of as many rows as `first` has, or of some of them."""
+        parts: Any = layer._modules
+        norm = parts["post_attention_layernorm"]
+        o, gate, up, down = directs
+        (_, value_size), heads = first.heads[1], first.query.shape[1]
+        self.calls = chain = Chain(rows, first.calls.dtype, goes_on_from=first.calls)
+        self.attention, self.attended = chain.attention(heads, value_size)
+        self._first_sum, hidden = chain.add(None, *chain.linear(self.attended.flatten(1), [o]))
+        _, x = chain.rms_norm(hidden, norm.weight, norm.variance_epsilon)
+        (product,) = chain.linear(chain.swiglu(*chain.linear(x, [gate, up])), [down])
+        self._last_sum, self.out = chain.add(hidden, product)
+        chain.ready()
 
     def place(self, source: int, out: int) -> None:
-        """From where to where rows go, by address."""
-        self._norm.x = self._first_sum.a = source
+        """From where to where rows go, by address: what the layer was given, and what it gives."""
+        self._first_sum.a, self._last_sum.out = source, out
+
+    def place_out(self, out: int) -> None:
         self._last_sum.out = out
 
-    def point(self, cos: int, sin: int, slots: int) -> None:
-        """To what a step brings for each row, by address."""
-        self._rotary.cos, self._rotary.sin, self._write.slots = cos, sin, slots
+
+class LayerChain:
+    """A layer's two halves for a number of rows; `directs` are its q, k, v, o, gate, up and down."""
+
+    def __init__(self, layer: nn.Module, directs: tuple[Direct, ...], rows: int, dtype: torch.dtype) -> None:
+        attention: Any = layer._modules["self_attn"]
+        options = attention.__dict__["_options"]
+        self.options = (options.scale, options.window, options.softcap)
+        self.rows = rows
+        self.first = FirstHalf(layer, directs[:3], rows, dtype)
+        self.second = SecondHalf(layer, directs[3:], rows, self.first)
+        self.stores: Stores | None = None
+        self.addresses: tuple[int, int, int | None] = (0, 0, None)
+        """Of the layer's keys, values and scales in the cache."""
+
+    @property
+    def out(self) -> torch.Tensor:
+        return self.second.out
+
+    def hold(self, stores: Stores) -> None:
+        """The layer's part of the cache from now on. Raises ShapeError where it does not fit."""
+        found = (stores.keys.shape[2:], stores.values.shape[2:])
+        if found != self.first.heads:
+            raise ShapeError(
+                f"the cache's keys and values have heads of {list(found[0])} and {list(found[1])}; "
+                f"{' and '.join(str(list(shape)) for shape in self.first.heads)} are needed"
+            )
+        self.stores = stores
+        self.addresses = self.first.hold(stores)
+
+
+class Ending:
+    """The second half of a model's last layer, for some of a batch's rows."""
+
+    def __init__(self, layer: nn.Module, directs: tuple[Direct, ...], rows: int, chain: LayerChain) -> None:
+        """`chain` is the layer's for any number of rows."""
+        self._half = SecondHalf(layer, directs[3:], rows, chain.first)
+        self._run = Run([self._half.calls])
+
+        self._options = chain.options
+
+    def __call__(self, query: torch.Tensor, hidden: torch.Tensor, stores: Stores, part: PagedBatch) -> torch.Tensor:
+        """The rows' queries [rows, H, D] and what the layer was given of them [rows, hidden] -> what it gives.
+
+        Their keys and values, and those of all rows before them, are in the cache. `part` has these rows alone.
+        """
+        out = torch.empty_like(hidden)
+        args = part.direct_arguments(query, stores, self._half.attended, *self._options)
+        self._run.set_step(0, self._half.attention, args)
+        self._half.place(hidden.data_ptr(), out.data_ptr())
+        self._run()
+        return out
 
 
 class LayerRun:
@@ -89,39 +153,60 @@ class LayerRun:
 
     def __init__(self, chains: Sequence[LayerChain]) -> None:
         self.chains = list(chains)
-        self._run = Run([chain.calls for chain in chains])
-        self._between = chains[0].out.data_ptr()
-        self._head_dims = {chain.head_dim for chain in chains}
+        self._run = Run([half.calls for chain in chains for half in (chain.first, chain.second)])
+        self._between = chains[0].out
+        self._head_dims = {chain.first.head_dim for chain in chains}
         self._attention: list[Any] = []
         """Each layer's struct, and under the same index the first layer that has all of it but the cache in common."""
         self._alike: list[int] = []
 
     def __call__(self, hidden_states: torch.Tensor, angles: Angles, context: PagedBatch) -> torch.Tensor:
         """[1, rows, hidden] -> what the last layer gives. Raises ShapeError where cache or angles do not fit."""
+        out = torch.empty_like(hidden_states)
+        self._prepare(hidden_states, angles, context)
+        self.chains[-1].second.place_out(out.data_ptr())
+        self._run()
+        return out
+
+    def shortened(
+        self, hidden_states: torch.Tensor, angles: Angles, context: PagedBatch, wanted: list[int], ending: Ending | None
+    ) -> torch.Tensor:
+        """The same of the rows that are wanted, by the ending for so many, and zeros in the others'."""
+        out = torch.zeros_like(hidden_states)
+        stores = self._prepare(hidden_states, angles, context)
+        self._run(2 * len(self.chains) - 1)
+        if ending is not None:
+            rows = torch.tensor(wanted)
+            given = hidden_states[0] if len(self.chains) == 1 else self._between
+            query, hidden = self.chains[-1].first.query.index_select(0, rows), given.index_select(0, rows)
+            out[0].index_copy_(0, rows, ending(query, hidden, stores[-1], context.wanted_part()))
+        return out
+
+    def _prepare(self, hidden_states: torch.Tensor, angles: Angles, context: PagedBatch) -> Sequence[Stores]:
+        """Everything that a step brings, but where its last layer's rows go; the layers' parts of the cache."""
         cos, sin = angles
         self._check(cos, sin, context.slots)
-        out = torch.empty_like(hidden_states)
         stores = context.next_stores(len(self.chains))
         if not all(map(operator.is_, stores, [chain.stores for chain in self.chains])) or not self._attention:
             self._hold(stores)
-        last = len(self.chains) - 1
         step = cos.data_ptr(), sin.data_ptr(), context.slots.data_ptr()
         shared = self._shared(stores, context)
-        for i, (chain, args, first) in enumerate(zip(self.chains, self._attention, self._alike, strict=True)):
-            source = hidden_states.data_ptr() if i == 0 else self._between
-            chain.place(source, out.data_ptr() if i == last else self._between)
-            chain.point(*step)
+        source, between = hidden_states.data_ptr(), self._between.data_ptr()
+        for chain, args, first in zip(self.chains, self._attention, self._alike, strict=True):
+            chain.first.point(source, *step)
+            chain.second.place(source, between)
             ctypes.memmove(ctypes.byref(args), ctypes.byref(shared[first]), ctypes.sizeof(args))
             args.keys, args.values, args.scales = chain.addresses
-        self._run()
-        return out
+            source = between
+        return stores
 
     def _shared(self, stores: Sequence[Stores], context: PagedBatch) -> dict[int, Any]:
         """A step's structs of the layers that others are like; all in one workspace, which fits the largest."""
         shared = {}
         for first in set(self._alike):
             chain = self.chains[first]
-            shared[first] = context.direct_arguments(chain.query, stores[first], chain.attended, *chain.options)
+            query, attended = chain.first.query, chain.second.attended
+            shared[first] = context.direct_arguments(query, stores[first], attended, *chain.options)
         workspace = WORKSPACE.at_least(max(args.call.workspace_bytes for args in shared.values()))
         for args in shared.values():
             args.call.workspace = workspace
@@ -144,8 +229,8 @@ class LayerRun:
         for i, (chain, own) in enumerate(zip(self.chains, stores, strict=True)):
             chain.hold(own)
             shapes = (own.keys.shape, own.values.shape, own.keys.dtype)
-            places = (chain.query.data_ptr(), chain.attended.data_ptr())
+            places = (chain.first.query.data_ptr(), chain.second.attended.data_ptr())
             self._alike.append(alike.setdefault((*shapes, *places, *chain.options), i))
             args = native.STRUCTS["hb_paged_attention"]()
             self._attention.append(args)
-            self._run.set_step(i, chain.attention, args)
+            self._run.set_step(2 * i + 1, chain.second.attention, args)

@@ -40,6 +40,7 @@ from server.model.encoder_probe import choose_encoder_decoder_runner
 from server.model.fuse import fuse
 from server.model.gather import cached_shapes
 from server.model.graphs import CudaRecorder, Recorder
+from server.model.last_layer import find_last_layer
 from server.model.paged_cache import LayerShape, PagedCache
 from server.model.proof import LARGEST_DIFFERENCE, Proof, architecture_of, first_proven, relative
 from server.model.runner import PagedRunner, input_device
@@ -128,6 +129,7 @@ def _paged_runner(
         raise NotPagedError(f"is to be batch-invariant and calls {error}, which is not") from error
     if difference > LARGEST_DIFFERENCE:
         raise NotPagedError(f"gives other logits in packed batches (relative difference {difference:.2g})")
+    find_last_layer(runner, proof)
     if spec.cuda_graphs and runner.device.type == "cuda" and can_be_recorded(model, runner):
         record_steps(runner, proof, CudaRecorder(runner.device))
     return runner

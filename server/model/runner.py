@@ -212,7 +212,7 @@ class PagedRunner:
             Segment(end - len(chunk.tokens), len(chunk.tokens), chunk.start, row)
             for end, chunk, row in zip(ends, batch.chunks, blocks, strict=True)
         ]
-        return PagedBatch(self.cache, slots, segments)
+        return PagedBatch(self.cache, slots, segments, [chunk.wanted for chunk in batch.chunks])
 
 
 def _look_for_no_padding(model: PreTrainedModel) -> None:

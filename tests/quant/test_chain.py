@@ -102,6 +102,36 @@ def test_chains_one_behind_the_other() -> None:
     assert same_bits(out.clone(), blocks[1].by_calls(blocks[0].by_calls(x)))
 
 
+def test_some_of_the_chains_that_are_one_behind_the_other() -> None:
+    blocks = [Block(("nf4-dq",) * 3), Block(("int8",) * 3)]
+    x = torch.randn(3, HIDDEN).bfloat16()
+    chained = [block.chain(3) for block in blocks]
+    (_, (norm, last, out)), (_, (next_norm, next_last, next_out)) = chained
+    norm.x = last.a = x.data_ptr()  # type: ignore[attr-defined]
+    next_norm.x = next_last.a = out.data_ptr()  # type: ignore[attr-defined]
+    apart = torch.full_like(next_out, torch.nan)
+    next_last.out = apart.data_ptr()  # type: ignore[attr-defined]
+    Run([chain for chain, _ in chained])(1)
+    assert same_bits(out.clone(), blocks[0].by_calls(x))
+    assert apart.isnan().all()
+
+
+def test_a_chain_that_goes_on_from_another_leaves_its_results() -> None:
+    first = Chain(4, torch.bfloat16)
+    x = torch.randn(4, HIDDEN).bfloat16()
+    weight = torch.randn(HIDDEN).bfloat16()
+    _, normed = first.rms_norm(x, weight, 1e-5)
+    first.ready()
+    Run([first])()
+    kept = normed.clone()
+    second = Chain(2, torch.bfloat16, goes_on_from=first)
+    _, again = second.rms_norm(normed[1:3], weight, 1e-5)
+    second.ready()
+    Run([second])()
+    assert same_bits(normed, kept)
+    assert same_bits(again, direct_rows.rms_norm(kept[1:3], weight, 1e-5))
+
+
 def test_buffers_double() -> None:
     """Each chain keeps those it was made with; a buffer a row would leave many behind."""
     block = Block(("nf4-dq",) * 3)

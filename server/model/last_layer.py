@@ -1,0 +1,61 @@
+"""Which decoder layer is a model's last: behind it, nobody looks at a row whose logits are not wanted.
+
+Such rows' keys and values are needed, but not the rest of that layer: of a prompt, the layer's second half for all rows
+but the last one (layer_run.py). Nothing is believed by name: with all that the last layer gives of unwanted rows made
+NaN, the logits of the others must be what they were, bit for bit. Where they are not, all rows are computed. Not here:
+when it is worth leaving something out (fuse_layer.py).
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from server.model.batch import Batch, Chunk
+from server.model.fuse_layer import FusedLayer
+from server.model.proof import DRAW, Proof
+
+if TYPE_CHECKING:
+    from server.model.runner import PagedRunner
+
+
+def find_last_layer(runner: PagedRunner, proof: Proof) -> FusedLayer | None:
+    """Tells the model's last layer that it is the last, where it is fused and that is proven; the layer."""
+    needed = -(-max(map(len, proof.prompts)) // proof.block_tokens)
+    batch = Batch(
+        tuple(
+            Chunk(f"probe-{which}", prompt, 0, range(which * needed, (which + 1) * needed), DRAW)
+            for which, prompt in enumerate(proof.prompts)
+        )
+    )
+    called: list[FusedLayer] = []
+    hooks = [
+        module.register_forward_pre_hook(lambda layer, _: called.append(layer))
+        for module in runner.model.modules()
+        if isinstance(module, FusedLayer)
+    ]
+    try:
+        expected = runner.logits(batch).clone()
+    finally:
+        for hook in hooks:
+            hook.remove()
+    if not called:
+        return None
+    hook = called[-1].register_forward_hook(lambda *call: _without_unwanted(call[-1], batch))
+    try:
+        found = runner.logits(batch)
+    finally:
+        hook.remove()
+    if not torch.equal(found, expected):
+        return None
+    vars(called[-1])["_is_last"] = True
+    return called[-1]
+
+
+def _without_unwanted(given: Any, batch: Batch) -> torch.Tensor:
+    """[1, rows, hidden] with NaN in all rows but each chunk's last."""
+    ends = torch.tensor([len(chunk.tokens) for chunk in batch.chunks]).cumsum(0)
+    poisoned = torch.full_like(given, torch.nan)
+    poisoned[:, ends - 1] = given[:, ends - 1]
+    return poisoned
