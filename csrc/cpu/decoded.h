@@ -7,6 +7,7 @@
 
 #include "clones.h"
 #include "decode4.h"
+#include "formats.h"
 #include "halfbyte.h"
 
 namespace hb {
@@ -56,11 +57,9 @@ struct DecodedCalls {
     MatrixStrides strides;
 };
 
-// What a table is multiplied by before it is rounded to bfloat16 where sums are scaled and not the table, chosen so
-// that little is rounded: NF4 values then are off by half as much on average as those of a table that is scaled by
-// absmax first, FP4 values are exact.
+// What a table is multiplied by before it is rounded to bfloat16 where sums are scaled and not the table.
 HB_INLINE constexpr float lift_of(int64_t format) {
-    return format == HB_NF4 ? 1.4365f : 1.03125f;
+    return format == HB_NF4 ? kNf4LiftInBfloat16 : kFp4Lift;
 }
 
 // Rows of a call that are multiplied together.

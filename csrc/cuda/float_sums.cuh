@@ -23,6 +23,7 @@ struct PlaceOfX {
 struct Outputs {
     int64_t M, N;
     const float* absmax;  // [N] of int8 codes; null: sums are of values
+    float unit;           // that those come in
     const void* bias;     // [N] or null
     int64_t bias_dtype;
     void* out;
@@ -31,7 +32,7 @@ struct Outputs {
 
     template <typename T>
     __device__ void finish(float sum, int64_t m, int64_t n) const {
-        const float scaled = absmax == nullptr ? sum : __fmul_rn(sum, int8_scale(absmax[n]));
+        const float scaled = __fmul_rn(sum, absmax == nullptr ? unit : int8_scale(absmax[n]));
         const float add = bias == nullptr ? 0.0f : load_float(bias, bias_dtype, n);
         static_cast<T*>(out)[m * stride + n] = from_float<T>(__fadd_rn(scaled, add));
     }
@@ -57,6 +58,20 @@ struct Outputs {
     }
 };
 
+// A lane's values of one row of x, of 64 of K: for each step as the tensor core takes them.
+struct Tokens {
+    unsigned pairs[4][2];
+
+    // Of the row that begins at `row` in a stage, of which these values are number `chunk`.
+    __device__ Tokens(const unsigned char* row, int chunk) {
+        const int piece = chunk * (kChunkBytes * 2 / kPieceBytes) + lane() % 4 * 2, place = lane() / 4;
+        const uint4 near = *reinterpret_cast<const uint4*>(row + PlaceOfX::of(place, piece) * kPieceBytes);
+        const uint4 far = *reinterpret_cast<const uint4*>(row + PlaceOfX::of(place, piece + 1) * kPieceBytes);
+        const unsigned all[4][2] = {{near.x, near.y}, {near.z, near.w}, {far.x, far.y}, {far.z, far.w}};
+        memcpy(pairs, all, sizeof pairs);
+    }
+};
+
 // A warp's sums: WeightTiles times 16 rows of W by TokenTiles times 8 rows of x.
 template <typename T, int WeightTiles, int TokenTiles>
 struct FloatSums {
@@ -67,20 +82,39 @@ struct FloatSums {
     // these values are number `chunk`.
     template <int XRowBytes>
     __device__ void multiply(const unsigned (&weights)[WeightTiles][4][4], const unsigned char* x, int chunk) {
-        const int group = lane() / 4, member = lane() % 4;
 #pragma unroll
         for (int tile = 0; tile < TokenTiles; ++tile) {
-            const int row = tile * 8 + group;
-            const int piece = chunk * (kChunkBytes * 2 / kPieceBytes) + member * 2;
-            const unsigned char* const values = x + row * XRowBytes;
-            const uint4 near = *reinterpret_cast<const uint4*>(values + PlaceOfX::of(row, piece) * kPieceBytes);
-            const uint4 far = *reinterpret_cast<const uint4*>(values + PlaceOfX::of(row, piece + 1) * kPieceBytes);
-            const unsigned tokens[4][2] = {{near.x, near.y}, {near.z, near.w}, {far.x, far.y}, {far.z, far.w}};
+            const Tokens tokens(x + (tile * 8 + lane() / 4) * XRowBytes, chunk);
 #pragma unroll
             for (int step = 0; step < 4; ++step) {
 #pragma unroll
                 for (int w = 0; w < WeightTiles; ++w) {
-                    multiply_tiles<T>(slice[w][tile], weights[w][step], tokens[step]);
+                    multiply_tiles<T>(slice[w][tile], weights[w][step], tokens.pairs[step]);
+                }
+            }
+        }
+    }
+
+    // The same, added up from zero, then times the scale of rows g and g + 8 of W added to the sums.
+    template <int XRowBytes>
+    __device__ void multiply_scaled(const unsigned (&weights)[WeightTiles][4][4], const float (&scales)[WeightTiles][2],
+                                    const unsigned char* x, int chunk) {
+#pragma unroll
+        for (int tile = 0; tile < TokenTiles; ++tile) {
+            const Tokens tokens(x + (tile * 8 + lane() / 4) * XRowBytes, chunk);
+            float parts[WeightTiles][4] = {};
+#pragma unroll
+            for (int step = 0; step < 4; ++step) {
+#pragma unroll
+                for (int w = 0; w < WeightTiles; ++w) {
+                    multiply_tiles<T>(parts[w], weights[w][step], tokens.pairs[step]);
+                }
+            }
+#pragma unroll
+            for (int w = 0; w < WeightTiles; ++w) {
+#pragma unroll
+                for (int i = 0; i < 4; ++i) {
+                    slice[w][tile][i] = __fmaf_rn(parts[w][i], scales[w][i / 2], slice[w][tile][i]);
                 }
             }
         }

@@ -13,12 +13,12 @@ namespace {
 
 // Whether the caller wants the kernel for Hopper where it can be had.
 bool wants_hopper(const hb_linear4_args& a) {
-    return a.call.cuda_kernel == HB_CUDA_HOPPER && hopper_takes(a);
+    return a.call.cuda_kernel == HB_CUDA_HOPPER && mma_takes(a);
 }
 
 int64_t workspace_bytes(const hb_linear4_args& a) {
     if (wants_hopper(a)) return hopper_workspace_bytes(a.M, a.N, a.K);
-    return mma_takes(a) ? plan_linear4(a.M, a.N, a.K).workspace_bytes(a.M, a.N) : 0;
+    return mma_takes(a) ? plan_linear4(a).workspace_bytes(a.M, a.N) : 0;
 }
 
 template <typename T>
@@ -58,7 +58,7 @@ extern "C" hb_status hb_linear4(const hb_linear4_args* args) {
         if (wants_hopper(a)) {
             launch_linear4_hopper(a);
         } else {
-            launch_linear4_mma(a, plan_linear4(a.M, a.N, a.K));
+            launch_linear4_mma(a, plan_linear4(a));
         }
         return launched();
     }

@@ -20,9 +20,9 @@ __device__ Problem4 problem_of(const Problem4& all, const Experts4& experts, con
 }
 
 // Neighbouring blocks have the same rows of W of neighbouring tiles, which often are one expert's.
-template <typename T, int WeightRows, int Tokens, int Stages>
+template <typename T, int WeightRows, int Tokens, int Stages, int Scaled>
 __global__ void __launch_bounds__(kMmaThreads) linear4_experts_mma(Problem4 all, Experts4 experts) {
-    using Tile = Linear4Tile<T, WeightRows, Tokens, Stages>;
+    using Tile = Linear4Tile<T, WeightRows, Tokens, Stages, Scaled>;
     const int64_t row_tiles = (all.outputs.N + Tile::kRows - 1) / Tile::kRows;
     const int64_t matrix = blockIdx.x / all.token_tiles / row_tiles;
     const int64_t first_row = blockIdx.x / all.token_tiles % row_tiles * Tile::kRows;
@@ -39,21 +39,30 @@ __global__ void __launch_bounds__(kMmaThreads) linear4_experts_mma(Problem4 all,
     tile.write(0);
 }
 
+template <typename T, int Scaled>
+void launch_scaled(const hb_linear4_experts_args& a, const ExpertsPlan& plan, const Problem4& problem) {
+    with_number<count_of(kSmallTilesOf4Bits)>(plan.tile, [&](auto number) {
+        constexpr MatmulTile tile = kSmallTilesOf4Bits[decltype(number)::value];
+        constexpr int bytes = Linear4Tile<T, tile.rows, tile.tokens, tile.stages, Scaled>::kSharedBytes;
+        launch(linear4_experts_mma<T, tile.rows, tile.tokens, tile.stages, Scaled>, plan.blocks(a.P), kMmaThreads,
+               bytes, stream_of(a.call), problem, Experts4(a));
+    });
+}
+
 template <typename T>
 void launch_dtype(const hb_linear4_experts_args& a, const ExpertsPlan& plan) {
     const Problem4 problem(a, plan, a.P * a.N, nullptr);
-    with_number<count_of(kTilesOf4BitExperts)>(plan.tile, [&](auto number) {
-        constexpr MatmulTile tile = kTilesOf4BitExperts[decltype(number)::value];
-        constexpr int bytes = Linear4Tile<T, tile.rows, tile.tokens, tile.stages>::kSharedBytes;
-        launch(linear4_experts_mma<T, tile.rows, tile.tokens, tile.stages>, plan.blocks(a.P), kMmaThreads, bytes,
-               stream_of(a.call), problem, Experts4(a));
-    });
+    if (has_small_blocks(a)) {
+        launch_scaled<T, 32>(a, plan, problem);
+    } else {
+        launch_scaled<T, 64>(a, plan, problem);
+    }
 }
 
 }  // namespace
 
 void launch_linear4_experts_mma(const hb_linear4_experts_args& a) {
-    const ExpertsPlan plan = plan_experts(kTilesOf4BitExperts, a.M, a.E, a.N, a.K);
+    const ExpertsPlan plan = plan_experts(kSmallTilesOf4Bits, a.M, a.E, a.N, a.K);
     if (a.x_dtype == HB_FLOAT16) {
         launch_dtype<__half>(a, plan);
     } else {

@@ -13,8 +13,8 @@
 //     a stage:        x, two tiles of 64 values of K | packed codes, 64 bytes a row of W | scales, float32
 //
 // W is the left operand, decoded into registers: rows of W fill the 64 that a warpgroup wants whatever M is. A byte of
-// codes is two weights side by side, and one 4-byte look-up gives both as they go into the product: T(table[code]). No
-// two lanes look up in the same bank, so that is 64 weights a clock and multiprocessor.
+// codes is two weights side by side, and one 4-byte look-up gives both as they go into the product:
+// T(table[code] * lift). No two lanes look up in the same bank, so that is 64 weights a clock and multiprocessor.
 //
 // Their scale comes later: products of 64 neighbouring values of K, or of 32 where blocks are so small, are added up
 // from zero, and that sum times the block's absmax is added to the total, in float32 with one rounding. A product of
@@ -79,7 +79,6 @@ __global__ void arrange_x(const T* x, bool aligned, int64_t M, int64_t K, int64_
 template <typename T, int Tokens, int Scaled, int Stages, int Blocks>
 __global__ void __launch_bounds__(kHopper ? kThreads : kWarp, Blocks) linear4_hopper(HopperProblem p) {
     if constexpr (kHopper) {
-        if (p.scales.absmax.nested_absmax != nullptr && p.scales.nested_shift < 0) __builtin_unreachable();
         using Kernel = HopperBlock<T, Tokens, Scaled, Stages>;
         static_assert(Blocks * (Kernel::kSharedBytes + kSystemSharedBytes) <= kHopperSharedBytes, "blocks must fit");
         const int64_t tile = blockIdx.x % p.tiles;
@@ -126,11 +125,12 @@ void launch_panel(const hb_linear4_args& a, const T* x, int64_t M, T* out) {
     float* const slices = plan.cut.apart ? reinterpret_cast<float*>(image + plan.image_bytes) : nullptr;
     HopperProblem problem = {};
     problem.image = image;
-    problem.packed = a.packed;
+    problem.codes = Rows(a.packed, a.N, a.K / 2);
     problem.scales = Scales(a);
     problem.K = a.K;
     problem.format = a.format;
-    problem.outputs = Outputs{M, a.N, nullptr, a.bias, a.bias_dtype, out, a.N, slices};
+    problem.lift = lift_of(a.format, a.x_dtype);
+    problem.outputs = Outputs{M, a.N, nullptr, 1 / problem.lift, a.bias, a.bias_dtype, out, a.N, slices};
     problem.slice_stages = static_cast<int>(plan.cut.slice_values / kStageValues);
     problem.token_tiles = plan.cut.token_tiles;
     problem.tiles = plan.cut.tiles;

@@ -10,14 +10,6 @@ namespace hb {
 
 constexpr int kHopperRows = 128;            // of W, in a tile of any size
 constexpr int64_t kHopperPanelRows = 2048;  // of x, at a time; a multiple of every tile's
-constexpr int64_t kHopperMostK = int64_t{1} << 30;
-
-// Whether the kernel takes what linear4_mma does: codes of absmax in blocks of a power of two, as checkpoints have
-// them.
-inline bool hopper_takes(const hb_linear4_args& a) {
-    const bool nested_shift = a.nested_absmax == nullptr || (a.nested_blocksize & (a.nested_blocksize - 1)) == 0;
-    return mma_takes(a) && nested_shift && a.K < kHopperMostK;
-}
 
 constexpr MatmulTile kTilesOfHopper[] = {
     {kHopperRows, 8, 1, kStageValues, 6},   {kHopperRows, 16, 1, kStageValues, 4},
@@ -54,7 +46,7 @@ inline int64_t hopper_workspace_bytes(int64_t M, int64_t N, int64_t K) {
 // Whether the device at hand has capability 9.0, and this library code for it.
 bool hopper_runs();
 
-// Launches for a checked call that hopper_takes where hopper_runs, with packed aligned to 16 bytes and a workspace of
+// Launches for a checked call that mma_takes where hopper_runs, with packed aligned to 16 bytes and a workspace of
 // hopper_workspace_bytes.
 void launch_linear4_hopper(const hb_linear4_args& a);
 

@@ -21,14 +21,20 @@ static_assert(kRows == kWarpgroup, "a producer's thread looks after one row of s
 
 struct HopperProblem {
     const unsigned char* image;  // x, rearranged
-    const uint8_t* packed;
+    Rows codes;                  // of W, two in a byte
     Scales scales;
     int64_t K;
     int64_t format;
+    float lift;
     Outputs outputs;  // of a panel
     int slice_stages;
     int64_t token_tiles;
     int64_t tiles;
+};
+
+// Eight rows of one access share out the banks.
+struct PlaceOfHopperCodes {
+    __device__ static int of(int row, int piece) { return piece ^ (row / 2 % 4); }
 };
 
 // Scaled: of how many neighbouring values of K the products are added up before their scale.
@@ -88,26 +94,24 @@ struct HopperBlock {
 
     struct Producer {
         const HopperBlock& block;
-        int own;         // thread of the warpgroup, and row of the tile
-        int64_t weight;  // that the row begins with
-        bool is_row;
+        int own;  // thread of the warpgroup, and row of the tile
+        StageCopies<PlaceOfHopperCodes, kRows, kCodeRowBytes, kWarpgroup> codes;
+        TileScales scales;
+        unsigned row;  // where the row begins in the tile, or the last one that there is
         StoredScale next[kScales];
         Turn turn;
 
         __device__ Producer(const HopperBlock& of, int thread)
-            : block(of),
-              own(thread),
-              weight((of.first_row + thread) * of.p.K),
-              is_row(of.first_row + thread < of.p.outputs.N) {}
-
-        __device__ bool has_scale(int stage, int i) const {
-            return is_row && stage * kStageValues + i * Scaled < block.p.K;
+            : block(of), own(thread), codes(of.p.codes, of.first_row), scales(of.p.scales, of.first_row * of.p.K) {
+            const int64_t last = of.p.outputs.N - of.first_row - 1;
+            row = static_cast<unsigned>((own < last ? own : last) * of.p.K);
         }
 
+        // Of columns that are not there, those of the last ones that are.
         __device__ void read_scales(int stage) {
 #pragma unroll
             for (int i = 0; i < kScales; ++i) {
-                if (has_scale(stage, i)) next[i] = block.p.scales.stored(weight + stage * kStageValues + i * Scaled);
+                next[i] = scales.stored(row + columns_at<Scaled>(stage * kStageValues + i * Scaled, block.p.K));
             }
         }
 
@@ -115,23 +119,14 @@ struct HopperBlock {
             float* const to = block.scales_at(turn.slot) + own;
 #pragma unroll
             for (int i = 0; i < kScales; ++i) {
-                to[i * kRows] = has_scale(stage, i) ? block.p.scales.value(next[i], kMap.at) : 0.0f;
+                const bool there = stage * kStageValues + i * Scaled < static_cast<int>(block.p.K);
+                to[i * kRows] = there ? scales.value(next[i], kMap.at) : 0.0f;
             }
             barrier_arrive(block.full(turn.slot));
         }
 
         __device__ void fetch_codes(int stage) const {
-            const HopperProblem& p = block.p;
-            constexpr int pieces = kCodeRowBytes / kPieceBytes;
-            const int piece = own % pieces, k = stage * kStageValues + piece * kPieceBytes * 2;
-            unsigned char* const to = block.codes_at(turn.slot);
-#pragma unroll
-            for (int i = 0; i < pieces; ++i) {
-                const int row = (i * kWarpgroup + own) / pieces;
-                const bool there = block.first_row + row < p.outputs.N && k < p.K;
-                const uint8_t* const from = there ? p.packed + ((block.first_row + row) * p.K + k) / 2 : p.packed;
-                copy_16_bytes(to + place_of_codes(row, piece), from, there);
-            }
+            codes.start(block.codes_at(turn.slot), stage);
             barrier_arrive_after_copies(block.full(turn.slot));
         }
 
@@ -166,9 +161,9 @@ struct HopperBlock {
         }
     };
 
-    // Where in a stage a 16-byte piece of a row of codes lies: eight rows of one access share out the banks.
+    // Where in a stage a 16-byte piece of a row of codes lies.
     __device__ static int place_of_codes(int row, int piece) {
-        return row * kCodeRowBytes + (piece ^ (row / 2 % 4)) * kPieceBytes;
+        return row * kCodeRowBytes + PlaceOfHopperCodes::of(row, piece) * kPieceBytes;
     }
 
     // --- a consumer
@@ -196,8 +191,7 @@ struct HopperBlock {
 #pragma unroll 1
             for (int i = static_cast<int>(threadIdx.x) / kWarp; i < 256 / rows; i += warps) {
                 const int byte = i * rows + lane() / 8;
-                const unsigned pair =
-                    pair_of<T>(code_value(block.p.format, byte >> 4), code_value(block.p.format, byte & 15));
+                const unsigned pair = pair_of_byte<T>(byte, block.p.format, block.p.lift);
                 const uint4 four = {pair, pair, pair, pair};
                 *reinterpret_cast<uint4*>(block.table() + byte * kSwizzledRow + lane() % 8 * kPieceBytes) = four;
             }

@@ -17,35 +17,79 @@ inline int log2_of(int64_t value) {
     return (int64_t{1} << shift) == value ? shift : -1;
 }
 
-// An absmax as it is stored: itself, or a code and what scales its block of codes.
-struct StoredScale {
-    float value;
-    int code;
-};
+// What a byte of codes stands for, as it goes into a product: two weights without their scale, lifted.
+template <typename T>
+__device__ unsigned pair_of_byte(int byte, int64_t format, float lift) {
+    return pair_of<T>(__fmul_rn(code_value(format, byte >> 4), lift), __fmul_rn(code_value(format, byte & 15), lift));
+}
 
-// Reads absmax in two steps, so that a kernel can do something else while the first is under way.
+// Where absmax is, and how to find one: blocks of either level have a power of two of what they scale.
 struct Scales {
     Absmax absmax;
     int block_shift;   // log2 of the block size
-    int nested_shift;  // and of the second level's, or -1 where that is no power of two
+    int nested_shift;  // and of the second level's, if there is one
 
     Scales() = default;
     template <typename Args>
     explicit Scales(const Args& a)
         : absmax{a.absmax, a.nested_absmax, a.offset, a.nested_blocksize},
           block_shift(log2_of(a.blocksize)),
-          nested_shift(a.nested_absmax == nullptr ? -1 : log2_of(a.nested_blocksize)) {}
+          nested_shift(a.nested_absmax == nullptr ? 0 : log2_of(a.nested_blocksize)) {}
+};
 
-    // Of weight `index` of the flattened W.
-    __device__ StoredScale stored(int64_t index) const {
-        const int64_t block = index >> block_shift;
-        if (absmax.nested_absmax == nullptr) return {static_cast<const float*>(absmax.absmax)[block], 0};
-        const int64_t outer = nested_shift >= 0 ? block >> nested_shift : block / absmax.nested_blocksize;
-        return {absmax.nested_absmax[outer], static_cast<const uint8_t*>(absmax.absmax)[block]};
+// An absmax as it is stored: itself, or a code and what scales its block of codes.
+struct StoredScale {
+    float value;
+    int code;
+};
+
+// Where `Scaled` columns begin, or the last of K where these are not there.
+template <int Scaled>
+__device__ unsigned columns_at(int wanted, int64_t K) {
+    const int last = static_cast<int>(K) - Scaled;
+    return static_cast<unsigned>(wanted < last ? wanted : last);
+}
+
+// The scales of a tile of W, read in two steps, so that a kernel can do something else while the first is under way.
+// Weights are counted from the tile's first one on, in 32 bits: all that needs 64 is worked out once.
+class TileScales {
+    const void* absmax_;   // of the block that the tile begins in
+    const float* nested_;  // of the second level's block that this one is in; null: there is none
+    float offset_;
+    unsigned first_;         // the tile's first weight in its block
+    unsigned nested_first_;  // that block in the second level's
+    int block_shift_, nested_shift_;
+
+  public:
+    // Of a tile that begins with weight `first` of the flattened W.
+    __device__ TileScales(const Scales& scales, int64_t first)
+        : nested_(nullptr),
+          offset_(0),
+          first_(static_cast<unsigned>(first & ((int64_t{1} << scales.block_shift) - 1))),
+          nested_first_(0),
+          block_shift_(scales.block_shift),
+          nested_shift_(scales.nested_shift) {
+        const int64_t block = first >> block_shift_;
+        if (scales.absmax.nested_absmax == nullptr) {
+            absmax_ = static_cast<const float*>(scales.absmax.absmax) + block;
+        } else {
+            absmax_ = static_cast<const uint8_t*>(scales.absmax.absmax) + block;
+            nested_ = scales.absmax.nested_absmax + (block >> nested_shift_);
+            nested_first_ = static_cast<unsigned>(block & ((int64_t{1} << nested_shift_) - 1));
+            offset_ = *scales.absmax.offset;
+        }
+    }
+
+    __device__ bool are_nested() const { return nested_ != nullptr; }
+
+    // Of weight `index` of the tile.
+    __device__ StoredScale stored(unsigned index) const {
+        const unsigned block = (first_ + index) >> block_shift_;
+        if (!are_nested()) return {static_cast<const float*>(absmax_)[block], 0};
+        return {nested_[(nested_first_ + block) >> nested_shift_], static_cast<const uint8_t*>(absmax_)[block]};
     }
     __device__ float value(StoredScale scale, const float* map) const {
-        if (absmax.nested_absmax == nullptr) return scale.value;
-        return __fadd_rn(__fmul_rn(map[scale.code], scale.value), *absmax.offset);
+        return are_nested() ? __fadd_rn(__fmul_rn(map[scale.code], scale.value), offset_) : scale.value;
     }
 };
 

@@ -25,17 +25,18 @@ struct Int8Multiplier {
     using Place = PlaceOfBytes<Tile::kStageValues>;
 
     const Tile& tile;
+    StageCopies<Place, Tile::kRows, Tile::kStageValues, Tile::kThreads> codes;
+    StageCopies<Place, Tile::kTokens, Tile::kStageValues, Tile::kThreads> x;
 
-    __device__ unsigned char* codes_of(int64_t stage) const {
-        return tile.shared + stage % Tile::kStages * Tile::kStageBytes;
-    }
-    __device__ unsigned char* x_of(int64_t stage) const { return codes_of(stage) + Tile::kRows * Tile::kStageValues; }
+    __device__ explicit Int8Multiplier(const Tile& of)
+        : tile(of), codes(of.p.codes, of.first_row), x(of.p.x, of.first_token) {}
 
-    __device__ void fetch(int64_t stage) const {
-        const int64_t k = stage * Tile::kStageValues;
-        copy_rows<Place, Tile::kRows, Tile::kStageValues, Tile::kThreads>(codes_of(stage), tile.p.codes, tile.first_row,
-                                                                          k);
-        copy_rows<Place, Tile::kTokens, Tile::kStageValues, Tile::kThreads>(x_of(stage), tile.p.x, tile.first_token, k);
+    __device__ unsigned char* codes_at(int slot) const { return tile.shared + slot * Tile::kStageBytes; }
+    __device__ unsigned char* x_at(int slot) const { return codes_at(slot) + Tile::kRows * Tile::kStageValues; }
+
+    __device__ void fetch(int stage, int slot) const {
+        codes.start(codes_at(slot), stage);
+        x.start(x_at(slot), stage);
     }
 
     __device__ static uint4 lane_values(const unsigned char* rows, int row, int chunk) {
@@ -71,12 +72,13 @@ struct Int8Multiplier {
     // Columns [begin, end) of K.
     __device__ void multiply(typename Tile::Sums& sums, int64_t begin, int64_t end) const {
         run_pipeline<Tile::kStages>(
-            begin / Tile::kStageValues, (end + Tile::kStageValues - 1) / Tile::kStageValues,
-            [&](int64_t stage) { fetch(stage); },
-            [&](int64_t stage) {
+            static_cast<int>(begin / Tile::kStageValues),
+            static_cast<int>((end + Tile::kStageValues - 1) / Tile::kStageValues),
+            [&](int stage, int slot) { fetch(stage, slot); },
+            [&](int, int slot) {
 #pragma unroll
                 for (int chunk = 0; chunk < Tile::kStageValues / kChunkBytes; ++chunk) {
-                    multiply_chunk(sums, codes_of(stage), x_of(stage), chunk);
+                    multiply_chunk(sums, codes_at(slot), x_at(slot), chunk);
                 }
             });
     }
@@ -130,7 +132,7 @@ __global__ void __launch_bounds__(Int8Tile<Number>::kThreads) multiply_int8(Int8
     const Int8Tile<Number> tile(p, blockIdx.x % p.tiles);
     typename Int8Tile<Number>::Sums sums = {};
     const int64_t begin = slice * p.slice_values, end = begin + p.slice_values;
-    Int8Multiplier<Number>{tile}.multiply(sums, begin, end < p.K ? end : p.K);
+    Int8Multiplier<Number>(tile).multiply(sums, begin, end < p.K ? end : p.K);
     if (p.slices != nullptr) {
         tile.for_each_output(
             [&](int w, int t, int i, int64_t m, int64_t n) { p.slices[(slice * p.M + m) * p.N + n] = sums[w][t][i]; });
@@ -202,7 +204,7 @@ __global__ void __launch_bounds__(Int8Tile<Number>::kThreads)
     const Int8Product p = product_of(all, found);
     const Tile tile(p, first_row, 0);
     typename Tile::Sums sums = {};
-    const Int8Multiplier<Number> multiplier{tile};
+    const Int8Multiplier<Number> multiplier(tile);
     if constexpr (Wide) {
         for (int64_t begin = 0; begin < p.K; begin += kExactTerms) {
             // Stages go on where the slice before ended, in the ring too.

@@ -33,7 +33,7 @@ struct Problem {
         : codes(a.codes, a.N, a.K),
           x(a.x, a.M, a.K * 2),
           K(a.K),
-          outputs{a.M, a.N, a.absmax, a.bias, a.bias_dtype, a.out, a.N, slices},
+          outputs{a.M, a.N, a.absmax, 1, a.bias, a.bias_dtype, a.out, a.N, slices},
           slice_values(plan.slice_values),
           token_tiles(plan.token_tiles),
           tiles(0) {}
@@ -57,20 +57,27 @@ struct WeightsTile {
     int64_t first_row;
     int64_t first_token;
     unsigned char* shared;
+    StageCopies<PlaceOfCodes, kRows, kStageValues, kMmaThreads> codes;
+    StageCopies<PlaceOfX, kTokens, kXRowBytes, kMmaThreads> x;
     FloatSums<T, kWeightTiles, kTokens / 8> sums;
 
     __device__ WeightsTile(const Problem& problem, int64_t row, int64_t token)
-        : p(problem), first_row(row), first_token(token), shared(shared_memory()), sums{} {}
+        : p(problem),
+          first_row(row),
+          first_token(token),
+          shared(shared_memory()),
+          codes(problem.codes, row),
+          x(problem.x, token),
+          sums{} {}
 
-    __device__ unsigned char* codes_of(int64_t stage) const { return shared + stage % kStages * kStageBytes; }
-    __device__ unsigned char* x_of(int64_t stage) const { return codes_of(stage) + kRows * kStageValues; }
+    __device__ unsigned char* codes_at(int slot) const { return shared + slot * kStageBytes; }
+    __device__ unsigned char* x_at(int slot) const { return codes_at(slot) + kRows * kStageValues; }
 
     __device__ static int warp_row() { return static_cast<int>(threadIdx.x) / kWarp * kWarpRows; }
 
-    __device__ void fetch(int64_t stage) const {
-        copy_rows<PlaceOfCodes, kRows, kStageValues, kMmaThreads>(codes_of(stage), p.codes, first_row,
-                                                                  stage * kStageValues);
-        copy_rows<PlaceOfX, kTokens, kXRowBytes, kMmaThreads>(x_of(stage), p.x, first_token, stage * kXRowBytes);
+    __device__ void fetch(int stage, int slot) const {
+        codes.start(codes_at(slot), stage);
+        x.start(x_at(slot), stage);
     }
 
     __device__ void multiply_chunk(const unsigned char* codes, const unsigned char* x, int chunk) {
@@ -96,18 +103,21 @@ struct WeightsTile {
 
     // Columns [begin, end) of K, of whole slices but for the last one.
     __device__ void multiply(int64_t begin, int64_t end) {
-        const int64_t slice_stages = p.slice_values / kStageValues;
-        const int64_t last = (end + kStageValues - 1) / kStageValues;
+        const int slice_stages = static_cast<int>(p.slice_values / kStageValues);
+        const int last = static_cast<int>((end + kStageValues - 1) / kStageValues);
+        const int chunks = static_cast<int>((p.K + kChunkBytes - 1) / kChunkBytes);
+        int left = slice_stages;
         run_pipeline<kStages>(
-            begin / kStageValues, last, [&](int64_t stage) { fetch(stage); },
-            [&](int64_t stage) {
+            static_cast<int>(begin / kStageValues), last, [&](int stage, int slot) { fetch(stage, slot); },
+            [&](int stage, int slot) {
 #pragma unroll
                 for (int chunk = 0; chunk < kChunks; ++chunk) {
-                    if (stage * kStageValues + chunk * kChunkBytes < p.K) {
-                        multiply_chunk(codes_of(stage), x_of(stage), chunk);
-                    }
+                    if (stage * kChunks + chunk < chunks) multiply_chunk(codes_at(slot), x_at(slot), chunk);
                 }
-                if ((stage + 1) % slice_stages == 0 || stage + 1 == last) sums.end_slice();
+                if (--left == 0 || stage + 1 == last) {
+                    sums.end_slice();
+                    left = slice_stages;
+                }
             });
     }
 

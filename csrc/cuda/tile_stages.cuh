@@ -50,40 +50,84 @@ struct Rows {
     }
 };
 
-// Starts copying `Bytes` from byte `begin` on of `Count` rows; zeros for what lies outside of the matrix.
+// A thread's share of copying stages of a matrix, each `Bytes` of `Count` rows: pieces that lie under each other, so
+// that all but one of what leads to them is worked out once. Zeros for what lies outside of the matrix.
 template <typename Place, int Count, int Bytes, int Threads>
-__device__ void copy_rows(unsigned char* to, const Rows& from, int64_t first, int64_t begin) {
-    constexpr int pieces = Bytes / kPieceBytes;
-    for (int i = static_cast<int>(threadIdx.x); i < Count * pieces; i += Threads) {
-        const int row = i / pieces, piece = i % pieces;
-        const int64_t at = begin + piece * kPieceBytes;
-        const bool there = first + row < from.count && at < from.bytes;
-        const unsigned char* const source = from.at + (there ? (first + row) * from.bytes + at : 0);
-        unsigned char* const target = to + row * Bytes + Place::of(row, piece) * kPieceBytes;
-        if (from.aligned) {
-            copy_16_bytes(target, source, there);
-        } else {
-            for (int b = 0; b < kPieceBytes; ++b) target[b] = there && at + b < from.bytes ? source[b] : 0;
+class StageCopies {
+    static constexpr int kPieces = Bytes / kPieceBytes;    // of a row
+    static constexpr int kRowsAtOnce = Threads / kPieces;  // that all threads copy, a piece each
+    static_assert(Threads % kPieces == 0, "a thread's pieces lie under each other");
+    static_assert(kRowsAtOnce % 8 == 0, "places repeat every eight rows");
+
+    const Rows& from_;
+    const unsigned char* source_;  // the thread's first piece in stage 0, which need not be in the matrix
+    int64_t step_;                 // to its next one
+    int rows_;                     // of the matrix, from this one's on
+    int stages_;                   // that have something of these pieces
+    int target_;
+
+    // The threads may be the last ones of a block.
+    __device__ static int own_row() { return static_cast<int>(threadIdx.x) % Threads / kPieces; }
+    __device__ static int own_piece() { return static_cast<int>(threadIdx.x) % kPieces; }
+
+  public:
+    // Of rows from `first` on.
+    __device__ StageCopies(const Rows& from, int64_t first)
+        : from_(from),
+          source_(from.at + (first + own_row()) * from.bytes + own_piece() * kPieceBytes),
+          step_(kRowsAtOnce * from.bytes),
+          target_(own_row() * Bytes + Place::of(own_row(), own_piece()) * kPieceBytes) {
+        const int64_t rows = from.count - first - own_row();
+        rows_ = rows < Count ? static_cast<int>(rows) : Count;
+        stages_ = static_cast<int>((from.bytes - own_piece() * kPieceBytes + Bytes - 1) / Bytes);
+    }
+
+    __device__ void start(unsigned char* to, int stage) const {
+        const unsigned char* source = source_ + static_cast<int64_t>(stage) * Bytes;
+        to += target_;
+        if (!from_.aligned) {
+            start_by_bytes(to, source, stage);
+            return;
+        }
+#pragma unroll
+        for (int row = 0; row < Count; row += kRowsAtOnce, source += step_) {
+            if (is_mine(row)) copy_16_bytes(to + row * Bytes, source, row < rows_ && stage < stages_);
         }
     }
-}
 
-// Calls use(stage) for stages [begin, end), each when what fetch(stage) copied is here. Copies start Stages - 1 stages
-// ahead, into the slot stage % Stages of a ring. One barrier per stage says both that its bytes are here and that the
-// slot read before may be written again.
+  private:
+    // Where threads are more than pieces, some have none.
+    __device__ static bool is_mine(int row) { return Count % kRowsAtOnce == 0 || row + own_row() < Count; }
+
+    __device__ void start_by_bytes(unsigned char* to, const unsigned char* source, int stage) const {
+        const int64_t left = from_.bytes - static_cast<int64_t>(stage) * Bytes - own_piece() * kPieceBytes;
+#pragma unroll 1
+        for (int row = 0; row < Count && is_mine(row); row += kRowsAtOnce, source += step_) {
+            for (int b = 0; b < kPieceBytes; ++b) to[row * Bytes + b] = row < rows_ && b < left ? source[b] : 0;
+        }
+    }
+};
+
+// Calls use(stage, slot) for stages [begin, end), each when what fetch(stage, slot) copied is here. Copies start
+// Stages - 1 stages ahead, into the slot stage % Stages of a ring. One barrier per stage says both that its bytes are
+// here and that the slot read before may be written again.
 template <int Stages, typename Fetch, typename Use>
-__device__ void run_pipeline(int64_t begin, int64_t end, const Fetch& fetch, const Use& use) {
+__device__ void run_pipeline(int begin, int end, const Fetch& fetch, const Use& use) {
+    const auto behind = [](int slot) { return slot + 1 < Stages ? slot + 1 : 0; };
+    const int first = begin % Stages;
+    int filled = first;
 #pragma unroll
-    for (int ahead = 0; ahead < Stages - 1; ++ahead) {
-        if (begin + ahead < end) fetch(begin + ahead);
+    for (int ahead = 0; ahead < Stages - 1; ++ahead, filled = behind(filled)) {
+        if (begin + ahead < end) fetch(begin + ahead, filled);
         copies_commit();
     }
-    for (int64_t stage = begin; stage < end; ++stage) {
+    int slot = first;
+    for (int stage = begin; stage < end; ++stage, slot = behind(slot), filled = behind(filled)) {
         copies_wait<Stages - 2>();
         block_barrier();
-        if (stage + Stages - 1 < end) fetch(stage + Stages - 1);
+        if (stage + Stages - 1 < end) fetch(stage + Stages - 1, filled);
         copies_commit();
-        use(stage);
+        use(stage, slot);
     }
 }
 

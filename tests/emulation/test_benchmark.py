@@ -83,7 +83,11 @@ def test_errors_are_those_of_float64_and_of_dequantizing(library: ctypes.CDLL) -
         assert result.dequantized_error is not None
         assert 1e-4 < result.dequantized_error < 5e-3  # results in bfloat16: 2^-9 at most, half of that on average
         assert result.held is None  # no GPU
-    assert own["nf4"].error == pytest.approx(own["nf4"].dequantized_error, rel=0.05)
+    for name in ("nf4", "fp4"):  # only the table is rounded, and the result
+        error, dequantized = own[name].error, own[name].dequantized_error
+        assert error is not None
+        assert dequantized is not None
+        assert dequantized / 2 < error < dequantized
 
 
 def test_targets_are_judged_by_the_worst_number_of_rows() -> None:

@@ -14,11 +14,12 @@ from tests.quant.operands import Experts4, Experts8, same_bits
 
 # Collected here, they run with this directory's `device`.
 from tests.quant.test_hopper import (  # noqa: F401
+    either,
     hopper,
-    test_hopper_rounds_only_the_table_and_the_result,
     test_hopper_row_is_the_same_in_every_batch,
     test_hopper_rows_are_the_same_however_the_work_is_cut,
     test_hopper_rows_are_the_same_in_every_panel,
+    test_only_the_table_and_the_result_are_rounded,
     test_what_hopper_does_not_take_goes_the_other_way,
 )
 from tests.quant.test_linear_8bit_experts import (  # noqa: F401

@@ -1,11 +1,13 @@
-"""The 4-bit matmul's kernel for Hopper against float64, and its rows against each other."""
+"""The 4-bit matmul's kernels on tensor cores against float64; Hopper's rows against each other."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import pytest
 import torch
 
-from quant import formats, native, reference
+from quant import formats, native
 from tests.quant import operands
 from tests.quant.operands import Weight4, same_bits
 
@@ -35,31 +37,36 @@ def hopper(device: str) -> native.Kernels:
     return native.Kernels(kernels.library, kernels.device_type, "hopper")
 
 
+@pytest.fixture(params=["mma", "hopper"])
+def either(device: str, request: pytest.FixtureRequest) -> native.Kernels:
+    """Those that multiply sums with their scales: that of every architecture, and that of Hopper."""
+    if request.param == "hopper":
+        own: native.Kernels = request.getfixturevalue("hopper")
+        return own
+    return native.kernels(device)
+
+
 def assert_near(out: torch.Tensor, x: torch.Tensor, weight: Weight4, bias: torch.Tensor) -> None:
     """Every rounding counted, each at its largest: only the table is rounded to x's dtype, and the result.
 
     Up to 64 products are added up at once, such sums one after the other, then slices and the bias; tensor cores cut
     off what float32 would round.
     """
-    absmax = weight.plain_absmax()
-    table = reference.dequantize_4bit(
-        weight.packed, torch.ones_like(absmax), weight.quant_type, weight.blocksize, weight.shape, x.dtype
-    )
-    scales = absmax.double().repeat_interleave(weight.blocksize)[: table.numel()].view(table.shape)
-    dense = table.double() * scales
+    dense = weight.dense().double()
     exact = x.double() @ dense.t() + bias.double()
     size = x.double().abs() @ dense.abs().t() + bias.double().abs()
     K, limits = x.shape[1], torch.finfo(x.dtype)
+    table = limits.eps / 2 * size
     sums = (64 + K / 32 + K / 512 + 2) * 2**-23 * size
-    rounding = torch.clamp((exact.abs() + sums) * limits.eps, min=limits.smallest_normal * limits.eps) / 2
+    rounding = torch.clamp((exact.abs() + table + sums) * limits.eps, min=limits.smallest_normal * limits.eps) / 2
     assert out.dtype == x.dtype
-    assert ((out.double() - exact).abs() <= sums + rounding).all(), (weight.shape, len(x))
+    assert ((out.double() - exact).abs() <= table + sums + rounding).all(), (weight.shape, len(x))
 
 
 @pytest.mark.parametrize("nested", [None, 256], ids=["plain", "nested"])
 @pytest.mark.parametrize("dtype", SIXTEEN_BITS)
-def test_hopper_rounds_only_the_table_and_the_result(
-    hopper: native.Kernels, device: str, dtype: torch.dtype, nested: int | None, generator: torch.Generator
+def test_only_the_table_and_the_result_are_rounded(
+    either: native.Kernels, device: str, dtype: torch.dtype, nested: int | None, generator: torch.Generator
 ) -> None:
     """N anything, K short and long beside a stage, every block size, and every number of rows at which tiles change."""
     shapes = [(1, 64), (65, 192), (130, 576), (63, 1088), (33, 2112), (129, 320), (64, 128), (2, 4096)]
@@ -69,10 +76,10 @@ def test_hopper_rounds_only_the_table_and_the_result(
         x = torch.randn(M, shape[1], generator=generator).to(dtype)
         bias = torch.randn(shape[0], generator=generator)
         moved = weight.to(device).arguments(bias.to(device))
-        out = hopper.linear_4bit(x.to(device), *moved)
+        out = either.linear_4bit(x.to(device), *moved)
         assert_near(out.cpu(), x, weight, bias)
         shifted = torch.cat([x.new_zeros(1), x.view(-1)]).to(device)[1:].view(x.shape)  # no wide copy can be made of it
-        assert same_bits(hopper.linear_4bit(shifted, *moved), out)
+        assert same_bits(either.linear_4bit(shifted, *moved), out)
 
 
 @pytest.mark.parametrize("blocksize", [32, 64])
@@ -116,17 +123,29 @@ def test_hopper_rows_are_the_same_in_every_panel(
 
 
 def test_what_hopper_does_not_take_goes_the_other_way(
-    hopper: native.Kernels, device: str, generator: torch.Generator
+    hopper: native.Kernels, device: str, generator: torch.Generator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Which way a call goes is told by the workspace that it asks for: Hopper's holds x once more."""
     other = native.Kernels(hopper.library, hopper.device_type)
+    asked: list[int] = []
+    workspace_bytes = native.Kernels.workspace_bytes
 
-    def same(x: torch.Tensor, weight: Weight4) -> bool:
+    def noted(self: native.Kernels, entry: str, args: Any, *count: int) -> int:
+        asked.append(workspace_bytes(self, entry, args, *count))
+        return asked[-1]
+
+    monkeypatch.setattr(native.Kernels, "workspace_bytes", noted)
+
+    def goes_the_same_way(x: torch.Tensor, weight: Weight4) -> bool:
         arguments = weight.to(device).arguments()
-        return same_bits(hopper.linear_4bit(x.to(device), *arguments), other.linear_4bit(x.to(device), *arguments))
+        asked.clear()
+        found, expected = (kernels.linear_4bit(x.to(device), *arguments) for kernels in (hopper, other))
+        by_hopper, by_other = asked
+        return by_hopper == by_other and same_bits(found, expected)
 
     x = torch.randn(9, 192, generator=generator)
     plain = Weight4.random((65, 192), "nf4", 64, None, generator)
-    assert same(x, plain)  # float32
-    assert same(x[:, :100].to(torch.bfloat16), Weight4.random((65, 100), "nf4", 64, None, generator))
-    assert same(x.to(torch.bfloat16), Weight4.random((65, 192), "nf4", 64, 3, generator))
-    assert not same(x.to(torch.bfloat16), plain)
+    assert goes_the_same_way(x, plain)  # float32
+    assert goes_the_same_way(x[:, :100].to(torch.bfloat16), Weight4.random((65, 100), "nf4", 64, None, generator))
+    assert goes_the_same_way(x.to(torch.bfloat16), Weight4.random((65, 192), "nf4", 64, 3, generator))
+    assert not goes_the_same_way(x.to(torch.bfloat16), plain)

@@ -158,11 +158,16 @@ def test_linear_4bit_is_no_further_from_float64_than_dequantizing(
         bias = torch.randn(shape[0], generator=generator)
         moved = weight.to(device)
         out = ops.linear_4bit(x.to(device), *moved.arguments(bias.to(device))).cpu()  # type: ignore[arg-type]
-        assert_no_further_than_dequantizing(out, x, weight, bias)
+        assert_no_further_than_dequantizing(out, x, weight, bias, scales_sums(device))
+
+
+def scales_sums(device: str) -> bool:
+    """Whether 16-bit x meets a rounded table, and sums are scaled: CUDA's kernels on tensor cores."""
+    return native.kernels(device).level == "cuda"
 
 
 def assert_no_further_than_dequantizing(
-    out: torch.Tensor, x: torch.Tensor, weight: Weight4, bias: torch.Tensor
+    out: torch.Tensor, x: torch.Tensor, weight: Weight4, bias: torch.Tensor, scales_sums: bool
 ) -> None:
     dtype, shape = x.dtype, (weight.shape, len(x))
     assert out.dtype == dtype
@@ -170,9 +175,12 @@ def assert_no_further_than_dequantizing(
     baseline = (x.float() @ weight.dense(dtype).float().t() + bias).to(dtype)
     size = x.double().abs() @ weight.dense().double().abs().t() + bias.abs()
     error, allowed = (out.double() - exact).abs(), (baseline.double() - exact).abs()
-    # One rounding to the dtype may fall either way: of the sum of rounded weights, which may exceed `exact`.
-    rounding = torch.maximum(exact.abs(), baseline.double().abs()) * torch.finfo(dtype).eps
-    assert (error <= allowed + rounding + 1e-6 * size).all(), shape  # both add up in float32
+    # One rounding to the dtype may fall either way: of the sum of rounded weights, which may exceed `exact`. Where sums
+    # are scaled, other weights are rounded than the baseline's.
+    eps = torch.finfo(dtype).eps
+    rounding = torch.maximum(exact.abs(), baseline.double().abs()) * eps
+    own = eps / 2 * size if scales_sums and dtype != torch.float32 else torch.zeros(())
+    assert (error <= torch.maximum(allowed, own) + rounding + 1e-6 * size).all(), shape  # both add up in float32
     if out.numel() >= 500 and dtype != torch.float32:  # a mean of 500 squares strays by a tenth
         # In float16 the output's rounding weighs as much as the weights', and a sum beside a tie falls either way: with
         # equal weights and another order of addition up to 1.03 was seen in some thousand products, in bfloat16 1.004.
@@ -195,14 +203,14 @@ def test_linear_4bit_on_tensor_cores(
         bias = torch.randn(shape[0], generator=generator)
         moved = weight.to(device)
         out = ops.linear_4bit(x.to(device), *moved.arguments(bias.to(device)))  # type: ignore[arg-type]
-        assert_no_further_than_dequantizing(out.cpu(), x, weight, bias)
+        assert_no_further_than_dequantizing(out.cpu(), x, weight, bias, scales_sums(device))
         # The same values at an address that no wide copy can be made from, then a weight at one.
         shifted = torch.cat([x.new_zeros(1), x.view(-1)]).to(device)[1:].view(x.shape)
         assert same_bits(ops.linear_4bit(shifted, *moved.arguments(bias.to(device))), out)  # type: ignore[arg-type]
         packed = torch.cat([weight.packed[:1], weight.packed]).to(device)[1:]
         moved = dataclasses.replace(moved, packed=packed)
         slow = ops.linear_4bit(x.to(device), *moved.arguments(bias.to(device)))  # type: ignore[arg-type]
-        assert_no_further_than_dequantizing(slow.cpu(), x, weight, bias)
+        assert_no_further_than_dequantizing(slow.cpu(), x, weight, bias, scales_sums(device))
 
 
 EXPERTS = [
@@ -263,7 +271,7 @@ def test_linear_4bit_experts_are_no_further_from_float64_than_dequantizing(
             for index, weight in enumerate(experts.matrices[expert]):
                 columns = slice(index * shape[0], (index + 1) * shape[0])
                 own = (out[begin:end, columns], x[begin:end], weight, bias[expert, columns])
-                assert_no_further_than_dequantizing(*own)
+                assert_no_further_than_dequantizing(*own, scales_sums(device))
         expected = reference.linear_4bit_experts(x, *experts.arguments(bias))
         room = {torch.float32: 1e-5, torch.float16: 5e-3, torch.bfloat16: 4e-2}[dtype]
         torch.testing.assert_close(out, expected, rtol=room, atol=room * float(expected.abs().max()))
