@@ -94,9 +94,8 @@ struct Attention {
         const S* const values = static_cast<const S*>(store) + (slot * a.G + kv_head) * size + at;
         if constexpr (kIsInt8) {
             const uint2 codes = *reinterpret_cast<const uint2*>(values);
-            return {
-                pair_of_codes<T>(__byte_perm(codes.x, 0, 0x4140)), pair_of_codes<T>(__byte_perm(codes.x, 0, 0x4342)),
-                pair_of_codes<T>(__byte_perm(codes.y, 0, 0x4140)), pair_of_codes<T>(__byte_perm(codes.y, 0, 0x4342))};
+            return {pair_of_codes<T, 0>(codes.x), pair_of_codes<T, 1>(codes.x), pair_of_codes<T, 0>(codes.y),
+                    pair_of_codes<T, 1>(codes.y)};
         } else {
             return *reinterpret_cast<const uint4*>(values);
         }

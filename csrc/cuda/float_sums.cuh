@@ -58,15 +58,28 @@ struct Outputs {
     }
 };
 
+// Where a lane finds its values of x in a stage: the two pieces of the first row of a tile that it reads, of chunk 0.
+// Kept in registers, as it would else be worked out again for each stage.
+template <int XRowBytes>
+struct LaneOfX {
+    unsigned near, far;
+
+    __device__ LaneOfX()
+        : near(kept(
+              static_cast<unsigned>(lane() / 4 * XRowBytes + PlaceOfX::of(lane() / 4, lane() % 4 * 2) * kPieceBytes))),
+          far(kept(near ^ static_cast<unsigned>(kPieceBytes))) {}
+};
+
 // A lane's values of one row of x, of 64 of K: for each step as the tensor core takes them.
 struct Tokens {
     unsigned pairs[4][2];
 
-    // Of the row that begins at `row` in a stage, of which these values are number `chunk`.
-    __device__ Tokens(const unsigned char* row, int chunk) {
-        const int piece = chunk * (kChunkBytes * 2 / kPieceBytes) + lane() % 4 * 2, place = lane() / 4;
-        const uint4 near = *reinterpret_cast<const uint4*>(row + PlaceOfX::of(place, piece) * kPieceBytes);
-        const uint4 far = *reinterpret_cast<const uint4*>(row + PlaceOfX::of(place, piece + 1) * kPieceBytes);
+    // Of the eight rows that begin at `rows` in a stage, the lane's own, of which these values are number `chunk`.
+    template <int XRowBytes>
+    __device__ Tokens(const unsigned char* rows, const LaneOfX<XRowBytes>& own, int chunk) {
+        rows += chunk * kChunkBytes * 2;
+        const uint4 near = *reinterpret_cast<const uint4*>(rows + own.near);
+        const uint4 far = *reinterpret_cast<const uint4*>(rows + own.far);
         const unsigned all[4][2] = {{near.x, near.y}, {near.z, near.w}, {far.x, far.y}, {far.z, far.w}};
         memcpy(pairs, all, sizeof pairs);
     }
@@ -81,10 +94,11 @@ struct FloatSums {
     // weights[w][step]: of 64 values of K, as the tensor core takes them. x: a stage's rows of XRowBytes, in which
     // these values are number `chunk`.
     template <int XRowBytes>
-    __device__ void multiply(const unsigned (&weights)[WeightTiles][4][4], const unsigned char* x, int chunk) {
+    __device__ void multiply(const unsigned (&weights)[WeightTiles][4][4], const unsigned char* x,
+                             const LaneOfX<XRowBytes>& own, int chunk) {
 #pragma unroll
         for (int tile = 0; tile < TokenTiles; ++tile) {
-            const Tokens tokens(x + (tile * 8 + lane() / 4) * XRowBytes, chunk);
+            const Tokens tokens(x + tile * 8 * XRowBytes, own, chunk);
 #pragma unroll
             for (int step = 0; step < 4; ++step) {
 #pragma unroll
@@ -98,10 +112,10 @@ struct FloatSums {
     // The same, added up from zero, then times the scale of rows g and g + 8 of W added to the sums.
     template <int XRowBytes>
     __device__ void multiply_scaled(const unsigned (&weights)[WeightTiles][4][4], const float (&scales)[WeightTiles][2],
-                                    const unsigned char* x, int chunk) {
+                                    const unsigned char* x, const LaneOfX<XRowBytes>& own, int chunk) {
 #pragma unroll
         for (int tile = 0; tile < TokenTiles; ++tile) {
-            const Tokens tokens(x + (tile * 8 + lane() / 4) * XRowBytes, chunk);
+            const Tokens tokens(x + tile * 8 * XRowBytes, own, chunk);
             float parts[WeightTiles][4] = {};
 #pragma unroll
             for (int step = 0; step < 4; ++step) {

@@ -24,19 +24,27 @@ __device__ inline int8_t int8_code(float value, float factor) {
     return isfinite(scaled) ? static_cast<int8_t>(__float2int_rn(scaled)) : static_cast<int8_t>(0);
 }
 
-// Two codes in the low bytes of 16 bits each -> two values of T side by side, exactly. A code is its low seven bits
-// minus its eighth, which stands for 128; put into the fraction of a power of two P whose fraction counts in ones, they
-// are P + low and P + eighth.
-template <typename T>
-__device__ unsigned pair_of_codes(unsigned codes) {
-    constexpr bool half = std::is_same<T, __half>::value;
-    using Pair = typename std::conditional<half, __half2, __nv_bfloat162>::type;
-    constexpr unsigned powers = half ? 0x64006400u : 0x43004300u;  // 1024, and 128
-    const unsigned low = (codes & 0x007f007fu) | powers;
-    const unsigned eighth = (codes & 0x00800080u) | powers;
+// Two of a word's four codes, the first or the last two, as values of T side by side, exactly: as a tensor core takes
+// them.
+template <typename T, int Half>
+__device__ unsigned pair_of_codes(unsigned word) {
+    constexpr unsigned bytes = Half == 0 ? 0x4140u : 0x4342u;
+    unsigned first, second;
+    if constexpr (std::is_same<T, __half>::value) {
+        // In the fraction of 1024, which counts in ones, a code plus 128 makes 1024 + 128 + code.
+        first = __byte_perm(word ^ 0x80808080u, 0x64646464u, bytes);
+        second = 0x64806480u;
+    } else {
+        // So does the fraction of 128, but it has room for seven bits. A code is those minus its eighth, which stands
+        // for 128.
+        const unsigned codes = __byte_perm(word, 0, bytes);
+        first = masked_with<0x007f007fu, 0x43004300u>(codes);
+        second = masked_with<0x00800080u, 0x43004300u>(codes);
+    }
+    using Pair = typename std::conditional<std::is_same<T, __half>::value, __half2, __nv_bfloat162>::type;
     Pair minuend, subtrahend;
-    memcpy(&minuend, &low, sizeof low);
-    memcpy(&subtrahend, &eighth, sizeof eighth);
+    memcpy(&minuend, &first, sizeof first);
+    memcpy(&subtrahend, &second, sizeof second);
     const Pair difference = __hsub2(minuend, subtrahend);
     unsigned pair;
     memcpy(&pair, &difference, sizeof pair);

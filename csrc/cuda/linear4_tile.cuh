@@ -81,6 +81,9 @@ struct Linear4Tile {
     unsigned char* shared;
     StageCopies<PlaceOfCodes4, kRows, kCodeRowBytes, kMmaThreads> codes;
     StageCopies<PlaceOfX, kTokens, kXRowBytes, kMmaThreads> x;
+    LaneOfX<kXRowBytes> lane_of_x;
+    unsigned lane_of_codes;  // where it finds its codes of chunk 0 in a stage, in the warp's first row that it reads
+    unsigned lane_of_table;
     FloatSums<T, kWeightTiles, kTokens / 8> sums;
     TileScales scales;
     unsigned rows[kWeightTiles][2];                       // where rows g and g + 8 begin in the tile, or its last row
@@ -93,6 +96,10 @@ struct Linear4Tile {
           shared(shared_memory()),
           codes(problem.codes, row),
           x(problem.x, token),
+          lane_of_codes(kept(static_cast<unsigned>((warp_row() + lane() / 4) * kCodeRowBytes +
+                                                   PlaceOfCodes4::of(lane() / 4, lane() % 4 / 2) * kPieceBytes +
+                                                   lane() % 2 * 8))),
+          lane_of_table(kept(static_cast<unsigned>(lane()) * 4u)),
           sums{},
           scales(problem.scales, row * problem.K),
           next{} {
@@ -166,20 +173,18 @@ struct Linear4Tile {
     __device__ unsigned decode(unsigned word, int which) const {
         constexpr unsigned entries = 255u * kEntryBytes;
         const unsigned place = which == 0 ? word << 7 : word >> (which * 8 - 7);
-        return *reinterpret_cast<const unsigned*>(shared + ((place & entries) | static_cast<unsigned>(lane()) * 4u));
+        return *reinterpret_cast<const unsigned*>(shared + ((place & entries) | lane_of_table));
     }
 
     // A chunk's weights as the tensor core takes them; `kept`: all bits, or none in lanes whose weights count as zeros.
     __device__ void decode_chunk(unsigned (&weights)[kWeightTiles][4][4], const unsigned char* codes, int chunk,
                                  unsigned kept) const {
-        const int group = lane() / 4, member = lane() % 4;
+        codes += lane_of_codes ^ static_cast<unsigned>(chunk * 2 * kPieceBytes);
 #pragma unroll
         for (int w = 0; w < kWeightTiles; ++w) {
 #pragma unroll
             for (int half = 0; half < 2; ++half) {
-                const int row = warp_row() + w * 16 + half * 8 + group;
-                const int at = PlaceOfCodes4::of(row, chunk * 2 + member / 2) * kPieceBytes + member % 2 * 8;
-                const uint2 words = *reinterpret_cast<const uint2*>(codes + row * kCodeRowBytes + at);
+                const uint2 words = *reinterpret_cast<const uint2*>(codes + (w * 16 + half * 8) * kCodeRowBytes);
 #pragma unroll
                 for (int step = 0; step < 4; ++step) {
                     const unsigned word = step < 2 ? words.x : words.y;
@@ -198,7 +203,7 @@ struct Linear4Tile {
             const bool is_own = kScales == 1 || lane() % 4 / 2 == block;
             unsigned weights[kWeightTiles][4][4];
             decode_chunk(weights, codes, chunk, is_own ? 0xffffffffu : 0u);
-            sums.template multiply_scaled<kXRowBytes>(weights, scale[block], x, chunk);
+            sums.multiply_scaled(weights, scale[block], x, lane_of_x, chunk);
         }
     }
 

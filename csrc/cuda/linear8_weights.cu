@@ -59,6 +59,7 @@ struct WeightsTile {
     unsigned char* shared;
     StageCopies<PlaceOfCodes, kRows, kStageValues, kMmaThreads> codes;
     StageCopies<PlaceOfX, kTokens, kXRowBytes, kMmaThreads> x;
+    LaneOfX<kXRowBytes> lane_of_x;
     FloatSums<T, kWeightTiles, kTokens / 8> sums;
 
     __device__ WeightsTile(const Problem& problem, int64_t row, int64_t token)
@@ -93,12 +94,12 @@ struct WeightsTile {
                 const unsigned of_step[4] = {own.x, own.y, own.z, own.w};
 #pragma unroll
                 for (int step = 0; step < 4; ++step) {
-                    weights[w][step][half] = pair_of_codes<T>(__byte_perm(of_step[step], 0, 0x4140));
-                    weights[w][step][half + 2] = pair_of_codes<T>(__byte_perm(of_step[step], 0, 0x4342));
+                    weights[w][step][half] = pair_of_codes<T, 0>(of_step[step]);
+                    weights[w][step][half + 2] = pair_of_codes<T, 1>(of_step[step]);
                 }
             }
         }
-        sums.template multiply<kXRowBytes>(weights, x, chunk);
+        sums.multiply(weights, x, lane_of_x, chunk);
     }
 
     // Columns [begin, end) of K, of whole slices but for the last one.

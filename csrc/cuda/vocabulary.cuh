@@ -248,6 +248,20 @@ __device__ inline void block_barrier() {
     __syncthreads();
 }
 
+// The value, in a register that the compiler does not see through and so keeps.
+__device__ inline unsigned kept(unsigned value) {
+    asm volatile("" : "+r"(value));
+    return value;
+}
+
+// (value & mask) | bits in one instruction, of which the compiler makes two where both are numbers.
+template <unsigned Mask, unsigned Bits>
+__device__ unsigned masked_with(unsigned value) {
+    unsigned result;
+    asm("lop3.b32 %0, %1, %2, %3, 0xea;" : "=r"(result) : "r"(value), "n"(Mask), "n"(Bits));
+    return result;
+}
+
 // Starts copying 16 bytes into shared memory, both addresses divisible by 16; zeros, and no read, where `there` is
 // false. The bytes arrive by the time of a copies_wait; other threads see them after a barrier behind that.
 __device__ inline void copy_16_bytes(void* to_shared, const void* from, bool there) {

@@ -103,12 +103,6 @@ __device__ inline unsigned char* tiles_memory() {
     return hb_tiles_memory;
 }
 
-// The value, in a register that the compiler does not see through and so keeps.
-__device__ inline unsigned kept(unsigned value) {
-    asm volatile("" : "+r"(value));
-    return value;
-}
-
 __device__ inline unsigned shared_address(const void* shared) {
     return static_cast<unsigned>(__cvta_generic_to_shared(shared));
 }

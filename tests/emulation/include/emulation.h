@@ -23,6 +23,15 @@ inline void block_barrier() {
     emulation::wait_for_block();
 }
 
+inline unsigned kept(unsigned value) {
+    return value;
+}
+
+template <unsigned Mask, unsigned Bits>
+unsigned masked_with(unsigned value) {
+    return (value & Mask) | Bits;
+}
+
 inline void copy_16_bytes(void* to_shared, const void* from, bool there) {
     emulation::start_copy(to_shared, from, there);
 }

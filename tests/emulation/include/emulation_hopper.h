@@ -27,10 +27,6 @@ inline unsigned char* tiles_memory() {
     return emulation::shared_memory();
 }
 
-inline unsigned kept(unsigned value) {
-    return value;
-}
-
 inline unsigned shared_address(const void* shared) {
     return static_cast<unsigned>(reinterpret_cast<uintptr_t>(shared));
 }
