@@ -68,11 +68,12 @@ class Fleet:
         self._unloading: dict[str, asyncio.Task[Unloaded]] = {}
 
     def add(self, spec: ModelSpec) -> ServedModel:
-        """A model that is not loaded yet; raises ModelExistsError."""
+        """A model that is not loaded yet; raises ModelExistsError, until an unload under that name is over too."""
         other = self.models.get(spec.name)
-        if other is not None:
+        if other is not None or spec.name in self._unloading:
+            state = "being unloaded" if other is None else other.state
             raise ModelExistsError(
-                f"a model named {spec.name!r} is here, and is {other.state}; accepted is another name, or this one "
+                f"a model named {spec.name!r} is here, and is {state}; accepted is another name, or this one "
                 "after it was unloaded",
                 param="name",
             )

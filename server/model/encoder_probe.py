@@ -22,7 +22,16 @@ from server.model.encoder_decoder import EncoderDecoderRunner
 from server.model.fuse import fuse
 from server.model.gather import cached_shapes
 from server.model.paged_cache import LayerShape, PagedCache
-from server.model.proof import DRAW, Provable, architecture_of, first_proven, logits_of, probe_prompts, relative
+from server.model.proof import (
+    DRAW,
+    Provable,
+    allowed_difference,
+    architecture_of,
+    first_proven,
+    logits_of,
+    probe_prompts,
+    relative,
+)
 from server.model.runner import input_device
 from server.records import ModelSpec
 
@@ -43,7 +52,7 @@ def choose_encoder_decoder_runner(
     layers = [shape.stored_as(kv_dtype(spec, shape.computed)) for shape in _cached_layers(model, proof)]
     cache = PagedCache(layers, blocks, block_tokens)
     candidates = [partial(EncoderDecoderRunner, model, cache, way, beginning) for way in batchings(spec)]
-    return first_proven(model, candidates, proof.difference)
+    return first_proven(model, candidates, proof.difference, allowed_difference(model, spec.kv_cache_dtype))
 
 
 def decoder_prompt(model: PreTrainedModel) -> tuple[int, ...]:

@@ -13,6 +13,7 @@ Not here: attention (fuse_attention.py).
 from __future__ import annotations
 
 import functools
+import inspect
 import logging
 from types import SimpleNamespace
 from typing import Any, Final
@@ -112,13 +113,20 @@ def _is_norm(module: nn.Module) -> bool:
         return False
     if not isinstance(eps, float) or not 0 <= eps < 1:
         return False
+    if not _takes_rows_alone(type(module)):
+        return False
     rows = -(-_PROBED_VALUES // weight.numel())
     x = (torch.randn(rows, weight.numel(), generator=_generator()) * 3).to(weight.dtype)
     try:
         expected = module(x)
-    except (TypeError, RuntimeError, ValueError):
+    except Exception:  # whatever it is, it is no such norm
         return False
     return isinstance(expected, torch.Tensor) and _agree(direct_rows.rms_norm(x, weight, eps), expected)
+
+
+def _takes_rows_alone(kind: type[nn.Module]) -> bool:
+    """Whether a forward has one argument: some norms have a gate beside x, and are Llama's only without it."""
+    return len(inspect.signature(kind.forward).parameters) == 2
 
 
 def _agree(found: torch.Tensor, expected: torch.Tensor) -> bool:
@@ -138,7 +146,7 @@ def _is_mlp(module: nn.Module) -> bool:
     if not is_silu or set(module._modules) != _MLP_PARTS or module._parameters or module._buffers:
         return False
     kind: Any = type(module)
-    return _is_gated_silu(kind)
+    return _takes_rows_alone(kind) and _is_gated_silu(kind)
 
 
 @functools.cache

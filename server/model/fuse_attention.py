@@ -27,7 +27,8 @@ from server.model.attention import ATTENTION_NAME, CONTEXT_ARGUMENT, Call, Conte
 _PROJECTIONS: Final = ("q_proj", "k_proj", "v_proj", "o_proj")
 _NORMS: Final = ("q_norm", "k_norm")
 _CACHES: Final = ("cache", "past_key_values")
-_POSITIONS: Final = (3, 4, 70, 901, 5000)
+_POSITIONS: Final = (3, 4, 70, 901, 5000, 1 << 30)
+"""The last one is behind any context: some models scale queries by their positions, from a large one on."""
 _SEED: Final = 21
 
 

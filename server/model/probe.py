@@ -42,7 +42,14 @@ from server.model.gather import cached_shapes
 from server.model.graphs import CudaRecorder, Recorder
 from server.model.last_layer import find_last_layer
 from server.model.paged_cache import LayerShape, PagedCache
-from server.model.proof import LARGEST_DIFFERENCE, Proof, architecture_of, first_proven, relative
+from server.model.proof import (
+    LARGEST_DIFFERENCE,
+    Proof,
+    allowed_difference,
+    architecture_of,
+    first_proven,
+    relative,
+)
 from server.model.runner import PagedRunner, input_device
 from server.model.single_runner import SingleRunner
 from server.model.steady import UnsteadyError
@@ -95,6 +102,7 @@ def choose_cache_runner(
 ) -> CacheRunner | SingleRunner:
     """The same for a model that attends by itself, over a cache of transformers' kind."""
     layers = _cached_layers(model, proof.prompts[-1], spec)
+    allowed = allowed_difference(model, spec.kv_cache_dtype)
     if not layers:
         if spec.kv_cache_dtype != "auto":
             raise LoadError(
@@ -103,10 +111,10 @@ def choose_cache_runner(
             )
         log.warning("%s keeps more than keys and values: its sequences run one at a time", type(model).__name__)
         candidate = partial(SingleRunner, model, batch_invariant=spec.batch_invariant)
-        return first_proven(model, [candidate], proof.difference)
+        return first_proven(model, [candidate], proof.difference, allowed)
     cache = PagedCache(layers, blocks, proof.block_tokens)
     candidates = [partial(CacheRunner, model, cache, way) for way in batchings(spec)]
-    return first_proven(model, candidates, proof.difference)
+    return first_proven(model, candidates, proof.difference, allowed)
 
 
 def _paged_runner(
@@ -127,7 +135,7 @@ def _paged_runner(
         difference = proof.difference(runner)
     except UnsteadyError as error:
         raise NotPagedError(f"is to be batch-invariant and calls {error}, which is not") from error
-    if difference > LARGEST_DIFFERENCE:
+    if difference > allowed_difference(model, spec.kv_cache_dtype):
         raise NotPagedError(f"gives other logits in packed batches (relative difference {difference:.2g})")
     find_last_layer(runner, proof)
     if spec.cuda_graphs and runner.device.type == "cuda" and can_be_recorded(model, runner):

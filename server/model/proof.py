@@ -13,7 +13,11 @@ from itertools import pairwise
 from typing import TYPE_CHECKING, Final, Protocol, TypeVar
 
 import torch
+from torch import nn
 
+from quant.experts import PackedExperts
+from quant.packed4 import Weight4bit
+from quant.packed8 import Weight8bit
 from server.errors import LoadError
 from server.model.batch import Batch, Chunk, Draw
 from server.model.runner import input_device
@@ -23,8 +27,11 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 LARGEST_DIFFERENCE: Final = 0.08
-"""Of probe logits, as |difference| / |expected|. On tiny random models: rounding in bfloat16, and int8 rows that
-round the other way, give up to 0.01; wrong positions (BART) 0.58, looking ahead (BERT) 0.55."""
+"""Of probe logits, as |difference| / |expected|, whatever is rounded; `allowed_difference` mostly allows less. On tiny
+random models rounding in bfloat16, and int8 rows that round the other way, give up to 0.01, float32 5e-7; positions
+that are ignored 0.04 (BigBird-Pegasus) to 0.58 (BART), looking ahead (BERT) 0.55."""
+_ALLOWED_IN_16_BITS: Final = 0.03
+_ALLOWED_IN_FLOAT32: Final = 1e-3
 DRAW: Final = Draw(SamplingParams(max_tokens=1, temperature=0.0), seed=0, index=0)
 _LENGTHS: Final = (5, 9)
 _CHUNK: Final = 4
@@ -41,6 +48,22 @@ class Provable(Protocol):
         ...
 
     def release(self, request_id: str) -> None: ...
+
+
+def allowed_difference(model: nn.Module, kv_cache_dtype: str) -> float:
+    """How far a right runner's logits may be from the model's own, by the coarsest rounding on the way."""
+    if kv_cache_dtype == "int8" or any(map(_rounds_to_int8, model.modules())):
+        return LARGEST_DIFFERENCE
+    dtypes = {tensor.dtype for tensor in (*model.parameters(), *model.buffers()) if tensor.is_floating_point()}
+    dtypes |= {module.compute_dtype for module in model.modules() if isinstance(module, (Weight4bit, PackedExperts))}
+    is_exact = dtypes <= {torch.float32, torch.float64} and kv_cache_dtype in ("auto", "float32")
+    return _ALLOWED_IN_FLOAT32 if is_exact else _ALLOWED_IN_16_BITS
+
+
+def _rounds_to_int8(module: nn.Module) -> bool:
+    if isinstance(module, PackedExperts):
+        return module.options.load_in_8bit or module.options.bnb_4bit_activations == "int8"
+    return isinstance(module, Weight8bit) or (isinstance(module, Weight4bit) and module.activations == "int8")
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +100,10 @@ class Proof:
 
 
 def first_proven(
-    model: PreTrainedModel, candidates: Sequence[Callable[[], Candidate]], difference_of: Callable[[Candidate], float]
+    model: PreTrainedModel,
+    candidates: Sequence[Callable[[], Candidate]],
+    difference_of: Callable[[Candidate], float],
+    allowed: float,
 ) -> Candidate:
     """The first candidate whose logits are the model's own; raises LoadError, with what was seen of the last one."""
     name = architecture_of(model)
@@ -90,7 +116,7 @@ def first_proven(
             log.warning("%s failed in its probe with batching %r", name, runner.batching, exc_info=error)
             refusal = LoadError(f"{name} cannot be served: its probe failed ({type(error).__name__}: {error})")
             continue
-        if difference <= LARGEST_DIFFERENCE:
+        if difference <= allowed:
             return runner
         log.warning("%s has other logits with batching %r (difference %.2g)", name, runner.batching, difference)
         refusal = LoadError(

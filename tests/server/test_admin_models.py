@@ -20,7 +20,7 @@ from pydantic import SecretStr
 
 from server.api.fleet import Fleet
 from server.config import ModelConfig, ServerConfig
-from server.errors import EngineUnavailableError
+from server.errors import EngineUnavailableError, ModelExistsError
 from server.memory import machine
 from server.metrics import Metrics
 from tests.server.conftest import RunningApp, ServeScript, wait_for
@@ -102,6 +102,32 @@ def test_no_object_of_a_model_outlives_it(model_path: Path) -> None:
         gc.enable()
     gc.collect()
     assert [left() for left in rest] == [None] * len(rest)
+
+
+def test_a_name_is_taken_until_its_unload_is_over(model_path: Path) -> None:
+    """Also where the load that was given up has already gone: who unloads the next model must not get the answer of the
+    one before."""
+
+    async def load_while_unloading() -> None:
+        fleet = Fleet(ServerConfig(models=()), Metrics(), command)
+        entry = ModelConfig(name="z", path=model_path, quantization={"load_seconds": 30.0})
+        loading = asyncio.create_task(fleet.load(entry))
+        await asyncio.sleep(0.1)
+        unloading = asyncio.create_task(fleet.unload("z", 0))
+        with pytest.raises(EngineUnavailableError):
+            await loading
+        assert "z" not in fleet.models
+        assert not unloading.done()
+        with pytest.raises(ModelExistsError, match="'z' is here, and is being unloaded; accepted is another name"):
+            await fleet.load(entry)
+        assert (await unloading).name == "z"
+        again = asyncio.create_task(fleet.load(entry))
+        await asyncio.sleep(0.1)
+        assert "z" in fleet.models
+        await fleet.shutdown()
+        await asyncio.gather(again, return_exceptions=True)
+
+    asyncio.run(load_while_unloading())
 
 
 def test_a_model_comes_serves_and_goes(running: RunningApp, model_path: Path) -> None:

@@ -174,3 +174,27 @@ def test_torchs_random_numbers_are_left_alone() -> None:
     before = torch.get_rng_state()
     fuse(model)
     assert torch.equal(torch.get_rng_state(), before)
+
+
+class GatedNorm(LlamaRMSNorm):
+    """Llama's norm where there is no gate, as in Mamba's layers."""
+
+    def forward(self, x: torch.Tensor, gate: torch.Tensor | None = None) -> torch.Tensor:
+        return super().forward(x if gate is None else x * nn.functional.silu(gate))  # type: ignore[no-any-return]
+
+
+class NeedsItsGate(GatedNorm):
+    def forward(self, x: torch.Tensor, gate: torch.Tensor | None = None) -> torch.Tensor:
+        return super().forward(x, gate.to(x.dtype))  # type: ignore[union-attr]
+
+
+class Fails(LlamaRMSNorm):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        raise AttributeError("it has no such thing")
+
+
+@pytest.mark.parametrize("kind", [GatedNorm, NeedsItsGate, Fails])
+def test_a_norm_that_may_be_given_more_than_rows_is_left_alone(kind: type[LlamaRMSNorm]) -> None:
+    module = kind(64)
+    assert fuse(module) == 0
+    assert type(module) is kind

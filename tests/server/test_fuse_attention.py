@@ -71,6 +71,25 @@ def test_a_fused_model_gives_the_same_bits(
     assert torch.equal(all_logits(runner), found)
 
 
+def test_queries_that_are_scaled_from_a_far_position_on_are_left_alone() -> None:
+    """Before that position such a module hands on what Llama's does."""
+    yarn = {"rope_type": "yarn", "rope_theta": 1e6, "factor": 2.0, "original_max_position_embeddings": 16384}
+    config = transformers.Ministral3Config(
+        vocab_size=VOCABULARY,
+        hidden_size=128,
+        intermediate_size=192,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=32,
+        max_position_embeddings=32768,
+        rope_parameters={**yarn, "llama_4_scaling_beta": 0.1},
+    )
+    model = transformers.AutoModelForCausalLM.from_config(config).float().eval()
+    runner_of(model)
+    assert not attention_modules(model)
+
+
 def test_heads_that_are_turned_in_part_are_left_alone() -> None:
     """Their angles are narrower than a head, in the model; on their own they turn whole heads as Llama's do."""
     config = transformers.Glm4MoeConfig(
