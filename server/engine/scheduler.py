@@ -348,7 +348,7 @@ class Scheduler:
     ) -> SequenceOutput:
         """The one way out: leaves its queue, gives its blocks back, and says why."""
         del self._sequences[sequence.request.request_id]
-        if reason == "error":
+        if reason == "error" and not refused:
             self.pool.forget(sequence.blocks)  # what else went wrong with it, nobody knows
         if sequence.blocks:
             self.running.remove(sequence)

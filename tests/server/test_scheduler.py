@@ -653,6 +653,23 @@ def test_what_an_error_leaves_is_not_found_again(whole_step: bool) -> None:
     assert answer_all(scheduler, runner)["good"].cached_tokens == 0
 
 
+def test_a_request_that_asks_for_the_impossible_leaves_what_it_shares() -> None:
+    """Its own words are to blame; what others share with it was computed as ever."""
+    scheduler, runner = make(), PagedScriptedRunner(BLOCK)
+    prompt = list(range(20))
+    scheduler.add(request("first", prompt, 5), 0.0)
+    answer_all(scheduler, runner)
+    scheduler.add(request("asks", prompt, 5), 0.0)
+    batch = scheduler.schedule()
+    assert batch is not None
+    result = StepResult(errors={"asks": "no token is left to draw"}, refused={"asks"})
+    (output,) = scheduler.apply(batch, result)
+    assert output.refused
+    assert batch.chunks[0].start == 16
+    scheduler.add(request("next", prompt, 5), 0.0)
+    assert answer_all(scheduler, runner)["next"].cached_tokens == 16
+
+
 def test_an_aborted_prompt_leaves_what_was_computed_of_it() -> None:
     scheduler, runner = make(budget=10), PagedScriptedRunner(BLOCK)
     scheduler.add(request("gone", list(range(20)), 5), 0.0)
