@@ -77,18 +77,24 @@ class OutputStream:
         return output
 
     async def _next(self) -> SequenceOutput | ServerError:
-        """Not for longer than the deadline and what an engine may take to say that it has come: a stuck one doesn't."""
-        if self._deadline is None or not self._outputs.empty():
+        """Not for longer than the deadline and what an engine may take to say that it has come: a stuck one doesn't,
+        and who reads slowly holds the place of another.
+        """
+        if self._deadline is None:
             return await self._outputs.get()
+        last = self._deadline + LATE_SECONDS
+        if not self._outputs.empty() and time.monotonic() >= last:
+            raise self._too_late(f"not all of its {self.tokens} tokens have been read")
         try:
-            async with asyncio.timeout_at(self._deadline + LATE_SECONDS):
+            async with asyncio.timeout_at(last):
                 return await self._outputs.get()
         except TimeoutError:
-            self.close("timeout")
-            raise DeadlineExceededError(
-                f"the request's time was up {LATE_SECONDS:.3g} seconds ago, with {self.tokens} tokens generated, "
-                "and the engine has not answered since"
-            ) from None
+            words = f"with {self.tokens} tokens generated, and the engine has not answered since"
+            raise self._too_late(words) from None
+
+    def _too_late(self, words: str) -> DeadlineExceededError:
+        self.close("timeout")
+        return DeadlineExceededError(f"the request's time was up {LATE_SECONDS:.3g} seconds ago, {words}")
 
     def deliver(self, output: SequenceOutput | ServerError) -> None:
         """Called by the client as outputs arrive; times are taken here, however late the consumer is."""

@@ -26,7 +26,7 @@ from server.errors import (
     UnusableCheckpointError,
 )
 from server.metrics import Metrics, ModelMetrics
-from server.records import LoadProgress, ModelSpec, SamplingParams
+from server.records import LoadProgress, ModelSpec, SamplingParams, SequenceOutput
 from tests.server.scripted_engine import command
 
 PARAMS = SamplingParams(max_tokens=5)
@@ -275,6 +275,26 @@ def test_an_engine_that_hangs_and_ignores_sigterm_is_killed(monkeypatch: pytest.
                 await tokens(stream)
 
     run(test)
+
+
+def test_a_deadline_holds_for_who_reads_slowly(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was generated in time waits for no longer: the request holds a place that others want."""
+    monkeypatch.setattr("server.engine.stream.LATE_SECONDS", 0.2)
+    closed: list[tuple[str, bool]] = []
+
+    async def read_slowly() -> None:
+        deadline = time.monotonic() + 0.1
+        metrics = ModelMetrics(Metrics(), "m")
+        stream = OutputStream("r", 3, metrics, lambda *ended: closed.append(ended), deadline=deadline)
+        for token in range(3):
+            stream.deliver(SequenceOutput("r", (token,), finish_reason="length" if token == 2 else None))
+        assert (await anext(stream)).token_ids == (0,)
+        await asyncio.sleep(0.4)
+        with pytest.raises(DeadlineExceededError, match="0.2 seconds ago, not all of its 3 tokens have been read"):
+            await anext(stream)
+
+    asyncio.run(read_slowly())
+    assert closed == [("r", True)]
 
 
 def test_a_deadline_holds_though_the_engine_hangs(monkeypatch: pytest.MonkeyPatch) -> None:
