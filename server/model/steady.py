@@ -104,7 +104,8 @@ _WAYS: Final[dict[Any, Callable[..., torch.Tensor]]] = {
     torch.addmm: _addmm,
     **dict.fromkeys((torch.mm, torch.matmul, torch.Tensor.mm, torch.Tensor.matmul, torch.Tensor.__matmul__), _matmul),
     **dict.fromkeys(
-        (F.silu, F.gelu, torch.sigmoid, torch.Tensor.sigmoid, torch.tanh, torch.Tensor.tanh, F.softplus), _activation
+        (F.silu, F.gelu, torch.sigmoid, torch.Tensor.sigmoid, torch.tanh, torch.Tensor.tanh, F.softplus, F.mish),
+        _activation,
     ),
     **dict.fromkeys(
         (

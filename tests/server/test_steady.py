@@ -58,6 +58,7 @@ def test_products_by_any_cut(rows: int, N: int, K: int, dtype: torch.dtype, cuts
 ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "silu": F.silu,
     "gelu": F.gelu,
+    "mish": F.mish,
     "gelu by tanh": lambda x: F.gelu(x, approximate="tanh"),
     "sigmoid": torch.sigmoid,
     "tanh": torch.tanh,
