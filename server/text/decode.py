@@ -11,6 +11,7 @@ difference:
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from itertools import islice
 from typing import Final
 
 from server.text.tokenizer import NO_CHARACTER, Tokenizer
@@ -27,7 +28,7 @@ class IncrementalDecoder:
 
     def __init__(self, tokenizer: Tokenizer, before: Sequence[int] = ()) -> None:
         self._tokenizer = tokenizer
-        self._known = [token for token in before[-_CONTEXT:] if token not in tokenizer.special_ids]
+        self._known = _context(tokenizer, before)
         """Tokens whose text was given out last; decoded again as context for the next ones."""
         self._known_text = tokenizer.decode(self._known) if self._known else ""
         self._new: list[int] = []
@@ -71,3 +72,17 @@ class IncrementalDecoder:
         self._known, self._new = self._new[:count], self._new[count:]
         self._known_text = self._tokenizer.decode(self._known)
         return text
+
+
+def _context(tokenizer: Tokenizer, before: Sequence[int]) -> list[int]:
+    """The last tokens with text, from the beginning of a character on: where a run of byte tokens begins inside of one,
+    decoders make all of the run NO_CHARACTER, and the text that continues it.
+    """
+    last = list(islice((token for token in reversed(before) if token not in tokenizer.special_ids), _CONTEXT))[::-1]
+    begins = (place for place, token in enumerate(last[:_CHARACTER_BYTES]) if not _continues(tokenizer, token))
+    return last[next(begins, 0) :]
+
+
+def _continues(tokenizer: Tokenizer, token: int) -> bool:
+    """Whether a token's first byte is not the first of its character, which UTF-8 marks."""
+    return b"\x80" <= tokenizer.spell(token).data[:1] < b"\xc0"

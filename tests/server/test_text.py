@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -56,9 +57,9 @@ def metaspace() -> Tokenizer:
 TOKENIZERS = {"byte-level": byte_level(), "sentencepiece": sentencepiece(), "metaspace": metaspace()}
 
 
-def pieces(tokenizer: Tokenizer, ids: list[int], cuts: list[int]) -> list[str]:
+def pieces(tokenizer: Tokenizer, ids: list[int], cuts: list[int], before: Sequence[int] = ()) -> list[str]:
     """The pieces an incremental decoder gives for these tokens, arriving in groups that end at the cuts."""
-    decoder = IncrementalDecoder(tokenizer)
+    decoder = IncrementalDecoder(tokenizer, before)
     bounds = [0, *sorted({cut % (len(ids) + 1) for cut in cuts}), len(ids)]
     found = [decoder.push(ids[start:end]) for start, end in itertools.pairwise(bounds)]
     return [*found, decoder.finish()]
@@ -330,6 +331,30 @@ def test_a_text_that_goes_on_keeps_its_first_space(name: str) -> None:
         assert (
             "".join([*(decoder.push([token]) for token in whole[len(prompt) :]), decoder.finish()]) == " sat at the cat"
         )
+
+
+whole_characters = st.lists(
+    st.sampled_from(["€", "é", "ส", "日", "🦙", "\ufffd", "\n", "x", " ", "the", "cat", ".", "</s>"]), max_size=12
+).map("".join)
+
+
+@given(prompt=whole_characters, answer=whole_characters, cuts=st.lists(st.integers(0, 60)))
+@example(prompt="€€€", answer="€€ a", cuts=[])
+@example(prompt="สวัสดี", answer="ครับ a", cuts=[])
+@example(prompt="ขอบ", answer="\n a", cuts=[])
+@example(prompt="\ufffd\ufffd\ufffd", answer="\ufffd the", cuts=[])
+@example(prompt="the cat" + "</s>" * 8, answer=" sat", cuts=[])
+@pytest.mark.parametrize("name", TOKENIZERS)
+@settings(deadline=None, max_examples=200)
+def test_pieces_behind_a_prompt_are_what_the_text_of_both_has_more(
+    name: str, prompt: str, answer: str, cuts: list[int]
+) -> None:
+    """Wherever the context of the first tokens begins: a character may be spread over more of them than fit."""
+    tokenizer = TOKENIZERS[name]
+    before, ids = tokenizer.encode(prompt), tokenizer.encode(answer)
+    known, both = tokenizer.decode(before), tokenizer.decode(before + ids)
+    assert both.startswith(known)
+    assert "".join(pieces(tokenizer, ids, cuts, before)) == both[len(known) :]
 
 
 def test_what_goes_before_may_end_within_a_character() -> None:
