@@ -115,15 +115,40 @@ class ChoiceText:
 
 
 def prompt_tokens(
-    tokenizer: Tokenizer, prompt: Sequence[int], logprobs: Sequence[TokenLogprobs]
+    tokenizer: Tokenizer, prompt: Sequence[int], logprobs: Sequence[TokenLogprobs], text: str | None = None
 ) -> tuple[ScoredToken, ...]:
-    """An echoed prompt's tokens; `logprobs` are those of all but the first."""
-    decoder, offset = IncrementalDecoder(tokenizer), 0
-    tokens = []
-    for token, found in zip(prompt, (None, *logprobs), strict=True):
-        tokens.append(scored(tokenizer, token, found, offset))
-        offset += len(decoder.push((token,)))
-    return tuple(tokens)
+    """An echoed prompt's tokens; `logprobs` are those of all but the first, `text` is the request's own, if it has one:
+    that is echoed as it is written, special tokens and all, while decoding leaves those out.
+    """
+    places = _places(tokenizer, prompt) if text is None else _places_in(text, tokenizer, prompt)
+    return tuple(
+        scored(tokenizer, token, found, place)
+        for token, found, place in zip(prompt, (None, *logprobs), places, strict=True)
+    )
+
+
+def _places(tokenizer: Tokenizer, ids: Sequence[int], before: Sequence[int] = ()) -> list[int]:
+    """Where each token begins in the text that they are decoded to behind others."""
+    decoder, places, reached = IncrementalDecoder(tokenizer, before), [], 0
+    for token in ids:
+        places.append(reached)
+        reached += len(decoder.push((token,)))
+    return places
+
+
+def _places_in(text: str, tokenizer: Tokenizer, ids: Sequence[int]) -> list[int]:
+    """Where each token begins in the text that they were encoded from: between two special tokens as decoding says."""
+    places: list[int] = []
+    reached = 0
+    for number, (begin, end) in (tokenizer.special_spans(text) | {len(ids): (len(text), len(text))}).items():
+        between = ids[len(places) : number]
+        # Some tokenizers put a space before what follows a special token, as they do at the start of a text.
+        starts_anew = tokenizer.decode(between) == text[reached:begin]
+        before = () if starts_anew else ids[: len(places)]
+        places += [reached + place for place in _places(tokenizer, between, before)]
+        places.append(begin)
+        reached = end
+    return places[: len(ids)]
 
 
 def scored(tokenizer: Tokenizer, token: int, found: TokenLogprobs | None, offset: int) -> ScoredToken:

@@ -165,7 +165,8 @@ class TextJob:
                 if opening and output.token_ids:  # by the first token all of the prompt has been scored
                     opening = False
                     if params.prompt_logprobs is not None:
-                        echo.set_result(await asyncio.to_thread(prompt_tokens, tokenizer, prompt.ids, logprobs))
+                        scored = await asyncio.to_thread(prompt_tokens, tokenizer, prompt.ids, logprobs, prompt.text)
+                        echo.set_result(scored)
                     tokens = () if options.sampling.logprobs is None else await echo
                     yield Piece(index, echoed, "length" if options.limit == 0 else None, tokens)
                     if options.limit == 0:

@@ -71,6 +71,14 @@ class Tokenizer:
         encodings = self._tokenizer.encode_batch(texts, add_special_tokens=add_special_tokens)
         return [list(encoding.ids) for encoding in encodings]
 
+    def special_spans(self, text: str) -> dict[int, tuple[int, int]]:
+        """Where special tokens are written in a text, by their numbers among its tokens: those that only surround an
+        encoded text are nowhere in it.
+        """
+        (encoding,) = self._tokenizer.encode_batch([text])
+        found = enumerate(zip(encoding.ids, encoding.offsets, strict=True))
+        return {number: span for number, (token, span) in found if token in self.special_ids and span[0] < span[1]}
+
     def decode(self, ids: Sequence[int]) -> str:
         """The text of a token sequence, special tokens left out."""
         return self._tokenizer.decode(list(ids), skip_special_tokens=True)

@@ -123,6 +123,15 @@ def test_an_echo_begins_with_the_prompt(echo: RunningApp, stream: bool) -> None:
     assert found["text_offset"] == [0, 0, 0, 1, 2, 2]
 
 
+def test_an_echo_has_special_tokens_where_the_prompt_has_them_written(echo: RunningApp) -> None:
+    found = choice(complete(echo, prompt="a</s>bc", max_tokens=1, echo=True, logprobs=0))
+    assert found["text"] == "a</s>bca"
+    assert found["logprobs"]["text_offset"] == [0, 1, 5, 6, 7]
+    found = choice(complete(echo, prompt=[A, 2, B, C], max_tokens=1, echo=True, logprobs=0))
+    assert found["text"] == "abca"
+    assert found["logprobs"]["text_offset"] == [0, 1, 1, 2, 3]
+
+
 def test_an_echo_of_the_prompt_alone(echo: RunningApp) -> None:
     for prompt in ("abc", [A, B, C]):
         answer = complete(echo, prompt=prompt, max_tokens=0, echo=True, logprobs=0).json()
