@@ -39,8 +39,9 @@ async def create_completion(
         return Prompt(prompt)
 
     request_id = f"cmpl-{uuid.uuid4().hex}"
-    limit = DEFAULT_COMPLETION_TOKENS if body.max_tokens is None else body.max_tokens
-    asked = options(body, limit, tenant=tenant_of(request), echo=bool(body.echo))
+    asked = options(
+        body, body.max_tokens, tenant=tenant_of(request), default_limit=DEFAULT_COMPLETION_TOKENS, echo=bool(body.echo)
+    )
     job = TextJob(model, request_id, len(body.prompt), encode, asked, origin)
     scored = body.wanted_logprobs is not None
     return await respond(request, job, body, CompletionFormat(request_id, body.model, scored=scored))

@@ -33,12 +33,16 @@ class Options:
     """How text is generated, and when."""
 
     limit: int | None
-    """Tokens at most; None means as long as the context allows, and 0 that only the prompt is wanted."""
+    """Tokens at most, as the request has it: more than the context has room for is refused. 0 means that only the
+    prompt is wanted, and None that it is for the server to say.
+    """
     sampling: SamplingParams
     """For every choice, but for what depends on the model, on the prompt, and on which of a prompt's choices it is."""
     stop: tuple[str, ...] = ()
     keep_stop: bool = False
     """Whether what ended a text, a stop string or a stop token, is part of it."""
+    default_limit: int | None = None
+    """Tokens at most where there is no `limit` and the context has room for them; None takes all of its room."""
     ignore_eos: bool = False
     bad_words: tuple[str, ...] = ()
     choices: int = 1
@@ -202,7 +206,7 @@ def sampling(
             param="echo",
         )
     room = _room(prompt, options, info)
-    limit = room if options.limit is None else options.limit
+    limit = _default_limit(room, options) if options.limit is None else options.limit
     if options.sampling.min_tokens > limit:
         raise RequestError(
             f"'min_tokens' is {options.sampling.min_tokens}, and at most {limit} tokens are generated here; "
@@ -248,6 +252,10 @@ def _room(prompt: Sequence[int], options: Options, info: ModelInfo) -> int:
             param="max_tokens",
         )
     return room
+
+
+def _default_limit(room: int, options: Options) -> int:
+    return room if options.default_limit is None else min(room, options.default_limit)
 
 
 def _check_ids(field: str, tokens: Sequence[int], info: ModelInfo) -> None:

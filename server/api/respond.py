@@ -54,10 +54,13 @@ class Format(ABC):
         """The answer that is not streamed."""
 
 
-def options(body: Sampling, limit: int | None, *, tenant: str, echo: bool = False) -> Options:
+def options(
+    body: Sampling, limit: int | None, *, tenant: str, default_limit: int | None = None, echo: bool = False
+) -> Options:
     """The wire's fields with their defaults filled in; `tenant` shares cached beginnings with no other."""
     return Options(
         limit=limit,
+        default_limit=default_limit,
         sampling=body.params(),
         stop=tuple(body.stop),
         keep_stop=body.include_stop_str_in_output,

@@ -29,7 +29,7 @@ MAX_PRIORITY: Final = 100
 MAX_COMPLETION_LOGPROBS: Final = 5
 """Of /v1/completions; the number is OpenAI's, as MAX_TOP_LOGPROBS is for chats."""
 DEFAULT_COMPLETION_TOKENS: Final = 16
-"""What /v1/completions generates where max_tokens is not given; the number is OpenAI's."""
+"""What /v1/completions generates at most where max_tokens is not given; the number is OpenAI's."""
 
 Prompt = str | list[int]
 

@@ -136,6 +136,13 @@ def test_a_completion_generates_sixteen_tokens_unless_told_otherwise(echo: Runni
     assert complete(echo, max_tokens=None).json()["usage"]["completion_tokens"] == 16
 
 
+@pytest.mark.parametrize(("length", "generated"), [(239, 16), (240, 16), (241, 15), (255, 1)])
+def test_nobody_is_refused_for_a_number_of_tokens_not_asked_for(echo: RunningApp, length: int, generated: int) -> None:
+    answer = complete(echo, prompt="x" * length, max_tokens=None).json()
+    assert answer["usage"]["completion_tokens"] == generated
+    assert answer["choices"][0]["finish_reason"] == "length"
+
+
 @pytest.mark.parametrize(
     ("prompt", "texts"),
     [
@@ -315,6 +322,7 @@ REFUSED_COMPLETIONS = [
     ({"prompt": "x" * 256}, "prompt", "256 tokens, and the model's context holds 256"),
     ({"prompt": "x" * 100_000}, "prompt", "tokens, and the model's context holds 256"),
     ({"prompt": "x" * 200, "max_tokens": 57}, "max_tokens", "together 257"),
+    ({"prompt": "x" * 250, "min_tokens": 7}, "min_tokens", "at most 6 tokens are generated"),
     ({"logprobs": 6}, "logprobs", "less than or equal to 5"),
     ({"logprobs": True}, "logprobs", "integer"),
     ({"echo": 1}, "echo", "boolean"),
