@@ -1,7 +1,8 @@
 """The fields that say how tokens are chosen, with their ranges: the same for both kinds of completion.
 
-What OpenAI's API does not have is named as vLLM names it, and null means the default wherever OpenAI accepts null. What
-needs the model to be checked (token ids, words as tokens, the context's length) is checked in generation.py.
+What OpenAI's API does not have is named as vLLM names it. Null means what absence means, for every field but `model`:
+many clients write out all the fields they know. What needs the model to be checked (token ids, words as tokens, the
+context's length) is checked in generation.py.
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ MAX_STOP_CHARACTERS: Final = 256
 MAX_STOP_TOKENS: Final = 64
 MAX_TOKENS: Final = 2**24
 MAX_TOP_K: Final = 2**20
+TOP_K_OFF: Final = -1
+"""How vLLM writes it; 0 is off too."""
 MAX_TEMPERATURE: Final = 2.0
 MAX_PENALTY: Final = 2.0
 MIN_REPETITION_PENALTY: Final = 0.01
@@ -73,23 +76,23 @@ class SamplingFields(Wire):
 
     model: Annotated[str, Field(min_length=1, max_length=MAX_NAME_CHARACTERS)]
     max_tokens: TokenCount | None = None
-    min_tokens: Annotated[int, Field(ge=0, le=MAX_TOKENS)] = 0
+    min_tokens: Annotated[int, Field(ge=0, le=MAX_TOKENS)] | None = None
     temperature: Annotated[float, Field(ge=0, le=MAX_TEMPERATURE)] | None = None
     top_p: Share | None = None
-    top_k: Annotated[int, Field(ge=0, le=MAX_TOP_K)] | None = None
-    min_p: Annotated[float, Field(ge=0, le=1)] = 0.0
-    typical_p: Share = 1.0
-    repetition_penalty: Annotated[float, Field(ge=MIN_REPETITION_PENALTY, le=MAX_REPETITION_PENALTY)] = 1.0
+    top_k: Annotated[int, Field(ge=TOP_K_OFF, le=MAX_TOP_K)] | None = None
+    min_p: Annotated[float, Field(ge=0, le=1)] | None = None
+    typical_p: Share | None = None
+    repetition_penalty: Annotated[float, Field(ge=MIN_REPETITION_PENALTY, le=MAX_REPETITION_PENALTY)] | None = None
     presence_penalty: Penalty | None = None
     frequency_penalty: Penalty | None = None
     logit_bias: Biases | None = None
     allowed_token_ids: Annotated[list[TokenId], Field(min_length=1, max_length=MAX_ALLOWED_TOKENS)] | None = None
-    bad_words: Annotated[list[BadWord], Field(max_length=MAX_BAD_WORDS)] = Field(default_factory=list)
+    bad_words: Annotated[list[BadWord], Field(max_length=MAX_BAD_WORDS)] | None = None
     seed: Annotated[int, Field(ge=0, le=MAX_SEED)] | None = None
     stop: Stops = Field(default_factory=list)
-    stop_token_ids: Annotated[list[TokenId], Field(max_length=MAX_STOP_TOKENS)] = Field(default_factory=list)
-    include_stop_str_in_output: bool = False
-    ignore_eos: bool = False
+    stop_token_ids: Annotated[list[TokenId], Field(max_length=MAX_STOP_TOKENS)] | None = None
+    include_stop_str_in_output: bool | None = None
+    ignore_eos: bool | None = None
     n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = None
 
     @property
@@ -106,18 +109,18 @@ class SamplingFields(Wire):
         """What can be said without the model: `max_tokens`, bad words and the model's own stop ids are still open."""
         return SamplingParams(
             max_tokens=1,
-            min_tokens=self.min_tokens,
+            min_tokens=self.min_tokens or 0,
             temperature=DEFAULT_TEMPERATURE if self.temperature is None else self.temperature,
             top_p=1.0 if self.top_p is None else self.top_p,
-            top_k=self.top_k or 0,
-            min_p=self.min_p,
-            typical_p=self.typical_p,
-            repetition_penalty=self.repetition_penalty,
+            top_k=max(self.top_k or 0, 0),
+            min_p=self.min_p or 0.0,
+            typical_p=1.0 if self.typical_p is None else self.typical_p,
+            repetition_penalty=1.0 if self.repetition_penalty is None else self.repetition_penalty,
             presence_penalty=self.presence_penalty or 0.0,
             frequency_penalty=self.frequency_penalty or 0.0,
             logit_bias=tuple((int(token), bias) for token, bias in (self.logit_bias or {}).items()),
             allowed_token_ids=None if self.allowed_token_ids is None else tuple(self.allowed_token_ids),
             seed=self.seed,
-            stop_token_ids=tuple(self.stop_token_ids),
+            stop_token_ids=tuple(self.stop_token_ids or ()),
             logprobs=self.wanted_logprobs,
         )

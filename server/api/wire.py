@@ -104,9 +104,9 @@ _PROMPT_SCHEMA: Final = {
 
 
 class StreamOptions(Wire):
-    include_usage: bool = False
-    continuous_usage_stats: bool = False
-    include_obfuscation: Any = only(False)
+    include_usage: bool | None = None
+    continuous_usage_stats: bool | None = None
+    include_obfuscation: Any = only(False, None)
 
 
 class Sampling(SamplingFields):
@@ -131,11 +131,11 @@ class Sampling(SamplingFields):
 
     @property
     def usage_at_the_end(self) -> bool:
-        return self.stream_options is not None and self.stream_options.include_usage
+        return self.stream_options is not None and bool(self.stream_options.include_usage)
 
     @property
     def usage_in_every_chunk(self) -> bool:
-        return self.stream_options is not None and self.stream_options.continuous_usage_stats
+        return self.stream_options is not None and bool(self.stream_options.continuous_usage_stats)
 
 
 class CompletionRequest(Sampling):

@@ -254,7 +254,7 @@ REFUSED: list[tuple[dict[str, Any], str, str]] = [
     ({"temperature": "1"}, "temperature", "valid number"),
     ({"top_p": 0}, "top_p", "greater than 0"),
     ({"top_p": 1.5}, "top_p", "less than or equal to 1"),
-    ({"top_k": -1}, "top_k", "greater than or equal to 0"),
+    ({"top_k": -2}, "top_k", "greater than or equal to -1"),
     ({"top_k": 1.5}, "top_k", "integer"),
     ({"max_tokens": True}, "max_tokens", "integer"),
     ({"max_tokens": 10**30}, "max_tokens", "less than or equal"),
@@ -278,7 +278,7 @@ REFUSED: list[tuple[dict[str, Any], str, str]] = [
     ({"n": 129}, "n", "less than or equal to 128"),
     ({"n": True}, "n", "integer"),
     ({"min_p": 1.1}, "min_p", "less than or equal to 1"),
-    ({"min_p": None}, "min_p", "number"),
+    ({"min_p": "0.1"}, "min_p", "number"),
     ({"typical_p": 0}, "typical_p", "greater than 0"),
     ({"repetition_penalty": 0}, "repetition_penalty", "greater than or equal to 0.01"),
     ({"repetition_penalty": 101}, "repetition_penalty", "less than or equal to 100"),
@@ -308,7 +308,8 @@ REFUSED: list[tuple[dict[str, Any], str, str]] = [
     ({"flavour": 1}, "flavour", "accepted are model"),
     ({"model": 5}, "model", "string"),
     ({"model": ""}, "model", "at least 1"),
-    ({"ignore_eos": None}, "ignore_eos", "boolean"),
+    ({"ignore_eos": 0}, "ignore_eos", "boolean"),
+    ({"model": None}, "model", "string"),
 ]
 REFUSED_COMPLETIONS = [
     ({"prompt": None}, "prompt", "accepted are a string"),

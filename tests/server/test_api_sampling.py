@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from server.api.generation import Options, nth_choice, sampling
-from server.api.wire import ChatRequest, CompletionRequest, Sampling
+from server.api.respond import options
+from server.api.wire import ChatRequest, CompletionRequest, Sampling, StreamOptions
 from server.errors import RequestError
 from server.records import ModelInfo, SamplingParams
 from tests.server.conftest import RunningApp, ServeScript
@@ -214,6 +215,43 @@ def test_what_the_engine_is_told() -> None:
     assert nth_choice(SamplingParams(max_tokens=1), 2).seed is None
     plain = CompletionRequest.model_validate({"model": "m", "prompt": "a"})
     assert sampling([1], Options(16, plain.params()), (), INFO) == SamplingParams(max_tokens=16, stop_token_ids=(2,))
+
+
+def asked(body: Sampling) -> object:
+    """What a request is told apart by, behind the wire."""
+    return (
+        options(body, body.max_tokens, tenant=""), body.choices, bool(body.stream), body.usage_at_the_end,
+        body.usage_in_every_chunk,
+    )  # fmt: skip
+
+
+REQUESTS: dict[type[Sampling], dict[str, Any]] = {
+    CompletionRequest: {"model": "m", "prompt": "a"},
+    ChatRequest: {"model": "m", "messages": [{"role": "user", "content": "a"}]},
+}
+
+
+@pytest.mark.parametrize(
+    ("kind", "field"),
+    [(kind, field) for kind, body in REQUESTS.items() for field in kind.model_fields if field not in body],
+    ids=lambda value: value if isinstance(value, str) else value.__name__,
+)
+def test_null_means_what_absence_means(kind: type[Sampling], field: str) -> None:
+    assert asked(kind.model_validate(REQUESTS[kind] | {field: None})) == asked(kind.model_validate(REQUESTS[kind]))
+
+
+def test_null_means_what_absence_means_in_stream_options() -> None:
+    body = REQUESTS[ChatRequest] | {"stream": True}
+    nothing = dict.fromkeys(StreamOptions.model_fields)
+    assert asked(ChatRequest.model_validate(body | {"stream_options": nothing})) == asked(
+        ChatRequest.model_validate(body)
+    )
+
+
+@pytest.mark.parametrize(("top_k", "told"), [(-1, 0), (0, 0), (None, 0), (1, 1), (2**20, 2**20)])
+def test_top_k_is_off_as_openai_and_vllm_clients_write_it(top_k: int | None, told: int) -> None:
+    body = CompletionRequest.model_validate(REQUESTS[CompletionRequest] | {"top_k": top_k})
+    assert body.params().top_k == told
 
 
 def test_a_prompt_that_is_only_scored_needs_room_for_one_token() -> None:
