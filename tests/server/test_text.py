@@ -226,6 +226,56 @@ def test_bad_words_are_encoded_as_they_are_and_behind_a_space() -> None:
     assert bad_word_ids(tokenizer, []) == ()
 
 
+def merging(*merges: tuple[str, str]) -> Tokenizer:
+    """A tokenizer as Llama-2 has it, with merges that may join anything: it begins every text with a space."""
+    alphabet = ["<unk>", "\n", "▁", "(", "f", "o", "x"]
+    vocabulary = list(dict.fromkeys([*alphabet, *("".join(pair) for pair in merges)]))
+    numbered = {piece: index for index, piece in enumerate(vocabulary)}
+    rust = RustTokenizer(models.BPE(numbered, list(merges), unk_token="<unk>", fuse_unk=True))
+    rust.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    rust.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
+    return Tokenizer(rust, {})
+
+
+FOO = (("o", "o"), ("f", "oo"), ("▁", "foo"), ("▁", "▁"), ("▁", "("))
+MERGING = {
+    "plain": merging(*FOO),
+    "newlines merge": merging(*FOO, ("\n", "foo")),
+    "brackets merge": merging(*FOO[:2], ("(", "foo"), *FOO[2:]),
+    "parts merge": merging(("o", "o"), ("\n", "f"), ("(", "f"), ("▁", "f")),
+}
+
+
+def holds(ids: Sequence[int], words: Sequence[tuple[int, ...]]) -> bool:
+    return any(tuple(ids[start : start + len(word)]) == word for word in words for start in range(len(ids)))
+
+
+@pytest.mark.parametrize("text", ["foo", " foo", "x foo", "x  foo", "(foo", "\nfoo", "x\nfoo", "xfoo", "foox"])
+def test_a_bad_word_is_found_wherever_it_is(text: str) -> None:
+    tokenizer = MERGING["plain"]
+    assert holds(tokenizer.encode(text), bad_word_ids(tokenizer, ["foo"]))
+
+
+@pytest.mark.parametrize(
+    ("name", "found"),
+    [("newlines merge", {"(foo"}), ("brackets merge", {"\nfoo"}), ("parts merge", set())],
+)
+def test_a_bad_word_that_is_merged_with_what_is_before_it_is_another_token(name: str, found: set[str]) -> None:
+    tokenizer = MERGING[name]
+    banned = bad_word_ids(tokenizer, ["foo"])
+    assert {text for text in ("(foo", "\nfoo") if holds(tokenizer.encode(text), banned)} == found
+
+
+@given(words=st.lists(st.text(alphabet="fox (\n", min_size=1, max_size=6), min_size=1, max_size=3))
+@pytest.mark.parametrize("name", MERGING)
+@settings(deadline=None)
+def test_no_other_word_is_banned_than_the_bad_ones(name: str, words: list[str]) -> None:
+    tokenizer = MERGING[name]
+    spelled = {b"".join(tokenizer.spell(token).data for token in ids) for ids in bad_word_ids(tokenizer, words)}
+    allowed = {spaces + word for word in words for spaces in ("", " ", "  ")}
+    assert {text.decode() for text in spelled} <= allowed
+
+
 def test_a_bad_word_without_tokens_is_refused() -> None:
     rust = RustTokenizer(models.WordLevel({"cat": 0}, unk_token="cat"))
     rust.pre_tokenizer = pre_tokenizers.Whitespace()
