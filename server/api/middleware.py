@@ -108,12 +108,20 @@ class HostCheck:
                 "and what the setting allowed_hosts adds"
             )
         if origin is not None:
-            page = urlsplit(origin).netloc.lower()
-            if page != host.lower() and host_name(page) not in self._allowed:
+            page = page_host(origin)
+            if page is None or (page != host.lower() and host_name(page) not in self._allowed):
                 raise ForbiddenHostError(
                     f"the Origin header is {shown(origin)}; accepted are pages of this server, "
                     "and what the setting allowed_hosts adds"
                 )
+
+
+def page_host(origin: str) -> str | None:
+    """The host and port in an Origin header, in lower case; None where they can't be told."""
+    try:
+        return urlsplit(origin).netloc.lower()
+    except ValueError:  # a bracket that is never closed, for one
+        return None
 
 
 def host_name(host: str) -> str:

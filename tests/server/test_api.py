@@ -727,6 +727,8 @@ def test_a_body_that_does_not_arrive_is_408(monkeypatch: pytest.MonkeyPatch, ser
         ({"Host": "localhost:80", "Origin": "http://localhost:3000"}, 403),
         ({"Origin": "https://evil.example"}, 403),
         ({"Origin": "null"}, 403),
+        ({"Origin": "http://["}, 403),
+        ({"Origin": "http://[::1"}, 403),
     ],
     ids=str,
 )
