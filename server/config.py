@@ -11,7 +11,7 @@ from __future__ import annotations
 import ipaddress
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal, TypeVar
@@ -37,6 +37,7 @@ from server.records import (
     MAX_TIMEOUT_SECONDS,
     SPECULATIVE_TOKENS,
     ModelSpec,
+    is_sendable,
 )
 from server.sentences import describe, listed, location, shown
 from server.yaml_file import read_yaml
@@ -331,6 +332,7 @@ def load_config(flags: Mapping[str, object], environment: Mapping[str, str]) -> 
     if config_file is not None:
         path = Path(str(config_file.raw))
         document, source, folder = read_yaml(path), str(path), path.parent
+        _check_keys(document, source, [*SERVER_KEYS, "models"])
     entries = _model_entries(document.pop("models", None), source, folder)
     server = {key: _Value(value, f"{source}: {key}") for key, value in document.items()}
     server |= {key: value for key, value in given.items() if key not in SINGLE_MODEL_KEYS}
@@ -375,6 +377,7 @@ def _model_entries(models: object, source: str, folder: Path) -> list[dict[str, 
 def _model_entry(model: object, place: str, folder: Path) -> dict[str, _Value]:
     if not isinstance(model, Mapping):
         raise ConfigError(f"{place} is {shown(model)}; accepted is a mapping with the keys {listed(MODEL_KEYS)}")
+    _check_keys(model, place, MODEL_KEYS)
     for key in model:
         if key in NOT_SUPPORTED_YET:
             raise ConfigError(f"{place}: {key!r} is not supported yet; accepted are {listed(MODEL_KEYS)}")
@@ -383,6 +386,13 @@ def _model_entry(model: object, place: str, folder: Path) -> dict[str, _Value]:
     if path is not None and isinstance(path.raw, str):
         entry["path"] = _Value(folder / path.raw, path.origin)
     return entry
+
+
+def _check_keys(keys: Iterable[object], place: str, accepted: Iterable[str]) -> None:
+    """Refuses keys with half a character, which JSON and YAML can escape: pydantic wouldn't say which key it was."""
+    for key in map(str, keys):
+        if not is_sendable(key):
+            raise ConfigError(f"{place}: {shown(key)} is not known; accepted are {listed(accepted)}")
 
 
 def _models(entries: list[dict[str, _Value]], single: dict[str, _Value], source: str) -> tuple[ModelConfig, ...]:
@@ -422,7 +432,7 @@ def _model(entry: dict[str, _Value]) -> ModelConfig:
         try:
             directory = Path(str(path.raw)).expanduser()
             has_config, is_directory = (directory / "config.json").is_file(), directory.is_dir()
-        except (OSError, RuntimeError) as error:  # a name too long, a user without a home
+        except (OSError, RuntimeError, ValueError) as error:  # a name too long or garbled, a user without a home
             raise ConfigError(f"{path.origin}: {shown(str(path.raw))} can't be looked at: {error}") from error
         if not has_config:
             found = "a directory without config.json" if is_directory else "not a directory on this machine"

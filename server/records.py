@@ -497,6 +497,15 @@ def encode_frame(record: Record) -> bytes:
     return _LENGTH.pack(len(body)) + body
 
 
+def is_sendable(value: object) -> bool:
+    """Whether a frame can hold this value, which came from JSON or YAML: both allow more than MessagePack does."""
+    try:
+        _encoder.encode(value)
+    except (UnicodeEncodeError, OverflowError, RecursionError):
+        return False
+    return True
+
+
 def frame_length(prefix: bytes) -> int:
     """The body length that a frame's first LENGTH_PREFIX_BYTES announce; raises ValueError beyond MAX_FRAME_BYTES."""
     (length,) = _LENGTH.unpack(prefix)

@@ -131,6 +131,8 @@ BAD_FILES = [
     ("models: [{name: a, path: my-model, kv_cache: {dtype: int4}}]", "'kv_cache.dtype' is 'int4'; it must be 'auto'"),
     ("models: [{name: a, path: my-model, quantization: [nf4]}]", "'quantization"),
     ("prot: 80\nmodels: [{name: a, path: my-model}]", "prot: 'prot' is not known; accepted are host, port"),
+    ('"\\ud800": 80\nmodels: [{name: a, path: my-model}]', "'\\ud800' is not known; accepted are host, port"),
+    ('models: [{name: a, path: my-model, "\\ud800": 80}]', "models[0]: '\\ud800' is not known; accepted are name"),
     ("api_keys: [short]\nmodels: [{name: a, path: my-model}]", "key 1 of 'api_keys' is not accepted; a key is 8"),
     ("api_keys: {a: b}\nmodels: [{name: a, path: my-model}]", "'api_keys' is '(not shown)'"),
     ("admin_key: short\nmodels: [{name: a, path: my-model}]", "'admin_key' is not accepted; a key is 8"),
