@@ -65,7 +65,7 @@ def _from_text(value: object) -> object:
     if isinstance(value, str) and value.lstrip().startswith("{"):
         try:
             return json.loads(value)
-        except json.JSONDecodeError as error:
+        except (ValueError, RecursionError) as error:  # no JSON, too many digits; too deep
             raise ValueError(f"{shown(value)} starts like a JSON object and is not one: {error}") from error
     return value
 
@@ -158,6 +158,18 @@ class ModelConfig(Settings):
     def _check_device(cls, value: str) -> str:
         if not _DEVICE.fullmatch(value):
             raise ValueError(f"'device' is {shown(value)}; accepted are auto, cpu, cuda and cuda:N")
+        return value
+
+    @field_validator("path", "quantization", "device_map")
+    @classmethod
+    def _check_sendable(cls, value: object, info: ValidationInfo) -> object:
+        """The other fields can't hold anything that is not."""
+        sent = str(value) if isinstance(value, Path) else value
+        if not is_sendable(sent):
+            raise ValueError(
+                f"'{info.field_name}' is {shown(sent)}, which an engine can't be sent; accepted are whole characters, "
+                "integers of 64 bits, and no endless nesting"
+            )
         return value
 
     def spec(self, threads: int) -> ModelSpec:

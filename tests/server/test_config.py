@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from server.config import ALL_KEYS, MODEL_KEYS, SERVER_KEYS, load_config
+from server.config import ALL_KEYS, MODEL_KEYS, SERVER_KEYS, load_config, load_entry
 from server.cpus import available_cpus, cgroup_quota
 from server.demo import DEMO_MODEL_NAME, DEMO_MODEL_PATH, DEMO_QUANTIZATION
 from server.errors import ConfigError
@@ -130,6 +130,7 @@ BAD_FILES = [
     ("models: [{name: a, path: my-model, kv_cache: 5}]", "'kv_cache' is 5"),
     ("models: [{name: a, path: my-model, kv_cache: {dtype: int4}}]", "'kv_cache.dtype' is 'int4'; it must be 'auto'"),
     ("models: [{name: a, path: my-model, quantization: [nf4]}]", "'quantization"),
+    ("models: [{name: a, path: my-model, device_map: {a: 99999999999999999999}}]", "which an engine can't be sent"),
     ("prot: 80\nmodels: [{name: a, path: my-model}]", "prot: 'prot' is not known; accepted are host, port"),
     ('"\\ud800": 80\nmodels: [{name: a, path: my-model}]', "'\\ud800' is not known; accepted are host, port"),
     ('models: [{name: a, path: my-model, "\\ud800": 80}]', "models[0]: '\\ud800' is not known; accepted are name"),
@@ -180,6 +181,15 @@ def test_a_bad_flag_or_variable_is_named(
     with pytest.raises(ConfigError) as caught:
         load_config({"model": str(model)} | flags, environment)
     assert words in str(caught.value)
+
+
+def test_a_path_that_is_no_text_is_refused(tmp_path: Path) -> None:
+    """The name of a file may be any bytes."""
+    path = tmp_path / "m\udcff"
+    path.mkdir()
+    (path / "config.json").write_text("{}")
+    with pytest.raises(ConfigError, match=r"'path' is '.*udcff', which an engine can't be sent"):
+        load_entry({"path": str(path), "name": "m"}, "the request body", Path())
 
 
 def test_flags_for_one_model_beside_a_file_of_several_are_refused(tmp_path: Path, model: Path) -> None:
