@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -21,7 +22,7 @@ from transformers.initialization import no_init_weights
 from quant.config import BitsAndBytesConfig
 from quant.conversion import modules_to_quantize
 from quant.embedding import embedding_groups
-from quant.errors import CheckpointError
+from quant.errors import CheckpointError, QuantError
 from quant.experts import PackedExperts, Projection, are_packed_in, find_experts
 from quant.formats import NESTED_BLOCKSIZE
 from quant.headers import TensorHeader, plain_name, read_checkpoint_headers
@@ -40,6 +41,8 @@ UNQUANTIZED: Final = "unquantized_"
 """Prefix of one component per dtype: unquantized_bfloat16, unquantized_float32, ..."""
 
 _FLOAT32_BYTES: Final = 4
+_REASON_CHARACTERS: Final = 300
+"""How much of another library's message is shown: some list every model there is, or where in C++ they come from."""
 
 
 def unquantized(dtype: torch.dtype) -> str:
@@ -51,15 +54,35 @@ def read_config(directory: Path) -> transformers.PretrainedConfig:
     """The transformers config of a checkpoint directory; raises CheckpointError where there is none that is known."""
     if not (directory / "config.json").is_file():
         raise CheckpointError(f"{directory} is not a model: it has no config.json")
-    try:
+    with refused(f"{directory / 'config.json'} is not a config that transformers knows"):
         config: transformers.PretrainedConfig = transformers.AutoConfig.from_pretrained(
             directory, local_files_only=True, trust_remote_code=False
         )
-    except (ValueError, OSError, KeyError, TypeError) as error:
-        raise CheckpointError(
-            f"{directory / 'config.json'} is not a config that transformers knows: {error}"
-        ) from error
     return config
+
+
+@contextmanager
+def refused(sentence: str) -> Iterator[None]:
+    """Turns whatever is raised into a CheckpointError that begins with `sentence` and ends with the reason.
+
+    A config decides which code of transformers runs, and on which values: no list of what that may raise is complete.
+    """
+    try:
+        yield
+    except (QuantError, MemoryError):
+        raise
+    except Exception as error:
+        raise CheckpointError(f"{sentence}: {_reason(error)}") from error
+
+
+def _reason(error: Exception) -> str:
+    """What another library says, in one line; with the class of error, unless it is one that brings sentences."""
+    text = " ".join(str(error).split())
+    text = text if len(text) <= _REASON_CHARACTERS else f"{text[: _REASON_CHARACTERS - 3]}..."
+    kind = type(error)
+    if kind in (ValueError, OSError, ImportError):
+        return text
+    return f"{kind.__name__}: {text}" if text else kind.__name__
 
 
 def auto_class(config: transformers.PretrainedConfig) -> Any:
@@ -69,15 +92,13 @@ def auto_class(config: transformers.PretrainedConfig) -> Any:
 
 def meta_model(config: transformers.PretrainedConfig, dtype: torch.dtype) -> transformers.PreTrainedModel:
     """The language model of a config on the meta device: every shape and dtype, no byte of weights."""
-    try:
+    kind = "an encoder-decoder for text" if config.is_encoder_decoder else "a causal language model"
+    with refused(f"architecture {config.model_type!r} is not {kind} that transformers can build from this config"):
         with torch.device("meta"), no_init_weights():  # what fills nothing takes a third of the time all the same
             model: transformers.PreTrainedModel = auto_class(config).from_config(
                 config, dtype=dtype, trust_remote_code=False
             )
         model.tie_weights()  # else a part of what was left out
-    except ValueError as error:
-        kind = "an encoder-decoder for text" if config.is_encoder_decoder else "a causal language model"
-        raise CheckpointError(f"architecture {config.model_type!r} is not {kind}: {error}") from error
     return model
 
 

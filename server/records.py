@@ -498,7 +498,7 @@ def encode_frame(record: Record) -> bytes:
 
 
 def is_sendable(value: object) -> bool:
-    """Whether a frame can hold this value, which came from JSON or YAML: both allow more than MessagePack does."""
+    """Whether a frame can hold this value, which comes from JSON or YAML: both allow more than MessagePack does."""
     try:
         _encoder.encode(value)
     except (UnicodeEncodeError, OverflowError, RecursionError):

@@ -15,11 +15,13 @@ import transformers
 
 from quant import memory as weights
 from quant.config import BitsAndBytesConfig, from_spec
+from quant.errors import CheckpointError
 from quant.headers import INDEX_FILE, SINGLE_FILE, TensorHeader, checkpoint_files, read_checkpoint_headers
 from quant.tied import untie_what_differs
 from server.errors import ConfigError
 from server.memory.activations import Widths, block_widths
 from server.memory.devices import main_device, resolve_device, resolve_map
+from server.memory.kv import kv_layers
 from server.records import DISK, ModelSpec
 
 DTYPES: Final = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -62,6 +64,9 @@ def read_facts(spec: ModelSpec) -> Facts:
     files = checkpoint_files(directory) if has_weights else []
     headers = read_checkpoint_headers(directory) if has_weights else {}
     meta = weights.meta_model(hf_config, dtype)
+    with weights.refused(f"architecture {hf_config.model_type!r} cannot be planned from this config"):
+        widths = block_widths(meta)
+        _refuse_what_is_empty(hf_config)
     untie_what_differs(meta, headers)
     device_map = resolve_map(spec, hf_config, dtype, quantization, files, meta)
     device = resolve_device(spec) if device_map is None else main_device(spec, device_map)
@@ -75,11 +80,21 @@ def read_facts(spec: ModelSpec) -> Facts:
         quantization=quantization,
         meta=meta,
         parameters=sum(parameter.numel() for parameter in meta.parameters()),
-        widths=block_widths(meta),
+        widths=widths,
         headers=headers,
         checkpoint_bytes=sum(file.stat().st_size for file in files),
         prequantized=getattr(hf_config, "quantization_config", None) is not None,
     )
+
+
+def _refuse_what_is_empty(config: transformers.PretrainedConfig) -> None:
+    """Raises CheckpointError for a model without layers or tokens: there is nothing to serve, or to try it with."""
+    sizes = {"num_hidden_layers": kv_layers(config), "vocab_size": config.get_text_config(decoder=True).vocab_size}
+    for name, size in sizes.items():
+        if size < 1:
+            raise CheckpointError(
+                f"architecture {config.model_type!r} cannot be served: {name} is {size}; accepted is 1 or more"
+            )
 
 
 def model_dtype(spec: ModelSpec, config: transformers.PretrainedConfig) -> torch.dtype:

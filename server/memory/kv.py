@@ -7,6 +7,7 @@ cache classes, which serve architectures that never call our attention, hold the
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any, Final
 
 import torch
@@ -14,6 +15,7 @@ import transformers
 from torch import nn
 
 from quant.kv import DTYPES, head_bytes
+from quant.memory import refused
 from server.errors import ConfigError
 from server.records import ModelSpec
 
@@ -43,16 +45,26 @@ def layer_bytes_per_token(config: transformers.PretrainedConfig, dtype: torch.dt
     In an encoder-decoder a token has them in one of two places of a decoder layer: those it is generated as in its
     self-attention, those it is read as in its attention to the encoder. So the figure holds for prompt and answer.
     """
-    text = config.get_text_config(decoder=True)
-    heads = kv_heads(text)
-    key, value = _head_sizes(text)
+    with _asking(config):
+        text = config.get_text_config(decoder=True)
+        heads = kv_heads(text)
+        key, value = _head_sizes(text)
     return heads * (head_bytes(key, dtype) + head_bytes(value, dtype))
 
 
 def kv_layers(config: transformers.PretrainedConfig) -> int:
     """Layers that keep keys and values."""
-    text = config.get_text_config(decoder=True)
-    return int(getattr(text, "num_decoder_layers", None) or text.num_hidden_layers)
+    with _asking(config):
+        text = config.get_text_config(decoder=True)
+        return int(getattr(text, "num_decoder_layers", None) or text.num_hidden_layers)
+
+
+def _asking(config: transformers.PretrainedConfig) -> AbstractContextManager[None]:
+    """A model without attention has no such sizes (Mamba), and one may have another in each layer (Gemma 4)."""
+    return refused(
+        f"architecture {config.model_type!r} cannot be served; accepted are models whose layers keep keys and values "
+        "of one size, and its config names none"
+    )
 
 
 def kv_bytes_per_token(config: transformers.PretrainedConfig, dtype: torch.dtype) -> int:

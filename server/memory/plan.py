@@ -19,14 +19,14 @@ from collections.abc import Iterable, Mapping
 import msgspec
 import torch
 
-from server.errors import ConfigError, DoesNotFitError
+from server.errors import ConfigError, DoesNotFitError, LoadError
 from server.memory import machine
 from server.memory.components import MAPPED_FILES, RUNTIME_CONTEXT
 from server.memory.facts import read_facts
 from server.memory.machine import Share
 from server.memory.nearest import in_words, nearest
 from server.memory.needs import Supply, plan_for, weights_by_device
-from server.records import CPU, DISK, DevicePlan, ModelSpec, Plan, Planned, Shortage
+from server.records import CPU, DISK, DevicePlan, ModelSpec, Plan, Planned, Shortage, is_sendable
 
 
 def make_plan(
@@ -43,7 +43,7 @@ def make_plan(
     device that are free, and not for this model.
 
     Raises ConfigError for a bad value; the errors of `quant` for a checkpoint or a quantization config that is not
-    accepted.
+    accepted; LoadError where a config's sizes are no model's.
     """
     facts = read_facts(spec)
     weights = weights_by_device(facts, facts.quantization)
@@ -54,6 +54,11 @@ def make_plan(
         free[facts.device] = available_bytes
     supply = Supply(free, promised or {}, runtime or own)
     plan = plan_for(spec, facts, weights, supply)
+    if not is_sendable(plan):
+        raise LoadError(
+            f"model {spec.name!r}: by its config.json it has {plan.parameters} parameters and "
+            f"{plan.max_model_len} positions; accepted are numbers of which the bytes can be counted in 64 bits"
+        )
     return plan if plan.fits else msgspec.structs.replace(plan, nearest=nearest(spec, facts, weights, supply))
 
 

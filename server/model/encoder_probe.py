@@ -134,18 +134,18 @@ def _own_logits(model: PreTrainedModel, prompt: list[int], answer: list[int]) ->
 def _cached_layers(model: PreTrainedModel, proof: EncoderDecoderProof) -> list[LayerShape]:
     """What each layer of the decoder keeps per token; raises LoadError where the pages cannot hold it."""
     name = architecture_of(model)
-    decoder: Any = model.get_decoder()  # type: ignore[no-untyped-call]
-    own, crossed = (DynamicCache(config=decoder.config) for _ in range(2))
     prompt, answer = proof.prompts[-1], proof.answers[-1]
     device = input_device(model)
     ids, answered = (torch.tensor([tokens], device=device) for tokens in (prompt, answer))
-    cache = EncoderDecoderCache(own, crossed)
     try:
+        decoder: Any = model.get_decoder()  # type: ignore[no-untyped-call]
+        own, crossed = (DynamicCache(config=decoder.config) for _ in range(2))
+        cache = EncoderDecoderCache(own, crossed)
         model(input_ids=ids, decoder_input_ids=answered, use_cache=True, **{cache_argument(model): cache})
+        layers, read = cached_shapes(own, len(answer)), cached_shapes(crossed, len(prompt))
     except Exception as error:
         raise LoadError(f"{name} cannot be served: it failed with a cache ({type(error).__name__}: {error})") from error
-    layers = cached_shapes(own, len(answer))
-    if not layers or layers != cached_shapes(crossed, len(prompt)):
+    if not layers or layers != read:
         raise LoadError(
             f"{name} cannot be served: its layers do not cache the same for a token of the prompt and of the answer; "
             "accepted are encoder-decoders with keys and values of equal shapes, such as T5 and BART"

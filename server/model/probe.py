@@ -215,11 +215,12 @@ def _shape(call: Call) -> LayerShape:
 @torch.inference_mode()
 def _cached_layers(model: PreTrainedModel, prompt: list[int], spec: ModelSpec) -> list[LayerShape]:
     """What our cache keeps per token of each layer of transformers' own; none where one keeps anything else."""
-    cache = DynamicCache(config=model.config)
     ids = torch.tensor([prompt], device=input_device(model))
     try:
+        cache = DynamicCache(config=model.config)
         model(input_ids=ids, use_cache=True, **{cache_argument(model): cache})
+        shapes = cached_shapes(cache, len(prompt))
     except Exception as error:
         log.warning("%s failed with a cache", type(model).__name__, exc_info=error)
         return []
-    return [shape.stored_as(kv_dtype(spec, shape.computed)) for shape in cached_shapes(cache, len(prompt))]
+    return [shape.stored_as(kv_dtype(spec, shape.computed)) for shape in shapes]

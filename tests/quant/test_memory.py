@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 import quant
 from quant import memory
 from quant.config import PRESETS, from_spec
+from quant.errors import CheckpointError
 from tests.tiny_models import CONFIGS, save_tiny
 
 DTYPES = (torch.float32, torch.bfloat16)
@@ -152,3 +153,27 @@ def test_known_shape_by_hand() -> None:
     assert nested["absmax"] == linear // 64
     assert round(sum(sizes.values()) / 1e9, 2) == 4.17
     assert round(sum(nested.values()) / 1e9, 2) == 3.87
+
+
+@pytest.mark.parametrize("error", [CheckpointError("ours"), MemoryError(), KeyboardInterrupt()], ids=repr)
+def test_what_is_no_fault_of_a_config_passes(error: BaseException) -> None:
+    with pytest.raises(type(error)) as caught, memory.refused("a config is at fault"):
+        raise error
+    assert caught.value is error
+
+
+@pytest.mark.parametrize(
+    ("error", "sentence"),
+    [
+        (ValueError("a sentence\nof two lines"), "x is not one: a sentence of two lines"),
+        (KeyError("rope"), "x is not one: KeyError: 'rope'"),
+        (RecursionError("too deep"), "x is not one: RecursionError: too deep"),
+        (AssertionError(), "x is not one: AssertionError"),
+        (ValueError("a" * 301), f"x is not one: {'a' * 297}..."),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_what_transformers_raises_becomes_one_sentence(error: Exception, sentence: str) -> None:
+    with pytest.raises(CheckpointError) as caught, memory.refused("x is not one"):
+        raise error
+    assert str(caught.value) == sentence

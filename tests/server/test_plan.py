@@ -13,7 +13,7 @@ import torch
 from rich.console import Console
 
 from quant.errors import CheckpointError, QuantConfigError
-from server.errors import ConfigError, DoesNotFitError
+from server.errors import ConfigError, DoesNotFitError, LoadError
 from server.memory import devices, ledger, plan, table
 from server.memory.activations import MOST_PARTS, activation_bytes
 from server.memory.components import exact
@@ -347,6 +347,38 @@ def test_bad_values(path: str, changes: dict[str, object], error: type[Exception
     fields: dict[str, object] = {"name": "m", "path": path} | changes
     with pytest.raises(error, match=words):
         plan.make_plan(ModelSpec(**fields), GIB)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("architecture", "words"),
+    [
+        ("mamba", "'mamba' cannot be served; accepted are models whose layers keep keys and values of one size"),
+        ("mamba2", "'mamba2' cannot be served; accepted are models whose layers keep"),
+        ("falcon_mamba", "'falcon_mamba' cannot be served; accepted are models whose layers keep"),
+        ("rwkv", "'rwkv' cannot be served; accepted are models whose layers keep"),
+        ("xlstm", "'xlstm' cannot be served; accepted are models whose layers keep"),
+        ("reformer", "'reformer' is not a causal language model that transformers can build from this config: Assert"),
+        ("lfm2_moe", "'lfm2_moe' is not a causal language model that transformers can build from this config: TypeE"),
+        ("vit", "'vit' is not a causal language model that transformers can build from this config: Unrecognized"),
+    ],
+)
+def test_an_architecture_that_cannot_be_served_is_refused_by_name(
+    tmp_path: Path, architecture: str, words: str
+) -> None:
+    """A config that says nothing else is that of the architecture's own defaults."""
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": architecture}))
+    with pytest.raises(CheckpointError, match=f"^architecture {words}") as caught:
+        plan.make_plan(ModelSpec("m", str(tmp_path)), GIB)
+    assert len(str(caught.value)) < 500, "transformers may list every architecture that it has"
+
+
+@pytest.mark.parametrize("positions", [10**30, 2**63])
+def test_sizes_that_no_machine_counts_are_refused(path: str, tmp_path: Path, positions: int) -> None:
+    """No frame could bring such a plan to the HTTP process."""
+    config = json.loads((Path(path) / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"max_position_embeddings": positions}))
+    with pytest.raises(LoadError, match=f"and {positions} positions; accepted are numbers of which the bytes"):
+        plan.make_plan(ModelSpec("m", str(tmp_path)), GIB)
 
 
 @pytest.mark.parametrize("quantization", [None, "nf4-dq", "int8"])

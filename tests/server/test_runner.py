@@ -19,6 +19,7 @@ from server.errors import LoadError
 from server.memory.kv import kv_bytes_per_token
 from server.memory.ledger import measure
 from server.memory.plan import make_plan
+from server.model import probe
 from server.model.batch import Batch, Chunk, Draw, StepError
 from server.model.cache_runner import MOST_PADDED, SMALL_CALL, CacheRunner, groups
 from server.model.encoder_decoder import EncoderDecoderRunner
@@ -378,6 +379,25 @@ def test_a_model_that_looks_ahead_is_refused_by_name() -> None:
             parameter.mul_(4.0)  # weak attention would look like rounding
     with pytest.raises(LoadError, match="architecture 'bert' .* later tokens change the logits of earlier ones"):
         choose_runner(model, ModelSpec("m", ""), blocks=8, max_model_len=64)
+
+
+def test_an_encoder_decoder_whose_decoder_has_no_config_is_refused_by_name() -> None:
+    config = transformers.FSMTConfig(
+        langs=["a", "b"], src_vocab_size=320, tgt_vocab_size=320, d_model=64, max_position_embeddings=64,
+        encoder_layers=1, encoder_attention_heads=2, encoder_ffn_dim=64,
+        decoder_layers=1, decoder_attention_heads=2, decoder_ffn_dim=64,
+    )  # fmt: skip
+    model = transformers.FSMTForConditionalGeneration(config).eval()
+    with pytest.raises(LoadError, match="architecture 'fsmt' .* failed with a cache .*'FSMTDecoder' object has no"):
+        choose_runner(model, ModelSpec("m", ""), blocks=8, max_model_len=64)
+
+
+def test_a_model_that_no_cache_can_be_made_for_is_tried_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(**_: object) -> None:
+        raise AttributeError("'BloomConfig' object has no attribute 'num_hidden_layers'")
+
+    monkeypatch.setattr(probe, "DynamicCache", fail)
+    assert isinstance(cache_runner_for(tiny("bloom")), SingleRunner)
 
 
 def test_a_model_that_leaks_between_packed_sequences_is_not_paged() -> None:
