@@ -381,6 +381,18 @@ def test_a_model_that_looks_ahead_is_refused_by_name() -> None:
         choose_runner(model, ModelSpec("m", ""), blocks=8, max_model_len=64)
 
 
+def test_a_model_with_states_is_served_a_sequence_at_a_time() -> None:
+    config = transformers.GraniteMoeHybridConfig(
+        vocab_size=320, hidden_size=64, intermediate_size=64, shared_intermediate_size=64, num_hidden_layers=2,
+        num_attention_heads=2, num_key_value_heads=2, layer_types=["mamba", "attention"], num_local_experts=2,
+        num_experts_per_tok=1, mamba_n_heads=4, mamba_d_head=32, mamba_d_state=16, mamba_n_groups=1,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = transformers.GraniteMoeHybridForCausalLM(config).eval()
+    runner = choose_runner(model, ModelSpec("m", ""), blocks=8, max_model_len=64)
+    assert (type(runner), runner.batching) == (SingleRunner, "single")
+
+
 def test_an_encoder_decoder_whose_decoder_has_no_config_is_refused_by_name() -> None:
     config = transformers.FSMTConfig(
         langs=["a", "b"], src_vocab_size=320, tgt_vocab_size=320, d_model=64, max_position_embeddings=64,
