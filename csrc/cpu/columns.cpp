@@ -9,10 +9,11 @@ namespace hb {
 
 static_assert(kPanelValues % kSmallestBlocksize == 0 && kLargestBlocksize % kPanelValues == 0, "powers of two");
 
-bool fit_columns(const DecodedCall& call) {
+bool fit_columns(const DecodedCall& call, int64_t rows) {
     static const bool has_kernel = level() == kAvx512Bf16 && has_vbmi();
-    const DecodedWeight& weight = call.weight;
-    return has_kernel && !weight.is_int8 && call.x_dtype == HB_BFLOAT16 && call.K > 0 && call.K % weight.blocksize == 0;
+    const int64_t whole = call.weight.is_int8 ? kUnitBytes : call.weight.blocksize;
+    const bool are_many = rows >= (call.weight.is_int8 ? kFewestRows8 : kFewestRows4);
+    return has_kernel && are_many && call.x_dtype == HB_BFLOAT16 && call.K > 0 && call.K % whole == 0;
 }
 
 ColumnsScratch::ColumnsScratch(const DecodedCall& call, int64_t rows)

@@ -17,13 +17,16 @@
 
 namespace hb {
 
-constexpr int64_t kFewestRows = 13;    // of x; with fewer, weights that go from register to register are faster
+// Of x, for weights in 4 and in 8 bits: with fewer, weights that go from register to register are faster.
+constexpr int64_t kFewestRows4 = 13, kFewestRows8 = 17;
 constexpr int64_t kColumns = 32;       // weight rows in a panel
 constexpr int64_t kPanelValues = 256;  // of a weight row that a panel has at most: 16 KB, half of a small first cache
+constexpr int64_t kUnitBytes = 4;      // of a row of codes, transposed together
 
-// Whether a call can be computed so: weights in 4 bits whose rows begin with a block. A block's size is a power of two,
-// so a panel has whole ones, or a block whole panels.
-bool fit_columns(const DecodedCall& call);
+// Whether so many rows of a call are to be computed so: weights in 4 bits whose rows begin with a block, or in 8 whose
+// rows are whole units. A block's size is a power of two, so a panel has whole ones, or a block whole panels; in int8 a
+// block is a row.
+bool fit_columns(const DecodedCall& call, int64_t rows);
 
 // Scratch of one thread, in bytes; each part is a multiple of 64.
 struct ColumnsScratch {

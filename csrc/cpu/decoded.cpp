@@ -36,7 +36,7 @@ const DecodedWay& way_for(const DecodedCall& call, int64_t rows) {
 #ifdef HB_X86
     const bool may_take_vectors = rows <= kRowsOnVectors && !call.batch_invariant && has_avx512();
     if (level() >= kAmx && call.x_dtype == HB_BFLOAT16 && !may_take_vectors) return kOnTiles;
-    if (rows >= kFewestRows && !call.batch_invariant && fit_columns(call)) return kByColumns;
+    if (!call.batch_invariant && fit_columns(call, rows)) return kByColumns;
 #endif
     (void)call, (void)rows;
     return kOnVectors;

@@ -120,7 +120,7 @@ struct HopperBlock {
 #pragma unroll
             for (int i = 0; i < kScales; ++i) {
                 const bool there = stage * kStageValues + i * Scaled < static_cast<int>(block.p.K);
-                to[i * kRows] = there ? scales.value(next[i], kMap.at) : 0.0f;
+                to[i * kRows] = there ? scales.value(next[i], kDeviceDynamic.at) : 0.0f;
             }
             barrier_arrive(block.full(turn.slot));
         }

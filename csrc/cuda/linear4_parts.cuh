@@ -8,9 +8,6 @@ namespace hb {
 
 constexpr int kCodeRowBytes = kStageValues / 2;
 
-// In global memory: the lanes of a warp read it side by side, for which constant memory would take turns.
-static __device__ const Table<float, 256> kMap = make_dynamic_values();
-
 inline int log2_of(int64_t value) {
     int shift = 0;
     while (shift < 62 && (int64_t{1} << shift) < value) ++shift;

@@ -126,7 +126,8 @@ struct Linear4Tile {
         }
         if (scales.are_nested()) {
             float* const map = reinterpret_cast<float*>(shared + kTableBytes);
-            for (int i = static_cast<int>(threadIdx.x); i < kMap.length; i += kMmaThreads) map[i] = kMap.at[i];
+            for (int i = static_cast<int>(threadIdx.x); i < kDeviceDynamic.length; i += kMmaThreads)
+                map[i] = kDeviceDynamic.at[i];
         }
         block_barrier();
     }

@@ -24,14 +24,15 @@ constexpr unsigned kAllLanes = 0xffffffffu;
 constexpr int kWarpsPerBlock = 4;
 constexpr int64_t kMostBlocks = 1 << 20;  // kernels walk over their work in strides of the grid
 
-// The tables in the memory of this translation unit's kernels.
-static __constant__ const Table<float, 16> kDeviceNf4 = kNf4Values;
-static __constant__ const Table<float, 16> kDeviceFp4 = kFp4Values;
+// The tables in the memory of this translation unit's kernels. Constant memory answers a warp that asks for one number
+// at a time; what each lane looks up by a number of its own is in global memory, which answers all of a line at once.
 static __constant__ const Table<float, 15> kDeviceNf4Thresholds = kNf4Thresholds;
 static __constant__ const Table<float, 7> kDeviceFp4Thresholds = kFp4Thresholds;
-static __constant__ const Table<uint8_t, 8> kDeviceFp4CodeOfRank = kFp4CodeOfRank;
-static __constant__ const Table<float, 256> kDeviceDynamic = make_dynamic_values();
-static __constant__ const Table<float, 255> kDeviceMidpoints = make_dynamic_midpoints();
+static __device__ const Table<float, 16> kDeviceNf4 = kNf4Values;
+static __device__ const Table<float, 16> kDeviceFp4 = kFp4Values;
+static __device__ const Table<uint8_t, 8> kDeviceFp4CodeOfRank = kFp4CodeOfRank;
+static __device__ const Table<float, 256> kDeviceDynamic = make_dynamic_values();
+static __device__ const Table<float, 255> kDeviceMidpoints = make_dynamic_midpoints();
 
 // --- places ----------------------------------------------------------------------------------------------------------
 
