@@ -29,7 +29,7 @@ from quant.errors import CheckpointError, QuantConfigError
 from quant.experts import PackedExperts
 from quant.headers import TensorHeader, checkpoint_files, read_checkpoint_headers
 from quant.hf import HalfbyteQuantizer
-from quant.memory import read_config
+from quant.memory import read_config, refused
 from quant.packed import PackedModule
 from quant.report import LayerReport, measure_layer, measure_stack
 
@@ -74,7 +74,7 @@ class Source:
         self.quantization = _accepted(quantization, self.dtype)
         self.bytes_in_all = sum(header.nbytes for header in self.headers.values())
         _set_dtype(config, self.dtype)
-        with torch.device("meta"):
+        with refused(f"{directory}: transformers cannot build its model"), torch.device("meta"):
             self.model: Any = _model_class(config)._from_config(config, dtype=self.dtype)
         self.quantizer = HalfbyteQuantizer(self.quantization, pre_quantized=False)
         self.quantizer.preprocess_model(

@@ -14,6 +14,7 @@ import msgspec
 import torch
 
 from quant.config import BitsAndBytesConfig, from_spec
+from quant.errors import QuantConfigError
 from server.memory.facts import Facts, describe
 from server.memory.kv import kv_dtype, layer_bytes_per_token, other_layers
 from server.memory.needs import Supply, Weights, plan_for, weights_by_device, whole_blocks
@@ -149,6 +150,9 @@ def _smaller_formats(facts: Facts, weights: Weights) -> Iterator[tuple[str | dic
     """Formats that make the main device's weights smaller than they are, from large to small."""
     size = weights.bytes_on(facts.device)
     for name in FORMATS:
-        other = weights_by_device(facts, from_spec(name, compute_dtype=facts.dtype))
+        try:
+            other = weights_by_device(facts, from_spec(name, compute_dtype=facts.dtype))
+        except QuantConfigError:  # such a model has no such format: an embedding of a kind that cannot be packed
+            continue
         if other.bytes_on(facts.device) < size:
             yield name, other

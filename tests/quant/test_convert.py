@@ -311,6 +311,15 @@ def test_a_damaged_checkpoint_is_named(damage: str, source: Callable[..., Path],
     assert [entry.name for entry in tmp_path.iterdir()] == ["in"]
 
 
+def test_a_model_that_cannot_be_built_is_refused_with_the_reason(source: Callable[..., Path], tmp_path: Path) -> None:
+    path = copy_with(source("llama"), tmp_path / "in", dict)
+    config = json.loads((path / "config.json").read_text()) | {"hidden_act": "none-such"}
+    (path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match=r"in: transformers cannot build its model: KeyError: .*none-such"):
+        quantize_checkpoint(path, tmp_path / "out", "nf4")
+    assert [entry.name for entry in tmp_path.iterdir()] == ["in"]
+
+
 def test_what_is_not_the_models_is_told(
     source: Callable[..., Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

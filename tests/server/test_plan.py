@@ -12,14 +12,16 @@ import pytest
 import torch
 from rich.console import Console
 
+from quant.config import BitsAndBytesConfig
 from quant.errors import CheckpointError, QuantConfigError
 from server.errors import ConfigError, DoesNotFitError, LoadError
 from server.memory import devices, ledger, plan, table
 from server.memory.activations import MOST_PARTS, activation_bytes
 from server.memory.components import exact
-from server.memory.facts import read_facts
+from server.memory.facts import Facts, read_facts
 from server.memory.machine import Share
 from server.memory.nearest import SMALLEST_CONTEXT, SMALLEST_STEP, in_words
+from server.memory.needs import Weights, weights_by_device
 from server.records import BATCH_TOKENS, CPU_BATCH_TOKENS, Alternative, ModelSpec, Plan, Shortage
 from tests.tiny_models import save_tiny
 
@@ -282,6 +284,18 @@ def test_a_format_is_offered_where_less_is_not_enough(path: str) -> None:
     assert planned(path, 1000).nearest == ()
     with pytest.raises(DoesNotFitError, match="no smaller cache, context, step or format would fit"):
         plan.require_fit(planned(path, 1000))
+
+
+def test_a_format_that_a_model_cannot_have_is_not_offered(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Some models have embeddings of a kind that cannot be packed; nobody has asked for that."""
+
+    def weights(facts: Facts, config: BitsAndBytesConfig | None) -> Weights:
+        if config is not None and config.quantize_embeddings:
+            raise QuantConfigError("quantize_embeddings is True, but its embedding is of no known kind")
+        return weights_by_device(facts, config)
+
+    monkeypatch.setattr("server.memory.nearest.weights_by_device", weights)
+    assert planned(path, 1000).nearest == ()
 
 
 def test_quantized_files_are_offered_in_no_other_format(path: str, tmp_path: Path) -> None:
