@@ -214,7 +214,7 @@ def test_top_k_through_extra_body(client: openai.OpenAI) -> None:
         ({"presence_penalty": 3}, "presence_penalty"),
         ({"logit_bias": {"a": 1}}, "logit_bias"),
         ({"extra_body": {"bad_words": [""]}}, "bad_words"),
-        ({"extra_body": {"top_k": -1}}, "top_k"),
+        ({"extra_body": {"top_k": -2}}, "top_k"),
         ({"extra_body": {"flavour": 1}}, "flavour"),
         ({"stop": ["x"] * 100}, "stop"),
         ({"messages": []}, "messages"),

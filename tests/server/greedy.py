@@ -85,10 +85,11 @@ def scored(
 
 @torch.no_grad()
 def stirred(model: transformers.PreTrainedModel) -> transformers.PreTrainedModel:
-    """The model with every weight up or down by a last bit of float32, or as it is."""
+    """The model with every weight that is no code up or down by a last bit of float32, or as it is."""
     model = copy.deepcopy(model)
     for weight in model.parameters():
-        weight.mul_(1 + torch.finfo(torch.float32).eps * torch.randint_like(weight, -1, 2))
+        if weight.is_floating_point():
+            weight.mul_(1 + torch.finfo(torch.float32).eps * torch.randint_like(weight, -1, 2))
     return model
 
 
