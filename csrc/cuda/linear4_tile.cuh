@@ -126,8 +126,9 @@ struct Linear4Tile {
         }
         if (scales.are_nested()) {
             float* const map = reinterpret_cast<float*>(shared + kTableBytes);
-            for (int i = static_cast<int>(threadIdx.x); i < kDeviceDynamic.length; i += kMmaThreads)
+            for (int i = static_cast<int>(threadIdx.x); i < kDeviceDynamic.length; i += kMmaThreads) {
                 map[i] = kDeviceDynamic.at[i];
+            }
         }
         block_barrier();
     }

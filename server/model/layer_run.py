@@ -132,7 +132,6 @@ class Ending:
         """`chain` is the layer's for any number of rows."""
         self._half = SecondHalf(layer, directs[3:], rows, chain.first)
         self._run = Run([self._half.calls])
-
         self._options = chain.options
 
     def __call__(self, query: torch.Tensor, hidden: torch.Tensor, stores: Stores, part: PagedBatch) -> torch.Tensor:
