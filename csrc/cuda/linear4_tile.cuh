@@ -114,7 +114,8 @@ struct Linear4Tile {
     __device__ unsigned char* x_at(int slot) const { return codes_at(slot) + kRows * kCodeRowBytes; }
     __device__ const float* map() const { return reinterpret_cast<const float*>(shared + kTableBytes); }
 
-    // A warp writes four entries at once, each lane a quarter of one's copies.
+    // A warp writes four entries at once, each lane a quarter of one's copies. The pipeline's first barrier lets all
+    // see them.
     __device__ void fill_tables() {
         constexpr int entries = kPieceBytes * kWarp / kEntryBytes;
 #pragma unroll 1
@@ -130,7 +131,6 @@ struct Linear4Tile {
                 map[i] = kDeviceDynamic.at[i];
             }
         }
-        block_barrier();
     }
 
     // Starts the copies of a stage. Rows behind the last are zeros; what lies behind K is never looked at.
