@@ -22,6 +22,7 @@ This file chooses no batches and owns no queue; runner.py fills the context.
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from itertools import groupby
@@ -161,7 +162,7 @@ class PagedBatch:
     segments: list[Segment]
     """In packed order, together all rows."""
     wanted: Sequence[int] | None = None
-    """Of each segment, how many of its last rows have logits that somebody looks at; None: all may have."""
+    """Rows with logits that somebody looks at, ascending, of each segment the last ones; None: all may have."""
     calls: int = 0
     _tables: dict[torch.device, Tables] = field(default_factory=dict)
     _direct: DirectAttention | None = None
@@ -200,21 +201,14 @@ class PagedBatch:
         self.calls += layers
         return stores
 
-    def wanted_rows(self) -> list[int] | None:
-        """Rows of the packed batch; None where it may be all of them."""
-        if self.wanted is None:
-            return None
-        ends = [segment.row + segment.rows for segment in self.segments]
-        return [row for end, wanted in zip(ends, self.wanted, strict=True) for row in range(end - wanted, end)]
-
     def wanted_part(self) -> PagedBatch:
         """The batch with its wanted rows alone. They see what they saw; nothing of them is to be written again."""
         segments: list[Segment] = []
-        row = 0
-        for segment, wanted in zip(self.segments, self.wanted or (), strict=True):
-            if wanted:
-                segments.append(replace(segment, row=row, rows=wanted, start=segment.end - wanted))
-                row += wanted
+        wanted = self.wanted or ()
+        for segment in self.segments:
+            row, behind = (bisect_left(wanted, place) for place in (segment.row, segment.row + segment.rows))
+            if behind > row:
+                segments.append(replace(segment, row=row, rows=behind - row, start=segment.end - (behind - row)))
         return PagedBatch(self.cache, self.slots[:0], segments)
 
     def is_direct(self, dtype: torch.dtype) -> bool:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import functools
 import operator
+from collections.abc import Sequence
 from itertools import repeat
 from typing import Any, Final, TypeVar
 from weakref import WeakValueDictionary
@@ -121,11 +122,11 @@ class _Group(LayerRun):
         context.computed = self.layers[1:]
         return out
 
-    def _wanted(self, context: PagedBatch) -> list[int] | None:
+    def _wanted(self, context: PagedBatch) -> Sequence[int] | None:
         """The rows that the last layer's second half is worth computing for alone; None where it is for all of them."""
         if "_is_last" not in self._own[-1] or _is_watched(self.layers[-1]):
             return None
-        wanted = context.wanted_rows()
+        wanted = context.wanted
         return None if wanted is None or 2 * len(wanted) > self.chains[-1].rows else wanted
 
 

@@ -22,13 +22,8 @@ if TYPE_CHECKING:
 
 def find_last_layer(runner: PagedRunner, proof: Proof) -> FusedLayer | None:
     """Tells the model's last layer that it is the last, where it is fused and that is proven; the layer."""
-    needed = -(-max(map(len, proof.prompts)) // proof.block_tokens)
-    batch = Batch(
-        tuple(
-            Chunk(f"probe-{which}", prompt, 0, range(which * needed, (which + 1) * needed), DRAW)
-            for which, prompt in enumerate(proof.prompts)
-        )
-    )
+    prompts = enumerate(proof.prompts)
+    batch = Batch(tuple(Chunk(f"probe-{which}", prompt, 0, proof.table(which), DRAW) for which, prompt in prompts))
     called: list[FusedLayer] = []
     hooks = [
         module.register_forward_pre_hook(lambda layer, _: called.append(layer))

@@ -168,7 +168,12 @@ class LayerRun:
         return out
 
     def shortened(
-        self, hidden_states: torch.Tensor, angles: Angles, context: PagedBatch, wanted: list[int], ending: Ending | None
+        self,
+        hidden_states: torch.Tensor,
+        angles: Angles,
+        context: PagedBatch,
+        wanted: Sequence[int],
+        ending: Ending | None,
     ) -> torch.Tensor:
         """The same of the rows that are wanted, by the ending for so many, and zeros in the others'."""
         out = torch.zeros_like(hidden_states)

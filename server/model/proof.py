@@ -85,12 +85,16 @@ class Proof:
         _refuse_unless_causal(model, prompts[-1])
         return cls(prompts, _own_logits(model, prompts), block_tokens)
 
+    def table(self, which: int) -> range:
+        """The blocks of a prompt: each has as many as the longest needs."""
+        needed = -(-max(map(len, self.prompts)) // self.block_tokens)
+        return range(which * needed, (which + 1) * needed)
+
     def difference(self, runner: Provable) -> float:
         """How far a runner's logits are from the model's own, |difference| / |expected|."""
-        needed = -(-max(map(len, self.prompts)) // self.block_tokens)
         steps: list[list[Chunk]] = [[], [], []]
         for which, prompt in enumerate(self.prompts):
-            table = list(range(which * needed, (which + 1) * needed))
+            table = self.table(which)
             last = len(prompt) - 1
             for step, (start, end) in zip(steps, pairwise((0, max(0, last - _CHUNK), last, last + 1)), strict=True):
                 if start < end:

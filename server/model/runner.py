@@ -154,7 +154,7 @@ class PagedRunner:
         wanted = on_device(kept or [0], self.device)
         switched = (chunk.switched for chunk in batch.chunks for _ in chunk.tokens)
         with self._steadied, self._rope.told(switched, (1, batch.tokens), self.device):
-            logits = self._forward(ids, positions, self._context(batch, ends, slots, widest), wanted)
+            logits = self._forward(ids, positions, self._context(batch, ends, slots, widest, kept), wanted)
         return logits[: len(kept)]
 
     def _forward(
@@ -205,14 +205,14 @@ class PagedRunner:
         found: list[int] = ends.tolist()
         return found
 
-    def _context(self, batch: Batch, ends: list[int], slots: torch.Tensor, width: int) -> PagedBatch:
+    def _context(self, batch: Batch, ends: list[int], slots: torch.Tensor, width: int, wanted: list[int]) -> PagedBatch:
         """The attention's context of a batch that has been sent with tables of this width."""
         blocks = self._tables.on_device(len(batch.chunks), width).unbind()
         segments = [
             Segment(end - len(chunk.tokens), len(chunk.tokens), chunk.start, row)
             for end, chunk, row in zip(ends, batch.chunks, blocks, strict=True)
         ]
-        return PagedBatch(self.cache, slots, segments, [chunk.wanted for chunk in batch.chunks])
+        return PagedBatch(self.cache, slots, segments, wanted)
 
 
 def _look_for_no_padding(model: PreTrainedModel) -> None:

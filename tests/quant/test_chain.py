@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import pytest
 import torch
@@ -91,27 +92,29 @@ def test_a_chain_has_the_bits_of_its_calls(names: tuple[str, str, str], rows: in
         assert same_bits(run(chained, x), block.by_calls(x))
 
 
-def test_chains_one_behind_the_other() -> None:
+def one_behind_the_other(x: torch.Tensor) -> tuple[list[Block], list[Chain], torch.Tensor, Any]:
+    """Two blocks, their chains, of which the second goes on with what the first gives: that, and the last sum."""
     blocks = [Block(("nf4-dq",) * 3), Block(("int8",) * 3)]
-    x = torch.randn(3, HIDDEN).bfloat16()
-    chained = [block.chain(3) for block in blocks]
+    chained: list[Any] = [block.chain(len(x)) for block in blocks]
     (_, (norm, last, out)), (_, (next_norm, next_last, _)) = chained
-    norm.x = last.a = x.data_ptr()  # type: ignore[attr-defined]
-    next_norm.x = next_last.a = out.data_ptr()  # type: ignore[attr-defined]
-    Run([chain for chain, _ in chained])()
+    norm.x = last.a = x.data_ptr()
+    next_norm.x = next_last.a = out.data_ptr()
+    return blocks, [chain for chain, _ in chained], out, next_last
+
+
+def test_chains_one_behind_the_other() -> None:
+    x = torch.randn(3, HIDDEN).bfloat16()
+    blocks, chains, out, _ = one_behind_the_other(x)
+    Run(chains)()
     assert same_bits(out.clone(), blocks[1].by_calls(blocks[0].by_calls(x)))
 
 
 def test_some_of_the_chains_that_are_one_behind_the_other() -> None:
-    blocks = [Block(("nf4-dq",) * 3), Block(("int8",) * 3)]
     x = torch.randn(3, HIDDEN).bfloat16()
-    chained = [block.chain(3) for block in blocks]
-    (_, (norm, last, out)), (_, (next_norm, next_last, next_out)) = chained
-    norm.x = last.a = x.data_ptr()  # type: ignore[attr-defined]
-    next_norm.x = next_last.a = out.data_ptr()  # type: ignore[attr-defined]
-    apart = torch.full_like(next_out, torch.nan)
-    next_last.out = apart.data_ptr()  # type: ignore[attr-defined]
-    Run([chain for chain, _ in chained])(1)
+    blocks, chains, out, next_last = one_behind_the_other(x)
+    apart = torch.full_like(out, torch.nan)
+    next_last.out = apart.data_ptr()
+    Run(chains)(1)
     assert same_bits(out.clone(), blocks[0].by_calls(x))
     assert apart.isnan().all()
 
