@@ -11,10 +11,9 @@ constexpr int kConsumers = 2;  // warpgroups
 constexpr int kConsumerThreads = kConsumers * kWarpgroup;
 constexpr int kThreads = kConsumerThreads + kWarpgroup;
 constexpr int kRows = kHopperRows;
-constexpr int kOrdered = 32;     // values of K within which x changes places
-constexpr int kStep = 16;        // values of K that a tensor core takes at once
-constexpr int kTileValues = 64;  // of K, in a row of a tile of x
-constexpr int kTableBytes = 256 * kWarp * 4;
+constexpr int kOrdered = 32;          // values of K within which x changes places
+constexpr int kStep = 16;             // values of K that a tensor core takes at once
+constexpr int kTileValues = 64;       // of K, in a row of a tile of x
 constexpr int kTotalRow = kRows + 4;  // floats: lanes of one access meet no bank twice
 constexpr int kBarrierBytes = 128;
 static_assert(kRows == kWarpgroup, "a producer's thread looks after one row of scales");
@@ -45,7 +44,7 @@ struct HopperBlock {
     static constexpr int kCodeBytes = kRows * kCodeRowBytes;
     static constexpr int kScales = kStageValues / Scaled;  // of a row, in a stage
     static constexpr int kStageBytes = kXBytes + kCodeBytes + kScales * kRows * 4;
-    static constexpr int kSharedBytes = Stages * kStageBytes + kTableBytes + Tokens * kTotalRow * 4 + kBarrierBytes;
+    static constexpr int kSharedBytes = Stages * kStageBytes + kPairTableBytes + Tokens * kTotalRow * 4 + kBarrierBytes;
     static_assert(kStageBytes % kSwizzledRows == 0, "tiles begin where they repeat");
 
     const HopperProblem& p;
@@ -69,7 +68,7 @@ struct HopperBlock {
     __device__ unsigned char* codes_at(int slot) const { return x_at(slot) + kXBytes; }
     __device__ float* scales_at(int slot) const { return reinterpret_cast<float*>(codes_at(slot) + kCodeBytes); }
     __device__ unsigned char* table() const { return stages + Stages * kStageBytes; }
-    __device__ float* totals() const { return reinterpret_cast<float*>(table() + kTableBytes); }
+    __device__ float* totals() const { return reinterpret_cast<float*>(table() + kPairTableBytes); }
     __device__ Barrier* full(int slot) const {
         return reinterpret_cast<Barrier*>(totals() + Tokens * kTotalRow) + slot;
     }
@@ -184,25 +183,13 @@ struct HopperBlock {
             return group_row + static_cast<int>(threadIdx.x) % kWarpgroup / kWarp * 16 + lane() / 4;
         }
 
-        // The pairs of weights that bytes of codes stand for, a copy for each lane.
         __device__ void fill_table() const {
-            constexpr int rows = kPieceBytes * kWarp / kSwizzledRow;  // that a warp writes at once
-            constexpr int warps = kConsumerThreads / kWarp;
-#pragma unroll 1
-            for (int i = static_cast<int>(threadIdx.x) / kWarp; i < 256 / rows; i += warps) {
-                const int byte = i * rows + lane() / 8;
-                const unsigned pair = pair_of_byte<T>(byte, block.p.format, block.p.lift);
-                const uint4 four = {pair, pair, pair, pair};
-                *reinterpret_cast<uint4*>(block.table() + byte * kSwizzledRow + lane() % 8 * kPieceBytes) = four;
-            }
+            fill_pairs<T, kConsumerThreads / kWarp>(block.table(), block.p.format, block.p.lift);
             group_barrier(1, kConsumerThreads);
         }
 
-        // The two weights of byte `which` of a word of codes, side by side.
         __device__ unsigned decode(unsigned word, int which) const {
-            constexpr unsigned entries = 255u * kSwizzledRow;
-            const unsigned place = which == 0 ? word << 7 : word >> (which * 8 - 7);
-            return *reinterpret_cast<const unsigned*>(block.table() + ((place & entries) | own_entry));
+            return pair_at(block.table(), word, which, own_entry);
         }
 
         __device__ void decode_rows(unsigned (&weights)[kSteps][4], const unsigned char* codes, int scaled) const {

@@ -14,10 +14,30 @@ inline int log2_of(int64_t value) {
     return (int64_t{1} << shift) == value ? shift : -1;
 }
 
-// What a byte of codes stands for, as it goes into a product: two weights without their scale, lifted.
-template <typename T>
-__device__ unsigned pair_of_byte(int byte, int64_t format, float lift) {
-    return pair_of<T>(__fmul_rn(code_value(format, byte >> 4), lift), __fmul_rn(code_value(format, byte & 15), lift));
+// The pairs of weights that the 256 bytes of codes stand for, without their scale, lifted, as they go into a product:
+// in shared memory, a copy for each lane.
+constexpr int kPairBytes = kWarp * 4;  // of an entry's copies
+constexpr int kPairTableBytes = 256 * kPairBytes;
+
+// Of the block's first Warps warps, which write four entries at once, each lane a quarter of one's copies.
+template <typename T, int Warps>
+__device__ void fill_pairs(unsigned char* table, int64_t format, float lift) {
+    constexpr int entries = kPieceBytes * kWarp / kPairBytes;
+#pragma unroll 1
+    for (int i = static_cast<int>(threadIdx.x) / kWarp; i < 256 / entries; i += Warps) {
+        const int byte = i * entries + lane() / (kPairBytes / kPieceBytes);
+        const unsigned pair =
+            pair_of<T>(__fmul_rn(code_value(format, byte >> 4), lift), __fmul_rn(code_value(format, byte & 15), lift));
+        const uint4 four = {pair, pair, pair, pair};
+        *reinterpret_cast<uint4*>(table + (i * kWarp + lane()) * kPieceBytes) = four;
+    }
+}
+
+// The pair of byte `which` of a word of codes; `own`: where the lane's copy is in an entry.
+__device__ inline unsigned pair_at(const unsigned char* table, unsigned word, int which, unsigned own) {
+    constexpr unsigned entries = 255u * kPairBytes;
+    const unsigned place = which == 0 ? word << 7 : word >> (which * 8 - 7);
+    return *reinterpret_cast<const unsigned*>(table + ((place & entries) | own));
 }
 
 // Where absmax is, and how to find one: blocks of either level have a power of two of what they scale.

@@ -69,11 +69,9 @@ struct Linear4Tile {
     static constexpr int kChunks = kStageValues / kChunkValues;
     static constexpr int kScales = kChunkValues / Scaled;  // of a row, in a chunk
     static constexpr int kXRowBytes = kStageValues * 2;
-    static constexpr int kEntryBytes = kWarp * 4;
-    static constexpr int kTableBytes = 256 * kEntryBytes;
     static constexpr int kMapBytes = 256 * 4;  // used where absmax is double-quantized
     static constexpr int kStageBytes = kRows * kCodeRowBytes + kTokens * kXRowBytes;
-    static constexpr int kSharedBytes = kTableBytes + kMapBytes + Stages * kStageBytes;
+    static constexpr int kSharedBytes = kPairTableBytes + kMapBytes + Stages * kStageBytes;
 
     const Problem4& p;
     int64_t first_row;
@@ -110,23 +108,17 @@ struct Linear4Tile {
         }
     }
 
-    __device__ unsigned char* codes_at(int slot) const { return shared + kTableBytes + kMapBytes + slot * kStageBytes; }
+    __device__ unsigned char* codes_at(int slot) const {
+        return shared + kPairTableBytes + kMapBytes + slot * kStageBytes;
+    }
     __device__ unsigned char* x_at(int slot) const { return codes_at(slot) + kRows * kCodeRowBytes; }
-    __device__ const float* map() const { return reinterpret_cast<const float*>(shared + kTableBytes); }
+    __device__ const float* map() const { return reinterpret_cast<const float*>(shared + kPairTableBytes); }
 
-    // A warp writes four entries at once, each lane a quarter of one's copies. The pipeline's first barrier lets all
-    // see them.
+    // The pipeline's first barrier lets all see them.
     __device__ void fill_tables() {
-        constexpr int entries = kPieceBytes * kWarp / kEntryBytes;
-#pragma unroll 1
-        for (int i = static_cast<int>(threadIdx.x) / kWarp; i < 256 / entries; i += kWarpsPerBlock) {
-            const int byte = i * entries + lane() / (kEntryBytes / kPieceBytes);
-            const unsigned pair = pair_of_byte<T>(byte, p.format, p.lift);
-            const uint4 four = {pair, pair, pair, pair};
-            *reinterpret_cast<uint4*>(shared + (i * kWarp + lane()) * kPieceBytes) = four;
-        }
+        fill_pairs<T, kWarpsPerBlock>(shared, p.format, p.lift);
         if (scales.are_nested()) {
-            float* const map = reinterpret_cast<float*>(shared + kTableBytes);
+            float* const map = reinterpret_cast<float*>(shared + kPairTableBytes);
             for (int i = static_cast<int>(threadIdx.x); i < kDeviceDynamic.length; i += kMmaThreads) {
                 map[i] = kDeviceDynamic.at[i];
             }
@@ -171,12 +163,7 @@ struct Linear4Tile {
         }
     }
 
-    // The two weights of byte `which` of a word of codes, side by side.
-    __device__ unsigned decode(unsigned word, int which) const {
-        constexpr unsigned entries = 255u * kEntryBytes;
-        const unsigned place = which == 0 ? word << 7 : word >> (which * 8 - 7);
-        return *reinterpret_cast<const unsigned*>(shared + ((place & entries) | lane_of_table));
-    }
+    __device__ unsigned decode(unsigned word, int which) const { return pair_at(shared, word, which, lane_of_table); }
 
     // A chunk's weights as the tensor core takes them; `kept`: all bits, or none in lanes whose weights count as zeros.
     __device__ void decode_chunk(unsigned (&weights)[kWeightTiles][4][4], const unsigned char* codes, int chunk,
