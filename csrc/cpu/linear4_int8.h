@@ -11,10 +11,10 @@
 
 namespace hb {
 
-constexpr int64_t kGroupValues = 64;      // values of x under one scale
-constexpr int64_t kInt8Rows = 256;        // rows of x kept rounded at a time
-constexpr int64_t kPlainColumns = 16;     // weight rows finished together, the plain way and with few rows of x
-constexpr int64_t kInt8TileColumns = 64;  // and with many rows of x
+constexpr int64_t kGroupValues = 64;   // values of x under one scale
+constexpr int64_t kInt8Rows = 256;     // rows of x kept rounded at a time
+constexpr int64_t kPlainColumns = 16;  // weight rows finished together, the plain way and with few rows of x
+constexpr int64_t kInt8Columns = 32;   // and with many rows of x
 
 // Rows of x, rounded to int8 group by group, against the packed weight.
 struct Int8Job {
@@ -59,9 +59,9 @@ int64_t decode_codes_avx2(const uint8_t* packed, int64_t format, int64_t count, 
 void add_group_avx2(const Int8Job& job, const int8_t* weights, int64_t k, float absmax, float* totals);
 
 // AVX-512 with VNNI.
-constexpr int64_t kFewRows = 6;  // of x that meet the codes in registers
+constexpr int64_t kFewRows = 4;  // of x that meet the codes in registers
 HB_INLINE int64_t wide_columns(const hb_linear4_args& a) {
-    return a.M <= kFewRows ? kPlainColumns : kInt8TileColumns;
+    return a.M <= kFewRows ? kPlainColumns : kInt8Columns;
 }
 // A row's codes in natural order -> the order and the offsets that run_wide reads.
 void arrange_wide(const int8_t* natural, int64_t groups, int8_t* codes, int32_t* offsets);

@@ -1,4 +1,5 @@
-// Runs every registered test; exit code 1 if anything failed. An argument is the seed to repeat a run with.
+// Runs every registered test; exit code 1 if anything failed. An argument is the seed to repeat a run with, a second
+// one a part of the names of the tests to run.
 #include "testing.h"
 
 namespace testing {
@@ -15,9 +16,12 @@ TEST(the_header_in_c_is_the_librarys) {
 
 int main(int argc, char** argv) {
     const uint64_t seed = argc > 1 ? strtoull(argv[1], nullptr, 10) : std::random_device{}();
+    const char* const part = argc > 2 ? argv[2] : "";
     printf("seed %llu\n", static_cast<unsigned long long>(seed));
     int tests = 0;
-    for (testing::Registered* test = testing::first_test; test != nullptr; test = test->next, ++tests) {
+    for (testing::Registered* test = testing::first_test; test != nullptr; test = test->next) {
+        if (strstr(test->name, part) == nullptr) continue;
+        ++tests;
         testing::generator.seed(seed);
         const int before = testing::failures;
         test->run();
