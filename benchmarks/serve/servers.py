@@ -37,14 +37,16 @@ NF4: Final[dict[str, Any]] = {
     "bnb_4bit_use_double_quant": True,
     "bnb_4bit_compute_dtype": "bfloat16",
 }
+PACKED: Final[dict[str, Any]] = NF4 | {
+    "quantize_embeddings": True,
+    "module_overrides": {"lm_head": {"load_in_8bit": True, "llm_int8_outliers": "all"}},
+}
 OURS: Final[dict[str, dict[str, Any]]] = {
     "halfbyte nf4-dq": NF4,
-    "halfbyte nf4-dq, embedding nf4, head int8": NF4
-    | {
-        "quantize_embeddings": True,
-        "module_overrides": {"lm_head": {"load_in_8bit": True, "llm_int8_outliers": "all"}},
-    },
+    "halfbyte nf4-dq, embedding nf4, head int8": PACKED,
+    "halfbyte nf4-dq, embedding nf4, head int8, int8 activations": PACKED | {"bnb_4bit_activations": "int8"},
 }
+"""The last one rounds activations to int8, as llama.cpp does; the others compute in bfloat16, as the other peers do."""
 
 
 @dataclass(frozen=True)
