@@ -14,6 +14,8 @@ constexpr int64_t kTileColumns = 32;     // weight rows, columns of the output, 
 constexpr int64_t kWord = 64;            // columns of x in one word of a mask of outliers
 constexpr int64_t kWords = 4;            // words whose columns of a tile are unpacked together
 constexpr int64_t kExactTerms8 = 65536;  // products, of at most 255 * 128 each, whose sum an int32 holds
+constexpr int64_t kStretch8 = 3072;      // columns of six rows of x and four weight rows: 30 KB
+static_assert(kStretch8 <= kExactTerms8, "a stretch's sums are exact");
 
 // Rows of x, split into int8 codes and outliers, against the weight.
 struct Job8 {

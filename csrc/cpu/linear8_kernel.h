@@ -146,16 +146,26 @@ struct Linear8 {
 
     // --- one tile: rows of x [row, row + Rows) x weight rows [n, n + columns) ------------------------------------
 
+    // Columns that are multiplied before the next ones. Few rows of x read the weight in the order of memory; for more
+    // they are even shares that stay in the first cache, of the rows of x while all of a tile's weight rows meet them.
+    static int64_t stretch_of(const Job8& job) {
+        const int64_t K = job.args->K;
+        if (job.rows <= 2 * kRows || K <= kStretch8) return kExactTerms8;
+        const int64_t pieces = (K + kStretch8 - 1) / kStretch8, share = (K + pieces - 1) / pieces;
+        return (share + kGroup - 1) / kGroup * kGroup;
+    }
+
     // out[r * kTileColumns + i]; weight_sums[i] are added up for the first rows of x and used for all.
     template <int Rows, bool IsFirst>
     static void products(const Job8& job, int64_t row, int64_t n, int64_t columns, int64_t* weight_sums, float* out) {
         const hb_linear8_args& a = *job.args;
         const uint8_t* const x = job.codes + row * job.stride;
         int64_t exact[Rows * kTileColumns] = {};
-        for (int64_t at = 0; at < columns; at += kQuad) {
-            const int64_t some = columns - at < kQuad ? columns - at : kQuad;
-            for (int64_t k = 0; k < a.K; k += kExactTerms8) {
-                const int64_t end = a.K - k < kExactTerms8 ? a.K : k + kExactTerms8;
+        const int64_t stretch = stretch_of(job);
+        for (int64_t k = 0; k < a.K; k += stretch) {
+            const int64_t end = a.K - k < stretch ? a.K : k + stretch;
+            for (int64_t at = 0; at < columns; at += kQuad) {
+                const int64_t some = columns - at < kQuad ? columns - at : kQuad;
                 const int8_t* const w = a.codes + (n + at) * a.K;
                 quad<Rows, IsFirst>(x, job.stride, w, a.K, some, k, end, exact + at, weight_sums + at);
             }

@@ -149,6 +149,31 @@ TEST(weights_alone_in_int8_with_bfloat16_follow_their_definition) {
     }
 }
 
+TEST(long_rows_are_multiplied_stretch_by_stretch_with_the_same_bits) {
+    const int64_t M = 33, N = 37, K = 6200;
+    const Weight w(N, K);
+    std::vector<float> x = normal_values(M * K);
+    x[static_cast<size_t>(20 * K + 5000)] = 20.0f;
+    const auto run = [&](const float* rows, int64_t count) {
+        std::vector<float> out = poisoned<float>(count * N);
+        auto args = args_with<hb_linear8_args>(any_of({1, 3}));
+        args.x = rows, args.M = count, args.N = N, args.K = K, args.codes = w.codes.data();
+        args.absmax = w.absmax.data(), args.threshold = 6.0, args.out = out.data();
+        EXPECT(hb_linear8_workspace(&args, &args.call.workspace_bytes) == HB_OK, "workspace");
+        const Workspace workspace(args.call.workspace_bytes);
+        workspace.give_to(args.call);
+        EXPECT(hb_linear8(&args) == HB_OK, "M %d", (int)count);
+        return out;
+    };
+    const std::vector<float> together = run(x.data(), M);
+    for (int64_t m = 0; m < M; ++m) {
+        const std::vector<float> alone = run(x.data() + m * K, 1);
+        EXPECT(memcmp(alone.data(), together.data() + m * N, alone.size() * sizeof(float)) == 0, "row %d", (int)m);
+        const double want = expected(w, x, M, m, N - 1, 6.0, false);
+        EXPECT(std::fabs(alone.back() - want) <= 2e-5 * (1.0 + std::fabs(want)), "%g, not %g", alone.back(), want);
+    }
+}
+
 TEST(long_rows_do_not_overflow) {
     const int64_t K = 300000;  // 127 * 127 * K is beyond an int32
     std::vector<int8_t> codes(static_cast<size_t>(K), 127);
