@@ -25,6 +25,12 @@ namespace {
 
 // --- few rows of x ---------------------------------------------------------------------------------------------------
 
+// Of 64 bytes those that a row still has; none for a pair of groups beyond it.
+HB_INLINE __mmask64 bytes_mask(int64_t bytes) {
+    if (bytes <= 0) return 0;
+    return bytes >= 64 ? ~__mmask64{0} : (__mmask64{1} << bytes) - 1;
+}
+
 // Four weight rows' sums -> their quarters side by side: [quarter 0 of all four | quarter 1 | ...].
 HB_INLINE __m512i add_quarters(const __m512i* sums) {
     const __m512i ab =

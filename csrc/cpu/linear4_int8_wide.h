@@ -1,5 +1,5 @@
 // What the AVX-512 files of the 4-bit matmul with int8 activations share: pairs of groups, how codes become bytes, and
-// what a group's sum is worth. Included only by files compiled for AVX-512.
+// the way for more than a few rows. Included only by files compiled for AVX-512.
 #pragma once
 
 #include <immintrin.h>
@@ -37,12 +37,6 @@ HB_INLINE void decode(__m512i bytes, __m512i table, __m512i& high, __m512i& low)
     const __m512i nibble = _mm512_set1_epi8(15);
     high = _mm512_shuffle_epi8(table, _mm512_and_si512(_mm512_srli_epi16(bytes, 4), nibble));
     low = _mm512_shuffle_epi8(table, _mm512_and_si512(bytes, nibble));
-}
-
-// Of 64 bytes those that a row still has; none for a pair of groups beyond it.
-HB_INLINE __mmask64 bytes_mask(int64_t bytes) {
-    if (bytes <= 0) return 0;
-    return bytes >= 64 ? ~__mmask64{0} : (__mmask64{1} << bytes) - 1;
 }
 
 }  // namespace
