@@ -3,6 +3,7 @@
 
 #include <immintrin.h>
 #include <stdint.h>
+#include <string.h>
 
 #include "clones.h"
 #include "vectors_avx512.h"
@@ -49,6 +50,21 @@ HB_INLINE void transpose_units(const char* from, int64_t from_stride, char* to, 
     for (int i = 0; i < 16; ++i) rows[i] = _mm512_loadu_si512(from + i * from_stride);
     transpose(rows);
     for (int i = 0; i < 16; ++i) _mm512_storeu_si512(to + i * to_stride, rows[i]);
+}
+
+// `bytes` bytes of codes of sixteen rows, at most kTransposedBytes -> units[unit][row], a unit being four bytes. Of
+// `rows` rows the last one stands in for those that are not there.
+constexpr int64_t kTransposedBytes = 64;
+HB_INLINE void transpose_codes(const uint8_t* codes, int64_t row_bytes, int64_t rows, int64_t bytes, char* units) {
+    if (rows == 16 && bytes == kTransposedBytes) {
+        transpose_units(reinterpret_cast<const char*>(codes), row_bytes, units, kTransposedBytes);
+        return;
+    }
+    alignas(64) char some[16 * kTransposedBytes] = {};
+    for (int64_t i = 0; i < 16; ++i) {
+        memcpy(some + i * kTransposedBytes, codes + (i < rows ? i : rows - 1) * row_bytes, static_cast<size_t>(bytes));
+    }
+    transpose_units(some, kTransposedBytes, units, kTransposedBytes);
 }
 
 // absmax [rows, blocks] -> turned[block * Columns + column]; columns beyond the rows are the last row once more.

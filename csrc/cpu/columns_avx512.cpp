@@ -24,7 +24,6 @@ constexpr int64_t kLanes = 16;
 constexpr int kVectors = 2;   // of sums, for a row of x
 constexpr int kMostRows = 8;  // of x in registers; with more of them, what is scaled after each block has no room
 constexpr int64_t kPairBytes = kVectors * 64;
-constexpr int64_t kChunk = 64;  // bytes of a row of codes
 static_assert(kColumns == kVectors * kLanes, "a row's sums");
 
 // How each kind of weight goes from units, four bytes of sixteen rows, to pairs.
@@ -78,31 +77,17 @@ struct EightBits {
     }
 };
 
-// `bytes` bytes of codes of sixteen rows, at most a chunk -> units[unit][row]. Of `rows` rows the last one stands in
-// for those that are not there.
-HB_INLINE void transpose_codes(const uint8_t* codes, int64_t row_bytes, int64_t rows, int64_t bytes, char* units) {
-    if (rows == kLanes && bytes == kChunk) {
-        transpose_units(reinterpret_cast<const char*>(codes), row_bytes, units, kChunk);
-        return;
-    }
-    alignas(64) char some[kLanes * kChunk] = {};
-    for (int64_t i = 0; i < kLanes; ++i) {
-        memcpy(some + i * kChunk, codes + (i < rows ? i : rows - 1) * row_bytes, static_cast<size_t>(bytes));
-    }
-    transpose_units(some, kChunk, units, kChunk);
-}
-
 // `bytes` bytes of codes of sixteen rows -> their vectors of a panel. Fetches those of the next panel.
 template <typename Kind>
 HB_INLINE void fill(const uint8_t* codes, int64_t row_bytes, int64_t rows, int64_t bytes, const Kind& kind,
                     char* panel) {
-    alignas(64) char units[kLanes * kChunk];
-    for (int64_t at = 0; at < bytes; at += kChunk) {
+    alignas(64) char units[kLanes * kTransposedBytes];
+    for (int64_t at = 0; at < bytes; at += kTransposedBytes) {
         for (int64_t i = 0; i < kLanes; ++i) __builtin_prefetch(codes + (i + kColumns) * row_bytes + at, 0, 2);
-        const int64_t some = bytes - at < kChunk ? bytes - at : kChunk;
+        const int64_t some = bytes - at < kTransposedBytes ? bytes - at : kTransposedBytes;
         transpose_codes(codes + at, row_bytes, rows, some, units);
         for (int64_t i = 0; i < some / kUnitBytes; ++i, panel += Kind::kPairs * kPairBytes) {
-            kind.decode(_mm512_load_si512(units + i * kChunk), panel);
+            kind.decode(_mm512_load_si512(units + i * kTransposedBytes), panel);
         }
     }
 }

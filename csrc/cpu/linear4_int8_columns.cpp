@@ -25,40 +25,25 @@ constexpr int kVectors = 2;   // of sums, for a row of x
 constexpr int kMostRows = 8;  // of x in registers; with twelve GCC 12 spills sums
 constexpr int64_t kUnitBytes = 4;
 constexpr int64_t kUnits = kGroupValues / 2 / kUnitBytes;  // of a group
-constexpr int64_t kPairUnits = 2 * kUnits;
-constexpr int64_t kStepBytes = kVectors * 64;  // of a panel: what four codes of x meet
+constexpr int64_t kStepBytes = kVectors * 64;              // of a panel: what four codes of x meet
 static_assert(kInt8Columns == kVectors * kLanes, "a row's sums");
-static_assert(kPanelGroups % 2 == 0, "pairs of groups");
-
-// A pair of groups of sixteen rows that lie `row_bytes` apart -> their vectors of a panel, of `units` of its units.
-HB_INLINE void fill_pair(const uint8_t* codes, int64_t row_bytes, int64_t units, __m512i table, uint8_t* panel) {
-    __m512i rows[kLanes];
-    for (int64_t i = 0; i < kLanes; ++i) rows[i] = _mm512_loadu_si512(codes + i * row_bytes);
-    transpose(rows);
-    for (int64_t i = 0; i < units; ++i, panel += 2 * kStepBytes) {
-        __m512i high, low;
-        decode(rows[i], table, high, low);
-        _mm512_store_si512(panel, high);
-        _mm512_store_si512(panel + kStepBytes, low);
-    }
-}
+static_assert(kPanelGroups % 2 == 0 && kPairBytes == kTransposedBytes, "pairs of groups");
 
 // `bytes` bytes of codes of sixteen rows -> their vectors of a panel. Of `rows` rows the last one stands in for those
 // that are not there. Fetches those of the next panel's rows.
 HB_INLINE void fill(const uint8_t* codes, int64_t row_bytes, int64_t rows, int64_t bytes, __m512i table,
                     uint8_t* panel) {
-    int64_t at = 0;
-    for (; rows == kLanes && at + kPairBytes <= bytes; at += kPairBytes, panel += kPairUnits * 2 * kStepBytes) {
+    alignas(64) char units[kLanes * kPairBytes];
+    for (int64_t at = 0; at < bytes; at += kPairBytes) {
         for (int64_t i = 0; i < kLanes; ++i) __builtin_prefetch(codes + (i + kInt8Columns) * row_bytes + at, 0, 2);
-        fill_pair(codes + at, row_bytes, kPairUnits, table, panel);
-    }
-    for (; at < bytes; at += kPairBytes, panel += kPairUnits * 2 * kStepBytes) {
         const int64_t some = smaller(bytes - at, kPairBytes);
-        alignas(64) uint8_t pair[kLanes * kPairBytes] = {};
-        for (int64_t i = 0; i < kLanes; ++i) {
-            memcpy(pair + i * kPairBytes, codes + smaller(i, rows - 1) * row_bytes + at, static_cast<size_t>(some));
+        transpose_codes(codes + at, row_bytes, rows, some, units);
+        for (int64_t i = 0; i < some / kUnitBytes; ++i, panel += 2 * kStepBytes) {
+            __m512i high, low;
+            decode(_mm512_load_si512(units + i * kPairBytes), table, high, low);
+            _mm512_store_si512(panel, high);
+            _mm512_store_si512(panel + kStepBytes, low);
         }
-        fill_pair(pair, kPairBytes, some / kUnitBytes, table, panel);
     }
 }
 

@@ -58,6 +58,23 @@ double expected(const Weight& w, const std::vector<float>& x, int64_t M, int64_t
     return ordinary * largest * row / (127.0 * 127.0) + outliers * row / 127.0;
 }
 
+// hb_linear8 of M rows of x, float32 or, as uint16_t, bfloat16.
+template <typename T>
+std::vector<T> run8(const Weight& w, const T* x, int64_t M, double threshold, int64_t rule, int64_t threads) {
+    std::vector<T> out = poisoned<T>(M * w.N);
+    auto args = args_with<hb_linear8_args>(threads);
+    args.x_dtype = sizeof(T) == sizeof(float) ? HB_FLOAT32 : HB_BFLOAT16;
+    args.x = x, args.M = M, args.N = w.N, args.K = w.K, args.codes = w.codes.data();
+    args.absmax = w.absmax.data(), args.threshold = threshold, args.outlier_rule = rule;
+    args.out = out.data();
+    int64_t bytes = -1;
+    EXPECT(hb_linear8_workspace(&args, &bytes) == HB_OK, "workspace");
+    const Workspace workspace(bytes);
+    workspace.give_to(args.call);
+    EXPECT(hb_linear8(&args) == HB_OK, "M %d N %d K %d", (int)M, (int)w.N, (int)w.K);
+    return out;
+}
+
 }  // namespace
 
 TEST(llm_int8_follows_its_definition) {
@@ -69,16 +86,7 @@ TEST(llm_int8_follows_its_definition) {
         x[0] = 6.0f;  // exactly the threshold: an outlier
         for (const double threshold : {0.0, 6.0, 0.001}) {
             for (const int64_t rule : {HB_OUTLIERS_VALUE, HB_OUTLIERS_BATCH}) {
-                std::vector<float> out = poisoned<float>(M * N);
-                auto args = args_with<hb_linear8_args>(any_of({1, 3}));
-                args.x = x.data(), args.M = M, args.N = N, args.K = K, args.codes = w.codes.data();
-                args.absmax = w.absmax.data(), args.threshold = threshold, args.outlier_rule = rule;
-                args.out = out.data();
-                int64_t bytes = -1;
-                EXPECT(hb_linear8_workspace(&args, &bytes) == HB_OK, "workspace");
-                const Workspace workspace(bytes);
-                workspace.give_to(args.call);
-                EXPECT(hb_linear8(&args) == HB_OK, "M %d N %d K %d", (int)M, (int)N, (int)K);
+                const std::vector<float> out = run8(w, x.data(), M, threshold, rule, any_of({1, 3}));
                 for (int64_t m = 0; m < M; ++m) {
                     for (int64_t n = 0; n < N; ++n) {
                         const double want = expected(w, x, M, m, n, threshold, rule == HB_OUTLIERS_BATCH);
@@ -107,17 +115,8 @@ template <typename T>
 void weights_alone_follow_their_definition(const std::vector<T>& x, int64_t M, int64_t N, int64_t K, int64_t threads,
                                            double rounding) {
     const Weight w(N, K);
-    std::vector<T> out = poisoned<T>(M * N);
-    auto args = args_with<hb_linear8_args>(threads);
-    args.x_dtype = sizeof(T) == sizeof(float) ? HB_FLOAT32 : HB_BFLOAT16;
-    args.x = x.data(), args.M = M, args.N = N, args.K = K, args.codes = w.codes.data();
-    args.absmax = w.absmax.data(), args.threshold = any_of({0, 6}), args.outlier_rule = HB_OUTLIERS_ALL;
-    args.out = out.data();
-    int64_t bytes = -1;
-    EXPECT(hb_linear8_workspace(&args, &bytes) == HB_OK, "workspace");
-    const Workspace workspace(bytes);
-    workspace.give_to(args.call);
-    EXPECT(hb_linear8(&args) == HB_OK, "M %d N %d K %d", (int)M, (int)N, (int)K);
+    const auto threshold = static_cast<double>(any_of({0, 6}));
+    const std::vector<T> out = run8(w, x.data(), M, threshold, HB_OUTLIERS_ALL, threads);
     for (int64_t m = 0; m < M; ++m) {
         for (int64_t n = 0; n < N; ++n) {
             double want = 0, size = 0;
@@ -155,15 +154,7 @@ TEST(long_rows_are_multiplied_stretch_by_stretch_with_the_same_bits) {
     std::vector<float> x = normal_values(M * K);
     x[static_cast<size_t>(20 * K + 5000)] = 20.0f;
     const auto run = [&](const float* rows, int64_t count) {
-        std::vector<float> out = poisoned<float>(count * N);
-        auto args = args_with<hb_linear8_args>(any_of({1, 3}));
-        args.x = rows, args.M = count, args.N = N, args.K = K, args.codes = w.codes.data();
-        args.absmax = w.absmax.data(), args.threshold = 6.0, args.out = out.data();
-        EXPECT(hb_linear8_workspace(&args, &args.call.workspace_bytes) == HB_OK, "workspace");
-        const Workspace workspace(args.call.workspace_bytes);
-        workspace.give_to(args.call);
-        EXPECT(hb_linear8(&args) == HB_OK, "M %d", (int)count);
-        return out;
+        return run8(w, rows, count, 6.0, HB_OUTLIERS_VALUE, any_of({1, 3}));
     };
     const std::vector<float> together = run(x.data(), M);
     for (int64_t m = 0; m < M; ++m) {
