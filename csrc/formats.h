@@ -96,16 +96,24 @@ constexpr Table<float, 255> kDynamicMidpoints = make_dynamic_midpoints();
 // The tables in int8, for products with int8 activations: round(unit * value), the unit being the one up to 127 with
 // the smallest squared error in normally distributed weights.
 constexpr float kNf4Int8Unit = 112.0f, kFp4Int8Unit = 120.0f;
-constexpr Table<int8_t, 16> make_int8_table(const Table<float, 16>& values, float unit) {
-    Table<int8_t, 16> codes{};
+template <typename Code>
+constexpr Table<Code, 16> make_integer_table(const Table<float, 16>& values, float unit) {
+    Table<Code, 16> codes{};
     for (int i = 0; i < 16; ++i) {
         const float scaled = values.at[i] * unit;
-        codes.at[i] = static_cast<int8_t>(scaled < 0 ? scaled - 0.5f : scaled + 0.5f);
+        codes.at[i] = static_cast<Code>(scaled < 0 ? scaled - 0.5f : scaled + 0.5f);
     }
     return codes;
 }
-constexpr Table<int8_t, 16> kNf4Int8 = make_int8_table(kNf4Values, kNf4Int8Unit);
-constexpr Table<int8_t, 16> kFp4Int8 = make_int8_table(kFp4Values, kFp4Int8Unit);
+constexpr Table<int8_t, 16> kNf4Int8 = make_integer_table<int8_t>(kNf4Values, kNf4Int8Unit);
+constexpr Table<int8_t, 16> kFp4Int8 = make_integer_table<int8_t>(kFp4Values, kFp4Int8Unit);
+
+// The tables in 16-bit fixed point, of 12 bits and a sign: round(unit * value). NF4's unit is the one below 2^12 with
+// the smallest squared error in normally distributed weights, 1.1e-4 of their norm; FP4 is exact, being 192nds.
+constexpr float kNf4FixedUnit = 4075.0f, kFp4FixedUnit = 4032.0f;
+constexpr int32_t kLargestFixedWeight = 4075;
+constexpr Table<int16_t, 16> kNf4Fixed = make_integer_table<int16_t>(kNf4Values, kNf4FixedUnit);
+constexpr Table<int16_t, 16> kFp4Fixed = make_integer_table<int16_t>(kFp4Values, kFp4FixedUnit);
 
 constexpr int64_t kSmallestBlocksize = 32;
 constexpr int64_t kLargestBlocksize = 4096;

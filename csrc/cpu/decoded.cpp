@@ -1,5 +1,5 @@
 // Products with decoded weights: chooses the way to multiply, lays out its workspace and cuts the work. vectors.cpp,
-// columns.cpp and tiled.cpp multiply.
+// columns.cpp, fixed.cpp and tiled.cpp multiply.
 //
 // Rows of x are taken in waves, and a wave in passes of some rows, evenly many, that meet the same weights: those of
 // one expert, or of all rows where there are none. A wave is loaded, then multiplied, all of its passes and calls in
@@ -16,6 +16,7 @@
 
 #include "checks.h"
 #include "columns.h"
+#include "fixed.h"
 #include "level.h"
 #include "pool.h"
 
@@ -37,13 +38,14 @@ const DecodedWay& way_for(const DecodedCall& call, int64_t rows) {
     const bool may_take_vectors = rows <= kRowsOnVectors && !call.batch_invariant && has_avx512();
     if (level() >= kAmx && call.x_dtype == HB_BFLOAT16 && !may_take_vectors) return kOnTiles;
     if (!call.batch_invariant && fit_columns(call, rows)) return kByColumns;
+    if (fits_fixed(call)) return rows <= kFewFixedRows ? kFewInFixedPoint : kInFixedPoint;
 #endif
     (void)call, (void)rows;
     return kOnVectors;
 }
 
-// The way that x is loaded for: that of the first call which wants it loaded. There is one such way at most, since
-// calls differ in whether they can be computed by columns, and then x stays where it is.
+// The way that x is loaded for: that of the first call which wants it loaded. There is one such way at most: calls that
+// differ in whether they fit fixed point are not made together, and by columns x stays where it is.
 const DecodedWay& loading_way(const DecodedCalls& calls, int64_t rows) {
     for (int64_t i = 0; i < calls.count; ++i) {
         const DecodedWay& way = way_for(calls.at[i], rows);
@@ -224,6 +226,33 @@ struct Wave {
     }
 };
 
+// Calls that keep x in one form.
+void run_together(const DecodedCalls& calls, int64_t most_threads, void* workspace) {
+    const int64_t threads = threads_of(calls, most_threads), scratch_bytes = scratch_bytes_of(calls);
+    const int64_t x_bytes = wave_bytes(calls);
+    char* const x = static_cast<char*>(workspace);
+    Wave wave(calls);
+    for (Passes passes(calls); !passes.is_done();) {
+        wave.fill(passes, x, x_bytes);
+        wave.load(threads);
+        wave.run(threads, x + x_bytes, scratch_bytes);
+    }
+}
+
+// Calls body(some) for all calls, or, where they do not keep x in one form, for one after the other.
+template <typename Body>
+void for_each_together(const DecodedCalls& calls, const Body& body) {
+    int64_t fixed = 0;
+    for (int64_t i = 0; i < calls.count; ++i) fixed += fits_fixed(calls.at[i]);
+    if (fixed == 0 || fixed == calls.count) return body(calls);
+    for (int64_t i = 0; i < calls.count; ++i) {
+        DecodedCalls one = calls;
+        one.at[0] = calls.at[i];
+        one.count = 1;
+        body(one);
+    }
+}
+
 }  // namespace
 
 DecodedCall moved(DecodedCall call, const MatrixStrides& strides, int64_t matrices) {
@@ -238,19 +267,15 @@ DecodedCall moved(DecodedCall call, const MatrixStrides& strides, int64_t matric
 }
 
 int64_t decoded_workspace(const DecodedCalls& calls, int64_t threads) {
-    return wave_bytes(calls) + threads_of(calls, threads) * scratch_bytes_of(calls);
+    int64_t most = 0;
+    for_each_together(calls, [&](const DecodedCalls& some) {
+        most = std::max(most, wave_bytes(some) + threads_of(some, threads) * scratch_bytes_of(some));
+    });
+    return most;
 }
 
-void run_decoded(const DecodedCalls& calls, int64_t most_threads, void* workspace) {
-    const int64_t threads = threads_of(calls, most_threads), scratch_bytes = scratch_bytes_of(calls);
-    const int64_t x_bytes = wave_bytes(calls);
-    char* const x = static_cast<char*>(workspace);
-    Wave wave(calls);
-    for (Passes passes(calls); !passes.is_done();) {
-        wave.fill(passes, x, x_bytes);
-        wave.load(threads);
-        wave.run(threads, x + x_bytes, scratch_bytes);
-    }
+void run_decoded(const DecodedCalls& calls, int64_t threads, void* workspace) {
+    for_each_together(calls, [&](const DecodedCalls& some) { run_together(some, threads, workspace); });
 }
 
 }  // namespace hb

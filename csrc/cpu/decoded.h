@@ -1,6 +1,6 @@
 // Products of float activations with weights that are decoded on the way: what the entries (linear4.cpp,
 // linear4_experts.cpp, and linear8.cpp for weights alone in int8), the ways to multiply (vectors.cpp, columns.cpp,
-// tiled.cpp) and the variants (decoded_<level>.cpp) share.
+// fixed.cpp, tiled.cpp) and the variants (decoded_<level>.cpp) share.
 #pragma once
 
 #include <stdint.h>
@@ -69,7 +69,8 @@ struct DecodedRows {
     char* x;        // x_bytes, the rows as the way to multiply keeps them
 };
 
-// A way to multiply: on vectors (vectors.cpp), by columns (columns.cpp) or on tiles (tiled.cpp).
+// A way to multiply: on vectors (vectors.cpp), by columns (columns.cpp), in fixed point (fixed.cpp) or on tiles
+// (tiled.cpp).
 struct DecodedWay {
     int64_t weight_rows;  // in a unit of work
     // Rows of x that are best multiplied together, at most kRowsPerPass and a multiple of 32.
@@ -88,6 +89,8 @@ extern const DecodedWay kOnVectors;
 #ifdef __x86_64__
 extern const DecodedWay kOnTiles;
 extern const DecodedWay kByColumns;
+extern const DecodedWay kFewInFixedPoint;
+extern const DecodedWay kInFixedPoint;
 #endif
 
 // Some rows of a call, as one variant computes them on vectors. Sizes are in values unless a name says bytes.

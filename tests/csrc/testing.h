@@ -142,6 +142,12 @@ inline bool multiplies_bfloat16() {
     return level != nullptr && (strcmp(level, "amx") == 0 || strcmp(level, "avx512_bf16") == 0);
 }
 
+// Whether it multiplies 16-bit activations in fixed point, where shapes allow it: test_fixed.cpp has the definition.
+inline bool multiplies_in_fixed_point() {
+    const char* const level = hb_level();
+    return level != nullptr && strcmp(level, "avx2") == 0;
+}
+
 inline double value_at(const std::vector<uint16_t>& values, int64_t index, int64_t dtype) {
     return value_of(values[static_cast<size_t>(index)], dtype == HB_FLOAT16 ? 10 : 7);
 }

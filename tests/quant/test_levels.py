@@ -64,6 +64,8 @@ for quant_type, blocksize, nested in itertools.product(formats.FOUR_BIT, (32, 64
             else:  # no further than dequantizing to bfloat16 with float32 sums
                 eps, baseline = torch.finfo(dtype).eps, (x.float() @ weight.dense(dtype).float().t()).to(dtype).double()
                 allowed = (baseline - exact).abs() + torch.maximum(exact.abs(), baseline.abs()) * eps + 1e-6 * size
+                if level == "avx2":  # a table in fixed point is off by less, but not where dequantizing is by chance
+                    allowed += 2**-12 * size
                 assert ((some.double() - exact[:12]).abs() <= allowed[:12]).all(), shape
                 # A table that is rounded once, lifted, is off by less than a quarter of a last bit on average; others
                 # are rounded after scaling, as dequantizing does.
@@ -79,7 +81,8 @@ for shape, dtype in itertools.product(((5, 64), (33, 250), (70, 260), (12, 2048)
     dense = CB.double() * SCB.double()[:, None] / 127
     out = ops.linear_8bit(x, CB, SCB, 0.0, "all").double()
     exact, size = x.double() @ dense.t(), x.double().abs() @ dense.abs().t()
-    assert ((out - exact).abs() <= exact.abs() * torch.finfo(dtype).eps + 6e-7 * size).all(), shape
+    small = 2**-16 if level == "avx2" and dtype == torch.bfloat16 else 6e-7  # what fixed point takes off small x
+    assert ((out - exact).abs() <= exact.abs() * torch.finfo(dtype).eps + small * size).all(), shape
     for invariant in (True, False):
         native.set_batch_invariant(invariant)
         few, some, together = (ops.linear_8bit(rows, CB, SCB, 0.0, "all") for rows in (x[:3], x[:16], x))
