@@ -160,6 +160,10 @@ struct Variant {
 };
 
 const Variant& baseline();
+// sums[i][n] += x[i][k] * y[k][n] for k from begin to end, both even; at most kBlockVectors vectors i, `columns` n,
+// which are whole lanes. Products are fused with the sums.
+void multiply_avx2(int64_t vectors, int64_t columns, float* sums, int64_t sums_stride, const float* x, int64_t x_stride,
+                   const float* y, int64_t y_stride, int64_t begin, int64_t end);
 // As Variant::pack, for AVX-512: everything as float32, or bfloat16 in pairs.
 void pack_floats_avx512(const Shape& shape, const TileRows& rows, Fetching& next, float* keys, float* values);
 void pack_pairs_avx512(const Shape& shape, const TileRows& rows, Fetching& next, float* keys, float* values);

@@ -1,6 +1,7 @@
 // The inner part of attention for any CPU: what attention_avx512.cpp does, in the same order, left to the compiler's
-// vectors. This file may fuse a product with a sum: where the level can, each sum below is the fused one that the
-// hand-written variant spells. No other expression here adds to a product.
+// vectors but for AVX2's products, which attention_avx2.cpp has. This file may fuse a product with a sum: where the
+// level can, each sum below is the fused one that the hand-written variant spells. No other expression here adds to a
+// product.
 #include <math.h>
 #include <string.h>
 
@@ -68,9 +69,11 @@ HB_INLINE void multiply_few(float* sums, int64_t sums_stride, const float* x, in
     }
 }
 
-HB_CLONES(void, multiply,
-          (int64_t vectors, int64_t columns, float* sums, int64_t sums_stride, const float* x, int64_t x_stride,
-           const float* y, int64_t y_stride, int64_t begin, int64_t end)) {
+void multiply(int64_t vectors, int64_t columns, float* sums, int64_t sums_stride, const float* x, int64_t x_stride,
+              const float* y, int64_t y_stride, int64_t begin, int64_t end) {
+#ifdef HB_X86
+    if (has_avx2()) return multiply_avx2(vectors, columns, sums, sums_stride, x, x_stride, y, y_stride, begin, end);
+#endif
     for (int64_t i = 0; i < vectors; i += kTogether) {
         for (int64_t n = 0; n < columns; n += kTogether * kLanes) {
             float* const at = sums + i * sums_stride + n;

@@ -9,6 +9,13 @@
 #define HB_INLINE inline __attribute__((always_inline))
 // A loop whose sums must stay in registers is a function of its own: inlined, its neighbours take them.
 #define HB_NOINLINE __attribute__((noinline))
+// Before a loop over an array that is to stay in registers: where GCC 12 unrolls it late, it stores the array in every
+// round of the loop around it.
+#ifdef __clang__
+#define HB_UNROLL _Pragma("unroll")
+#else
+#define HB_UNROLL _Pragma("GCC unroll 16")
+#endif
 
 namespace hb {
 
