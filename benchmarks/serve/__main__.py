@@ -1,6 +1,6 @@
 """Load on our server and on its peers: tokens a second, latencies, memory; and what a shared prefix saves.
 
-    python -m benchmarks.serve [--llama-server BINARY --gguf-python PYTHON] [--vllm PYTHON]
+    python -m benchmarks.serve [--llama-server BINARY --gguf-python PYTHON] [--vllm PYTHON [--vllm-dtype D]]
         [--transformers-serve PYTHON] [--rounds 2] [--concurrency 1 4 16 64] [--shared-prefix] [--directory DIR]
         [--resume]
 
@@ -28,7 +28,16 @@ from benchmarks.serve.load import measure, ready
 from benchmarks.serve.prefix import measure_prefix
 from benchmarks.serve.prompts import prompt
 from benchmarks.serve.results import Results, tables
-from benchmarks.serve.servers import CACHE_TOKENS, OURS, Contestant, llama_server, ours, transformers_serve, vllm
+from benchmarks.serve.servers import (
+    CACHE_TOKENS,
+    OURS,
+    VLLM_DTYPES,
+    Contestant,
+    llama_server,
+    ours,
+    transformers_serve,
+    vllm,
+)
 from server.text.tokenizer import Tokenizer
 
 LOADS: Final = (1, 4, 16, 64)
@@ -59,7 +68,7 @@ def contestants(arguments: argparse.Namespace, checkpoint: Path) -> list[Contest
         file = make_gguf(checkpoint, "q4_0", arguments.gguf_python)
         found.append(llama_server(arguments.llama_server, file, threads))
     if arguments.vllm is not None:
-        found.append(vllm(arguments.vllm, checkpoint, threads))
+        found.append(vllm(arguments.vllm, checkpoint, threads, arguments.vllm_dtype))
     if arguments.transformers_serve is not None:
         found.append(transformers_serve(arguments.transformers_serve, checkpoint))
     return found
@@ -146,6 +155,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--llama-server", type=Path, metavar="BINARY")
     parser.add_argument("--gguf-python", type=Path, metavar="PYTHON", help="an interpreter that has gguf and numpy")
     parser.add_argument("--vllm", type=Path, metavar="PYTHON", help="of the environment that vllm is installed in")
+    parser.add_argument("--vllm-dtype", choices=VLLM_DTYPES, default=VLLM_DTYPES[0])
     parser.add_argument("--transformers-serve", type=Path, metavar="PYTHON")
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--concurrency", type=int, nargs="+", default=list(LOADS))

@@ -83,17 +83,21 @@ def llama_server(binary: Path, file: Path, threads: int) -> Contestant:
     return Contestant("llama-server Q4_0, 16 slots", command, "measured", fields={"ignore_eos": True})
 
 
-def vllm(python: Path, checkpoint: Path, threads: int) -> Contestant:
-    """vLLM's CPU build in bfloat16; it is given all cores, of which it would keep one for its HTTP process."""
+VLLM_DTYPES: Final = ("bfloat16", "float32")
+"""What it can be given: not every processor has instructions for bfloat16."""
+
+
+def vllm(python: Path, checkpoint: Path, threads: int, dtype: str) -> Contestant:
+    """vLLM's CPU build; it is given all cores, of which it would keep one for its HTTP process."""
     command = [str(python.parent / "vllm"), "serve", str(checkpoint), "--served-model-name", "measured"]
-    command += ["--host", HOST, "--port", "{port}", "--dtype", "bfloat16", "--max-model-len", str(CONTEXT_TOKENS)]
+    command += ["--host", HOST, "--port", "{port}", "--dtype", dtype, "--max-model-len", str(CONTEXT_TOKENS)]
     environment = {
         "VLLM_CPU_KVCACHE_SPACE": "1",
         "VLLM_CPU_OMP_THREADS_BIND": f"0-{threads - 1}",
         "VLLM_NO_USAGE_STATS": "1",
         "HF_HUB_OFFLINE": "1",
     }
-    return Contestant("vllm-cpu bf16", command, "measured", environment, {"ignore_eos": True})
+    return Contestant(f"vllm-cpu {dtype}", command, "measured", environment, {"ignore_eos": True})
 
 
 def transformers_serve(python: Path, checkpoint: Path) -> Contestant:

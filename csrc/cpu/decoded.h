@@ -35,8 +35,9 @@ struct DecodedCall {
     const void* bias;  // [N] or null
     int64_t bias_dtype;
     void* out;
-    int64_t out_stride;    // values from one row of out to the next
-    bool batch_invariant;  // as hb_call has it
+    int64_t out_stride;     // values from one row of out to the next
+    bool batch_invariant;   // as hb_call has it
+    bool rounds_x = false;  // to int8, as hb_linear4_int8 has it; only in fixed point
 };
 
 // How far it is from one matrix to the next where several lie behind each other: bytes of codes, elements of the rest.

@@ -1,5 +1,5 @@
 // Products with decoded weights in 16-bit fixed point: which calls can be computed so, and what they work in.
-// fixed_avx2.cpp computes.
+// fixed_x_avx2.cpp and fixed_avx2.cpp compute.
 #include "fixed.h"
 
 #include <algorithm>
@@ -10,7 +10,7 @@ namespace hb {
 
 bool fits_fixed(const DecodedCall& call) {
     const int64_t whole = call.weight.is_int8 ? kFixedGroup : call.weight.blocksize;
-    return level() == kAvx2 && call.x_dtype != HB_FLOAT32 && call.K > 0 && call.K % whole == 0 &&
+    return level() == kAvx2 && (call.rounds_x || call.x_dtype != HB_FLOAT32) && call.K > 0 && call.K % whole == 0 &&
            whole % kFixedGroup == 0;
 }
 

@@ -1,5 +1,5 @@
 // Products with decoded weights in 16-bit fixed point, for processors with AVX2 alone: what their ways (fixed.cpp) and
-// their kernels (fixed_avx2.cpp) share.
+// their kernels (fixed_x_avx2.cpp, fixed_avx2.cpp) share.
 //
 // AVX2 multiplies 16-bit integers, two neighbours of each to one sum of 32 bits, at twice the rate of float32. So each
 // row of x is cut into groups of 64 columns that share a power of two, by which they become integers of as many bits as
@@ -8,6 +8,9 @@
 // added up in the order of K.
 //
 // What is rounded weighs less than what dequantized weights lose in bfloat16: csrc/README.md has the figures.
+//
+// Activations that a call wants rounded to int8 go the same way, with the codes, the table and the order of roundings
+// that linear4_int8.cpp says.
 #pragma once
 
 #include <stdint.h>
@@ -25,7 +28,7 @@ constexpr int64_t kFewFixedColumns = 8;  // weight rows that these meet together
 constexpr int64_t kFixedColumns = 16;    // weight rows in a panel, which more rows of x meet
 constexpr int64_t kFixedPanel = 512;     // of a weight row that a panel has at most: 16 KB, half of a small first cache
 
-// Whether a call is to be computed so: 16-bit activations, whole groups under each absmax, and the level.
+// Whether a call is to be computed so: activations in 16 bits or less, whole groups under each absmax, and the level.
 bool fits_fixed(const DecodedCall& call);
 
 // The rows of x in a pass's memory, and the scratch of one thread. Each part is a multiple of 64 bytes.
@@ -44,8 +47,8 @@ struct FixedScratch {
     int64_t bytes() const { return panel + totals + absmax + scales; }
 };
 
-// Rows [begin, end) of the pass -> integers and scales. Where x has few rows and weights 4 bits, a group has first its
-// values in even columns and then those in odd ones, as codes are unpacked.
+// Rows [begin, end) of the pass -> integers and scales. For weights in 4 bits they have the order of unpacked codes:
+// with few rows a group's even columns and then the odd ones, else so of each four columns.
 void load_fixed_avx2(const DecodedCall& call, const DecodedRows& rows, int64_t begin, int64_t end);
 // The rows against weight rows [begin, end) in units of kFewFixedColumns and of kFixedColumns. Both give the same bits.
 void run_few_fixed_avx2(const DecodedCall& call, const DecodedRows& rows, int64_t begin, int64_t end, char* scratch);

@@ -3,12 +3,15 @@
 // Each row of x is cut into groups of 64 columns, each rounded to int8 against its own largest magnitude; the weight's
 // table is rounded to int8 too. The product of a group of x with the part of a weight row under one absmax is an exact
 // integer; in float32 it is multiplied with (absmax * scale), and added up in the order of K, without contraction:
-// every way to compute gives the same bits. This file rounds x, lays out the workspace and cuts the work.
+// every way to compute gives the same bits. This file rounds x, lays out the workspace and cuts the work; with AVX2
+// alone fixed.cpp does, for rows of whole groups.
 #include "linear4_int8.h"
 
 #include <algorithm>
 
 #include "checks.h"
+#include "decoded.h"
+#include "fixed.h"
 #include "floats.h"
 #include "int8.h"
 #include "level.h"
@@ -94,6 +97,16 @@ void round_row(const hb_linear4_args& a, const Layout& layout, int64_t first_row
     round_groups(values, layout.groups, step, codes, scales);
 }
 
+// The one call, as fixed point computes it where it fits.
+DecodedCalls decoded_calls(const hb_linear4_args& a) {
+    DecodedCalls calls{};
+    calls.count = calls.experts = 1;
+    const AbsmaxSource absmax = {a.absmax, a.nested_absmax, a.offset, a.nested_blocksize};
+    const DecodedWeight weight = {a.packed, a.format, a.blocksize, absmax, false};
+    calls.at[0] = {a.x, a.x_dtype, a.M, a.N, a.K, weight, a.bias, a.bias_dtype, a.out, a.N, false, true};
+    return calls;
+}
+
 }  // namespace
 
 void finish_int8(const Int8Job& job, int64_t row, int64_t n, int64_t columns, float* sums) {
@@ -108,7 +121,8 @@ extern "C" hb_status hb_linear4_int8_workspace(const hb_linear4_args* args, int6
     using namespace hb;
     HB_REQUIRE(check_linear4_shape(args));
     HB_REQUIRE(check_tensor(bytes, 1, sizeof *bytes));
-    *bytes = Layout(*args).end;
+    const DecodedCalls calls = decoded_calls(*args);
+    *bytes = fits_fixed(calls.at[0]) ? decoded_workspace(calls, args->call.threads) : Layout(*args).end;
     return HB_OK;
 }
 
@@ -117,6 +131,12 @@ extern "C" hb_status hb_linear4_int8(const hb_linear4_args* args) {
     HB_REQUIRE(check(args));
     const hb_linear4_args& a = *args;
     if (a.M == 0 || a.N == 0) return HB_OK;
+    const DecodedCalls calls = decoded_calls(a);
+    if (fits_fixed(calls.at[0])) {
+        HB_REQUIRE(check_workspace(a.call, decoded_workspace(calls, a.call.threads)));
+        run_decoded(calls, a.call.threads, a.call.workspace);
+        return HB_OK;
+    }
     const Layout layout(a);
     HB_REQUIRE(check_workspace(a.call, layout.end));
     Int8Job job{};

@@ -53,11 +53,6 @@ int64_t plain_bytes(const hb_linear4_args& a);
 void run_plain(const Int8Job& job, int64_t begin, int64_t end, char* scratch);
 
 #ifdef __x86_64__
-// What AVX2 does of that. The first of `count` codes, from the high nibble of packed[0] on; returns how many. And the
-// group of columns [k, k + 64) of a weight row, under one absmax, against all rows of x.
-int64_t decode_codes_avx2(const uint8_t* packed, int64_t format, int64_t count, int8_t* out);
-void add_group_avx2(const Int8Job& job, const int8_t* weights, int64_t k, float absmax, float* totals);
-
 // AVX-512 with VNNI.
 constexpr int64_t kFewRows = 4;  // of x that meet the codes in registers
 HB_INLINE int64_t wide_columns(const hb_linear4_args& a) {

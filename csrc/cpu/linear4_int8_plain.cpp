@@ -1,15 +1,13 @@
 // The 4-bit matmul with int8 activations in plain loops, for every shape: blocks may cross rows and end anywhere.
 //
 // A weight row is decoded into int8 codes and cut where a group of x or a block of the weight ends. Each piece's sum is
-// an exact integer, and pieces are added up in float32 in their order: the bits are those of the wide way. AVX2 has
-// loops of its own for what is a whole group.
+// an exact integer, and pieces are added up in float32 in their order: the bits are those of every other way.
 #include <string.h>
 
 #include <algorithm>
 
 #include "checks.h"
 #include "clones.h"
-#include "level.h"
 #include "linear4_int8.h"
 
 namespace hb {
@@ -44,9 +42,6 @@ void decode_codes(const hb_linear4_args& a, int64_t first, int64_t count, int8_t
     const uint8_t* bytes = a.packed + first / 2;
     if (first % 2 == 1) *out++ = pairs.at[*bytes++][1], --count;
     int64_t i = 0;
-#ifdef HB_X86
-    if (has_avx2()) i = decode_codes_avx2(bytes, a.format, count, out);
-#endif
     for (; i + 2 <= count; i += 2) memcpy(out + i, pairs.at[bytes[i / 2]], 2);
     if (i < count) out[i] = pairs.at[bytes[i / 2]][0];
 }
@@ -62,13 +57,6 @@ HB_CLONES(void, add_piece,
         const float factor = absmax * *scale;
         totals[row] += static_cast<float>(sum) * factor;
     }
-}
-
-void add_any_piece(const Int8Job& job, const int8_t* weights, int64_t k, int64_t count, float absmax, float* totals) {
-#ifdef HB_X86
-    if (count == kGroupValues && has_avx2()) return add_group_avx2(job, weights, k, absmax, totals);
-#endif
-    add_piece(job, weights, k, count, absmax, totals);
 }
 
 struct Parts {
@@ -108,7 +96,7 @@ void run_plain(const Int8Job& job, int64_t begin, int64_t end, char* scratch) {
                 const int64_t block = (first + k) / a.blocksize;
                 const int64_t next =
                     std::min({(k / kGroupValues + 1) * kGroupValues, (block + 1) * a.blocksize - first, a.K});
-                add_any_piece(job, codes, k, next - k, absmax[block - first_block], totals + i * job.rows);
+                add_piece(job, codes, k, next - k, absmax[block - first_block], totals + i * job.rows);
                 k = next;
             }
         }
