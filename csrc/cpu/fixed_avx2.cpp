@@ -72,11 +72,11 @@ struct FixedX {
     int64_t groups;
 };
 
-// Eight weight rows, `row_bytes` apart, against Rows rows of x -> totals [Rows][8].
+// Eight weight rows, `row_bytes` apart, against Rows rows of x -> totals [Rows][8]. Fetches as many that lie `ahead`.
 template <int Rows, typename Kind>
-HB_NOINLINE void few(const FixedX& x, const uint8_t* codes, int64_t row_bytes, const Kind& kind, const float* scales,
-                     float* out) {
-    const uint8_t* fetched = codes + fetch_distance(kLanes, row_bytes);
+HB_NOINLINE void few(const FixedX& x, const uint8_t* codes, int64_t row_bytes, int64_t ahead, const Kind& kind,
+                     const float* scales, float* out) {
+    const uint8_t* fetched = codes + ahead;
     __m256 totals[Rows];
     for (__m256& total : totals) total = _mm256_setzero_ps();
     for (int64_t group = 0; group < x.groups; ++group, codes += Kind::kGroupBytes, scales += kLanes) {
@@ -101,12 +101,12 @@ HB_NOINLINE void few(const FixedX& x, const uint8_t* codes, int64_t row_bytes, c
 }
 
 template <typename Kind, int Rows = kFewFixedRows>
-HB_INLINE void few_rows(int64_t rows, const FixedX& x, const uint8_t* codes, int64_t row_bytes, const Kind& kind,
-                        const float* scales, float* out) {
+HB_INLINE void few_rows(int64_t rows, const FixedX& x, const uint8_t* codes, int64_t row_bytes, int64_t ahead,
+                        const Kind& kind, const float* scales, float* out) {
     if constexpr (Rows > 1) {
-        if (rows < Rows) return few_rows<Kind, Rows - 1>(rows, x, codes, row_bytes, kind, scales, out);
+        if (rows < Rows) return few_rows<Kind, Rows - 1>(rows, x, codes, row_bytes, ahead, kind, scales, out);
     }
-    few<Rows>(x, codes, row_bytes, kind, scales, out);
+    few<Rows>(x, codes, row_bytes, ahead, kind, scales, out);
 }
 
 template <typename Kind>
@@ -119,6 +119,7 @@ HB_INLINE void run_few(const DecodedCall& a, const DecodedRows& rows, int64_t be
                       reinterpret_cast<const float*>(rows.x + layout.scales), layout.groups};
     const Kind kind(a.weight);
     const int64_t row_bytes = layout.groups * Kind::kGroupBytes;
+    const int64_t ahead = fetch_distance(kLanes, row_bytes);
     const int64_t last = end * kLanes < a.N ? end * kLanes : a.N;
     for (int64_t n = begin * kLanes; n < last; n += kLanes) {
         const int64_t columns = last - n < kLanes ? last - n : kLanes;
@@ -126,11 +127,11 @@ HB_INLINE void run_few(const DecodedCall& a, const DecodedRows& rows, int64_t be
         load_scales<kLanes>(a, n, columns, Kind::unit(a.weight), room, scales);
         float totals[kFewFixedRows * kLanes];
         if (columns == kLanes) {
-            few_rows(rows.count, x, codes, row_bytes, kind, scales, totals);
+            few_rows(rows.count, x, codes, row_bytes, ahead, kind, scales, totals);
         } else {  // what is not eight rows: each one eight times
             for (int64_t i = 0; i < columns; ++i) {
                 float own[kFewFixedRows * kLanes];
-                few_rows(rows.count, x, codes + i * row_bytes, 0, kind, scales, own);
+                few_rows(rows.count, x, codes + i * row_bytes, 0, ahead, kind, scales, own);
                 for (int64_t r = 0; r < rows.count; ++r) totals[r * kLanes + i] = own[r * kLanes + i];
             }
         }

@@ -86,7 +86,8 @@ def test_compute_dtype_is_used_and_the_input_dtype_given_back(compute: torch.dty
     weight = layer.dequantize(torch.float32).double()
     exact = nn.functional.linear(x.to(compute).double(), weight, layer.bias.double())
     size = nn.functional.linear(x.double().abs(), weight.abs())
-    assert ((result.double() - exact).abs() <= last_bits * exact.abs() + torch.finfo(compute).eps / 4 * size).all()
+    rounded = torch.finfo(compute).eps / 4 * size + 1e-6 * size  # tables, and sums in float32
+    assert ((result.double() - exact).abs() <= last_bits * exact.abs() + rounded).all()
     if compute is not torch.float32 and given is torch.float32:
         assert torch.equal(result, result.to(compute).float())
 
