@@ -111,7 +111,7 @@ constexpr Table<int8_t, 16> kFp4Int8 = make_integer_table<int8_t>(kFp4Values, kF
 // The tables in 16-bit fixed point, of 12 bits and a sign: round(unit * value). NF4's unit is the one below 2^12 with
 // the smallest squared error in normally distributed weights, 1.1e-4 of their norm; FP4 is exact, being 192nds.
 constexpr float kNf4FixedUnit = 4075.0f, kFp4FixedUnit = 4032.0f;
-constexpr int32_t kLargestFixedWeight = 4075;
+constexpr int32_t kLargestFixedWeight = static_cast<int32_t>(kNf4FixedUnit);
 constexpr Table<int16_t, 16> kNf4Fixed = make_integer_table<int16_t>(kNf4Values, kNf4FixedUnit);
 constexpr Table<int16_t, 16> kFp4Fixed = make_integer_table<int16_t>(kFp4Values, kFp4FixedUnit);
 

@@ -155,7 +155,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--llama-server", type=Path, metavar="BINARY")
     parser.add_argument("--gguf-python", type=Path, metavar="PYTHON", help="an interpreter that has gguf and numpy")
     parser.add_argument("--vllm", type=Path, metavar="PYTHON", help="of the environment that vllm is installed in")
-    parser.add_argument("--vllm-dtype", choices=VLLM_DTYPES, default=VLLM_DTYPES[0])
+    parser.add_argument("--vllm-dtype", choices=VLLM_DTYPES, default="bf16")
     parser.add_argument("--transformers-serve", type=Path, metavar="PYTHON")
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--concurrency", type=int, nargs="+", default=list(LOADS))

@@ -27,6 +27,8 @@ COMPLETIONS: Final = "/v1/completions"
 CACHE_TOKENS: Final = 16384
 CONTEXT_TOKENS: Final = 2048
 LLAMA_SLOTS: Final = 16
+VLLM_DTYPES: Final = {"bf16": "bfloat16", "fp32": "float32"}
+"""What vLLM can be given: not every processor has instructions for bfloat16."""
 READY_SECONDS: Final = 600.0
 STOP_SECONDS: Final = 60.0
 HALFBYTE: Final = Path(sys.executable).parent / "halfbyte"
@@ -83,14 +85,11 @@ def llama_server(binary: Path, file: Path, threads: int) -> Contestant:
     return Contestant("llama-server Q4_0, 16 slots", command, "measured", fields={"ignore_eos": True})
 
 
-VLLM_DTYPES: Final = ("bfloat16", "float32")
-"""What it can be given: not every processor has instructions for bfloat16."""
-
-
 def vllm(python: Path, checkpoint: Path, threads: int, dtype: str) -> Contestant:
     """vLLM's CPU build; it is given all cores, of which it would keep one for its HTTP process."""
     command = [str(python.parent / "vllm"), "serve", str(checkpoint), "--served-model-name", "measured"]
-    command += ["--host", HOST, "--port", "{port}", "--dtype", dtype, "--max-model-len", str(CONTEXT_TOKENS)]
+    command += ["--host", HOST, "--port", "{port}", "--dtype", VLLM_DTYPES[dtype]]
+    command += ["--max-model-len", str(CONTEXT_TOKENS)]
     environment = {
         "VLLM_CPU_KVCACHE_SPACE": "1",
         "VLLM_CPU_OMP_THREADS_BIND": f"0-{threads - 1}",

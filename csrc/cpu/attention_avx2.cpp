@@ -9,7 +9,7 @@ namespace hb::attention {
 namespace {
 
 constexpr int64_t kWidth = 8;
-constexpr int kColumns = 2;  // vectors, of each of the rows that are summed up together
+static_assert(kLanes == 2 * kWidth, "columns are whole lanes");
 
 // Two vectors of each of Vectors rows: sums[i][n] += x[i][k] * y[k][n] for k from begin to end, both even. A
 // function of its own, so that its sums stay in registers.
@@ -54,8 +54,6 @@ HB_INLINE void multiply_vectors(int64_t vectors, float* sums, int64_t sums_strid
 }
 
 }  // namespace
-
-static_assert(kLanes == kColumns * kWidth, "columns are whole lanes");
 
 void multiply_avx2(int64_t vectors, int64_t columns, float* sums, int64_t sums_stride, const float* x, int64_t x_stride,
                    const float* y, int64_t y_stride, int64_t begin, int64_t end) {

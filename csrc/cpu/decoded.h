@@ -139,6 +139,9 @@ struct DecodedScratch {
 };
 DecodedScratch scratch_of(const DecodedJob& job, int64_t value_bytes);
 
+// The products of a group of hb_linear4 (linear4.cpp).
+DecodedCalls decoded_calls(const hb_linear4_args* items, int64_t count);
+
 // Runs checked calls; `workspace` has decoded_workspace bytes.
 int64_t decoded_workspace(const DecodedCalls& calls, int64_t threads);
 void run_decoded(const DecodedCalls& calls, int64_t threads, void* workspace);

@@ -110,14 +110,14 @@ HB_INLINE void few_rows(int64_t rows, const FixedX& x, const uint8_t* codes, int
 }
 
 template <typename Kind>
-HB_INLINE void run_few(const DecodedCall& a, const DecodedRows& rows, int64_t begin, int64_t end, char* scratch) {
+HB_INLINE void run_few(const DecodedCall& a, const DecodedRows& rows, const Kind& kind, int64_t begin, int64_t end,
+                       char* scratch) {
     const FixedScratch parts(a, rows.count);
     float* const room = reinterpret_cast<float*>(scratch);
     float* const scales = room + parts.absmax / int64_t{sizeof(float)};
     const FixedLayout layout(a, rows.count);
     const FixedX x = {reinterpret_cast<const int16_t*>(rows.x), layout.stride,
                       reinterpret_cast<const float*>(rows.x + layout.scales), layout.groups};
-    const Kind kind(a.weight);
     const int64_t row_bytes = layout.groups * Kind::kGroupBytes;
     const int64_t ahead = fetch_distance(kLanes, row_bytes);
     const int64_t last = end * kLanes < a.N ? end * kLanes : a.N;
@@ -201,14 +201,14 @@ HB_INLINE void multiply_rows(int64_t rows, const FixedX& x, const char* panel, i
 }
 
 template <typename Kind>
-HB_INLINE void run_columns(const DecodedCall& a, const DecodedRows& rows, int64_t begin, int64_t end, char* scratch) {
+HB_INLINE void run_columns(const DecodedCall& a, const DecodedRows& rows, const Kind& kind, int64_t begin, int64_t end,
+                           char* scratch) {
     const FixedScratch parts(a, rows.count);
     char* const panel = scratch;
     float* const totals = reinterpret_cast<float*>(panel + parts.panel);
     float* const room = totals + parts.totals / int64_t{sizeof(float)};
     float* const scales = room + parts.absmax / int64_t{sizeof(float)};
     const FixedLayout layout(a, rows.count);
-    const Kind kind(a.weight);
     const int64_t row_bytes = layout.groups * Kind::kGroupBytes;
     const int64_t last = end * kFixedColumns < a.N ? end * kFixedColumns : a.N;
     for (int64_t n = begin * kFixedColumns; n < last; n += kFixedColumns) {
@@ -239,26 +239,26 @@ HB_INLINE void run_columns(const DecodedCall& a, const DecodedRows& rows, int64_
     }
 }
 
-}  // namespace
-
-void run_few_fixed_avx2(const DecodedCall& a, const DecodedRows& rows, int64_t begin, int64_t end, char* scratch) {
+// Calls body(kind) with how a call's weight becomes integers.
+template <typename Body>
+HB_INLINE void with_kind(const DecodedCall& a, const Body& body) {
     if (a.weight.is_int8) {
-        run_few<EightBits>(a, rows, begin, end, scratch);
+        body(EightBits());
     } else if (a.rounds_x) {
-        run_few<FourBitsInInt8>(a, rows, begin, end, scratch);
+        body(FourBitsInInt8(a.weight));
     } else {
-        run_few<FourBits>(a, rows, begin, end, scratch);
+        body(FourBits(a.weight));
     }
 }
 
+}  // namespace
+
+void run_few_fixed_avx2(const DecodedCall& a, const DecodedRows& rows, int64_t begin, int64_t end, char* scratch) {
+    with_kind(a, [&](const auto& kind) { run_few(a, rows, kind, begin, end, scratch); });
+}
+
 void run_fixed_avx2(const DecodedCall& a, const DecodedRows& rows, int64_t begin, int64_t end, char* scratch) {
-    if (a.weight.is_int8) {
-        run_columns<EightBits>(a, rows, begin, end, scratch);
-    } else if (a.rounds_x) {
-        run_columns<FourBitsInInt8>(a, rows, begin, end, scratch);
-    } else {
-        run_columns<FourBits>(a, rows, begin, end, scratch);
-    }
+    with_kind(a, [&](const auto& kind) { run_columns(a, rows, kind, begin, end, scratch); });
 }
 
 }  // namespace hb

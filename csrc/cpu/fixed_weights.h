@@ -101,7 +101,6 @@ struct EightBits {
     static constexpr bool kFuses = true;
     static constexpr int64_t kGroupBytes = kFixedGroup;
 
-    HB_INLINE explicit EightBits(const DecodedWeight&) {}
     static HB_INLINE void decode(const uint8_t* codes, __m256i (&values)[4]) {
         for (int i = 0; i < 4; ++i) {
             values[i] = _mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(codes + 16 * i)));

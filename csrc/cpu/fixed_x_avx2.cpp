@@ -12,6 +12,7 @@ namespace hb {
 namespace {
 
 constexpr int64_t kLanes = 8;
+static_assert(kFixedGroup == kGroupValues, "x in int8 has the same groups");
 
 HB_INLINE __m256i load(const void* from) {
     return _mm256_loadu_si256(static_cast<const __m256i*>(from));

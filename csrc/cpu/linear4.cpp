@@ -13,6 +13,8 @@ DecodedCall decoded_call(const hb_linear4_args& a) {
     return {a.x, a.x_dtype, a.M, a.N, a.K, weight, a.bias, a.bias_dtype, a.out, a.N, false};
 }
 
+}  // namespace
+
 DecodedCalls decoded_calls(const hb_linear4_args* items, int64_t count) {
     DecodedCalls calls{};
     calls.count = count;
@@ -23,8 +25,6 @@ DecodedCalls decoded_calls(const hb_linear4_args* items, int64_t count) {
     }
     return calls;
 }
-
-}  // namespace
 
 }  // namespace hb
 

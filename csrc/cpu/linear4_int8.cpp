@@ -98,12 +98,9 @@ void round_row(const hb_linear4_args& a, const Layout& layout, int64_t first_row
 }
 
 // The one call, as fixed point computes it where it fits.
-DecodedCalls decoded_calls(const hb_linear4_args& a) {
-    DecodedCalls calls{};
-    calls.count = calls.experts = 1;
-    const AbsmaxSource absmax = {a.absmax, a.nested_absmax, a.offset, a.nested_blocksize};
-    const DecodedWeight weight = {a.packed, a.format, a.blocksize, absmax, false};
-    calls.at[0] = {a.x, a.x_dtype, a.M, a.N, a.K, weight, a.bias, a.bias_dtype, a.out, a.N, false, true};
+DecodedCalls rounding_calls(const hb_linear4_args& a) {
+    DecodedCalls calls = decoded_calls(&a, 1);
+    calls.at[0].rounds_x = true;
     return calls;
 }
 
@@ -121,7 +118,7 @@ extern "C" hb_status hb_linear4_int8_workspace(const hb_linear4_args* args, int6
     using namespace hb;
     HB_REQUIRE(check_linear4_shape(args));
     HB_REQUIRE(check_tensor(bytes, 1, sizeof *bytes));
-    const DecodedCalls calls = decoded_calls(*args);
+    const DecodedCalls calls = rounding_calls(*args);
     *bytes = fits_fixed(calls.at[0]) ? decoded_workspace(calls, args->call.threads) : Layout(*args).end;
     return HB_OK;
 }
@@ -131,7 +128,7 @@ extern "C" hb_status hb_linear4_int8(const hb_linear4_args* args) {
     HB_REQUIRE(check(args));
     const hb_linear4_args& a = *args;
     if (a.M == 0 || a.N == 0) return HB_OK;
-    const DecodedCalls calls = decoded_calls(a);
+    const DecodedCalls calls = rounding_calls(a);
     if (fits_fixed(calls.at[0])) {
         HB_REQUIRE(check_workspace(a.call, decoded_workspace(calls, a.call.threads)));
         run_decoded(calls, a.call.threads, a.call.workspace);

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from quant import BitsAndBytesConfig, Linear4bit, Linear8bit
+from quant import BitsAndBytesConfig, Linear4bit, Linear8bit, native
 from quant.errors import CheckpointError, QuantConfigError, ShapeError
 from quant.linear import PackedLinear
 
@@ -81,13 +81,18 @@ def test_compute_dtype_is_used_and_the_input_dtype_given_back(compute: torch.dty
     x = torch.randn(4, 128).to(given)
     result = layer(x)
     assert result.dtype == given
-    # Some levels round the weight to the compute dtype, or its table; the others multiply it as it stands.
+    # In bfloat16 the CPU levels with an instruction for it round the weight too; the others multiply it as it stands,
+    # but for fixed point, which rounds its table, in 16 bits.
     last_bits = 2 * max(torch.finfo(compute).eps, torch.finfo(given).eps)
-    weight = layer.dequantize(torch.float32).double()
-    exact = nn.functional.linear(x.to(compute).double(), weight, layer.bias.double())
-    size = nn.functional.linear(x.double().abs(), weight.abs())
-    rounded = torch.finfo(compute).eps / 4 * size + 1e-6 * size  # tables, and sums in float32
-    assert ((result.double() - exact).abs() <= last_bits * exact.abs() + rounded).all()
+    in_fixed_point = native.kernels("cpu").level == "avx2" and compute is not torch.float32
+    found = []
+    for weight in (layer.dequantize(torch.float32), layer.dequantize(compute)):
+        exact = nn.functional.linear(x.to(compute).double(), weight.double(), layer.bias.double())
+        size = nn.functional.linear(x.double().abs(), weight.double().abs())
+        expected = exact.to(compute).to(given).double()
+        error = (result.double() - expected).abs()
+        found.append(bool((error <= last_bits * expected.abs() + (2**-12 * size if in_fixed_point else 1e-5)).all()))
+    assert found[0] or (compute is torch.bfloat16 and found[1])
     if compute is not torch.float32 and given is torch.float32:
         assert torch.equal(result, result.to(compute).float())
 
