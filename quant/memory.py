@@ -8,6 +8,8 @@ needs are not here but in server/memory.
 
 from __future__ import annotations
 
+import json
+import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -40,7 +42,12 @@ NESTED_STATISTICS: Final = "nested_statistics"
 UNQUANTIZED: Final = "unquantized_"
 """Prefix of one component per dtype: unquantized_bfloat16, unquantized_float32, ..."""
 
+MAX_MODULES: Final = 4096
+"""Layers that a config may speak of, and experts of a layer: many times what any model has."""
+
+_COUNTS_MODULES: Final = re.compile(r"(layers?|experts)$")
 _FLOAT32_BYTES: Final = 4
+_DIGITS: Final = 32
 _REASON_CHARACTERS: Final = 300
 """How much of another library's message is shown: some list every model there is, or where in C++ they come from."""
 
@@ -52,13 +59,25 @@ def unquantized(dtype: torch.dtype) -> str:
 
 def read_config(directory: Path) -> transformers.PretrainedConfig:
     """The transformers config of a checkpoint directory; raises CheckpointError where there is none that is known."""
-    if not (directory / "config.json").is_file():
+    file = directory / "config.json"
+    if not file.is_file():
         raise CheckpointError(f"{directory} is not a model: it has no config.json")
-    with refused(f"{directory / 'config.json'} is not a config that transformers knows"):
+    with refused(f"{file} is not a config that transformers knows"):
+        _refuse_endless(json.loads(file.read_text(encoding="utf-8")), file)
         config: transformers.PretrainedConfig = transformers.AutoConfig.from_pretrained(
             directory, local_files_only=True, trust_remote_code=False
         )
     return config
+
+
+def _refuse_endless(part: object, file: Path) -> None:
+    """Raises CheckpointError for a number of layers or experts that would be built for hours, or until memory ends: by
+    the config itself, which lists its layers' kinds, or by the model.
+    """
+    for key, value in part.items() if isinstance(part, dict) else ():
+        if isinstance(value, int | float) and _COUNTS_MODULES.search(key) and value > MAX_MODULES:
+            raise CheckpointError(f"{file}: {key} is {str(value)[:_DIGITS]}; accepted is at most {MAX_MODULES}")
+        _refuse_endless(value, file)
 
 
 @contextmanager

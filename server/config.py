@@ -37,6 +37,7 @@ from server.records import (
     MAX_TIMEOUT_SECONDS,
     SPECULATIVE_TOKENS,
     ModelSpec,
+    SamplingDefaults,
     is_sendable,
 )
 from server.sentences import describe, listed, location, shown
@@ -139,6 +140,11 @@ class ModelConfig(Settings):
     cuda_graphs: bool = Field(
         default=True, description="On a GPU, start the kernels of a decode step in one call, recorded at the start."
     )
+    sampling_defaults: SamplingDefaults = Field(
+        default="model",
+        description="What a request's open fields mean: what the checkpoint's generation_config.json recommends "
+        "(model), or what they mean in OpenAI's API (openai).",
+    )
     threads: Annotated[int, Field(ge=1, le=1024)] | None = Field(
         default=None, description="CPU threads of this engine; without it an equal share of the machine's."
     )
@@ -190,6 +196,7 @@ class ModelConfig(Settings):
             speculative_tokens=self.speculative_tokens,
             batch_invariant=self.batch_invariant,
             cuda_graphs=self.cuda_graphs,
+            sampling_defaults=self.sampling_defaults,
             threads=self.threads or threads,
         )
 

@@ -52,6 +52,7 @@ LoadPhase = Literal["start", "plan", "weights", "cache", "warmup", "ready"]
 Batching = Literal["packed", "padded", "equal", "single"]
 """How sequences share a forward call: "packed" one behind the other, of any lengths and with prompts; "padded" side by
 side where they compute as many tokens; "equal" only where they are also equally long; "single" never."""
+SamplingDefaults = Literal["model", "openai"]
 FailureKind = Literal["config", "checkpoint", "does_not_fit", "internal"]
 
 
@@ -91,6 +92,8 @@ class ModelSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Whether a row's logits have the same bits in a batch of any size, at some cost."""
     cuda_graphs: bool = True
     """Whether steps of single rows are recorded on a GPU, where they can be."""
+    sampling_defaults: SamplingDefaults = "model"
+    """Whose defaults a request's open fields take: the checkpoint's recommendations, or those of OpenAI's API."""
     threads: int | None = None
     """CPU threads this engine may use; None takes its share of the machine."""
 
@@ -258,6 +261,8 @@ class ModelInfo(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     decoder_prompt_tokens: int = 0
     """0 where answers continue their prompt. An encoder-decoder's begin after so many tokens that nobody sees, and
     prompt and answer have `max_model_len` each."""
+    sampling_defaults: dict[str, float] = {}
+    """What the checkpoint recommends, by the names of SamplingParams' fields: for requests that leave them open."""
 
     @property
     def is_encoder_decoder(self) -> bool:

@@ -48,7 +48,8 @@ struct FixedScratch {
 };
 
 // Rows [begin, end) of the pass -> integers and scales. For weights in 4 bits they have the order of unpacked codes:
-// with few rows a group's even columns and then the odd ones, else so of each four columns.
+// with few rows a group's even columns and then the odd ones, else so of each four columns. Few rows in int8 are bytes,
+// with their magnitudes behind them.
 void load_fixed_avx2(const DecodedCall& call, const DecodedRows& rows, int64_t begin, int64_t end);
 // The rows against weight rows [begin, end) in units of kFewFixedColumns and of kFixedColumns. Both give the same bits.
 void run_few_fixed_avx2(const DecodedCall& call, const DecodedRows& rows, int64_t begin, int64_t end, char* scratch);

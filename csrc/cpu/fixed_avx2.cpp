@@ -22,12 +22,6 @@ constexpr int kMostRows = 4;  // of x that meet a panel from registers
 constexpr int64_t kGroupPairs = kFixedGroup / 2;
 constexpr int64_t kChunk = 16;  // bytes of a row of codes that are transposed together
 
-// sum += term, here and in place: left to itself, GCC 12 keeps terms on the stack and adds them up at the end, or
-// copies each sum once more.
-HB_INLINE void add_to(__m256i& sum, __m256i term) {
-    asm("vpaddd %1, %0, %0" : "+x"(sum) : "x"(term));
-}
-
 // --- what both ways end with --------------------------------------------------------------------------------------
 
 // Sums of a group times absmax and what a unit of x stands for, added to a total.
@@ -83,13 +77,10 @@ HB_NOINLINE void few(const FixedX& x, const uint8_t* codes, int64_t row_bytes, i
         for (int64_t i = 0; i < Kind::kGroupBytes * kLanes; i += 64, fetched += 64) fetch_line(fetched);
         __m256i sums[Rows][kLanes];
         for (int64_t n = 0; n < kLanes; ++n) {
-            __m256i weights[4];
+            typename Kind::Few weights;
             kind.decode(codes + n * row_bytes, weights);
             for (int r = 0; r < Rows; ++r) {
-                const int16_t* const values = x.values + r * x.stride + group * kFixedGroup;
-                __m256i sum = _mm256_madd_epi16(load(values), weights[0]);
-                for (int i = 1; i < 4; ++i) add_to(sum, _mm256_madd_epi16(load(values + 16 * i), weights[i]));
-                sums[r][n] = sum;
+                sums[r][n] = Kind::multiply(x.values + r * x.stride + group * kFixedGroup, weights);
             }
         }
         for (int r = 0; r < Rows; ++r) {

@@ -21,6 +21,7 @@ constexpr int64_t kPairBytes = kVectors * 32;
 static_assert(kFixedColumns == kVectors * kLanes && kFewFixedColumns == kLanes, "lanes are weight rows");
 
 static_assert(((int64_t{1} << kFixedBits4) - 1) * kLargestFixedWeight * kFixedGroup <= INT32_MAX, "exact sums");
+static_assert(2 * 128 * static_cast<int>(kFp4Int8Unit) <= INT16_MAX && kNf4Int8Unit <= kFp4Int8Unit, "exact pairs");
 static_assert(((int64_t{1} << kFixedBits8) - 1) * 128 * kFixedGroup <= INT32_MAX && kFixedBits8 < 16, "exact sums");
 
 HB_INLINE __m256i load(const void* from) {
@@ -40,10 +41,25 @@ HB_INLINE void interleave(const __m256i (&rows)[4], __m256i (&units)[4]) {
     units[2] = _mm256_unpacklo_epi16(c, d), units[3] = _mm256_unpackhi_epi16(c, d);
 }
 
+// sum += term, here and in place: left to itself, GCC 12 keeps terms on the stack and adds them up at the end, or
+// copies each sum once more.
+HB_INLINE void add_to(__m256i& sum, __m256i term) {
+    asm("vpaddd %1, %0, %0" : "+x"(sum) : "x"(term));
+}
+
+// A group of a weight row in 16-bit integers, and its products with a row of x, in eight sums.
+using Group = __m256i[4];
+HB_INLINE __m256i multiply_group(const int16_t* x, const Group& weights) {
+    __m256i sum = _mm256_madd_epi16(load(x), weights[0]);
+    for (int i = 1; i < 4; ++i) add_to(sum, _mm256_madd_epi16(load(x + 16 * i), weights[i]));
+    return sum;
+}
+
 // How each kind of weight goes from codes to 16-bit integers.
 struct FourBits {
     static constexpr bool kFuses = true;
     static constexpr int64_t kGroupBytes = kFixedGroup / 2;
+    using Few = Group;
 
     __m256i low, high;  // bytes of the table's entries
 
@@ -62,11 +78,12 @@ struct FourBits {
         first = _mm256_unpacklo_epi8(lows, highs);
         second = _mm256_unpackhi_epi8(lows, highs);
     }
-    HB_INLINE void decode(const uint8_t* codes, __m256i (&values)[4]) const {
+    HB_INLINE void decode(const uint8_t* codes, Few& values) const {
         const __m256i bytes = load(codes), nibble = _mm256_set1_epi8(15);
         look_up(_mm256_and_si256(_mm256_srli_epi16(bytes, 4), nibble), values[0], values[1]);
         look_up(_mm256_and_si256(bytes, nibble), values[2], values[3]);
     }
+    static HB_INLINE __m256i multiply(const int16_t* x, const Few& weights) { return multiply_group(x, weights); }
 
     // Sixteen bytes of eight rows, of rows i and i + 4 in rows[i] -> their pairs, one behind the other. Two bytes have
     // a pair of even columns and one of odd ones.
@@ -87,25 +104,49 @@ struct FourBits {
     static float unit(const DecodedWeight& weight) { return weight.format == HB_NF4 ? kNf4FixedUnit : kFp4FixedUnit; }
 };
 
-// For x in int8, whose scales have the table's unit.
+// For x in int8, whose scales have the table's unit. Few rows of x meet entries of one byte: magnitudes of x times
+// entries with its signs, of which two products fit into 16 bits.
 struct FourBitsInInt8 : FourBits {
     static constexpr bool kFuses = false;
+    using Few = __m256i[2];  // of even columns and of odd ones
+
+    __m256i entries;
 
     HB_INLINE explicit FourBitsInInt8(const DecodedWeight& weight)
-        : FourBits(
-              _mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(int8_table(weight.format).at)))) {}
+        : FourBitsInInt8(_mm_loadu_si128(reinterpret_cast<const __m128i*>(int8_table(weight.format).at))) {}
+    HB_INLINE explicit FourBitsInInt8(__m128i table)
+        : FourBits(_mm256_cvtepi8_epi16(table)), entries(_mm256_broadcastsi128_si256(table)) {}
+
+    HB_INLINE void decode(const uint8_t* codes, Few& values) const {
+        const __m256i bytes = load(codes), nibble = _mm256_set1_epi8(15);
+        values[0] = _mm256_shuffle_epi8(entries, _mm256_and_si256(_mm256_srli_epi16(bytes, 4), nibble));
+        values[1] = _mm256_shuffle_epi8(entries, _mm256_and_si256(bytes, nibble));
+    }
+    static HB_INLINE __m256i multiply(const int16_t* x, const Few& weights) {
+        const int8_t* const bytes = reinterpret_cast<const int8_t*>(x);
+        __m256i sums[2];
+        for (int i = 0; i < 2; ++i) {
+            const __m256i magnitudes = load(bytes + kFixedGroup + 32 * i), values = load(bytes + 32 * i);
+            const __m256i pairs = _mm256_maddubs_epi16(magnitudes, _mm256_sign_epi8(weights[i], values));
+            sums[i] = _mm256_madd_epi16(pairs, _mm256_set1_epi16(1));
+        }
+        add_to(sums[0], sums[1]);
+        return sums[0];
+    }
     static float unit(const DecodedWeight&) { return 1.0f; }
 };
 
 struct EightBits {
     static constexpr bool kFuses = true;
     static constexpr int64_t kGroupBytes = kFixedGroup;
+    using Few = Group;
 
-    static HB_INLINE void decode(const uint8_t* codes, __m256i (&values)[4]) {
+    static HB_INLINE void decode(const uint8_t* codes, Few& values) {
         for (int i = 0; i < 4; ++i) {
             values[i] = _mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(codes + 16 * i)));
         }
     }
+    static HB_INLINE __m256i multiply(const int16_t* x, const Few& weights) { return multiply_group(x, weights); }
     static HB_INLINE void decode_columns(const __m256i (&rows)[4], char* pairs) {
         __m256i units[4];
         interleave(rows, units);

@@ -98,6 +98,20 @@ HB_INLINE void part_columns(__m256i (&values)[4]) {
     }
 }
 
+// As FourBitsInInt8 takes few rows: bytes, the even columns, then the odd ones; then the magnitudes of these.
+HB_INLINE void part_bytes(__m256i (&values)[4]) {
+    const __m256i evens_first = _mm256_setr_epi8(0, 2, 4, 6, 8, 10, 12, 14, 1, 3, 5, 7, 9, 11, 13, 15, 0, 2, 4, 6, 8,
+                                                 10, 12, 14, 1, 3, 5, 7, 9, 11, 13, 15);
+    __m256i halves[2];
+    for (int i = 0; i < 2; ++i) {
+        const __m256i bytes = _mm256_permute4x64_epi64(_mm256_packs_epi16(values[2 * i], values[2 * i + 1]), 0xd8);
+        halves[i] = _mm256_permute4x64_epi64(_mm256_shuffle_epi8(bytes, evens_first), 0xd8);
+    }
+    values[0] = _mm256_permute2x128_si256(halves[0], halves[1], 0x20);
+    values[1] = _mm256_permute2x128_si256(halves[0], halves[1], 0x31);
+    values[2] = _mm256_abs_epi8(values[0]), values[3] = _mm256_abs_epi8(values[1]);
+}
+
 // As FourBits::decode_columns does: of each four columns the even ones, then the odd ones.
 HB_INLINE void cross_columns(__m256i (&values)[4]) {
     for (__m256i& some : values) some = _mm256_shufflehi_epi16(_mm256_shufflelo_epi16(some, 0xd8), 0xd8);
@@ -118,8 +132,13 @@ void load_fixed_avx2(const DecodedCall& a, const DecodedRows& rows, int64_t begi
             __m256i found[4];
             scales[group] = a.rounds_x ? round_group_to_int8(values, int8_step(a.weight.format), found)
                                        : round_group(values, bits, found);
-            if (!a.weight.is_int8 && are_few) part_columns(found);
-            if (!a.weight.is_int8 && !are_few) cross_columns(found);
+            if (are_few && a.rounds_x) {
+                part_bytes(found);
+            } else if (are_few && !a.weight.is_int8) {
+                part_columns(found);
+            } else if (!a.weight.is_int8) {
+                cross_columns(found);
+            }
             for (int i = 0; i < 4; ++i) _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + 16 * i), found[i]);
         }
     }

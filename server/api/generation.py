@@ -38,6 +38,8 @@ class Options:
     """
     sampling: SamplingParams
     """For every choice, but for what depends on the model, on the prompt, and on which of a prompt's choices it is."""
+    left_open: frozenset[str] = frozenset()
+    """Fields of `sampling` that the request does not give: what the model recommends for them takes their place."""
     stop: tuple[str, ...] = ()
     keep_stop: bool = False
     """Whether what ended a text, a stop string or a stop token, is part of it."""
@@ -215,8 +217,10 @@ def sampling(
         )
     _check_ids("prompt", prompt, info)
     asked = options.sampling
+    recommended = {name: value for name, value in info.sampling_defaults.items() if name in options.left_open}
     params = msgspec.structs.replace(
         asked,
+        **recommended,
         max_tokens=max(1, limit),  # the engine always draws; what only a prompt was asked for throws away
         stop_token_ids=asked.stop_token_ids + (() if options.ignore_eos else info.eos_token_ids),
         bad_words=banned,

@@ -43,5 +43,6 @@ def describe(model: ServedModel) -> dict[str, Any]:
         "prefix_caching": info.prefix_caching if info else None,
         "batching": info.batching if info else None,
         "encoder_decoder": info.is_encoder_decoder if info else None,
+        "sampling_defaults": info.sampling_defaults if info else None,
         "speculative_tokens": info.speculative_tokens if info else None,
     }

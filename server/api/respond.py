@@ -62,6 +62,7 @@ def options(
         limit=limit,
         default_limit=default_limit,
         sampling=body.params(),
+        left_open=body.left_open,
         stop=tuple(body.stop),
         keep_stop=bool(body.include_stop_str_in_output),
         ignore_eos=bool(body.ignore_eos),

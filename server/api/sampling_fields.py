@@ -13,19 +13,14 @@ from pydantic import BeforeValidator, Field, WithJsonSchema
 
 from server.api.strict import Wire
 from server.records import SamplingParams
+from server.sampling_ranges import MinP, Recommendations, RepetitionPenalty, Share, Temperature, TopK
 from server.sentences import shown
 
 MAX_STOPS: Final = 16
 MAX_STOP_CHARACTERS: Final = 256
 MAX_STOP_TOKENS: Final = 64
 MAX_TOKENS: Final = 2**24
-MAX_TOP_K: Final = 2**20
-TOP_K_OFF: Final = -1
-"""How vLLM writes it; 0 is off too."""
-MAX_TEMPERATURE: Final = 2.0
 MAX_PENALTY: Final = 2.0
-MIN_REPETITION_PENALTY: Final = 0.01
-MAX_REPETITION_PENALTY: Final = 100.0
 MAX_BIAS: Final = 100.0
 MAX_BIASED_TOKENS: Final = 1024
 MAX_ALLOWED_TOKENS: Final = 2**16
@@ -64,7 +59,6 @@ Stops = Annotated[
 ]
 TokenCount = Annotated[int, Field(ge=1, le=MAX_TOKENS)]
 TokenId = Annotated[int, Field(ge=0, le=MAX_TOKEN_ID)]
-Share = Annotated[float, Field(gt=0, le=1)]
 Penalty = Annotated[float, Field(ge=-MAX_PENALTY, le=MAX_PENALTY)]
 Bias = Annotated[float, Field(ge=-MAX_BIAS, le=MAX_BIAS)]
 Biases = Annotated[dict[str, Bias], Field(max_length=MAX_BIASED_TOKENS), BeforeValidator(_biases)]
@@ -77,12 +71,12 @@ class SamplingFields(Wire):
     model: Annotated[str, Field(min_length=1, max_length=MAX_NAME_CHARACTERS)]
     max_tokens: TokenCount | None = None
     min_tokens: Annotated[int, Field(ge=0, le=MAX_TOKENS)] | None = None
-    temperature: Annotated[float, Field(ge=0, le=MAX_TEMPERATURE)] | None = None
+    temperature: Temperature | None = None
     top_p: Share | None = None
-    top_k: Annotated[int, Field(ge=TOP_K_OFF, le=MAX_TOP_K)] | None = None
-    min_p: Annotated[float, Field(ge=0, le=1)] | None = None
+    top_k: TopK | None = None
+    min_p: MinP | None = None
     typical_p: Share | None = None
-    repetition_penalty: Annotated[float, Field(ge=MIN_REPETITION_PENALTY, le=MAX_REPETITION_PENALTY)] | None = None
+    repetition_penalty: RepetitionPenalty | None = None
     presence_penalty: Penalty | None = None
     frequency_penalty: Penalty | None = None
     logit_bias: Biases | None = None
@@ -104,6 +98,11 @@ class SamplingFields(Wire):
     def wanted_logprobs(self) -> int | None:
         """How many of the likeliest tokens come with each token's logprob; None: no logprobs."""
         raise NotImplementedError
+
+    @property
+    def left_open(self) -> frozenset[str]:
+        """The fields, of those that a checkpoint may recommend, that this request does not give."""
+        return frozenset(name for name in Recommendations.model_fields if getattr(self, name) is None)
 
     def params(self) -> SamplingParams:
         """What can be said without the model: `max_tokens`, bad words and the model's own stop ids are still open."""

@@ -17,7 +17,9 @@ from typing import Any, Final
 
 import torch
 import transformers
+from pydantic import ValidationError
 from safetensors import SafetensorError
+from transformers.utils import GENERATION_CONFIG_NAME
 from transformers.utils import logging as transformers_logging
 
 import quant  # noqa: F401  importing it makes transformers load bitsandbytes' formats with our layers
@@ -31,6 +33,8 @@ from server.memory.devices import main_device, resolve_device
 from server.memory.facts import effective_quantization, model_dtype
 from server.model.mapped import let_go
 from server.records import Batching, ModelInfo, ModelSpec
+from server.sampling_ranges import Recommendations
+from server.sentences import describe, location
 
 Progress = Callable[[int, int], None]
 """Called with bytes loaded and bytes in all; from the loading thread, many times."""
@@ -45,6 +49,8 @@ class LoadedModel:
     device: str
     quantization: dict[str, Any]
     """The effective config as its JSON dictionary; empty where nothing is quantized."""
+    sampling_defaults: dict[str, float]
+    """What requests get that leave these fields of SamplingParams open; empty where those are OpenAI's."""
     offload: tempfile.TemporaryDirectory[str] | None
     """Where modules that device_map puts on disk are kept; gone with this object."""
     quality: tuple[GroupReport, ...] = ()
@@ -71,6 +77,7 @@ class LoadedModel:
             speculative_tokens=speculative_tokens,
             batching=batching,
             decoder_prompt_tokens=decoder_prompt_tokens,
+            sampling_defaults=self.sampling_defaults,
         )
 
     @property
@@ -102,6 +109,7 @@ def load_model(spec: ModelSpec, progress: Progress) -> LoadedModel:
     check_path(spec)
     directory = Path(spec.path)
     config = read_config(directory)
+    sampling_defaults = recommended_sampling(spec) if spec.sampling_defaults == "model" else {}
     dtype = model_dtype(spec, config)
     device = resolve_device(spec)
     quantization = effective_quantization(spec, config, dtype)
@@ -132,9 +140,29 @@ def load_model(spec: ModelSpec, progress: Progress) -> LoadedModel:
         dtype=dtype,
         device=device if spec.device_map is None else main_device(spec, model.hf_device_map),
         quantization={} if quantization is None else _every_field(quantization),
+        sampling_defaults=sampling_defaults,
         offload=offload,
         quality=tuple(meter.groups()),
     )
+
+
+def recommended_sampling(spec: ModelSpec) -> dict[str, float]:
+    """What the checkpoint's generation_config.json says of how tokens are chosen, whatever do_sample is in it, as vLLM
+    and SGLang take it. Raises CheckpointError for values that no request may have.
+    """
+    file = Path(spec.path) / GENERATION_CONFIG_NAME
+    if not file.is_file():
+        return {}
+    with _explained(spec):
+        generation = transformers.GenerationConfig.from_pretrained(spec.path, local_files_only=True)
+    try:
+        return Recommendations.model_validate(
+            {name: getattr(generation, name, None) for name in Recommendations.model_fields}
+        ).given()
+    except ValidationError as error:
+        detail = error.errors()[0]
+        what = describe(detail, location(detail["loc"]), Recommendations.model_fields)
+        raise CheckpointError(f"{file}: {what}; sampling_defaults: openai serves it without") from error
 
 
 def _eos_token_ids(model: transformers.PreTrainedModel) -> tuple[int, ...]:

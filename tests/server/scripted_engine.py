@@ -18,7 +18,7 @@ as ModelSpec.quantization:
     {"litter": NAME}              leaves a file of that name in its temporary directory
     {"lives": [FILE, [SCRIPT, ...]]}  the first engine with this FILE does the first script, the next one the next, ...
     {"plan": {"device": D, "capacity": C, "peak": P, "kept": K}}  asks for P bytes on a device that has C
-    {"max_model_len": N}, {"eos": [ids]}, {"vocab_size": N}
+    {"max_model_len": N}, {"eos": [ids]}, {"vocab_size": N}, {"sampling_defaults": {...}}
 """
 
 from __future__ import annotations
@@ -139,6 +139,7 @@ class Engine:
             quantization={"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"},
             prefix_caching=True,
             decoder_prompt_tokens=self.script.get("decoder_prompt_tokens", 0),
+            sampling_defaults=self.script.get("sampling_defaults", {}),
         )
         used = self.script.get("device_used")
         memory = MemoryReport(

@@ -385,6 +385,18 @@ def test_a_process_that_cannot_load_says_so_and_exits_with_1(engine: Engine, lla
             "'llama' cannot be served: vocab_size is 0; accepted is 1",
         ),
         (change_config(num_hidden_layers=0), {}, "checkpoint", "num_hidden_layers is 0; accepted is 1"),
+        (
+            change_config(num_hidden_layers=10**30),
+            {},
+            "checkpoint",
+            "num_hidden_layers is 1000000000000000000000000000000; a",
+        ),
+        (
+            change_config(text_config={"num_experts": 4097}),
+            {},
+            "checkpoint",
+            "num_experts is 4097; accepted is at most 4096",
+        ),
         (change_config(hidden_act="nope"), {}, "checkpoint", "can build from this config: KeyError: 'nope'"),
         (change_config(rope_parameters={"rope_type": "nope"}), {}, "checkpoint", "this config: KeyError: 'nope'"),
         (change_config(dtype="float7"), {}, "checkpoint", "has no attribute 'float7'"),
