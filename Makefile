@@ -54,7 +54,7 @@ format: $(STAMP)
 cuda: $(STAMP)
 	$(BIN)/cmake -S csrc -B build/cuda -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))/ninja \
 	    -DCMAKE_BUILD_TYPE=Release -DHALFBYTE_CUDA=ON $(if $(CUDA_ARCHITECTURES),"-DHALFBYTE_CUDA_ARCHITECTURES=$(CUDA_ARCHITECTURES)")
-	$(BIN)/cmake --build build/cuda
+	$(BIN)/cmake --build build/cuda --target halfbyte_cuda
 
 dist: $(STAMP)
 	$(BIN)/python -m build --outdir build/dist .

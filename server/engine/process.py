@@ -180,6 +180,7 @@ def load_engine(spec: ModelSpec, connection: Connection) -> EngineLoop:
     """From a spec to a loop that is ready to run, with progress and finally Loaded sent on the way."""
     started = time.monotonic()
     _phase(connection, "start")
+    gc.disable()  # 2,500 modules come and stay: looking for garbage among them is a twelfth of their time
     import torch  # here, because it takes a second or more, in which end-of-file must already be heard
 
     from quant.memory import measure_layers
@@ -190,6 +191,7 @@ def load_engine(spec: ModelSpec, connection: Connection) -> EngineLoop:
     from server.model.load import check_path, load_model
     from server.model.probe import choose_runner, warm_up
 
+    gc.enable()
     if spec.threads is not None:
         torch.set_num_threads(spec.threads)
     set_batch_invariant(spec.batch_invariant)

@@ -56,7 +56,7 @@ def _build(directory: Path, *options: str) -> Path:
 )
 def test_c_tests_pass(tmp_path: Path, sanitizers: str) -> None:
     directory = _build(tmp_path, "-DHALFBYTE_CUDA=OFF", "-DBUILD_TESTING=ON", f"-DHALFBYTE_SANITIZE={sanitizers}")
-    output = _run(_tool("ctest"), "--test-dir", str(directory), "--verbose")
+    output = _run(_tool("ctest"), "--test-dir", str(directory), "--verbose", "--parallel", "2")
     assert " 0 failed expectations" in output
     assert output.count("ok  ") >= 20
 

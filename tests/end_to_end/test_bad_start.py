@@ -45,13 +45,6 @@ def check(arguments: list[str | Path], code: int, *words: str) -> None:
         ("models:\n- {name: a, path: MODEL, max_model_len: many}", ("max_model_len", "many")),
         ("models:\n- {name: a, path: /nowhere/model}", ("/nowhere/model",)),
         ("models:\n- {name: a, path: MODEL, quantization: nf5}", ("nf5", "nf4")),
-        (
-            "models:\n- {name: a, path: MODEL, quantization: {load_in_4bit: true, load_in_8bit: true}}",
-            ("load_in_4bit",),
-        ),
-        ("models:\n- {name: a, path: MODEL, quantization: {load_in_4bit: true, bnb_4bit_quant_type: q4}}", ("q4",)),
-        ("models:\n- {name: a, path: MODEL, quantization: {load_in_4bit: true, bits: 4}}", ("bits",)),
-        ("models:\n- {name: a, path: MODEL, max_model_len: 100000}", ("max_model_len", "512")),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
@@ -59,10 +52,9 @@ def test_bad_models_yaml(tmp_path: Path, model: Path, text: str, words: tuple[st
     check(["--config", models_yaml(tmp_path, text.replace("MODEL", str(model)))], 2, *words)
 
 
-def test_bad_flags(tmp_path: Path, model: Path) -> None:
+def test_bad_flags(tmp_path: Path) -> None:
     check([tmp_path], 2, str(tmp_path), "config.json")
     check(["--config", tmp_path / "absent.yaml"], 2, "absent.yaml")
-    check([model, "--quantization", "int3"], 2, "int3")
 
 
 def test_truncated_weights(tmp_path: Path) -> None:
