@@ -1,5 +1,5 @@
 """Every instruction set level that this machine has: honest sums, equal bits from everything but float sums, and
-rows that do not depend on their company. A process decides once for a level: each has a process, which runs all scripts.
+rows that do not depend on their company. A process decides once for a level: each has its own, which runs all scripts.
 
 AMX, which few machines have, runs on emulated tiles too (tests/csrc/CMakeLists.txt says what is emulated)."""
 
