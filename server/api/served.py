@@ -50,12 +50,16 @@ class ServedModel:
     async def load(self) -> Loaded:
         """Starts the engine and reads the tokenizer; returns when both are done. Raises a ServerError."""
         await self.engine.start()
-        self._tokenizer, self.template = await asyncio.to_thread(self._load_text)
+        await self._read_text()
+        self.engine.before_serving_again = self._read_text  # the checkpoint may be another one by then
         loaded = await self.engine.wait_loaded()
         self.ready = True
         self.admission.touch()
         log.info("model %r is ready after %.1f s", self.name, loaded.load_seconds)
         return loaded
+
+    async def _read_text(self) -> None:
+        self._tokenizer, self.template = await asyncio.to_thread(self._load_text)
 
     def _load_text(self) -> tuple[Tokenizer, ChatTemplate | None]:
         path = Path(self.spec.path)

@@ -11,7 +11,7 @@ import asyncio
 import logging
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Final, Literal, get_args
 
@@ -96,6 +96,8 @@ class Supervisor:
         self._load_seconds: float | None = None
         self.parting = ""
         """Why it is stopping, as a refused request is told."""
+        self.before_serving_again: Callable[[], Awaitable[None]] | None = None
+        """Awaited once a later engine has loaded, before it gets requests. What it raises ends that life too."""
         watched = Watched(
             state=lambda: self.state,
             stalled=lambda: self.client.stalled_seconds,
@@ -232,6 +234,8 @@ class Supervisor:
         try:
             await self.client.start()
             await self.client.wait_loaded()
+            if self.before_serving_again is not None:
+                await self.before_serving_again()
         except Exception as error:  # whatever was short, such as descriptors or threads: the next try may have it
             self._last_words = f"model {self.spec.name!r} did not load again ({error})"
             log.error(self._last_words, exc_info=None if isinstance(error, ServerError) else error)

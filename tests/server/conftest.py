@@ -89,14 +89,21 @@ ServeScript = Callable[..., Any]
 
 @pytest.fixture(scope="session")
 def serve_scripts(model_path: Path) -> ServeScript:
-    """serve_scripts({name: script, ...}, **server settings) is a context manager that gives a RunningApp."""
+    """serve_scripts({name: script, ...}, **server settings) is a context manager that gives a RunningApp; models are in
+    `path`, or all in model_path.
+    """
 
     @contextmanager
     def serve(
-        scripts: dict[str, dict[str, Any]], *, wait: bool = True, max_sequences: int = 64, **settings: Any
+        scripts: dict[str, dict[str, Any]],
+        *,
+        wait: bool = True,
+        max_sequences: int = 64,
+        path: Path = model_path,
+        **settings: Any,
     ) -> Iterator[RunningApp]:
         models = tuple(
-            ModelConfig(name=name, path=model_path, quantization=script, max_sequences=max_sequences)
+            ModelConfig(name=name, path=path, quantization=script, max_sequences=max_sequences)
             for name, script in scripts.items()
         )
         with RunningApp(ServerConfig(models=models, **settings)) as running:

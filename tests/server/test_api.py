@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import json
+import shutil
 import socket
 import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -524,6 +526,22 @@ def test_while_an_engine_is_started_again_requests_are_told_when_to_come_back(se
         assert complete(running, max_tokens=2).status_code == 200
         assert running.metric("engine_restarts_total", model="echo", reason="signal") == 1
         assert running.metric("requests_rejected_total", model="echo", reason="unavailable") == 1
+
+
+def test_an_engine_that_starts_again_is_spoken_to_with_the_tokenizer_that_is_there_by_then(
+    serve_scripts: ServeScript, model_path: Path, tmp_path: Path
+) -> None:
+    path = shutil.copytree(model_path, tmp_path / "model")
+    with serve_scripts({"echo": {"die_after_steps": 5}}, path=path, restart_pause_seconds=0.1) as running:
+        model = running.service.models["echo"]
+        assert model.tokenizer.encode("a") == [67]
+        moved = json.loads((path / "tokenizer.json").read_text())
+        vocabulary = moved["model"]["vocab"]
+        vocabulary["a"], vocabulary["b"] = vocabulary["b"], vocabulary["a"]
+        (path / "tokenizer.json").write_text(json.dumps(moved))
+        complete(running, prompt="abc", max_tokens=20)
+        wait_for(lambda: model.engine.restarts == 1 and model.state == "ready")
+        assert model.tokenizer.encode("a") == [68]
 
 
 @pytest.mark.parametrize("restart", [False, True])
