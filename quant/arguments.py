@@ -1,6 +1,6 @@
 """Checks of operator arguments: what does not belong together is refused before any kernel sees a pointer.
 
-Not a dispatcher: quant/ops.py calls these from the real and from the fake kernels. Every function raises ShapeError
+Not a dispatcher: op_kernels.py calls these from the real and from the fake kernels. Every function raises ShapeError
 with one sentence that names the argument, its value and what is accepted.
 """
 

@@ -1,7 +1,7 @@
 """Finds and loads the compiled kernels, and calls them with torch tensors.
 
 The C interface is csrc/halfbyte.h; the structs below mirror it field by field (a test compares the sizes and the
-tables). Not here: checks of shapes (arguments.py has made them), choosing between devices (ops.py).
+tables). Not here: checks of shapes (arguments.py has made them), choosing between devices (op_kernels.py).
 """
 
 from __future__ import annotations

@@ -13,7 +13,8 @@ from benchmarks import cuda_contenders, cuda_measuring, cuda_operators, cuda_tar
 from benchmarks.cuda_measuring import Result, Timer
 from benchmarks.cuda_table import table
 from quant import native
-from quant.ops import NAMES, REFERENCE_ONLY
+from quant.op_kernels import REFERENCE_ONLY
+from quant.ops import NAMES
 from tests.emulation import conftest
 
 pytestmark = pytest.mark.timeout(600)  # the first of a session builds the library

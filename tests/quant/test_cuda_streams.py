@@ -13,14 +13,14 @@ from typing import Any
 import pytest
 import torch
 
-from quant import native, ops
+from quant import native, op_kernels, ops
 from tests.quant import operands
 from tests.quant.operands import Weight4, same_bits
 from tests.quant.test_ops import IN_INT8, operator, sample_arguments
 
 pytestmark = pytest.mark.cuda
 
-CASES = [*(name for name in ops.NAMES if name not in ops.REFERENCE_ONLY["cuda"]), *IN_INT8]
+CASES = [*(name for name in ops.NAMES if name not in op_kernels.REFERENCE_ONLY["cuda"]), *IN_INT8]
 DTYPE = torch.bfloat16
 LONG = 1_000_000_000
 """Clocks, half a second of a GPU: no call takes so long to be made."""

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from quant import formats, native, ops, reference
+from quant import formats, native, op_kernels, ops, reference
 from quant.errors import NativeError
 from tests.quant import operands
 from tests.quant.operands import Experts4, Operands8, Weight4, same_bits
@@ -39,9 +39,9 @@ def device(request: pytest.FixtureRequest) -> str:
 @pytest.fixture(autouse=True)
 def no_reference_behind_the_back() -> object:
     """No operator with a kernel may run the reference in any test of this file."""
-    before = ops.reference_calls()
+    before = op_kernels.reference_calls()
     yield
-    assert ops.reference_calls() == before
+    assert op_kernels.reference_calls() == before
 
 
 @pytest.mark.parametrize("quant_type", formats.FOUR_BIT)

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from quant import formats, native, ops, reference
+from quant import formats, native, op_kernels, ops, reference
 from quant.errors import NativeError, ShapeError
 from tests.quant import operands
 from tests.quant.operands import Experts4, Experts8, Paged, Weight4
@@ -117,19 +117,19 @@ def _as_tuple(result: Any) -> tuple[torch.Tensor, ...]:
 @pytest.mark.parametrize("name", ops.NAMES)
 def test_reference_never_runs_where_a_kernel_is(name: str, generator: torch.Generator) -> None:
     """The compiled library has every operator; if one fell back, this would see it."""
-    assert not ops.REFERENCE_ONLY["cpu"]
+    assert not op_kernels.REFERENCE_ONLY["cpu"]
     assert callable(getattr(native.kernels("cpu"), name))
-    before = ops.reference_calls()
+    before = op_kernels.reference_calls()
     operator(name)(*sample_arguments(name, generator))
-    assert ops.reference_calls() == before
+    assert op_kernels.reference_calls() == before
 
 
 @pytest.mark.parametrize("name", ops.NAMES)
 def test_reference_runs_are_counted(name: str, monkeypatch: pytest.MonkeyPatch, generator: torch.Generator) -> None:
-    monkeypatch.setitem(ops.REFERENCE_ONLY, "cpu", frozenset([name]))
-    before = ops.reference_calls().get(name, 0)
+    monkeypatch.setitem(op_kernels.REFERENCE_ONLY, "cpu", frozenset([name]))
+    before = op_kernels.reference_calls().get(name, 0)
     operator(name)(*sample_arguments(name, generator))
-    assert ops.reference_calls()[name] == before + 1
+    assert op_kernels.reference_calls()[name] == before + 1
 
 
 @pytest.mark.parametrize("name", ops.NAMES)

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from quant import formats, native, ops, reference
+from quant import formats, native, op_kernels, ops, reference
 from quant.errors import NativeError
 from tests.quant import operands
 from tests.quant.operands import Paged, same_bits
@@ -341,6 +341,6 @@ def test_tables_that_leave_the_cache_are_refused(name: str, value: int, generato
 
 
 def test_the_list_of_what_cuda_lacks_is_one() -> None:
-    """native.py and ops.py say the same of which entries the CUDA library lacks."""
+    """native.py and op_kernels.py say the same of which entries the CUDA library lacks."""
     entries = {name.removeprefix("hb_").replace("linear4", "linear_4bit") for name in native.CPU_ONLY}
-    assert entries == ops.REFERENCE_ONLY["cuda"]
+    assert entries == op_kernels.REFERENCE_ONLY["cuda"]
