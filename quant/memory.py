@@ -9,7 +9,6 @@ needs are not here but in server/memory.
 from __future__ import annotations
 
 import json
-import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -42,10 +41,9 @@ NESTED_STATISTICS: Final = "nested_statistics"
 UNQUANTIZED: Final = "unquantized_"
 """Prefix of one component per dtype: unquantized_bfloat16, unquantized_float32, ..."""
 
-MAX_MODULES: Final = 4096
-"""Layers that a config may speak of, and experts of a layer: many times what any model has."""
+MOST_MODULES: Final = {"layer": 4096, "layers": 4096, "experts": 65536}
+"""What a config may count at most, by the last word of a key: many times what any model of transformers has."""
 
-_COUNTS_MODULES: Final = re.compile(r"(layers?|experts)$")
 _FLOAT32_BYTES: Final = 4
 _DIGITS: Final = 32
 _REASON_CHARACTERS: Final = 300
@@ -75,8 +73,13 @@ def _refuse_endless(part: object, file: Path) -> None:
     the config itself, which lists its layers' kinds, or by the model.
     """
     for key, value in part.items() if isinstance(part, dict) else ():
-        if isinstance(value, int | float) and _COUNTS_MODULES.search(key) and value > MAX_MODULES:
-            raise CheckpointError(f"{file}: {key} is {str(value)[:_DIGITS]}; accepted is at most {MAX_MODULES}")
+        most = MOST_MODULES.get(key.rpartition("_")[2])
+        if most is not None and isinstance(value, int | float) and value > most:
+            number = str(value)
+            number = number if len(number) <= _DIGITS else f"{number[:_DIGITS]}..."
+            raise CheckpointError(f"{file}: {key} is {number}; accepted is at most {most}")
+        _refuse_endless(value, file)
+    for value in part if isinstance(part, list) else ():
         _refuse_endless(value, file)
 
 

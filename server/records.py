@@ -261,8 +261,9 @@ class ModelInfo(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     decoder_prompt_tokens: int = 0
     """0 where answers continue their prompt. An encoder-decoder's begin after so many tokens that nobody sees, and
     prompt and answer have `max_model_len` each."""
-    sampling_defaults: dict[str, float] = {}
-    """What the checkpoint recommends, by the names of SamplingParams' fields: for requests that leave them open."""
+    sampling_defaults: dict[str, int | float] = {}
+    """What the checkpoint recommends, by the names and in the types of SamplingParams' fields: for requests that leave
+    them open."""
 
     @property
     def is_encoder_decoder(self) -> bool:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Annotated, Final
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 TOP_K_OFF: Final = -1
 """How vLLM writes it; 0 is off too."""
@@ -20,6 +20,11 @@ MinP = Annotated[float, Field(ge=0, le=1)]
 RepetitionPenalty = Annotated[float, Field(ge=0.01, le=100)]
 
 
+def _whole(value: object) -> object:
+    """50.0 is 50 in JSON."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
 class Recommendations(BaseModel):
     """What a generation_config.json says of how tokens are chosen; None where it says nothing."""
 
@@ -27,12 +32,12 @@ class Recommendations(BaseModel):
 
     temperature: Temperature | None = None
     top_p: Share | None = None
-    top_k: TopK | None = None
+    top_k: Annotated[TopK | None, BeforeValidator(_whole)] = None
     min_p: MinP | None = None
     typical_p: Share | None = None
     repetition_penalty: RepetitionPenalty | None = None
 
-    def given(self) -> dict[str, float]:
+    def given(self) -> dict[str, int | float]:
         """By name, as SamplingParams takes them."""
-        found: dict[str, float] = self.model_dump(exclude_none=True)
+        found: dict[str, int | float] = self.model_dump(exclude_none=True)
         return found | ({"top_k": max(self.top_k, 0)} if self.top_k is not None else {})

@@ -1,5 +1,5 @@
-// Weights in 16-bit fixed point (fixed.h): how each kind goes from codes to integers, for few rows of x and for a
-// panel, and how their absmax becomes scales. Included only by fixed_avx2.cpp, which is compiled for AVX2.
+// Weights in fixed point (fixed.h): how each kind goes from codes to integers of 16 bits, or to bytes for few rows of x
+// in int8, and how their absmax becomes scales. Included only by fixed_avx2.cpp, which is compiled for AVX2.
 #pragma once
 
 #include <immintrin.h>
@@ -55,7 +55,7 @@ HB_INLINE __m256i multiply_group(const int16_t* x, const Group& weights) {
     return sum;
 }
 
-// How each kind of weight goes from codes to 16-bit integers.
+// How each kind of weight goes from codes to integers, and what few rows of x make of a group of them.
 struct FourBits {
     static constexpr bool kFuses = true;
     static constexpr int64_t kGroupBytes = kFixedGroup / 2;

@@ -16,6 +16,7 @@ import msgspec
 
 from server.api.choice import ChoiceText, Piece, ScoredToken, prompt_tokens
 from server.api.served import ServedModel
+from server.engine.client import EngineClient
 from server.engine.stream import Origin
 from server.errors import EngineUnavailableError, OverloadedError, RequestError
 from server.records import ModelInfo, SamplingParams, TokenLogprobs
@@ -96,14 +97,14 @@ class TextJob:
     async def _pieces(self) -> AsyncGenerator[Piece, None]:
         timeout = self._model.timeout if self._options.timeout is None else self._options.timeout
         self._deadline = None if timeout is None else time.monotonic() + timeout
-        with self._place() as info:
+        with self._place() as (engine, info):
             prompts, banned = await self._model.prepared(self._prepare(info), self._count)
             params = [sampling(prompt.ids, self._options, banned, info) for prompt in prompts]
             self.prompt_tokens = sum(len(prompt.ids) for prompt in prompts)
             runs = [
                 run
                 for place, (prompt, param) in enumerate(zip(prompts, params, strict=True))
-                for run in self._choices(place, prompt, param, info)
+                for run in self._choices(engine, place, prompt, param, info)
             ]
             async with contextlib.aclosing(runs[0] if len(runs) == 1 else _merged(runs)) as merged:
                 async for piece in merged:
@@ -115,8 +116,10 @@ class TextJob:
         return prompts, await asyncio.to_thread(bad_word_ids, self._model.tokenizer, self._options.bad_words)
 
     @contextlib.contextmanager
-    def _place(self) -> Iterator[ModelInfo]:
-        """A place among the model's open requests, and what is served to those; a refusal is counted by its reason."""
+    def _place(self) -> Iterator[tuple[EngineClient, ModelInfo]]:
+        """A place among the model's open requests, and the engine that serves them: no later one gets what is prepared
+        for it. A refusal is counted by its reason.
+        """
         model = self._model
         with contextlib.ExitStack() as stack:
             try:
@@ -125,21 +128,23 @@ class TextJob:
             except (OverloadedError, EngineUnavailableError) as error:
                 model.metrics.rejected(error)
                 raise
-            yield loaded.info
+            yield model.client, loaded.info
 
     def _choices(
-        self, place: int, prompt: Prompt, params: SamplingParams, info: ModelInfo
+        self, engine: EngineClient, place: int, prompt: Prompt, params: SamplingParams, info: ModelInfo
     ) -> list[AsyncGenerator[Piece, None]]:
         """All choices of one prompt, the `place`-th."""
         count = self._options.choices
         echo: asyncio.Future[tuple[ScoredToken, ...]] = asyncio.get_running_loop().create_future()
         head = () if info.is_encoder_decoder else prompt.ids
         return [
-            self._choice(count * place + which, prompt, nth_choice(params, which), echo, head) for which in range(count)
+            self._choice(engine, count * place + which, prompt, nth_choice(params, which), echo, head)
+            for which in range(count)
         ]
 
     async def _choice(
         self,
+        engine: EngineClient,
         index: int,
         prompt: Prompt,
         params: SamplingParams,
@@ -157,7 +162,7 @@ class TextJob:
         )  # fmt: skip
         logprobs: list[TokenLogprobs] = []
         opening = options.echo
-        with self._model.client.generate(
+        with engine.generate(
             f"{self._id}-{index}",
             prompt.ids,
             params,

@@ -148,6 +148,9 @@ class Supervisor:
         """
         if self._state == "stopping":
             raise EngineUnavailableError(self.parting)
+        if self._state == "restarting":  # the next engine may have loaded, and what is to be there before requests not
+            sentence = f"the engine of model {self.spec.name!r} is not ready"
+            raise EngineUnavailableError(self._why(sentence), retry_after=self.retry_after())
         try:
             return self.client.require_ready()
         except EngineUnavailableError as error:

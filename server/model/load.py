@@ -49,7 +49,7 @@ class LoadedModel:
     device: str
     quantization: dict[str, Any]
     """The effective config as its JSON dictionary; empty where nothing is quantized."""
-    sampling_defaults: dict[str, float]
+    sampling_defaults: dict[str, int | float]
     """What requests get that leave these fields of SamplingParams open; empty where those are OpenAI's."""
     offload: tempfile.TemporaryDirectory[str] | None
     """Where modules that device_map puts on disk are kept; gone with this object."""
@@ -146,9 +146,9 @@ def load_model(spec: ModelSpec, progress: Progress) -> LoadedModel:
     )
 
 
-def recommended_sampling(spec: ModelSpec) -> dict[str, float]:
-    """What the checkpoint's generation_config.json says of how tokens are chosen, whatever do_sample is in it, as vLLM
-    and SGLang take it. Raises CheckpointError for values that no request may have.
+def recommended_sampling(spec: ModelSpec) -> dict[str, int | float]:
+    """What the checkpoint's generation_config.json says of how tokens are chosen, whatever its do_sample is: vLLM and
+    SGLang do not ask it either. Raises CheckpointError for values that no request may have.
     """
     file = Path(spec.path) / GENERATION_CONFIG_NAME
     if not file.is_file():

@@ -1,6 +1,6 @@
 // Runs every registered test; exit code 1 if anything failed. An argument is the seed to repeat a run with, a second
-// one a part of the names of the tests to run. Exit code 77, and no test, where the level that the environment asks for
-// is not on this machine.
+// one a part of the names of the tests to run. Exit code HALFBYTE_SKIPPED, and no test, where the level that the
+// environment asks for is not on this machine.
 #include "testing.h"
 
 namespace testing {
@@ -8,8 +8,6 @@ Registered* first_test = nullptr;
 int failures = 0;
 std::mt19937_64 generator;
 }  // namespace testing
-
-constexpr int kSkipped = 77;
 
 extern "C" int header_abi_version(void);
 
@@ -20,7 +18,7 @@ TEST(the_header_in_c_is_the_librarys) {
 int main(int argc, char** argv) {
     if (hb_level() == nullptr) {
         puts("skipped: this machine has no such level");
-        return kSkipped;
+        return HALFBYTE_SKIPPED;
     }
     const uint64_t seed = argc > 1 ? strtoull(argv[1], nullptr, 10) : std::random_device{}();
     const char* const part = argc > 2 ? argv[2] : "";

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -59,6 +60,8 @@ def test_c_tests_pass(tmp_path: Path, sanitizers: str) -> None:
     output = _run(_tool("ctest"), "--test-dir", str(directory), "--verbose", "--parallel", "2")
     assert " 0 failed expectations" in output
     assert output.count("ok  ") >= 20
+    for level in native.levels(native.kernels("cpu").library):
+        assert re.search(rf"halfbyte_tests_{level} \.+ +Passed", output), level
 
 
 @pytest.fixture(scope="module")

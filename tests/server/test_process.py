@@ -392,10 +392,10 @@ def test_a_process_that_cannot_load_says_so_and_exits_with_1(engine: Engine, lla
             "num_hidden_layers is 1000000000000000000000000000000; a",
         ),
         (
-            change_config(text_config={"num_experts": 4097}),
+            change_config(parts=[{"num_experts": 65537}]),
             {},
             "checkpoint",
-            "num_experts is 4097; accepted is at most 4096",
+            "num_experts is 65537; accepted is at most 65536",
         ),
         (change_config(hidden_act="nope"), {}, "checkpoint", "can build from this config: KeyError: 'nope'"),
         (change_config(rope_parameters={"rope_type": "nope"}), {}, "checkpoint", "this config: KeyError: 'nope'"),

@@ -15,17 +15,28 @@ from server.api.respond import options
 from server.api.wire import ChatRequest, CompletionRequest
 from server.demo import DEMO_MODEL_PATH
 from server.engine.process import load_engine
+from server.errors import LoadError
 from server.model.load import recommended_sampling
-from server.records import Loaded, ModelInfo, ModelSpec, SamplingParams
+from server.records import (
+    LENGTH_PREFIX_BYTES,
+    Generate,
+    Loaded,
+    ModelInfo,
+    ModelSpec,
+    SamplingParams,
+    decode_to_engine,
+    encode_frame,
+)
 from server.sampling_ranges import Recommendations
 from tests.server.conftest import ServeScript
+from tests.server.test_api import complete
 from tests.server.test_process import granted, records_in
 from tests.tiny_models import save_tiny
 
-EVERY_FIELD: dict[str, float] = {
+EVERY_FIELD: dict[str, int | float] = {
     "temperature": 0.5, "top_p": 0.25, "top_k": 7, "min_p": 0.125, "typical_p": 0.75, "repetition_penalty": 1.5,
 }  # fmt: skip
-OTHERS: dict[str, float] = {
+OTHERS: dict[str, int | float] = {
     "temperature": 1.0, "top_p": 1.0, "top_k": 0, "min_p": 0.0, "typical_p": 1.0, "repetition_penalty": 1.0,
 }  # fmt: skip
 """What OpenAI's API has in their places, which a request may ask for too."""
@@ -37,7 +48,7 @@ def recommends(path: Path, **values: Any) -> Path:
     return path
 
 
-def recommended(path: Path) -> dict[str, float]:
+def recommended(path: Path) -> dict[str, int | float]:
     return recommended_sampling(ModelSpec("m", str(path)))
 
 
@@ -47,6 +58,13 @@ def test_every_field_is_read(tmp_path: Path) -> None:
     assert recommended(recommends(tmp_path / "none")) == {}
     assert recommended(tmp_path) == {}
     assert recommended(recommends(tmp_path / "off", top_k=-1, do_sample=False, max_new_tokens=7)) == {"top_k": 0}
+    assert repr(recommended(recommends(tmp_path / "whole", top_k=50.0, temperature=1))["top_k"]) == "50"
+
+
+def test_what_is_no_json_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "generation_config.json").write_text("{")
+    with pytest.raises(LoadError, match="could not be loaded"):
+        recommended(tmp_path)
 
 
 def test_the_demo_models_are_what_its_file_says() -> None:
@@ -60,7 +78,8 @@ def test_the_demo_models_are_what_its_file_says() -> None:
         ({"temperature": "hot"}, "'temperature' is 'hot'; it must be a valid number"),
         ({"temperature": True}, "'temperature' is True; it must be a valid number"),
         ({"temperature": float("nan")}, "'temperature' is nan; it must be"),
-        ({"top_k": 1e30}, "'top_k' is 1e+30; it must be a valid integer"),
+        ({"top_k": 1e30}, "; it must be less than or equal to 1048576"),
+        ({"top_k": 7.5}, "'top_k' is 7.5; it must be a valid integer"),
         ({"top_p": 0.0}, "'top_p' is 0.0; it must be greater than 0"),
         ({"repetition_penalty": 1000.0}, "'repetition_penalty' is 1000.0; it must be less than or equal to 100"),
     ],
@@ -75,7 +94,7 @@ def test_what_no_request_may_have_is_refused(tmp_path: Path, values: dict[str, A
 
 
 @pytest.mark.parametrize(("whose", "expected"), [("model", {"temperature": 0.5, "top_k": 7}), ("openai", {})])
-def test_the_engine_says_what_it_recommends(tmp_path: Path, whose: Any, expected: dict[str, float]) -> None:
+def test_the_engine_says_what_it_recommends(tmp_path: Path, whose: Any, expected: dict[str, int | float]) -> None:
     path = recommends(save_tiny("llama", tmp_path / "model"), temperature=0.5, top_k=7)
     ours, theirs = socket.socketpair()
     with ours, theirs:
@@ -83,9 +102,12 @@ def test_the_engine_says_what_it_recommends(tmp_path: Path, whose: Any, expected
         loaded = records_in(ours)[-1]
     assert isinstance(loaded, Loaded)
     assert loaded.info.sampling_defaults == expected
+    request = CompletionRequest.model_validate({"model": "m", "prompt": "a"})
+    asked = Generate("a", (1,), sampling([1], options(request, 4, tenant=""), (), loaded.info))
+    assert decode_to_engine(encode_frame(asked)[LENGTH_PREFIX_BYTES:]) == asked  # its decoder insists on types
 
 
-def told(body: CompletionRequest | ChatRequest, recommended: dict[str, float]) -> SamplingParams:
+def told(body: CompletionRequest | ChatRequest, recommended: dict[str, int | float]) -> SamplingParams:
     info = ModelInfo(100, 320, (2,), "x", "float32", "cpu", {}, sampling_defaults=recommended)
     return sampling([1], options(body, 4, tenant=""), (), info)
 
@@ -105,9 +127,8 @@ def test_a_request_gets_what_it_leaves_open(field: str) -> None:
         assert {name: getattr(found, name) for name in EVERY_FIELD} == OTHERS | {field: EVERY_FIELD[field]}
 
 
-def test_models_lists_it(serve_scripts: ServeScript) -> None:
-    with (
-        serve_scripts({"m": {"sampling_defaults": {"top_k": 7, "temperature": 0.5}}}) as running,
-        running.client() as client,
-    ):
-        assert client.get("/v1/models/m").json()["sampling_defaults"] == {"top_k": 7, "temperature": 0.5}
+def test_models_lists_it_and_requests_are_answered(serve_scripts: ServeScript) -> None:
+    with serve_scripts({"m": {"sampling_defaults": EVERY_FIELD}}) as running:
+        with running.client() as client:
+            assert client.get("/v1/models/m").json()["sampling_defaults"] == EVERY_FIELD
+        assert complete(running, model="m").status_code == 200

@@ -17,7 +17,7 @@ import pytest
 
 from server.engine.stream import OutputStream
 from server.engine.supervisor import Backoff, ModelState, Supervision, Supervisor
-from server.errors import EngineUnavailableError
+from server.errors import EngineUnavailableError, UnusableCheckpointError
 from server.metrics import Metrics, ModelMetrics
 from server.records import ModelSpec, SamplingParams
 from tests.server.scripted_engine import command
@@ -119,6 +119,36 @@ def test_an_engine_that_died_is_started_again(tmp_path: Path, script: dict[str, 
 
     run(test)
     assert restarts(metrics, reason) == 1
+
+
+def test_requests_wait_for_what_is_to_be_there_before_them(tmp_path: Path) -> None:
+    async def test() -> None:
+        async with supervised(lives=[str(tmp_path / "lives"), [{"die_after_steps": 2}, {}]]) as supervisor:
+            begun, may_end = asyncio.Event(), asyncio.Event()
+            tries = 0
+
+            async def fails_once() -> None:
+                nonlocal tries
+                tries += 1
+                begun.set()
+                await may_end.wait()
+                if tries == 1:
+                    raise UnusableCheckpointError("the tokenizer is half written")
+
+            supervisor.before_serving_again = fails_once
+            with pytest.raises(EngineUnavailableError):
+                await tokens(supervisor.client.generate("r", [1, 3], ENDLESS))
+            await begun.wait()
+            assert supervisor.client.state == "ready"
+            assert supervisor.state == "restarting"
+            with pytest.raises(EngineUnavailableError, match="and is being started again"):
+                supervisor.require_ready()
+            may_end.set()
+            await until(lambda: supervisor.state == "ready")
+            assert (tries, supervisor.restarts) == (2, 2)
+            assert await answers(supervisor)
+
+    run(test)
 
 
 def test_one_that_never_lasts_is_given_up() -> None:
