@@ -55,16 +55,19 @@ def decided_answer(model: transformers.PreTrainedModel, prompt: tuple[int, ...])
 
 
 def moved(model: transformers.PreTrainedModel, prompt: tuple[int, ...], found: Greedy) -> float:
-    """How far logits are from those of the same tokens computed in one call: alone, and beside a longer prompt."""
+    """How far logits are from those of the same tokens computed in one call: alone, and beside some longer prompts."""
     given = found.sequence[None, :-1]
-    alone = model(input_ids=torch.tensor([prompt]), decoder_input_ids=given, use_cache=False).logits[0]
+    others = [model(input_ids=torch.tensor([prompt]), decoder_input_ids=given, use_cache=False).logits[0]]
     padding = 8
-    ids = torch.randint(3, VOCABULARY, (2, padding + len(prompt)))
-    ids[0] = torch.tensor([0] * padding + list(prompt))
-    mask = torch.ones_like(ids)
-    mask[0, :padding] = 0
-    beside = model(input_ids=ids, attention_mask=mask, decoder_input_ids=given.expand(2, -1), use_cache=False).logits[0]
-    most = torch.stack([alone, beside]).sub(found.logits).abs().amax(dim=(0, 2))
+    for rows in (2, 3, 6):  # each number of rows may add up in an order of its own
+        ids = torch.randint(3, VOCABULARY, (rows, padding + len(prompt)))
+        ids[0] = torch.tensor([0] * padding + list(prompt))
+        mask = torch.ones_like(ids)
+        mask[0, :padding] = 0
+        decoder_ids = given.expand(rows, -1)
+        beside = model(input_ids=ids, attention_mask=mask, decoder_input_ids=decoder_ids, use_cache=False)
+        others.append(beside.logits[0])
+    most = torch.stack(others).sub(found.logits).abs().amax(dim=(0, 2))
     return float((most / found.logits.std(dim=1)).max())
 
 
