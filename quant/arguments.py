@@ -1,7 +1,7 @@
 """Checks of operator arguments: what does not belong together is refused before any kernel sees a pointer.
 
-Not a dispatcher: op_kernels.py calls these from the real and from the fake kernels. Every function raises ShapeError
-with one sentence that names the argument, its value and what is accepted.
+Not a dispatcher: op_kernels.py calls these before a kernel, and before it tells what one would give. Every function
+raises ShapeError with one sentence that names the argument, its value and what is accepted.
 """
 
 from __future__ import annotations

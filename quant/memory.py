@@ -75,9 +75,7 @@ def _refuse_endless(part: object, file: Path) -> None:
     for key, value in part.items() if isinstance(part, dict) else ():
         most = MOST_MODULES.get(key.rpartition("_")[2])
         if most is not None and isinstance(value, int | float) and value > most:
-            number = str(value)
-            number = number if len(number) <= _DIGITS else f"{number[:_DIGITS]}..."
-            raise CheckpointError(f"{file}: {key} is {number}; accepted is at most {most}")
+            raise CheckpointError(f"{file}: {key} is {_cut(str(value), _DIGITS)}; accepted is at most {most}")
         _refuse_endless(value, file)
     for value in part if isinstance(part, list) else ():
         _refuse_endless(value, file)
@@ -99,12 +97,16 @@ def refused(sentence: str) -> Iterator[None]:
 
 def _reason(error: Exception) -> str:
     """What another library says, in one line; with the class of error, unless it is one that brings sentences."""
-    text = " ".join(str(error).split())
-    text = text if len(text) <= _REASON_CHARACTERS else f"{text[: _REASON_CHARACTERS - 3]}..."
+    text = _cut(" ".join(str(error).split()), _REASON_CHARACTERS)
     kind = type(error)
     if kind in (ValueError, OSError, ImportError):
         return text
     return f"{kind.__name__}: {text}" if text else kind.__name__
+
+
+def _cut(text: str, most: int) -> str:
+    """At most so many characters of it."""
+    return text if len(text) <= most else f"{text[: most - 3]}..."
 
 
 def auto_class(config: transformers.PretrainedConfig) -> Any:

@@ -8,8 +8,8 @@ Letters: N = output features, K = input features, B = blocks. Packed tensors are
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any, Final, cast
+from collections.abc import Sequence
+from typing import Final, cast
 
 import torch
 
@@ -352,9 +352,8 @@ def _register() -> None:
     for schema in _SCHEMAS:
         _LIBRARY.define(schema)  # type: ignore[no-untyped-call]
     for name in NAMES:
-        kernel: Callable[..., Any] = getattr(op_kernels, name)
-        _LIBRARY.impl(name, kernel, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
-        torch.library.register_fake(f"halfbyte::{name}", getattr(op_kernels, f"fake_{name}"), lib=_LIBRARY)
+        _LIBRARY.impl(name, op_kernels.call_of(name), "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
+        torch.library.register_fake(f"halfbyte::{name}", op_kernels.fake_of(name), lib=_LIBRARY)
     for name in op_gradients.DIFFERENTIABLE:
         backward, setup = (getattr(op_gradients, f"{part}_{name}") for part in ("backward", "setup"))
         torch.library.register_autograd(f"halfbyte::{name}", backward, setup_context=setup, lib=_LIBRARY)
