@@ -34,7 +34,7 @@ serve: $(STAMP)
 	@exec $(BIN)/halfbyte serve $(MODEL) --host $(HOST) --port $(PORT) $(ARGS)
 
 test: $(STAMP)
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -m "not slow" -n 2
 
 test-all: $(STAMP)
 	$(BIN)/python -m pytest

@@ -261,7 +261,7 @@ JSON_VALUES = st.recursive(
 KEYS = ("quant_type", "blocksize", "dtype", "shape", "nested_blocksize", "nested_dtype", "nested_offset")
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(st.dictionaries(st.sampled_from(KEYS), JSON_VALUES, min_size=1, max_size=3))
 def test_any_json_value_is_read_or_refused(changes: dict[str, object]) -> None:
     tensors = layer(4, 64) | {STATE: state_with(**({"shape": [4, 64]} | changes))}
@@ -272,7 +272,7 @@ def test_any_json_value_is_read_or_refused(changes: dict[str, object]) -> None:
     assert read.dequantize().shape == read.shape
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(st.binary(max_size=200))
 def test_any_bytes_as_state_are_refused(content: bytes) -> None:
     with pytest.raises(CheckpointError):

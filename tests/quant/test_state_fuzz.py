@@ -41,7 +41,7 @@ def base(kind: str) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("kind", ["nf4", "nf4-dq", "int8"])
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(
     changes=st.dictionaries(st.sampled_from(NAMES), tensors(), max_size=2),
     dropped=st.sets(st.sampled_from(NAMES), max_size=1),

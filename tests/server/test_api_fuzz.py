@@ -30,7 +30,7 @@ anything = st.recursive(
 
 @pytest.mark.parametrize("model", BODIES, ids=lambda model: model.__name__)
 @given(data=st.data())
-@settings(deadline=None, max_examples=120)
+@settings(max_examples=120)
 def test_any_value_in_any_field_is_accepted_or_refused_in_a_sentence(
     model: type[Sampling], data: st.DataObject
 ) -> None:

@@ -218,7 +218,7 @@ def test_nothing_beside_a_request_changes_a_bit(name: str) -> None:
     assert runner.batching == ("single" if name in NOT_PAGED else "packed")
 
     @given(request=requests(scored=not runner.decoder_prompt), company=companies(5 if name not in NOT_PAGED else 3))
-    @settings(max_examples=case.examples, deadline=None)
+    @settings(max_examples=case.examples)
     def check(request: Generate, company: Company) -> None:
         with invariance(True):
             assert company.answer(company.engine(runner), request) == alone(runner, request)
@@ -304,7 +304,7 @@ class MadeUpModel(PagedScriptedRunner):
 
 
 @given(request=requests(scored=True), company=companies())
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_on_a_scripted_model_nothing_beside_a_request_changes_a_bit(request: Generate, company: Company) -> None:
     engine = company.engine(MadeUpModel(KV_BLOCK_TOKENS))
     assert company.answer(engine, request) == alone(MadeUpModel(KV_BLOCK_TOKENS), request)

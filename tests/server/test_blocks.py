@@ -81,7 +81,7 @@ class PoolMachine(RuleBasedStateMachine):
         assert self.pool.free + self.pool.used == self.pool.total
 
 
-PoolMachine.TestCase.settings = settings(max_examples=100, stateful_step_count=40, deadline=None)
+PoolMachine.TestCase.settings = settings(max_examples=100, stateful_step_count=40)
 TestPool = PoolMachine.TestCase
 
 

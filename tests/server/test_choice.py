@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer as RustTokenizer
 from tokenizers import processors
@@ -88,7 +88,6 @@ def test_special_tokens_of_an_echoed_text_take_the_place_of_their_spelling(
 
 @given(text=st.text(alphabet="the cat. é日🦙\n", min_size=1, max_size=20))
 @pytest.mark.parametrize("name", ECHOING)
-@settings(deadline=None)
 def test_a_text_and_its_tokens_are_echoed_at_the_same_places(name: str, text: str) -> None:
     tokenizer = ECHOING[name]
     ids = tokenizer.encode(text)

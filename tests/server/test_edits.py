@@ -69,7 +69,7 @@ def plain(scores: torch.Tensor, params: SamplingParams, prompt: list[int], gener
 
 
 @given(rows=st.lists(st.tuples(changes, text, text | st.just([])), min_size=1, max_size=6), seed=st.integers(0, 2**32))
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 def test_each_row_is_changed_as_transformers_and_openai_say(
     rows: list[tuple[dict[str, object], list[int], list[int]]], seed: int
 ) -> None:
@@ -90,7 +90,6 @@ def test_each_row_is_changed_as_transformers_and_openai_say(
 
 
 @given(prompt=text, generated=st.lists(st.integers(0, 10**6), max_size=200))
-@settings(deadline=None)
 def test_counts_are_those_of_a_counter(prompt: list[int], generated: list[int]) -> None:
     counts = TokenCounts(prompt)
     for token in generated:
@@ -155,7 +154,7 @@ def test_a_row_with_no_token_left_harms_no_other() -> None:
 
 
 @given(data=st.data(), count=st.integers(2, 7), seed=st.integers(0, 2**32))
-@settings(deadline=None, max_examples=100)
+@settings(max_examples=100)
 def test_a_seed_gives_the_same_token_whatever_else_is_in_the_batch(data: st.DataObject, count: int, seed: int) -> None:
     logits = torch.randn(count, VOCABULARY, generator=torch.Generator().manual_seed(seed)) * 3
     warm = st.fixed_dictionaries(

@@ -84,7 +84,7 @@ ORDER = ["temperature", "top_k", "top_p", "min_p", "typical_p"]
 
 
 @given(seed=st.integers(0, 2**32 - 1), chosen=choices)
-@settings(deadline=None, max_examples=100)
+@settings(max_examples=100)
 def test_each_token_is_drawn_for_its_share_of_the_grid(seed: int, chosen: dict[str, float]) -> None:
     logits = torch.randn(VOCABULARY, generator=torch.Generator().manual_seed(seed)) * 3
     assume(not near_a_threshold(logits, chosen))
@@ -113,7 +113,7 @@ def test_equals_are_kept_or_cut_in_the_order_of_their_ids() -> None:
 
 
 @given(data=st.data(), rows=st.integers(2, 9))
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 def test_a_row_among_any_others_is_the_row_alone(data: st.DataObject, rows: int) -> None:
     logits = torch.randn(rows, 300, generator=torch.Generator().manual_seed(data.draw(st.integers(0, 2**32 - 1)))) * 3
     draws = [

@@ -33,7 +33,7 @@ texts = st.lists(st.integers(0, 3) | st.sampled_from([256, 257, 65_536, 2**31 - 
 
 
 @given(text=texts, cuts=st.lists(st.integers(1, 60), max_size=5), count=st.integers(1, 9))
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=500)
 def test_a_guess_is_what_followed_the_latest_of_the_longest_likenesses(
     text: list[int], cuts: list[int], count: int
 ) -> None:

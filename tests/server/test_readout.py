@@ -131,7 +131,7 @@ def drawn_one_by_one(rows: torch.Tensor, draft: list[int], draw: Draw) -> tuple[
 
 
 @given(data=st.data(), fields=edits, draft=st.lists(st.integers(0, 5), max_size=5), seed=st.integers(0, 2**16))
-@settings(deadline=None, max_examples=300)
+@settings(max_examples=300)
 def test_a_draft_gives_what_a_step_for_each_of_its_tokens_would_give(
     data: st.DataObject, fields: dict[str, object], draft: list[int], seed: int
 ) -> None:
@@ -166,7 +166,6 @@ shapes = st.lists(st.tuples(st.integers(1, 20), st.integers(0, 20), st.booleans(
 
 
 @given(shapes=shapes, limit=st.integers(1, 12))
-@settings(deadline=None)
 def test_passes_hold_every_row_once_in_order_and_few_that_are_scored(
     shapes: list[tuple[int, int, bool]], limit: int
 ) -> None:

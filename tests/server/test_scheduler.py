@@ -326,7 +326,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         assert len(self.scheduler.running) <= self.scheduler.max_sequences
 
 
-SchedulerMachine.TestCase.settings = settings(max_examples=300, stateful_step_count=40, deadline=None)
+SchedulerMachine.TestCase.settings = settings(max_examples=300, stateful_step_count=40)
 TestSchedulerProperties = SchedulerMachine.TestCase
 
 

@@ -42,7 +42,7 @@ dtypes = st.sampled_from([torch.float32, torch.bfloat16])
 
 @pytest.mark.usefixtures("threads")
 @given(rows=st.integers(1, MOST), N=sizes, K=sizes, dtype=dtypes, cuts=cuts_of_rows, has_bias=st.booleans())
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_products_by_any_cut(rows: int, N: int, K: int, dtype: torch.dtype, cuts: list[int], has_bias: bool) -> None:
     torch.manual_seed(rows)
     x, weight = torch.randn(rows, K, dtype=dtype), torch.randn(N, K, dtype=dtype) / K**0.5

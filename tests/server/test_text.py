@@ -67,7 +67,7 @@ def pieces(tokenizer: Tokenizer, ids: list[int], cuts: list[int], before: Sequen
 
 @given(ids=st.lists(st.integers(0, 258), max_size=80), cuts=st.lists(st.integers(0, 80)))
 @example(ids=[2 + 0xE4] * 40, cuts=[])
-@settings(deadline=None, max_examples=300)
+@settings(max_examples=300)
 def test_byte_level_pieces_join_to_the_full_text_for_any_bytes(ids: list[int], cuts: list[int]) -> None:
     tokenizer = TOKENIZERS["byte-level"]
     assert "".join(pieces(tokenizer, ids, cuts)) == tokenizer.decode(ids)
@@ -75,7 +75,7 @@ def test_byte_level_pieces_join_to_the_full_text_for_any_bytes(ids: list[int], c
 
 @given(text=st.text(max_size=60), cuts=st.lists(st.integers(0, 200)))
 @pytest.mark.parametrize("name", ["byte-level", "sentencepiece"])
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 def test_encoded_text_comes_back_in_pieces(name: str, text: str, cuts: list[int]) -> None:
     tokenizer = TOKENIZERS[name]
     ids = tokenizer.encode(text)
@@ -86,7 +86,7 @@ def test_encoded_text_comes_back_in_pieces(name: str, text: str, cuts: list[int]
 
 @given(data=st.data(), cuts=st.lists(st.integers(0, 60)))
 @pytest.mark.parametrize("name", ["sentencepiece", "metaspace"])
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 def test_tokens_without_bytes_join_to_the_full_text(name: str, data: st.DataObject, cuts: list[int]) -> None:
     tokenizer = TOKENIZERS[name]
     first = tokenizer.vocab_size - len(PIECES)
@@ -117,7 +117,7 @@ stops = st.lists(st.text(alphabet="ab¶日", min_size=1, max_size=4), min_size=1
 
 
 @given(text=letters, stop=stops, cuts=st.lists(st.integers(0, 24)))
-@settings(deadline=None, max_examples=500)
+@settings(max_examples=500)
 def test_stop_strings_cut_the_full_text_whatever_the_pieces(text: str, stop: list[str], cuts: list[int]) -> None:
     watcher = StopStrings(stop)
     bounds = [0, *sorted({cut % (len(text) + 1) for cut in cuts}), len(text)]
@@ -132,7 +132,6 @@ def test_stop_strings_cut_the_full_text_whatever_the_pieces(text: str, stop: lis
 
 
 @given(text=letters, stop=stops)
-@settings(deadline=None)
 def test_no_more_is_held_back_than_could_become_a_stop_string(text: str, stop: list[str]) -> None:
     watcher = StopStrings(stop)
     given_out = watcher.push(text)
@@ -157,7 +156,6 @@ def test_the_stop_string_that_is_complete_first_wins_then_the_longest(
 
 
 @given(text=letters, stop=stops, cuts=st.lists(st.integers(0, 24)))
-@settings(deadline=None)
 def test_a_stop_string_that_is_kept_is_the_end_of_the_text(text: str, stop: list[str], cuts: list[int]) -> None:
     watcher = StopStrings(stop, keep=True)
     bounds = [0, *sorted({cut % (len(text) + 1) for cut in cuts}), len(text)]
@@ -168,7 +166,6 @@ def test_a_stop_string_that_is_kept_is_the_end_of_the_text(text: str, stop: list
 
 @given(text=letters, stop=stops, early=st.integers(0, 24), cuts=st.lists(st.integers(0, 24)))
 @example(text="ac", stop=["a", "ab"], early=1, cuts=[])
-@settings(deadline=None)
 def test_a_stop_string_that_came_too_early_is_text(text: str, stop: list[str], early: int, cuts: list[int]) -> None:
     early %= len(text) + 1
     bounds = [0, *sorted({early, *(cut % (len(text) + 1) for cut in cuts)}), len(text)]
@@ -268,7 +265,6 @@ def test_a_bad_word_that_is_merged_with_what_is_before_it_is_another_token(name:
 
 @given(words=st.lists(st.text(alphabet="fox (\n", min_size=1, max_size=6), min_size=1, max_size=3))
 @pytest.mark.parametrize("name", MERGING)
-@settings(deadline=None)
 def test_no_other_word_is_banned_than_the_bad_ones(name: str, words: list[str]) -> None:
     tokenizer = MERGING[name]
     spelled = {b"".join(tokenizer.spell(token).data for token in ids) for ids in bad_word_ids(tokenizer, words)}
@@ -395,7 +391,7 @@ whole_characters = st.lists(
 @example(prompt="\ufffd\ufffd\ufffd", answer="\ufffd the", cuts=[])
 @example(prompt="the cat" + "</s>" * 8, answer=" sat", cuts=[])
 @pytest.mark.parametrize("name", TOKENIZERS)
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 def test_pieces_behind_a_prompt_are_what_the_text_of_both_has_more(
     name: str, prompt: str, answer: str, cuts: list[int]
 ) -> None:
