@@ -48,9 +48,17 @@ class IncrementalDecoder:
 
     def _advance(self) -> str:
         fresh = self._fresh()
-        if fresh and not fresh.endswith(NO_CHARACTER):
+        if fresh and (not fresh.endswith(NO_CHARACTER) or self._is_whole()):
             return self._take(len(self._new), fresh)
         return self._give_up(fresh) if len(self._new) > _LONGEST_WAIT else ""
+
+    def _is_whole(self) -> bool:
+        """Whether the new tokens' bytes are whole characters: the last may be NO_CHARACTER itself, as in any text."""
+        try:
+            b"".join(self._tokenizer.spell(token).data for token in self._new).decode()
+        except UnicodeDecodeError:
+            return False
+        return True
 
     def _fresh(self) -> str:
         """The text that the new tokens add to what is known."""

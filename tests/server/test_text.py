@@ -390,6 +390,7 @@ whole_characters = st.lists(
 @example(prompt="ขอบ", answer="\n a", cuts=[])
 @example(prompt="\ufffd\ufffd\ufffd", answer="\ufffd the", cuts=[])
 @example(prompt="the cat" + "</s>" * 8, answer=" sat", cuts=[])
+@example(prompt="", answer="\ufffd\ufffd€", cuts=[])
 @pytest.mark.parametrize("name", TOKENIZERS)
 @settings(max_examples=200)
 def test_pieces_behind_a_prompt_are_what_the_text_of_both_has_more(
