@@ -22,8 +22,6 @@ from typing import Final
 SHORTEST: Final = 3
 LONGEST: Final = 6
 """How many of the last tokens must be found again: so many at least, and more rather than fewer."""
-MOST_ROWS: Final = 64
-"""Steps of more rows look nothing up: there a guess must be right in 94 of 100 cases to pay, with AMX in 73."""
 _FIRST_RATE: Final = 0.5
 _MEMORY: Final = 8
 """The rate of right guesses is that of about the last so many."""

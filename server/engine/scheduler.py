@@ -38,13 +38,13 @@ from typing import Final
 import msgspec
 
 from server.engine.blocks import BlockPool
-from server.engine.lookup import MOST_ROWS, Lookup
+from server.engine.lookup import Lookup
 from server.engine.prefix import PrefixNames
 from server.engine.sequence import Sequence, Tokens
 from server.errors import ConfigError, RequestError
 from server.model.batch import FIXED_ROWS, Batch, Chunk, StepResult
 from server.model.history import History
-from server.records import FinishReason, Generate, SequenceOutput
+from server.records import GUESSED_ROWS, FinishReason, Generate, SequenceOutput
 
 PRIORITY_SECONDS: Final = 10.0
 """How much later a request of the next priority may come and still be served first."""
@@ -160,7 +160,7 @@ class Scheduler:
     def schedule(self) -> Batch | None:
         """Chooses the chunks of the next step and gives them their blocks; None where there is nothing to do."""
         self.preempted.clear()
-        self.queried_tokens = self.hit_tokens = 0
+        self.queried_tokens = self.hit_tokens = self.accepted_tokens = 0
         decoding = [sequence for sequence in self.running.copy() if sequence.remaining == 1 and self._grow(sequence)]
         most = self._step_tokens(len(decoding))
         budget = most - len(decoding)
@@ -175,7 +175,6 @@ class Scheduler:
 
     def apply(self, batch: Batch, result: StepResult) -> list[SequenceOutput]:
         """Takes in what a step computed: sequences grow by their new token, and those that are done end."""
-        self.accepted_tokens = 0
         outputs: list[SequenceOutput] = []
         for chunk in batch.chunks:
             sequence = self._sequences[chunk.request_id]
@@ -220,8 +219,9 @@ class Scheduler:
 
     def _drafts(self, decoding: list[Sequence], rows: int, budget: int) -> list[list[int]]:
         """Guesses for each of these sequences, from the first in rank on, as far as they pay and there is room."""
-        if not self.speculative_tokens or rows > MOST_ROWS:
+        if not self.speculative_tokens or rows > GUESSED_ROWS:
             return [[] for _ in decoding]
+        budget = min(budget, GUESSED_ROWS - rows)
         drafts = []
         for sequence in decoding:
             drafts.append(self._draft(sequence, rows, budget))
@@ -287,17 +287,18 @@ class Scheduler:
         sequence.computed = len(shared) * pool.block_tokens
         if sequence.reused is None:
             sequence.reused = sequence.computed
-            if self.prefix_caching:
+            if self._is_looked_for(sequence):
                 self.queried_tokens += len(sequence.tokens)
                 self.hit_tokens += sequence.computed
         return sequence
 
-    def _cached_beginning(self, sequence: Sequence) -> list[int]:
-        """The blocks that hold the sequence's first tokens, as far as there are any; at least one token is left.
+    def _is_looked_for(self, sequence: Sequence) -> bool:
+        """Not a prompt that is scored: its logits are wanted, and those are not in the cache."""
+        return self.prefix_caching and sequence.request.sampling.prompt_logprobs is None
 
-        None for a prompt that is scored: its logits are wanted, and those are not in the cache.
-        """
-        if not self.prefix_caching or sequence.request.sampling.prompt_logprobs is not None:
+    def _cached_beginning(self, sequence: Sequence) -> list[int]:
+        """The blocks that hold the sequence's first tokens, as far as there are any; at least one token is left."""
+        if not self._is_looked_for(sequence):
             return []
         blocks = (len(sequence.tokens) - 1) // self.pool.block_tokens
         self._names.extend(sequence.names, sequence.tokens, blocks)

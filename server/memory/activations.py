@@ -2,8 +2,9 @@
 
 A step's largest moment is in one block of a layer (its attention, its MLP, its experts) or at the logits. In a block,
 what its linear layers give lives beside the residual stream, and beside those what the widest of them is given. At the
-logits every sequence has a row of the vocabulary, in the model's dtype and in what the sampler makes of it. To that
-comes what an allocator keeps of it for the next step.
+logits every sequence has a row of the vocabulary, in the model's dtype and in what the sampler makes of it, guesses
+have rows beside those, and so have prompt tokens whose logprobs are wanted. To that comes what an allocator keeps of it
+for the next step.
 docs/memory.md holds the estimate beside what was measured.
 """
 
@@ -19,6 +20,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from quant.experts import find_experts
+from server.records import SCORED_SLICE_ROWS
 
 RESIDUALS: Final = 3
 """Rows of the hidden size beside a block's own: the residual stream, the block's input, and its norm's."""
@@ -32,6 +34,9 @@ MOST_PARTS: Final = 64 << 20
 SAMPLING_BYTES: Final = 48
 """Per logit of a row that is sampled with top_p: scores, probabilities and their order in float32, int64 and float64
 (server/model/sampler.py, filters.py)."""
+SCORING_BYTES: Final = 8
+"""Per logit of a slice of rows whose tokens get logprobs: the logit and its logarithm in float32
+(server/model/logprobs.py)."""
 
 
 Widths = Mapping[str, tuple[int, int]]
@@ -39,13 +44,17 @@ Widths = Mapping[str, tuple[int, int]]
 
 
 def activation_bytes(
-    config: transformers.PretrainedConfig, widths: Widths, dtype: torch.dtype, tokens: int, rows: int
+    config: transformers.PretrainedConfig, widths: Widths, dtype: torch.dtype, tokens: int, rows: int, scored: int
 ) -> int:
-    """Bytes of a step of `tokens` tokens at its largest moment, where `rows` of them have logits that are sampled."""
+    """Bytes of a step of `tokens` tokens at its largest moment, where `rows` of them have logits that are sampled, and
+    `scored` have logits that say how likely a prompt's tokens are."""
     text = config.get_text_config(decoder=True)
     widest_input = max((taken for _, taken in widths.values()), default=0)
     at_logits = tokens * int(text.hidden_size) * dtype.itemsize
-    at_logits += logits_bytes(config, dtype, rows) + rows * int(text.vocab_size) * SAMPLING_BYTES
+    sampling = rows * int(text.vocab_size) * SAMPLING_BYTES
+    scoring = logits_bytes(config, dtype, rows + scored)  # the rows of those who ask, which may be all
+    scoring += min(SCORED_SLICE_ROWS, rows + scored) * int(text.vocab_size) * SCORING_BYTES
+    at_logits += logits_bytes(config, dtype, rows + scored) + max(sampling, scoring)
     largest = tokens * widest_input * dtype.itemsize
     return max(_in_blocks(config, widths, dtype, tokens), at_logits) + min(MOST_RETAINED, 2 * largest)
 

@@ -22,7 +22,7 @@ from server.memory.facts import Facts, describe
 from server.memory.kv import kv_dtype, kv_layers, layer_bytes_per_token, layer_devices, texts_per_sequence
 from server.memory.machine import Share
 from server.memory.workspace import workspace_bytes
-from server.records import CPU, DISK, KV_BLOCK_TOKENS, DevicePlan, ModelSpec, Plan
+from server.records import CPU, DISK, GUESSED_ROWS, KV_BLOCK_TOKENS, SCORED_ROWS, DevicePlan, ModelSpec, Plan
 
 KV_SHARE: Final = 0.25
 """Part of what everything else leaves free that the KV cache takes, where `kv_cache.tokens` does not say."""
@@ -157,8 +157,12 @@ def _without_cache(
         if facts.hf_config.is_encoder_decoder:
             tokens += length  # a prompt that came in chunks is computed at once
         rows = min(spec.max_sequences, tokens)
+        guesses = min(rows * spec.speculative_tokens, max(0, GUESSED_ROWS - rows), tokens - rows)
+        scored = 0 if facts.hf_config.is_encoder_decoder else min(SCORED_ROWS, step)
         components[WORKSPACE] = workspace_bytes(step, spec.max_sequences, length)
-        components[ACTIVATIONS] = activation_bytes(facts.hf_config, facts.widths, facts.dtype, tokens, rows)
+        components[ACTIVATIONS] = activation_bytes(
+            facts.hf_config, facts.widths, facts.dtype, tokens, rows + guesses, scored
+        )
         if spec.cuda_graphs and _may_be_recorded(facts, weights):
             components[WORKSPACE] += logits_bytes(facts.hf_config, facts.dtype, rows)
             components[ACTIVATIONS] += recorded_bytes(facts.hf_config, facts.widths, facts.dtype, rows)

@@ -16,14 +16,14 @@ from typing import TYPE_CHECKING, Any, Final
 
 import torch
 
-from server.model.batch import SCORED_ROWS, Batch, Chunk, StepError, StepResult, failure_sentence
+from server.model.batch import Batch, Chunk, StepError, StepResult, failure_sentence
 from server.model.gather import Gather, Span
 from server.model.paged_cache import PagedCache
 from server.model.readout import read_logits
 from server.model.rope import rope_switch
 from server.model.runner import input_device, keeps_logits, memory_guard, takes
 from server.model.transfer import on_device
-from server.records import Batching, ModelSpec
+from server.records import SCORED_ROWS, Batching, ModelSpec
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

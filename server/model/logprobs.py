@@ -9,13 +9,10 @@ when it has been brought.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Final
 
 import torch
 
-from server.records import MAX_TOP_LOGPROBS, TokenLogprobs
-
-SLICE_ROWS: Final = 64
+from server.records import MAX_TOP_LOGPROBS, SCORED_SLICE_ROWS, TokenLogprobs
 
 
 def token_logprobs(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
@@ -24,7 +21,7 @@ def token_logprobs(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
 
     logits: [rows, vocabulary], any floating dtype; tokens: int64 [rows].
     """
-    slices = [slice(first, first + SLICE_ROWS) for first in range(0, len(tokens), SLICE_ROWS)]
+    slices = [slice(first, first + SCORED_SLICE_ROWS) for first in range(0, len(tokens), SCORED_SLICE_ROWS)]
     return torch.cat([_slice(logits[rows].float(), tokens[rows]) for rows in slices])
 
 

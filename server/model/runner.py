@@ -20,14 +20,14 @@ import torch
 
 from quant import native
 from server.model.attention import CONTEXT_ARGUMENT, Context, PagedBatch, Segment, Tables
-from server.model.batch import FIXED_ROWS, FIXED_ROWS_ON_TILES, SCORED_ROWS, Batch, Chunk, StepError, StepResult
+from server.model.batch import FIXED_ROWS, FIXED_ROWS_ON_TILES, Batch, Chunk, StepError, StepResult
 from server.model.graphs import Graphs, Recorder, SingleRows, Size
 from server.model.paged_cache import PagedCache
 from server.model.readout import read_logits
 from server.model.rope import rope_switch
 from server.model.steady import Steady
 from server.model.transfer import on_device
-from server.records import Batching
+from server.records import SCORED_ROWS, Batching
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -142,8 +142,24 @@ def test_no_smaller_step_than_its_sequences_need_is_offered(path: str) -> None:
 
 def test_activations_of_few_tokens_are_the_logits(path: str) -> None:
     facts = read_facts(ModelSpec("m", path))
-    one, two = (activation_bytes(facts.hf_config, facts.widths, torch.bfloat16, rows, rows) for rows in (1, 2))
+    one, two = (activation_bytes(facts.hf_config, facts.widths, torch.bfloat16, rows, rows, 0) for rows in (1, 2))
     assert two == 2 * one > 320 * 4
+
+
+def test_rows_that_are_scored_or_guessed_have_logits_too(tmp_path: Path) -> None:
+    """What a few sequences at a time can ask for, where the vocabulary is most of a step."""
+    vocabulary, step = 50_000, 256
+    wide = str(save_tiny("llama", tmp_path, vocab_size=vocabulary))
+
+    def activations(**fields: Any) -> int:
+        return planned(wide, max_batch_tokens=step, **fields).devices[0].components["activations"]
+
+    alone = activations(max_sequences=1, speculative_tokens=0)
+    assert alone >= vocabulary * (step + 1) * 2 * 4, "logits in float32, and those of the rows that are asked for"
+    sampled = [activations(max_sequences=12, speculative_tokens=guesses) for guesses in (0, 1, 5, 8)]
+    assert sampled[1] - sampled[0] >= 12 * vocabulary * 4
+    assert sampled[3] == sampled[2], "a step with guesses has 64 rows at most"
+    assert activations(max_sequences=64, speculative_tokens=8) == activations(max_sequences=64, speculative_tokens=0)
 
 
 def test_an_encoder_decoder_caches_prompt_and_answer(tmp_path: Path) -> None:
@@ -228,7 +244,7 @@ def test_the_nearest_is_the_smallest_step_away(path: str) -> None:
     first = planned(path, whole.devices[0].peak_bytes - 1, **asked).nearest[0]
     assert first.changes == {"max_model_len": 496, "kv_cache": {"tokens": 496}}
     without_steps = whole.devices[0].peak_bytes - whole.components["activations"]
-    smaller = planned(path, without_steps + 800_000, max_batch_tokens=2048, quantization="int8").nearest[0]
+    smaller = planned(path, without_steps + 1_300_000, max_batch_tokens=2048, quantization="int8").nearest[0]
     assert smaller.changes["max_batch_tokens"] == SMALLEST_STEP
     assert "quantization" not in smaller.changes
 
@@ -271,7 +287,7 @@ def test_no_room_for_steps_is_no_reason_for_a_cache_in_8_bits(path: str) -> None
     asked = {"max_model_len": 16, "max_batch_tokens": 2048}
     whole = planned(path, **asked)
     without_steps = whole.devices[0].peak_bytes - whole.components["activations"]
-    offers = planned(path, without_steps + 800_000, **asked).nearest
+    offers = planned(path, without_steps + 1_300_000, **asked).nearest
     assert offers[0].changes == {"max_batch_tokens": SMALLEST_STEP}
     assert not any("kv_cache" in offer.changes for offer in offers)
 

@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 
 from server.model.batch import Batch, Chunk, Draw, Score, StepResult
 from server.model.history import History
-from server.model.logprobs import SLICE_ROWS, read, token_logprobs
+from server.model.logprobs import read, token_logprobs
 from server.model.readout import read_logits
-from server.records import MAX_TOP_LOGPROBS, SamplingParams, TokenLogprobs
+from server.records import MAX_TOP_LOGPROBS, SCORED_SLICE_ROWS, SamplingParams, TokenLogprobs
 
 
 def logprobs_of(logits: torch.Tensor, tokens: list[int], tops: list[int]) -> list[TokenLogprobs | None]:
@@ -25,7 +25,7 @@ def logprobs_of(logits: torch.Tensor, tokens: list[int], tops: list[int]) -> lis
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("vocabulary", [1, 7, MAX_TOP_LOGPROBS, 500])
 def test_logprobs_are_the_logs_of_the_softmax(vocabulary: int, dtype: torch.dtype) -> None:
-    rows = SLICE_ROWS + 7
+    rows = SCORED_SLICE_ROWS + 7
     logits = (torch.randn(rows, vocabulary) * 5).to(dtype)
     tokens = [random.randrange(vocabulary) for _ in range(rows)]
     tops = [random.randint(0, MAX_TOP_LOGPROBS) for _ in range(rows)]

@@ -16,7 +16,7 @@ from server.engine.lookup import Lookup
 from server.engine.scheduler import PRIORITY_SECONDS, Scheduler
 from server.errors import ConfigError, RequestError
 from server.model.batch import Batch, Chunk, StepResult
-from server.records import Generate, SamplingParams, SequenceOutput, TokenLogprobs
+from server.records import GUESSED_ROWS, Generate, SamplingParams, SequenceOutput, TokenLogprobs
 from tests.server.scripted import PERIOD, REPETITIVE, PagedScriptedRunner, expected_answer, scored
 
 BLOCK = 4
@@ -797,3 +797,38 @@ def test_a_text_ends_among_guesses_that_came_true(limit: int, stop: tuple[int, .
     if limit > 9:
         assert batch.drafted_tokens > scheduler.accepted_tokens == len(output.token_ids) > 1
     assert (scheduler.pool.used, scheduler.pool.cached) == (0, (20 + len(answer) - 1) // BLOCK)
+
+
+def test_what_a_step_accepted_is_said_once() -> None:
+    text = [1, 2, 3, 4, 5] * 10
+    scheduler = make(speculative_tokens=4)
+    scheduler.add(request("a", text[:12], 30), 0.0)
+    while not scheduler.accepted_tokens:
+        run_text(scheduler, text)
+    scheduler.abort("a")
+    assert scheduler.schedule() is None
+    assert scheduler.accepted_tokens == 0
+
+
+def test_steps_with_guesses_have_so_many_rows_at_most() -> None:
+    text = [1, 2, 3, 4, 5] * 20
+    scheduler = make(blocks=400, budget=400, sequences=30, limit=100, speculative_tokens=9)
+    for number in range(30):
+        scheduler.add(request(f"r{number}", text[:12], 60), 0.0)
+    run_text(scheduler, text)
+    for sequence in scheduler.running:
+        sequence.lookup.rate = 1.0
+    batches = [run_text(scheduler, text)[0] for _ in range(3)]
+    assert [batch.tokens for batch in batches] == [GUESSED_ROWS] * 3
+
+
+def test_a_scored_prompt_is_not_looked_for_and_does_not_count_as_such() -> None:
+    scheduler = make()
+    scheduler.add(request("a", [1] * 9, 2), 0.0)
+    run_step(scheduler, PagedScriptedRunner(BLOCK))
+    assert scheduler.queried_tokens == 9
+    scheduler.add(request("b", [1] * 9, 2, prompt_logprobs=0), 0.0)
+    batch = scheduler.schedule()
+    assert batch is not None
+    assert [chunk.request_id for chunk in batch.chunks] == ["a", "b"]
+    assert scheduler.queried_tokens == 0
