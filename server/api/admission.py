@@ -14,6 +14,8 @@ from server.errors import OverloadedError, RequestError
 
 LONGEST_RETRY_SECONDS: Final = 600
 _REMEMBERED: Final = 32
+MOST_OWED: Final = 2
+"""Times its capacity, that many requests an engine may have before it has ended any."""
 
 
 class Admission:
@@ -37,9 +39,12 @@ class Admission:
         self.used = self._clock()
 
     @contextmanager
-    def enter(self, count: int = 1) -> Iterator[None]:
+    def enter(self, count: int = 1, owed: int = 0) -> Iterator[None]:
         """Holds `count` places while the block runs; raises OverloadedError when they are not free, and RequestError
         for more than there are.
+
+        `owed` requests the engine still has, given up by their clients or not. Their places are free once they are
+        given up, for an engine forgets them at its next step; where that does not come, there must be an end to them.
         """
         if count > self._capacity:
             raise RequestError(
@@ -51,6 +56,12 @@ class Admission:
                 f"model {self._model!r} has {self.open} requests open and accepts at most {self._capacity}; "
                 f"try again in {seconds} s",
                 retry_after=seconds,
+            )
+        if owed + count > MOST_OWED * self._capacity:
+            raise OverloadedError(
+                f"the engine of model {self._model!r} has {owed} requests that it has not ended, given up by their "
+                f"clients most of them; {MOST_OWED * self._capacity} at most are sent to it",
+                retry_after=self.retry_after(count),
             )
         self.open += count
         self.empty.clear()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import time
 import uuid
 from collections.abc import Sequence
@@ -20,6 +19,7 @@ from server.api.tracing import origin_of
 from server.api.wire import ChatRequest
 from server.errors import RequestError
 from server.records import ModelInfo
+from server.text.threads import in_text_thread
 from server.text.tokenizer import Spelling
 
 router = APIRouter()
@@ -40,7 +40,7 @@ async def create_chat_completion(
                 param="model",
             )
         messages = [message.plain() for message in body.messages]
-        text = await asyncio.to_thread(model.template.render, messages)
+        text = await in_text_thread(model.template.render, messages)
         return [Prompt(await encode_text(model, info, text, add_special_tokens=False), text)]
 
     request_id = f"chatcmpl-{uuid.uuid4().hex}"

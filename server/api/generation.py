@@ -10,7 +10,8 @@ import contextlib
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from functools import partial
+from typing import Final, NamedTuple
 
 import msgspec
 
@@ -21,6 +22,10 @@ from server.engine.stream import Origin
 from server.errors import EngineUnavailableError, OverloadedError, RequestError
 from server.records import ModelInfo, SamplingParams, TokenLogprobs
 from server.text.bad_words import bad_word_ids
+from server.text.threads import in_text_thread
+
+MAX_IDS: Final = 2**22
+"""Token ids of a request, counted once for every choice: what the engine holds of it takes 36 bytes for each."""
 
 
 class Prompt(NamedTuple):
@@ -98,9 +103,10 @@ class TextJob:
         timeout = self._model.timeout if self._options.timeout is None else self._options.timeout
         self._deadline = None if timeout is None else time.monotonic() + timeout
         with self._place() as (engine, info):
-            prompts, banned = await self._model.prepared(self._prepare(info), self._count)
+            prompts, banned = await self._model.prepared(self._prepare(info), self._count, self._deadline)
             params = [sampling(prompt.ids, self._options, banned, info) for prompt in prompts]
             self.prompt_tokens = sum(len(prompt.ids) for prompt in prompts)
+            _check_size(prompts, params, self._options.choices)
             runs = [
                 run
                 for place, (prompt, param) in enumerate(zip(prompts, params, strict=True))
@@ -113,7 +119,7 @@ class TextJob:
     async def _prepare(self, info: ModelInfo) -> tuple[list[Prompt], tuple[tuple[int, ...], ...]]:
         """The prompts, and the bad words as token sequences."""
         prompts = await self._encode(info)
-        return prompts, await asyncio.to_thread(bad_word_ids, self._model.tokenizer, self._options.bad_words)
+        return prompts, await in_text_thread(bad_word_ids, self._model.tokenizer, self._options.bad_words)
 
     @contextlib.contextmanager
     def _place(self) -> Iterator[tuple[EngineClient, ModelInfo]]:
@@ -123,8 +129,8 @@ class TextJob:
         model = self._model
         with contextlib.ExitStack() as stack:
             try:
-                loaded = model.engine.require_ready()
-                stack.enter_context(model.admission.enter(self._count))
+                loaded = model.require_ready()
+                stack.enter_context(model.admission.enter(self._count, model.client.owed_requests))
             except (OverloadedError, EngineUnavailableError) as error:
                 model.metrics.rejected(error)
                 raise
@@ -173,17 +179,17 @@ class TextJob:
         ) as stream:
             async for output in stream:
                 logprobs += output.prompt_logprobs
+                if index % options.choices == 0:  # as the prompt's own tokens, which count once
+                    self.cached_tokens += output.cached_tokens
                 if opening and output.token_ids:  # by the first token all of the prompt has been scored
                     opening = False
                     if params.prompt_logprobs is not None:
-                        scored = await asyncio.to_thread(prompt_tokens, tokenizer, prompt.ids, logprobs, prompt.text)
+                        scored = await in_text_thread(prompt_tokens, tokenizer, prompt.ids, logprobs, prompt.text)
                         echo.set_result(scored)
                     tokens = () if options.sampling.logprobs is None else await echo
                     yield Piece(index, echoed, "length" if options.limit == 0 else None, tokens)
                     if options.limit == 0:
                         return
-                if index % options.choices == 0:  # as the prompt's own tokens, which count once
-                    self.cached_tokens += output.cached_tokens
                 before = text.tokens
                 piece = text.push(output)
                 self.completion_tokens += text.tokens - before
@@ -273,6 +279,17 @@ def _check_ids(field: str, tokens: Sequence[int], info: ModelInfo) -> None:
         raise RequestError(f"{field!r} holds token id {bad}; accepted are 0 to {info.vocab_size - 1}", param=field)
 
 
+def _check_size(prompts: Sequence[Prompt], params: Sequence[SamplingParams], choices: int) -> None:
+    """Every choice is a request of its own to the engine, with all token ids that its prompt and its fields have."""
+    ids = sum(len(prompt.ids) + param.listed_tokens for prompt, param in zip(prompts, params, strict=True))
+    if choices * ids > MAX_IDS:
+        raise RequestError(
+            f"the request's prompts and the token ids and words that it lists are {ids:,} token ids for each of its "
+            f"{choices} choices; accepted are {MAX_IDS:,} in all, so 'n' of at most {MAX_IDS // ids}",
+            param="n",
+        )
+
+
 def _check_a_token_is_left(params: SamplingParams) -> None:
     if params.allowed_token_ids is None:
         return
@@ -302,7 +319,7 @@ async def encode_text(model: ServedModel, info: ModelInfo, text: str, *, add_spe
         raise RequestError(
             f"the prompt has at least {at_least} tokens, and the model's context holds {limit}", param="prompt"
         )
-    return await asyncio.to_thread(tokenizer.encode, text, add_special_tokens=add_special_tokens)
+    return await in_text_thread(partial(tokenizer.encode, text, add_special_tokens=add_special_tokens))
 
 
 async def _merged(runs: Sequence[AsyncGenerator[Piece, None]]) -> AsyncGenerator[Piece, None]:

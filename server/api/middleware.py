@@ -10,6 +10,7 @@ import hashlib
 import hmac
 import time
 from collections.abc import Iterable
+from ipaddress import ip_address
 from typing import Final
 from urllib.parse import urlsplit
 
@@ -82,7 +83,8 @@ class HostCheck:
 
     Bound to loopback, a web page could reach the server by a name of its own that resolves to 127.0.0.1 (DNS
     rebinding); the Host header gives it away. Bound to other addresses, any Host is accepted unless `allowed` names
-    some. An Origin must always be the server itself or an allowed name: no page of another site is served.
+    some; an IP address even then, by which probes and scrapes reach a container, and which is no page's own name. An
+    Origin must always be the server itself or an allowed name: no page of another site is served.
     """
 
     def __init__(self, app: ASGIApp, *, loopback: bool, host: str, allowed: Iterable[str]) -> None:
@@ -90,6 +92,7 @@ class HostCheck:
         self._allowed = frozenset(name.lower() for name in allowed)
         own = LOOPBACK_NAMES | {host.lower()} if loopback else frozenset({host.lower()}) | LOOPBACK_NAMES
         self._hosts = own | self._allowed if loopback or self._allowed else None
+        self._any_address = not loopback
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http":
@@ -102,7 +105,7 @@ class HostCheck:
 
     def _check(self, host: str, origin: str | None) -> None:
         name = host_name(host)
-        if self._hosts is not None and name not in self._hosts:
+        if self._hosts is not None and name not in self._hosts and not (self._any_address and _is_address(name)):
             raise ForbiddenHostError(
                 f"the Host header is {shown(host)}; accepted are {listed(sorted(self._hosts))}, "
                 "and what the setting allowed_hosts adds"
@@ -114,6 +117,14 @@ class HostCheck:
                     f"the Origin header is {shown(origin)}; accepted are pages of this server, "
                     "and what the setting allowed_hosts adds"
                 )
+
+
+def _is_address(name: str) -> bool:
+    try:
+        ip_address(name)
+    except ValueError:
+        return False
+    return True
 
 
 def page_host(origin: str) -> str | None:

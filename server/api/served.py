@@ -13,7 +13,7 @@ from server.api.admission import Admission
 from server.api.race import unless
 from server.engine.client import Cut, EngineClient
 from server.engine.supervisor import ModelState, Supervisor
-from server.errors import EngineUnavailableError
+from server.errors import DeadlineExceededError, EngineUnavailableError
 from server.memory import allocator
 from server.metrics import ModelMetrics
 from server.records import Loaded, ModelSpec
@@ -69,13 +69,18 @@ class ServedModel:
         finally:
             allocator.give_back()  # reading a large tokenizer takes several times what it keeps
 
-    async def prepared(self, work: Coroutine[Any, Any, _Result], count: int) -> _Result:
+    async def prepared(self, work: Coroutine[Any, Any, _Result], count: int, deadline: float | None) -> _Result:
         """What is done of a request of `count` choices before the engine gets it. Raises EngineUnavailableError where
-        the open requests are ended meanwhile.
+        the open requests are ended meanwhile, DeadlineExceededError where its time (by time.monotonic) is up.
         """
         self._preparing += count
         try:
-            return await unless(self._cut.wait(), work, lambda: EngineUnavailableError(self._why_cut))
+            async with asyncio.timeout_at(deadline) as limit:
+                return await unless(self._cut.wait(), work, lambda: EngineUnavailableError(self._why_cut))
+        except TimeoutError:
+            if not limit.expired():
+                raise
+            raise DeadlineExceededError("the request's time was up before its prompt was made into tokens") from None
         finally:
             self._preparing -= count
 
@@ -113,10 +118,20 @@ class ServedModel:
         """Whether it serves and nobody is served."""
         return self.state == "ready" and not self.admission.open
 
+    def require_ready(self) -> Loaded:
+        """What the engine loaded; raises EngineUnavailableError while it, or the text side, can serve no request."""
+        loaded = self.engine.require_ready()
+        if self._tokenizer is None:
+            raise EngineUnavailableError(self._without_tokenizer())
+        return loaded
+
+    def _without_tokenizer(self) -> str:
+        return self.engine.parting or f"model {self.name!r} is still loading its tokenizer"
+
     @property
     def tokenizer(self) -> Tokenizer:
         if self._tokenizer is None:
-            raise EngineUnavailableError(self.engine.parting or f"model {self.name!r} is still loading its tokenizer")
+            raise EngineUnavailableError(self._without_tokenizer())
         return self._tokenizer
 
     @property

@@ -98,7 +98,12 @@ class Service:
     def model(self, name: str) -> ServedModel:
         """The same for a new request; raises EngineUnavailableError too, while the server drains."""
         model = self.find(name)
-        self._refuse_draining()
+        try:
+            self._refuse_draining()
+        except EngineUnavailableError as error:
+            model.metrics.rejected(error)
+            model.metrics.failed(error)
+            raise
         return model
 
     def _refuse_draining(self) -> None:

@@ -11,7 +11,7 @@ from typing import Any, Final, TypeVar
 
 from starlette.requests import Request
 from starlette.responses import Response
-from starlette.types import Receive, Scope, Send
+from starlette.types import Message, Receive, Scope, Send
 
 from server.api.errors import INTERNAL, error_body
 from server.api.race import unless
@@ -55,7 +55,6 @@ class EventStream(Response):
         del self.headers["Content-Length"]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
         try:
             with contextlib.suppress(ClientGoneError):
                 await unless(_disconnected(receive), self._write(send), ClientGoneError)
@@ -64,12 +63,15 @@ class EventStream(Response):
             await self._source.aclose()
 
     async def _write(self, send: Send) -> None:
-        async def data(text: str, *, more: bool = True) -> None:
-            body = f"data: {text}\n\n".encode()
+        async def deliver(message: Message) -> None:
             async with asyncio.timeout(SEND_SECONDS):
-                await send({"type": "http.response.body", "body": body, "more_body": more})
+                await send(message)
+
+        async def data(text: str, *, more: bool = True) -> None:
+            await deliver({"type": "http.response.body", "body": f"data: {text}\n\n".encode(), "more_body": more})
 
         try:
+            await deliver({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
             async for event in self._events:
                 await data(compact(event))
         except RequestError as error:

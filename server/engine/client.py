@@ -42,6 +42,7 @@ from server.records import (
     ModelSpec,
     Planned,
     Record,
+    RoomGranted,
     RoomWanted,
     SamplingParams,
     Shortage,
@@ -336,7 +337,12 @@ class EngineClient:
                         stream.deliver(output)
 
     async def _ask(self, shortage: Shortage | None) -> None:
-        self._send(await self._claim.ask(shortage))
+        try:
+            answer = await self._claim.ask(shortage)
+        except Exception:
+            log.exception("no room could be made for model %r", self.spec.name)
+            answer = RoomGranted({}, more=False)  # the engine waits for an answer, whatever it is
+        self._send(answer)
 
     def _settle(self, result: Loaded | ServerError) -> None:
         future = self._load_result

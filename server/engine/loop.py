@@ -156,7 +156,7 @@ class EngineLoop:
             outputs += computed
         elif not outputs:
             return  # an abort for what had just ended: no step, nothing to say
-        self._steps += 1
+        self._steps += batch is not None
         self._report(self._summary(batch, outputs, time.perf_counter() - started, passes, tuple(queued)))
         self._rested = False
         if self._upkeep is not None:

@@ -266,17 +266,19 @@ class Supervisor:
 
         It counts when it is seen twice: reports may be waiting to be read because this process was held up itself.
         """
-        seen, said = False, False
+        seen = False
+        said: EngineClient | None = None
         limit = self.rules.stuck_seconds
         while True:
             await asyncio.sleep(min(_LONGEST_LOOK_SECONDS, limit / 4))
             stuck = self.state == "stuck"
-            if stuck and seen and not said:
-                said = True
-                self._say_stuck(self.client)
-            elif said and not stuck:
-                said = False
-                log.info("the engine of model %r is no longer stuck", self.spec.name)
+            if stuck and seen and said is None:
+                said = self.client
+                self._say_stuck(said)
+            elif said is not None and not stuck:
+                moves, said = said is self.client and said.state == "ready", None  # else it is gone
+                if moves:
+                    log.info("the engine of model %r is no longer stuck", self.spec.name)
             seen = stuck
 
     def _say_stuck(self, client: EngineClient) -> None:

@@ -143,7 +143,7 @@ class ModelMetrics:
         self._add(c.PREEMPTIONS, report.preemptions)
         self._add(c.DRAFT_TOKENS, report.draft_tokens)
         self._add(c.DRAFT_ACCEPTED, report.accepted_draft_tokens)
-        self._add(c.STEPS)
+        self._add(c.STEPS, report.prefill_tokens + report.decode_tokens > 0)  # else it only says what has ended
         self._add(c.FORWARD_PASSES, report.forward_passes)
         if report.forward_passes:
             self._observe(c.STEP_DURATION, report.seconds)

@@ -30,8 +30,6 @@ FIXED_ROWS_ON_TILES: Final = 24
 """How many rows cost as much as reading the weights: of 1.1 billion parameters in 4 bits, on two cores, without
 AMX a step of eight sequences takes 69 ms and one of a single sequence 28, so a row takes 6 ms and the rest 22; with AMX
 44 and 34 (benchmarks/results/model_speed.md). Where rows cost less than that (int8), less is guessed than would pay."""
-SCORED_ROWS: Final = 256
-"""Prompt rows that one forward call scores at most: the logits of all of them are there at the same time."""
 
 
 class StepError(Exception):
@@ -39,8 +37,8 @@ class StepError(Exception):
 
 
 def failure_sentence(error: Exception) -> str:
-    """What a request is told of an error that nobody foresaw: one line; the traceback is in the log."""
-    return f"the model failed in a step of this request ({type(error).__name__}: {error})".splitlines()[0]
+    """What a request is told of an error that nobody foresaw. Its words may name paths and code; the log has them."""
+    return f"the model failed in a step of this request ({type(error).__name__}); the engine's log has the details"
 
 
 class Draw(msgspec.Struct, frozen=True):

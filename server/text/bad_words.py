@@ -23,6 +23,8 @@ from server.text.tokenizer import Tokenizer
 _BEFORE: Final = ("\n", "(")
 """What a word may follow without a space; two, because a tokenizer may lack the one or merge the other."""
 _WAYS: Final = 2 + len(_BEFORE)
+MAX_BAD_WORD_TOKENS: Final = 2**13
+"""Every step looks up the end of the text once for each length that sequences have: 127 lengths at most."""
 
 
 def bad_word_ids(tokenizer: Tokenizer, words: Sequence[str]) -> tuple[tuple[int, ...], ...]:
@@ -41,7 +43,14 @@ def bad_word_ids(tokenizer: Tokenizer, words: Sequence[str]) -> tuple[tuple[int,
                 param=f"bad_words[{place}]",
             )
         found += [plain, spaced, *_behind(tokenizer, word, before, behind)]
-    return tuple(dict.fromkeys(tuple(ids) for ids in found if ids))
+    sequences = tuple(dict.fromkeys(tuple(ids) for ids in found if ids))
+    total = sum(map(len, sequences))
+    if total > MAX_BAD_WORD_TOKENS:
+        raise RequestError(
+            f"'bad_words' are {total:,} tokens in all the ways to write them; accepted are {MAX_BAD_WORD_TOKENS:,}",
+            param="bad_words",
+        )
+    return sequences
 
 
 def _written(word: str) -> tuple[str, ...]:

@@ -196,7 +196,8 @@ class Engine:
                 del self.running[request_id]
                 outputs.append(SequenceOutput(request_id, finish_reason="timeout", error="the time was up"))
                 continue
-            cached = len(request.prompt) - 1 if (request.cache_salt, request.prompt) in self.seen and not done else 0
+            sent_before = (request.cache_salt, request.prompt) in self.seen and request.sampling.prompt_logprobs is None
+            cached = len(request.prompt) - 1 if sent_before and not done else 0
             self.seen.add((request.cache_salt, request.prompt))
             token = request.prompt[done % len(request.prompt)]
             finish = None

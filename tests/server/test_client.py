@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from server.engine.client import EngineClient
+from server.engine.room import Room
 from server.engine.stream import OutputStream
 from server.errors import (
     ConfigError,
@@ -26,7 +27,7 @@ from server.errors import (
     UnusableCheckpointError,
 )
 from server.metrics import Metrics, ModelMetrics
-from server.records import LoadProgress, ModelSpec, SamplingParams, SequenceOutput
+from server.records import LoadProgress, ModelSpec, SamplingParams, SequenceOutput, Shortage
 from tests.server.scripted_engine import command
 
 PARAMS = SamplingParams(max_tokens=5)
@@ -311,5 +312,26 @@ def test_a_deadline_holds_though_the_engine_hangs(monkeypatch: pytest.MonkeyPatc
                     await anext(stream)
                 assert time.monotonic() < deadline + 5
             assert client.open_requests == 0
+
+    run(test)
+
+
+def test_an_engine_that_lacks_room_gets_an_answer_even_where_making_some_fails(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    async def test() -> None:
+        async def make_room(model: str, shortage: Shortage) -> bool:
+            raise RuntimeError("an unload went wrong")
+
+        script = {"plan": {"device": "test:0", "capacity": 5, "peak": 7, "kept": 7}}
+        spec = ModelSpec(name="m", path="/nowhere", quantization=script)
+        client = EngineClient(spec, ModelMetrics(Metrics(), "m"), command=command, claim=Room(make_room).claim("m"))
+        await client.start()
+        try:
+            with pytest.raises(DoesNotFitError):
+                await client.wait_loaded()
+        finally:
+            await client.shutdown()
+        assert "no room could be made for model 'm'" in caplog.text
 
     run(test)

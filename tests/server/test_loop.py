@@ -110,7 +110,7 @@ def test_an_abort_ends_once_and_frees_its_blocks() -> None:
     ("failure", "sentence"),
     [
         (StepError("the device ran out of memory"), "the device ran out of memory"),
-        (RuntimeError("kernel said no\nwith a second line"), "RuntimeError: kernel said no"),
+        (RuntimeError("/root/kernel said no\nwith a second line"), "(RuntimeError); the engine's log has the details"),
     ],
     ids=["step error", "anything else"],
 )
@@ -130,7 +130,7 @@ def test_a_failed_step_ends_its_requests_and_the_loop_goes_on(failure: Exception
         error = bench.end(name).error
         assert error is not None
         assert sentence in error
-        assert "\n" not in error
+        assert "kernel" not in error
         assert bench.answer(name) == expected_answer([7, 8], 3)
     assert bench.answer("waits") == expected_answer([7, 8], 6)
     assert bench.runner.cached == {}

@@ -163,6 +163,8 @@ def test_records_become_values(page: Page) -> None:
     model.step(step(2, 3, forward_passes=0, kv_blocks_cached=4, prefix_query_tokens=40, prefix_hit_tokens=32))
     model.step(step(3, 3, preemptions=2, draft_tokens=7, accepted_draft_tokens=5))
     assert value("engine_steps_total") == 3
+    model.step(step(3, 3, prefill_tokens=0, decode_tokens=0, forward_passes=0))
+    assert value("engine_steps_total") == 3, "a report of aborts alone"
     assert value("engine_forward_passes_total") == 2
     assert value("engine_step_duration_seconds_count") == 2
     assert value("engine_step_sequences_sum") == 6

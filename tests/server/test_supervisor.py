@@ -276,7 +276,9 @@ def test_a_stuck_engine_is_said_to_be_stuck_and_left_alone(caplog: pytest.LogCap
     assert "with 1 requests open" in caplog.text
 
 
-def test_a_stuck_engine_is_killed_and_started_again_where_that_is_wanted(tmp_path: Path) -> None:
+def test_a_stuck_engine_is_killed_and_started_again_where_that_is_wanted(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     metrics = Metrics()
     rules = Supervision(stuck_seconds=0.3, first_pause=0.05, longest_pause=0.2, restart_stuck=True)
 
@@ -289,9 +291,12 @@ def test_a_stuck_engine_is_killed_and_started_again_where_that_is_wanted(tmp_pat
                 await tokens(supervisor.client.generate("r", [5], ENDLESS))
             await until(lambda: supervisor.state == "ready")
             assert await answers(supervisor)
+            await asyncio.sleep(2 * rules.stuck_seconds)
 
-    run(test)
+    with caplog.at_level(logging.INFO):
+        run(test)
     assert restarts(metrics, "stuck") == 1
+    assert "no longer stuck" not in caplog.text
 
 
 def test_long_steps_are_stuck_while_they_last(caplog: pytest.LogCaptureFixture) -> None:
