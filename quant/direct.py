@@ -30,6 +30,7 @@ def is_direct(x: torch.Tensor) -> bool:
         and x.is_cpu
         and not torch.is_grad_enabled()
         and not torch.compiler.is_compiling()
+        and torch._C._get_tracing_state() is None
         and torch._C._len_torch_dispatch_stack() == 0
     )
 
@@ -128,15 +129,17 @@ class Direct:
         self._tensors = tuple(value for value in fields.values() if isinstance(value, torch.Tensor))  # kept alive
         self._weight, self._statistics, self._bias = weight, statistics, bias
         self._addresses = (weight.data_ptr(), 0 if bias is None else bias.data_ptr())
+        self._bias_dtype = None if bias is None else bias.dtype
         self._plans = _Plans()
 
     def fits(self, weight: torch.Tensor, statistics: torch.Tensor, bias: torch.Tensor | None) -> bool:
-        """Whether these are the tensors that the call was made for, where they were."""
+        """Whether these are the tensors that the call was made for, as they were: `data` may be assigned to them."""
         return (
             weight is self._weight
             and statistics is self._statistics
             and bias is self._bias
             and self._addresses == (weight.data_ptr(), 0 if bias is None else bias.data_ptr())
+            and (bias is None or bias.dtype is self._bias_dtype)
         )
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:

@@ -23,6 +23,8 @@ from quant.errors import NativeError
 
 ABI_VERSION: Final = 7
 MAX_THREADS: Final = 1024
+MAX_ELEMENTS: Final = 1 << 46
+"""Of any tensor."""
 DTYPE_CODES: Final = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 STORE_CODES: Final = {**DTYPE_CODES, torch.int8: 3}
 """Of what a cache keeps keys and values in."""

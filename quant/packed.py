@@ -44,6 +44,20 @@ def bits_kept(
     return keep_bits
 
 
+def loaded_bias(held: nn.Parameter, given: torch.Tensor, name: str, assign: bool) -> nn.Parameter:
+    """What a module holds in the place of its bias when load_state_dict brings `given`, the tensor `name`: the same
+    parameter with its values, or a new one to `assign` and where the old one is on meta. CheckpointError for another
+    shape.
+    """
+    if given.shape != held.shape:
+        raise CheckpointError(f"tensor {name} has shape {list(given.shape)}; {list(held.shape)} is needed")
+    if assign or held.is_meta:
+        return nn.Parameter(given.detach() if assign else given.detach().clone(), requires_grad=held.requires_grad)
+    with torch.no_grad():
+        held.copy_(given)
+    return held
+
+
 class PackedModule(Offloadable):
     """A packed weight [rows, columns] and a bias [rows] or none. Not to be built itself."""
 
@@ -157,6 +171,7 @@ class PackedModule(Offloadable):
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Self:
         """Moves like any module, but `fn` sees packed bytes and statistics as integers, which no cast touches."""
+        self._direct = None  # which would keep the tensors alive that are moved away
         super()._apply(bits_kept(fn, self._packed_tensors()), recurse)  # type: ignore[no-untyped-call]
         return self
 
@@ -194,7 +209,7 @@ class PackedModule(Offloadable):
             else:
                 self._load_weight(tensors, prefix.removesuffix("."), assign)
             if bias is not None:
-                self._load_bias(bias, prefix, assign)
+                self.bias = loaded_bias(self.bias, bias, f"{prefix}bias", assign)
             elif self.bias is not None:
                 missing_keys.append(prefix + "bias")
         except CheckpointError as error:
@@ -205,14 +220,3 @@ class PackedModule(Offloadable):
             device = None if self.weight.is_meta else self.weight.device
             tensors = {key: tensor.to(device=device, copy=True) for key, tensor in tensors.items()}
         self.adopt(PackedWeight.from_checkpoint(tensors, name=name))
-
-    def _load_bias(self, bias: torch.Tensor, prefix: str, assign: bool) -> None:
-        if bias.shape != self.bias.shape:
-            raise CheckpointError(
-                f"tensor {prefix}bias has shape {list(bias.shape)}; {list(self.bias.shape)} is needed"
-            )
-        if assign or self.bias.is_meta:
-            self.bias = nn.Parameter(bias.detach(), requires_grad=self.bias.requires_grad)
-        else:
-            with torch.no_grad():
-                self.bias.copy_(bias)

@@ -70,6 +70,7 @@ class Weight4bit(PackedModule):
         self.nested_offset = None if nested is None else nested.offset
         self.nested_quant_map = None if nested is None else nested.table
         self.nested_blocksize = 0 if nested is None else nested.blocksize
+        self.double_quant = nested is not None
         self.quant_map = packed.quant_map
         self.quant_storage = packed.packed.dtype
         self.quant_type = packed.quant_type

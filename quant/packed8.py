@@ -42,7 +42,9 @@ class Weight8bit(PackedModule):
 
     def quantize(self, weight: torch.Tensor) -> None:
         if self.has_fp16_weight:
-            self.weight = nn.Parameter(weight.detach().to(MAIN_WEIGHT_DTYPE))
+            held = self._parameters["weight"]
+            is_trained = held is None or held.requires_grad
+            self.weight = nn.Parameter(weight.detach().to(MAIN_WEIGHT_DTYPE), requires_grad=is_trained)
         else:
             self.adopt(Packed8bit.quantize(weight))
 
@@ -79,8 +81,11 @@ class Weight8bit(PackedModule):
                 f"tensor {name}.weight is {weight.dtype} {list(weight.shape)}; a floating-point "
                 f"{list(self.matrix_shape)} is needed"
             )
-        device = weight.device if assign or self.weight.is_meta else self.weight.device
-        self.quantize(weight.to(device, copy=not assign))
+        if assign or self.weight.is_meta:
+            self.quantize(weight if assign else weight.clone())
+        else:  # an optimizer may hold the parameter
+            with torch.no_grad():
+                self.weight.copy_(weight)
 
     def direct_for(self, x: torch.Tensor) -> Direct | None:
         return None if self.has_fp16_weight else self._direct_now(self._parameters.get("bias"))

@@ -110,8 +110,8 @@ def dequantize_absmax(
 ) -> torch.Tensor:
     """map[code] * nested_absmax + offset, rounded after the product and after the sum (no fused multiply-add)."""
     values = formats.DYNAMIC_TABLE.to(codes.device)[codes.long()]
-    scaled = values * nested_absmax.repeat_interleave(nested_blocksize)[: codes.numel()]
-    return scaled + offset
+    groups = torch.arange(codes.numel(), device=codes.device) // nested_blocksize
+    return values * nested_absmax[groups] + offset
 
 
 def linear_4bit(

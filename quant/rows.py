@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from quant import arguments, formats, ops
+from quant import arguments, ops
 from quant.errors import ShapeError
 
 
@@ -46,8 +46,9 @@ def embedding_4bit(
     blocks = torch.minimum(first[:, None] + torch.arange(crossed, device=flat.device), last[:, None])
     own = absmax[blocks]
     if nested_absmax is not None and offset is not None:
-        table = formats.DYNAMIC_TABLE.to(flat.device)
-        own = table[own.long()] * nested_absmax[blocks // nested_blocksize] + offset
+        # Each code beside its own group's absmax: the kernel has the table where the codes are.
+        groups = nested_absmax[blocks // nested_blocksize]
+        own = ops.dequantize_absmax(own.view(-1), groups.view(-1), offset, 1)
     if columns % blocksize == 0:
         codes = packed.view(rows, columns // 2)[flat]
     else:
@@ -77,7 +78,9 @@ def _checked(ids: torch.Tensor, rows: int, weight: torch.Tensor) -> torch.Tensor
         raise ShapeError(f"ids have dtype {ids.dtype}; accepted are int64 and int32.")
     arguments.check_same_device("ids", ids, "the table", weight)
     flat = ids.reshape(-1).long()
-    if flat.device.type == "cpu" and flat.numel():  # elsewhere asking would wait for the device
+    if flat.device.type != "cpu":  # where asking would wait for the device, and an index below zero counts from the end
+        torch._assert_async(((flat >= 0) & (flat < rows)).all(), f"an id is not in the table of {rows} rows")
+    elif flat.numel():
         low, high = torch.aminmax(flat)
         if low < 0 or high >= rows:
             raise IndexError(f"id {int(low if low < 0 else high)} is not in the table; accepted are 0 to {rows - 1}")

@@ -20,14 +20,13 @@ from typing import Any, Final
 
 import torch
 
-from quant import formats, ops
+from quant import formats, native, ops
 from quant.errors import CheckpointError, ShapeError
 from quant.search import quantize_4bit_plainly, quantize_4bit_searching
 
 MAX_STATE_BYTES: Final = 4096
 """The JSON of a quant_state is about 170 bytes; anything beyond this is refused unread."""
 MAX_DIMENSIONS: Final = 8
-MAX_ELEMENTS: Final = 1 << 48
 STATE_PREFIX: Final = "weight.quant_state.bitsandbytes__"
 NAMES_4BIT: Final = (
     "weight",
@@ -102,8 +101,8 @@ class SecondLevel:
         """uint8 [B] -> float32 [B]."""
         if self.table is None:
             return ops.dequantize_absmax(codes, self.absmax, self.offset, self.blocksize)
-        scale = self.absmax.repeat_interleave(self.blocksize)[: codes.numel()]
-        return self.table.to(codes.device)[codes.long()] * scale + self.offset
+        groups = torch.arange(codes.numel(), device=codes.device) // self.blocksize
+        return self.table.to(codes.device)[codes.long()] * self.absmax[groups] + self.offset
 
 
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
@@ -328,11 +327,11 @@ class _StateFields:
         check("blocksize", _is_size(content["blocksize"], formats.BLOCKSIZES), f"one of {formats.BLOCKSIZES}")
         check("dtype", isinstance(dtype, str) and dtype in _DTYPES, f"one of {', '.join(_DTYPES)}")
         is_shape = isinstance(shape, list) and 1 <= len(shape) <= MAX_DIMENSIONS and all(map(_is_size, shape))
-        check("shape", is_shape and math.prod(shape) <= MAX_ELEMENTS, f"1 to {MAX_DIMENSIONS} positive sizes")
+        check("shape", is_shape and math.prod(shape) <= native.MAX_ELEMENTS, f"1 to {MAX_DIMENSIONS} positive sizes")
         fields: dict[str, Any] = {}
         if is_nested:
             offset = content["nested_offset"]
-            check("nested_blocksize", _is_size(content["nested_blocksize"]), "a positive number")
+            check("nested_blocksize", _is_size(content["nested_blocksize"]), f"1 to {native.MAX_ELEMENTS}")
             check("nested_dtype", content["nested_dtype"] == "float32", "'float32'")
             check("nested_offset", isinstance(offset, float), "a number with a decimal point")
             fields = {"nested_blocksize": content["nested_blocksize"], "nested_offset": offset}
@@ -355,7 +354,9 @@ def layer_tensor(tensors: Mapping[str, torch.Tensor], name: str, prefix: str = "
 
 def flat_codes(packed: torch.Tensor, count: int) -> torch.Tensor:
     """The bytes of `count` codes in a tensor of any storage dtype, as flat uint8 [ceil(count / 2)] without a copy."""
-    return packed.view(-1).view(torch.uint8)[: formats.packed_bytes(count)]
+    flat = packed.view(-1)
+    codes = flat if flat.dtype is torch.uint8 else flat.view(torch.uint8)  # which torch.jit cannot trace
+    return codes[: formats.packed_bytes(count)]
 
 
 _KNOWN: Final = tuple(dict.fromkeys(NAMES_4BIT + NAMES_8BIT))
@@ -372,7 +373,7 @@ def _in_storage(codes: torch.Tensor, storage: torch.dtype) -> torch.Tensor:
 def _is_size(value: object, accepted: tuple[int, ...] | None = None) -> bool:
     if isinstance(value, bool) or not isinstance(value, int):
         return False
-    return value in accepted if accepted is not None else 1 <= value <= MAX_ELEMENTS
+    return value in accepted if accepted is not None else 1 <= value <= native.MAX_ELEMENTS
 
 
 def _tensor(

@@ -14,13 +14,20 @@ import pytest
 import torch
 
 from quant import native, op_kernels, ops
+from quant.rows import embedding_4bit, embedding_8bit
 from tests.quant import operands
 from tests.quant.operands import Weight4, same_bits
 from tests.quant.test_ops import IN_INT8, operator, sample_arguments
 
 pytestmark = pytest.mark.cuda
 
-CASES = [*(name for name in ops.NAMES if name not in op_kernels.REFERENCE_ONLY["cuda"]), *IN_INT8]
+LOOKUPS = {
+    "embedding_4bit of whole blocks": (embedding_4bit, 128),
+    "embedding_4bit of parts of blocks": (embedding_4bit, 100),
+    "embedding_8bit": (embedding_8bit, 128),
+}
+"""Operators that are not among those of ops.py, and the columns of a table for each."""
+CASES = [*(name for name in ops.NAMES if name not in op_kernels.REFERENCE_ONLY["cuda"]), *IN_INT8, *LOOKUPS]
 DTYPE = torch.bfloat16
 LONG = 1_000_000_000
 """Clocks, half a second of a GPU: no call takes so long to be made."""
@@ -37,12 +44,25 @@ def library() -> None:
 
 def arguments_on_device(name: str) -> list[Any]:
     generator = operands.fresh_generator()
+    if name in LOOKUPS:
+        return lookup_arguments(name, generator)
     return [a.cuda() if isinstance(a, torch.Tensor) else a for a in sample_arguments(name, generator, DTYPE)]
+
+
+def lookup_arguments(name: str, generator: torch.Generator) -> list[Any]:
+    """Of a table that is doubly quantized in groups of three blocks, or in int8."""
+    ids, shape = torch.tensor([[3, 0], [6, 6]], device="cuda"), (7, LOOKUPS[name][1])
+    if name == "embedding_8bit":
+        codes = torch.randint(-127, 128, shape, generator=generator, dtype=torch.int8)
+        return [ids, codes.cuda(), torch.rand(shape[0], generator=generator).cuda(), DTYPE]
+    weight = Weight4.random(shape, "nf4", 64, 3, generator).to("cuda")
+    nesting = [weight.nested_absmax, weight.offset, weight.nested_blocksize, DTYPE]
+    return [ids, weight.packed, weight.absmax, "nf4", 64, *shape, *nesting]
 
 
 def call(name: str, arguments: Sequence[Any]) -> list[torch.Tensor]:
     """Makes the call and gives its results, which for cache_write are arguments."""
-    result = operator(name)(*arguments)
+    result = (LOOKUPS[name][0] if name in LOOKUPS else operator(name))(*arguments)
     if result is None:
         return [arguments[index] for index in WRITTEN if arguments[index] is not None]
     return [result] if isinstance(result, torch.Tensor) else list(result)

@@ -6,6 +6,7 @@ import concurrent.futures
 import copy
 import ctypes
 import pickle
+import weakref
 
 import pytest
 import torch
@@ -157,6 +158,37 @@ def test_a_replaced_tensor_is_noticed(name: str) -> None:
     assert torch.equal(layer(x), dispatched(layer, x))
     layer.to("meta")
     assert layer(torch.empty(2, 130, device="meta")).is_meta
+
+
+def test_a_bias_read_as_another_dtype_is_noticed() -> None:
+    """Where it was, and as large."""
+    layer = make("int8").half()
+    x = torch.randn(2, 130)
+    layer(x)
+    assert layer.bias is not None
+    layer.bias.data = layer.bias.data.view(torch.bfloat16)
+    assert torch.equal(layer(x), dispatched(layer, x))
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_moving_lets_go_of_what_was_moved(name: str) -> None:
+    layer = make(name)
+    layer(torch.randn(2, 130))
+    assert layer._direct is not None
+    held = weakref.ref(layer._direct)
+    layer.to("meta")
+    assert held() is None
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.trace:DeprecationWarning")
+@pytest.mark.parametrize("name", [name for name in CONFIGS if name != "nf4-stored-as-bf16"])
+def test_a_trace_holds_the_operator(name: str) -> None:
+    """And not its result, as a constant."""
+    layer, x = make(name), torch.randn(2, 130)
+    layer(x)
+    traced = torch.jit.trace(layer, torch.randn(2, 130))
+    assert torch.equal(traced(x), layer(x))
+    assert is_direct(x)
 
 
 def test_changed_options_are_noticed() -> None:

@@ -6,6 +6,8 @@ import copy
 import filecmp
 import json
 import pickle
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -130,21 +132,44 @@ def test_ids_beyond_the_table_are_refused(form: str) -> None:
         table(torch.tensor([0], dtype=torch.uint8))
 
 
+BEYOND = """
+import sys, torch
+from torch import nn
+from quant import BitsAndBytesConfig
+from quant.embedding import Embedding4bit
+config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_blocksize=4096)  # one block: no index into it is beyond it
+table = Embedding4bit.from_float(nn.Embedding(5, 33), config).cuda()
+table(torch.tensor([0, 4], device="cuda")).cpu()
+print("accepted", flush=True)
+table(torch.tensor([0, int(sys.argv[1])], device="cuda")).cpu()
+"""
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("wrong", ["-1", "5"])
+def test_ids_beyond_the_table_are_a_device_assertion(wrong: str) -> None:
+    """In a process of its own, whose GPU is of no use from then on."""
+    run = subprocess.run([sys.executable, "-c", BEYOND, wrong], capture_output=True, text=True, check=False)
+    assert run.stdout == "accepted\n"
+    assert "device-side assert" in run.stderr
+
+
 @pytest.mark.parametrize("columns", [128, 100])
 def test_only_touched_rows_are_dequantized(columns: int, monkeypatch: pytest.MonkeyPatch) -> None:
     table = make("nf4-dq-int8-storage", nn.Embedding(1000, columns))
-    sizes = []
-    honest = rows.ops.dequantize_4bit
+    counts = dict.fromkeys(("dequantize_4bit", "dequantize_absmax"), 0)
+    for name in counts:
+        honest = getattr(rows.ops, name)
 
-    def counted(*arguments: Any) -> torch.Tensor:
-        values = honest(*arguments)
-        sizes.append(values.numel())
-        return values
+        def counted(*arguments: Any, _name: str = name, _honest: Any = honest) -> torch.Tensor:
+            values: torch.Tensor = _honest(*arguments)
+            counts[_name] += values.numel()
+            return values
 
-    monkeypatch.setattr(rows.ops, "dequantize_4bit", counted)
-    monkeypatch.setattr(rows.ops, "dequantize_absmax", None)  # nor are all block maxima
+        monkeypatch.setattr(rows.ops, name, counted)
     table(torch.tensor([3, 999]))
-    assert sum(sizes) <= 2 * (columns + 2 * 64)
+    assert 2 * columns <= counts["dequantize_4bit"] <= 2 * (columns + 2 * 64)
+    assert counts["dequantize_absmax"] * 64 == counts["dequantize_4bit"]  # of block maxima no more
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

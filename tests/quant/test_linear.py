@@ -157,6 +157,32 @@ def test_gradients(name: str) -> None:
         assert layer.weight.grad is None
 
 
+def test_a_main_weight_is_the_same_parameter_after_loading() -> None:
+    """An optimizer that was made before goes on training it."""
+    layer, other = (make("int8-fp16", nn.Linear(64, 48)) for _ in range(2))
+    parameter = layer.weight
+    optimizer = torch.optim.SGD(layer.parameters(), lr=1.0)
+    layer.load_state_dict(other.state_dict())
+    assert layer.weight is parameter
+    assert torch.equal(layer.weight, other.weight)
+    layer(torch.randn(3, 64)).sum().backward()
+    optimizer.step()
+    assert not torch.equal(layer.weight, other.weight)
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+@pytest.mark.parametrize("assign", [False, True])
+def test_a_frozen_main_weight_stays_frozen(assign: bool, device: str) -> None:
+    layer = make("int8-fp16", nn.Linear(64, 48)).to(device)
+    layer.weight.requires_grad_(False)
+    state = make("int8-fp16", nn.Linear(64, 48)).state_dict()
+    layer.load_state_dict(state, assign=assign)
+    assert torch.equal(layer.weight, state["weight"])
+    assert (layer.weight.data_ptr() == state["weight"].data_ptr()) == assign
+    layer.quantize(torch.zeros(48, 64))
+    assert not layer.weight.requires_grad
+
+
 def test_fp16_main_weight_is_quantized_anew_in_each_forward() -> None:
     layer = make("int8-fp16", nn.Linear(64, 48, bias=False))
     x = torch.randn(3, 64)
@@ -332,3 +358,16 @@ def test_devices(name: str) -> None:
     assert all(t.is_cuda for t in (*layer.parameters(), *layer.buffers()))
     torch.testing.assert_close(layer(x.cuda()).cpu(), expected, rtol=1e-3, atol=1e-3)
     assert bits(layer.cpu()) == before
+
+
+@pytest.mark.parametrize("double_quant", [False, True])
+def test_packing_again_keeps_the_format_that_was_loaded(double_quant: bool) -> None:
+    loaded, layer = (
+        make("nf4", nn.Linear(128, 96), bnb_4bit_use_double_quant=doubly) for doubly in (double_quant, not double_quant)
+    )
+    layer.load_state_dict(loaded.state_dict())
+    weight = torch.randn(96, 128)
+    for each in (loaded, layer):
+        each.quantize(weight)
+    loaded.bias = layer.bias
+    assert bits(layer) == bits(loaded)

@@ -720,6 +720,8 @@ def test_the_headers_numbers_are_these() -> None:
     header = (Path(__file__).parents[2] / "csrc" / "halfbyte.h").read_text()
     assert f"#define HB_ABI_VERSION {native.ABI_VERSION}\n" in header
     assert any(line.split()[1:] == ["HB_MAX_THREADS", str(native.MAX_THREADS)] for line in header.splitlines())
+    assert f"#define HB_MAX_ELEMENTS ((int64_t)1 << {native.MAX_ELEMENTS.bit_length() - 1})\n" in header
+    assert native.MAX_ELEMENTS.bit_count() == 1
     for prefix, codes in (("HB_TABLE_", native.TABLE_CODES), ("HB_OUTLIERS_", native.OUTLIER_CODES)):
         for name, code in codes.items():
             assert f"{prefix}{name.upper()} = {code}" in header

@@ -88,6 +88,7 @@ def test_equal_maxima_need_no_second_level() -> None:
     assert offset == 0.25
     assert (nested_absmax == 0).all()
     assert torch.equal(reference.dequantize_absmax(codes, nested_absmax, offset), torch.full((300,), 0.25))
+    assert torch.equal(reference.dequantize_absmax(codes, nested_absmax[:1], offset, 1 << 46), torch.full((300,), 0.25))
 
 
 def test_offset_is_the_mean() -> None:

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from quant import PackedWeight, formats
+from quant import PackedWeight, formats, native
 from quant.errors import CheckpointError, ShapeError
 from quant.state import MAX_STATE_BYTES, STATE_PREFIX, STORAGES, Packed4bit, Packed8bit
 
@@ -103,6 +103,24 @@ def test_other_tables_are_kept_and_the_nested_one_is_used() -> None:
     offset = json.loads(tensor_bytes(tensors[STATE]))["nested_offset"]
     assert float(read.dequantize().abs().max()) == pytest.approx(offset)
     assert_same(read.to_checkpoint(), tensors)
+
+
+@pytest.mark.parametrize("has_own_table", [False, True])
+def test_a_group_may_be_larger_than_the_weight(has_own_table: bool) -> None:
+    """By far: what is made of a file's number must not grow with it."""
+    tensors = layer(8, 64)
+    if has_own_table:
+        tensors["weight.nested_quant_map"] = tensors["weight.nested_quant_map"].flip(0)
+    expected = PackedWeight.from_checkpoint(tensors).dequantize()
+    content = json.loads(tensor_bytes(tensors[STATE]))
+    for size, is_accepted in ((native.MAX_ELEMENTS, True), (native.MAX_ELEMENTS + 1, False)):
+        state = json.dumps(content | {"nested_blocksize": size}).encode()
+        tensors[STATE] = torch.tensor(list(state), dtype=torch.uint8)
+        if is_accepted:
+            assert torch.equal(PackedWeight.from_checkpoint(tensors).dequantize(), expected)
+        else:
+            with pytest.raises(CheckpointError, match=f"nested_blocksize {size}; accepted is 1 to"):
+                PackedWeight.from_checkpoint(tensors)
 
 
 def test_other_nested_blocksize() -> None:
