@@ -5,7 +5,7 @@ Not here: what a module of its own looks like (config.for_module says), swapping
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Final, Literal, cast
 
 from torch import nn
@@ -20,6 +20,7 @@ from quant.errors import QuantConfigError
 from quant.experts import find_experts
 from quant.linear import Linear4bit, Linear8bit, PackedLinear
 from quant.offload import is_offloaded
+from quant.stored import Stored
 
 Kind = Literal["4bit", "8bit"]
 LAYERS: Final[Mapping[Kind, type[Linear4bit | Linear8bit]]] = {"4bit": Linear4bit, "8bit": Linear8bit}
@@ -41,10 +42,10 @@ def modules_to_quantize(model: nn.Module, config: BitsAndBytesConfig, device_map
     the config of each module that is returned. With `quantize_embeddings` also the input and the output embedding are
     converted, and what is tied to them, which shares the config of the group's first (embedding_groups).
     """
-    kept_in_float32 = getattr(model, "_keep_in_fp32_modules", None)
     skips: list[str] = HfQuantizer.get_modules_to_not_convert(
-        cast(PreTrainedModel, model), config.llm_int8_skip_modules, kept_in_float32
+        cast(PreTrainedModel, model), config.llm_int8_skip_modules
     )
+    is_kept_in_float32 = _kept_in_float32(model)
     lies_away = is_offloaded(device_map if config.llm_int8_enable_fp32_cpu_offload else None)
     tied = _tied_modules(model)
     experts = find_experts(model)
@@ -54,11 +55,11 @@ def modules_to_quantize(model: nn.Module, config: BitsAndBytesConfig, device_map
     for members in groups.values():
         named = {config.override_of(name) for name in members}
         without_effect -= {pattern for pattern in named if pattern is not None}
-        named_skips = [*(config.llm_int8_skip_modules or ()), *(kept_in_float32 or ())]
         own = _config_of_group(model, config, members)
-        if own is not None and all(
-            not lies_away(name)
-            and should_convert_module(name, named_skips if config.override_of(name) is None else kept_in_float32)
+        if own is not None and not any(
+            lies_away(name)
+            or is_kept_in_float32(name)
+            or (config.override_of(name) is None and not should_convert_module(name, config.llm_int8_skip_modules))
             for name in members
         ):
             kinds |= dict.fromkeys(members, "8bit" if own.load_in_8bit else "4bit")
@@ -69,10 +70,13 @@ def modules_to_quantize(model: nn.Module, config: BitsAndBytesConfig, device_map
         own, pattern = config.for_module(name), config.override_of(name)
         if own is None:
             without_effect.discard(str(pattern))
-        elif name not in tied and should_convert_module(name, skips if pattern is None else kept_in_float32):
+        elif (
+            name not in tied
+            and not is_kept_in_float32(name)
+            and (pattern is not None or should_convert_module(name, skips))
+        ):
             without_effect.discard(str(pattern))
-            keeps_values = name in experts and own.load_in_8bit and own.llm_int8_has_fp16_weight
-            if not lies_away(name) and not keeps_values:
+            if not lies_away(name) and not (name in experts and _has_main_weights(own)):
                 kinds[name] = "8bit" if own.load_in_8bit else "4bit"
     if without_effect:
         raise QuantConfigError(
@@ -80,6 +84,51 @@ def modules_to_quantize(model: nn.Module, config: BitsAndBytesConfig, device_map
             f"{type(model).__name__}; accepted are names of linear layers whose weight is not tied to another one"
         )
     return kinds
+
+
+def modules_packed_in(
+    model: nn.Module, config: BitsAndBytesConfig, stored: Stored, device_map: object = None
+) -> tuple[dict[str, Kind], list[str]]:
+    """The same for a checkpoint that is packed already, where the file decides: the modules that are packed, by name,
+    and those that `config` converts and the file holds as values, which stay so. Raises QuantConfigError as it does.
+
+    Whoever packed the file matched its list of modules by other names or rules, or left out more than it says. Packed
+    is a layer or stack that is packed in the file, unless it is tied, kept in float32, or offloaded; or of which the
+    file holds nothing, which is found missing. As `config` says it stays where it knows better than the file: with
+    `llm_int8_has_fp16_weight` values are a layer's format, and with `llm_int8_enable_fp32_cpu_offload` it was offloaded
+    when the file was written, unless `llm_int8_skip_modules` names it as the file does.
+    """
+    kinds = modules_to_quantize(model, config, device_map)
+    experts, tied, is_kept_in_float32 = find_experts(model), _tied_modules(model), _kept_in_float32(model)
+    lies_away = is_offloaded(device_map if config.llm_int8_enable_fp32_cpu_offload else None)
+    groups = embedding_groups(model).values() if config.quantize_embeddings else ()
+    parts = {name: members for members in groups for name in members}
+    parts |= {
+        name: tuple(f"{name}.{own}" for projection in stack for own in (projection.leaf, *projection.file_names()))
+        for name, stack in experts.items()
+    }
+
+    def was_offloaded(name: str) -> bool:
+        if not config.llm_int8_enable_fp32_cpu_offload or name in experts:
+            return False
+        in_file = [stored.values[part] for part in parts.get(name, (name,)) if part in stored.values]
+        return all(should_convert_module(file_name, config.llm_int8_skip_modules) for file_name in in_file)
+
+    values = [
+        name
+        for name in kinds
+        if stored.are_values(parts.get(name, (name,)))
+        and not _has_main_weights(config.for_module(name) or config)
+        and not was_offloaded(name)
+    ]
+    for name, module in model.named_modules():
+        if (
+            (is_linear_layer(module) or name in experts)
+            and any(part in stored.packed for part in parts.get(name, (name,)))
+            and not (name in kinds or name in tied or is_kept_in_float32(name) or lies_away(name))
+        ):
+            kinds[name] = "8bit" if (config.for_module(name) or config).load_in_8bit else "4bit"
+    return {name: kind for name, kind in kinds.items() if name not in values}, values
 
 
 def is_linear_layer(module: nn.Module) -> bool:
@@ -102,7 +151,7 @@ def _config_of_group(
             )
     own = config.for_module(first)
     is_linear = isinstance(model.get_submodule(first), nn.Linear)
-    if own is not None and own.load_in_8bit and own.llm_int8_has_fp16_weight and not is_linear:
+    if own is not None and _has_main_weights(own) and not is_linear:
         raise QuantConfigError(
             f"llm_int8_has_fp16_weight is True, which the embedding {first} cannot have; accepted is False, or an "
             "entry of module_overrides for it"
@@ -114,6 +163,18 @@ def pack_module(module: nn.Module, kind: Kind, config: BitsAndBytesConfig) -> Pa
     """A linear layer or an embedding as its packed one."""
     layers = EMBEDDINGS if isinstance(module, nn.Embedding) else LAYERS
     return layers[kind].from_float(module, config)
+
+
+def _has_main_weights(config: BitsAndBytesConfig) -> bool:
+    """Whether a layer of this config keeps values, which it quantizes in each forward."""
+    return config.load_in_8bit and config.llm_int8_has_fp16_weight
+
+
+def _kept_in_float32(model: nn.Module) -> Callable[[str], bool]:
+    """Whether transformers keeps a module in float32; its lists name modules, and weights of modules."""
+    lists = (getattr(model, name, None) for name in ("_keep_in_fp32_modules", "_keep_in_fp32_modules_strict"))
+    kept = [pattern for patterns in lists for pattern in patterns or ()]
+    return lambda name: not (should_convert_module(name, kept) and should_convert_module(f"{name}.weight", kept))
 
 
 def _tied_modules(model: nn.Module) -> set[str]:

@@ -25,13 +25,12 @@ from quant.config import BitsAndBytesConfig
 from quant.errors import CheckpointError
 from quant.grouped import grouped_linear_4bit_int8
 from quant.hooks import Offloadable
-from quant.packed import bits_kept
+from quant.packed import bits_kept, loaded_bias
 from quant.state import NAMES_4BIT, NAMES_8BIT, Packed4bit, Packed8bit, PackedWeight, SecondLevel, layer_tensor
 
 LEAVES: Final = ("gate_up_proj", "down_proj")
 """The stacks that are packed. Their biases, where there are any, are parameters of their own: `down_proj_bias`."""
 _STATISTICS: Final = ("absmax", "nested_absmax", "nested_offset", "SCB")
-_PACKED_NAME: Final = re.compile(r"\.experts\.(\d+\.\w+|\w+\.\d+)\.(weight\.absmax|SCB)$")
 _MERGED: Final = re.compile(r"(?:.*\.)?experts\.\*\.(\w+)\.weight")
 
 
@@ -94,11 +93,6 @@ def find_experts(model: nn.Module) -> dict[str, tuple[Projection, ...]]:
         if len(projections) == len(LEAVES):
             found[name] = tuple(projections)
     return found
-
-
-def are_packed_in(names: Iterable[str]) -> bool:
-    """Whether a checkpoint with these tensors holds packed experts; transformers with bitsandbytes leaves them be."""
-    return any(_PACKED_NAME.search(name) for name in names)
 
 
 def _is_experts(module: nn.Module) -> bool:
@@ -388,17 +382,25 @@ class PackedExperts(Offloadable):
         error_msgs: list[str],
     ) -> None:
         own = {key.removeprefix(prefix): value for key, value in state_dict.items() if key.startswith(prefix)}
+        assign = bool(local_metadata.get("assign_to_params_buffers", False))
         for leaf, projection in self.projections.items():
             device = getattr(self, leaf).device
             place = None if device.type == "meta" else device
-            bias = getattr(self, f"{leaf}_bias")
-            if bias is not None and f"{leaf}_bias" in own:
-                with torch.no_grad():
-                    bias.copy_(own.pop(f"{leaf}_bias"))
+            name = f"{leaf}_bias"
+            bias = getattr(self, name)
+            if bias is not None and name not in own:
+                missing_keys.append(prefix + name)
+            elif bias is not None:
+                try:
+                    setattr(self, name, loaded_bias(bias, own.pop(name), prefix + name, assign))
+                except CheckpointError as error:
+                    error_msgs.append(str(error))
             matrices = []
             for name in projection.file_names():
                 known = [key for key in NAMES_4BIT + NAMES_8BIT if f"{name}.{key}" in own]
-                tensors = {key: own.pop(f"{name}.{key}").to(device=place, copy=True) for key in dict.fromkeys(known)}
+                tensors = {key: own.pop(f"{name}.{key}") for key in dict.fromkeys(known)}
+                if not assign:  # like any module: the caller's tensors stay the caller's, and this one where it is
+                    tensors = {key: tensor.to(device=place, copy=True) for key, tensor in tensors.items()}
                 if not tensors:
                     missing_keys.append(f"{prefix}{name}.weight")
                     continue

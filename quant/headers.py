@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -57,14 +57,23 @@ class TensorHeader:
     offset: int
     """Of its first byte in the file."""
 
+    @property
+    def is_floating_point(self) -> bool:
+        return self.dtype.startswith(("F", "BF"))
+
 
 def read_checkpoint_headers(directory: Path) -> dict[str, TensorHeader]:
     """Every tensor of a checkpoint directory by name: from the index's files, or from the single file.
 
     Raises CheckpointError where files are missing, truncated or contradict themselves.
     """
+    return read_headers(checkpoint_files(directory))
+
+
+def read_headers(files: Iterable[Path]) -> dict[str, TensorHeader]:
+    """The same for the safetensors files that make up a checkpoint."""
     headers: dict[str, TensorHeader] = {}
-    for file in checkpoint_files(directory):
+    for file in files:
         for header in _read_file(file):
             if header.name in headers:
                 raise CheckpointError(

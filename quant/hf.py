@@ -24,17 +24,18 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.quantizers.quantizers_utils import get_module_from_name
 
 from quant.config import BitsAndBytesConfig
-from quant.conversion import modules_to_quantize, pack_module
+from quant.conversion import modules_packed_in, modules_to_quantize, pack_module
 from quant.embedding import PackedEmbedding, TiedToEmbedding, embedding_groups
 from quant.errors import CheckpointError, QuantConfigError, QuantError
-from quant.experts import PackedExperts, are_packed_in, converter_parts, find_experts
-from quant.headers import ADAPTED
+from quant.experts import PackedExperts, converter_parts, find_experts
+from quant.headers import ADAPTED, TensorHeader
 from quant.linear import PackedLinear
-from quant.loading import Deserialize, DeserializeExperts, Place, Quantize, read, tensors_in
+from quant.loading import Deserialize, DeserializeExperts, Quantize, headers_in, read
 from quant.offload import keep_in_float32, offloaded_modules
 from quant.packed import PackedModule
 from quant.quality import current_meter
 from quant.state import NAMES_4BIT, NAMES_8BIT
+from quant.stored import stored_modules
 
 logger = logging.getLogger(__name__)
 
@@ -47,6 +48,7 @@ OFFLOAD_REFUSED: Final = (
     "`llm_int8_enable_fp32_cpu_offload=True` and pass a custom `device_map` to `from_pretrained`."
 )
 """The words that bitsandbytes users know and search for."""
+_NAMES_SHOWN: Final = 3
 
 
 def require_offload_allowed(config: BitsAndBytesConfig, device_map: object) -> None:
@@ -105,15 +107,24 @@ class HalfbyteQuantizer(HfQuantizer):
         config = self.quantization_config
         device_map = kwargs.get("device_map")
         self.is_spread = isinstance(device_map, Mapping) and len(set(device_map.values())) > 1
-        names = modules_to_quantize(model, config, device_map)
         self.dtype = model.dtype
         plan = model._get_dtype_plan(self.dtype)
         self._float32_patterns = [pattern for pattern, dtype in plan.items() if dtype == torch.float32]
         experts = find_experts(model)
-        is_asked = bool(experts) or config.quantize_embeddings  # else nobody needs to know what the files hold
-        files = dict(tensors_in(kwargs.get("checkpoint_files"))) if is_asked else {}
-        if self.pre_quantized and experts and not are_packed_in(files):
-            names = {name: kind for name, kind in names.items() if name not in experts}
+        is_asked = self.pre_quantized or config.quantize_embeddings  # else nobody needs to know what the files hold
+        files = headers_in(kwargs.get("checkpoint_files")) if is_asked else {}
+        left_alone: list[str] = []
+        if self.pre_quantized and files:
+            names, values = modules_packed_in(model, config, stored_modules(model, files), device_map)
+            left_alone = [name for name in values if name not in experts]  # stacks have a warning of their own
+        else:
+            names = modules_to_quantize(model, config, device_map)
+        if left_alone:
+            logger.warning(
+                "%d layers that the configuration would quantize are stored in floating point and stay so: %s",
+                len(left_alone),
+                ", ".join(left_alone[:_NAMES_SHOWN]) + (", ..." if len(left_alone) > _NAMES_SHOWN else ""),
+            )
         groups = embedding_groups(model) if config.quantize_embeddings else {}
         tied_to = {name: first for first, members in groups.items() for name in members[1:] if first in names}
         for name, kind in names.items():
@@ -152,7 +163,7 @@ class HalfbyteQuantizer(HfQuantizer):
                 stacked[0],
             )
 
-    def _rename_tied(self, model: Any, tied_to: Mapping[str, str], files: Mapping[str, Place]) -> None:
+    def _rename_tied(self, model: Any, tied_to: Mapping[str, str], files: Mapping[str, TensorHeader]) -> None:
         """A file may hold a tied table under any of its names, or under several; it is read under the first one's."""
         for name, first in tied_to.items():
             leaf = first.rpartition(".")[2]

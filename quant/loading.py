@@ -7,7 +7,8 @@ operations keep the first error in the quantizer and pack nothing from then on. 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self, cast
 
 import torch
@@ -20,7 +21,7 @@ from transformers.quantizers.quantizers_utils import get_module_from_name
 
 from quant.errors import CheckpointError, QuantError
 from quant.experts import PackedExperts
-from quant.headers import plain_name
+from quant.headers import TensorHeader, plain_name, read_headers
 from quant.linear import Linear8bit
 from quant.packed import PackedModule
 from quant.quality import QualityMeter
@@ -28,9 +29,6 @@ from quant.state import PackedWeight
 
 if TYPE_CHECKING:
     from quant.hf import HalfbyteQuantizer
-
-Place = tuple[str, str]
-"""A tensor's file and its name there."""
 
 
 class _Operation(ConversionOps):
@@ -101,7 +99,12 @@ class Deserialize(_Operation):
         if has_fp16 and "SCB" not in tensors:
             module.quantize(tensors["weight"])
         elif set(tensors) == {"weight"} and _holds_values(tensors["weight"], module):
-            # Unquantized in a packed file: the module was offloaded when the file was written.
+            if not self.hf_quantizer.quantization_config.llm_int8_enable_fp32_cpu_offload:
+                raise CheckpointError(
+                    f"tensor {name} is stored in floating point in a packed checkpoint; accepted is that where "
+                    "llm_int8_skip_modules names its module, or in safetensors files that are read without key_mapping"
+                )
+            # The module was offloaded when the file was written.
             _pack(name, tensors["weight"].to(self.hf_quantizer.dtype), module, self.hf_quantizer.meter)
         else:
             module.adopt(PackedWeight.from_checkpoint(tensors, name=name.removesuffix(".weight")))
@@ -116,10 +119,7 @@ class Deserialize(_Operation):
             return value.to(dtype) if value.is_floating_point() else value
         is_linear = isinstance(module, nn.Linear | Conv1D)  # routers were linear layers once, and packed with them
         if is_linear and not self.hf_quantizer.quantization_config.llm_int8_enable_fp32_cpu_offload:
-            raise CheckpointError(
-                f"tensor {name} is packed in the file, but the quantization config keeps this module unquantized; "
-                "take it out of llm_int8_skip_modules"
-            )
+            raise _not_to_be_packed(name)
         # A packed file, and a module that is to stay unquantized because it is offloaded.
         weight = PackedWeight.from_checkpoint(tensors, name=name.removesuffix(".weight")).dequantize(dtype)
         return weight.t().contiguous() if isinstance(module, Conv1D) else weight
@@ -180,10 +180,7 @@ class DeserializeExperts(_Operation):
 
     def _join(self, name: str, input_dict: dict[str, Any], model: nn.Module, kwargs: dict[str, Any]) -> dict[str, Any]:
         if self.original is None or set(input_dict) - set(self.sources):
-            raise CheckpointError(
-                f"tensor {name} is packed in the file, but the quantization config keeps this module unquantized; "
-                "take it out of llm_int8_skip_modules"
-            )
+            raise _not_to_be_packed(name)
         dtype = self.hf_quantizer.unquantized_dtype(name, cast(PreTrainedModel, model).get_parameter_or_buffer(name))
         joined = {source: [value.to(dtype) for value in values] for source, values in input_dict.items()}
         for operation in self.original.operations:
@@ -207,22 +204,25 @@ def _pack(name: str, value: torch.Tensor, module: nn.Module, meter: QualityMeter
     return {name: module.weight}
 
 
+def _not_to_be_packed(name: str) -> CheckpointError:
+    return CheckpointError(
+        f"tensor {name} is packed in the file, but its module stays unquantized; accepted there is a tensor of values"
+    )
+
+
 def _holds_values(weight: torch.Tensor, module: PackedModule) -> bool:
     """Whether a layer's tensor is an unquantized weight, which has its shape, and not codes in a floating storage."""
     shape = weight.shape[::-1] if module.is_transposed_source else weight.shape
     return weight.is_floating_point() and tuple(shape) == module.matrix_shape
 
 
-def tensors_in(files: Any) -> Iterator[tuple[str, Place]]:
-    """The tensors in a checkpoint's safetensors files, named without adapters around layers."""
-    for file in files or ():
-        if str(file).endswith(".safetensors"):
-            with safe_open(file, framework="pt") as opened:
-                yield from ((plain_name(name), (str(file), name)) for name in opened.keys())  # noqa: SIM118
+def headers_in(files: Any) -> dict[str, TensorHeader]:
+    """What a checkpoint's safetensors files hold, named without adapters around layers; nothing of other files."""
+    found = read_headers(Path(file) for file in files or () if str(file).endswith(".safetensors"))
+    return {plain_name(name): header for name, header in found.items()}
 
 
-def read(place: Place) -> torch.Tensor:
-    file, name = place
-    with safe_open(file, framework="pt") as opened:
-        tensor: torch.Tensor = opened.get_tensor(name)
+def read(header: TensorHeader) -> torch.Tensor:
+    with safe_open(header.file, framework="pt") as opened:
+        tensor: torch.Tensor = opened.get_tensor(header.name)
     return tensor

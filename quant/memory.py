@@ -9,6 +9,7 @@ needs are not here but in server/memory.
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -21,15 +22,16 @@ import transformers
 from transformers.initialization import no_init_weights
 
 from quant.config import BitsAndBytesConfig
-from quant.conversion import modules_to_quantize
+from quant.conversion import Kind, modules_packed_in, modules_to_quantize
 from quant.embedding import embedding_groups
 from quant.errors import CheckpointError, QuantError
-from quant.experts import PackedExperts, Projection, are_packed_in, find_experts
+from quant.experts import PackedExperts, Projection, find_experts
 from quant.formats import NESTED_BLOCKSIZE
 from quant.headers import TensorHeader, plain_name, read_checkpoint_headers
 from quant.offload import is_offloaded
 from quant.packed import PackedModule
 from quant.report import format_name
+from quant.stored import Stored, stored_modules
 from quant.tied import untie_what_differs
 
 if TYPE_CHECKING:
@@ -189,11 +191,15 @@ def predict_tensors(
 ) -> Iterator[Portion]:
     """Every parameter and buffer of a model on the meta device, tied ones once, wherever `device_map` puts them."""
     headers = {plain_name(name): header for name, header in (headers or {}).items()}
-    kinds = modules_to_quantize(model, config, device_map) if config is not None else {}
+    is_packed = bool(headers) and getattr(model.config, "quantization_config", None) is not None
+    stored = stored_modules(model, headers) if is_packed else Stored({}, {})
+    kinds: Mapping[str, Kind] = {}
+    if config is not None and is_packed:
+        kinds, _ = modules_packed_in(model, config, stored, device_map)
+    elif config is not None:
+        kinds = modules_to_quantize(model, config, device_map)
     is_widened = is_offloaded(device_map if config is not None and config.llm_int8_enable_fp32_cpu_offload else None)
     experts = find_experts(model) if config is not None else {}
-    if any(name.endswith((".weight.absmax", ".SCB")) for name in headers) and not are_packed_in(headers):
-        experts = {}  # a packed file that holds its experts unquantized
     groups = embedding_groups(model) if config is not None and config.quantize_embeddings else {}
     first_of = {name: first for first, members in groups.items() for name in members}
     stacks = {f"{name}.{projection.leaf}": projection for name in experts for projection in experts[name]}
@@ -203,7 +209,9 @@ def predict_tensors(
         module = first_of.get(module, module)  # a tied tensor is found under any of its names
         if module in kinds and leaf == "embed_scale":
             continue  # a packed embedding holds its scale as a number
-        own = config.for_module(module) if config is not None and leaf == "weight" and module in kinds else None
+        own = None
+        if config is not None and leaf == "weight" and module in kinds:
+            own = config.for_module(module) or config  # without a config of its own where only the file packs it
         arriving = tensor.nbytes
         if config is not None and name in stacks and module in kinds:
             found = _bytes_of_stack(stacks[name], config.for_module(module) or config)
@@ -213,8 +221,8 @@ def predict_tensors(
             if is_parameter and kept in (torch.float16, torch.bfloat16) and is_widened(name):
                 kept = torch.float32
             found = {unquantized(kept): tensor.numel() * kept.itemsize}
-        elif _is_prequantized(headers, module):
-            found = _bytes_in_file(headers, module)
+        elif module in stored.packed:
+            found = _bytes_in_file(headers, stored.packed[module])
             arriving = sum(found.values())
         elif kinds[module] == "4bit":
             found = _bytes_of_4bit(tensor.numel(), own)
@@ -307,7 +315,7 @@ def _kept_dtype(name: str, tensor: torch.Tensor, plan: Mapping[str, torch.dtype]
     """The dtype an unquantized tensor is loaded in: transformers keeps some modules in float32 by name."""
     if not tensor.is_floating_point():
         return tensor.dtype
-    return next((dtype for key, dtype in plan.items() if key in name.split(".")), tensor.dtype)
+    return next((dtype for key, dtype in plan.items() if re.search(key, name)), tensor.dtype)
 
 
 def _bytes_of_4bit(elements: int, config: BitsAndBytesConfig) -> dict[str, int]:
@@ -342,16 +350,14 @@ def _storage_itemsize(storage: Any) -> int:
     return int(dtype.itemsize)
 
 
-def _is_prequantized(headers: Mapping[str, TensorHeader], module: str) -> bool:
-    return f"{module}.weight.absmax" in headers or f"{module}.SCB" in headers
-
-
 def _bytes_in_file(headers: Mapping[str, TensorHeader], module: str) -> dict[str, int]:
     """What a quantized layer's own tensors take in its file, which is what they take in memory; tables are shared."""
-    weight = headers[f"{module}.weight"].nbytes
-    if f"{module}.SCB" in headers:
-        return {PACKED_WEIGHTS: weight, ABSMAX: headers[f"{module}.SCB"].nbytes}
-    sizes = {PACKED_WEIGHTS: weight, ABSMAX: headers[f"{module}.weight.absmax"].nbytes}
+    is_int8 = f"{module}.SCB" in headers
+    sizes = {}
+    for component, name in ((PACKED_WEIGHTS, "weight"), (ABSMAX, "SCB" if is_int8 else "weight.absmax")):
+        if f"{module}.{name}" not in headers:
+            raise CheckpointError(f"tensor {module}.{name} is missing")
+        sizes[component] = headers[f"{module}.{name}"].nbytes
     nested = headers.get(f"{module}.weight.nested_absmax")
     if nested is not None:
         sizes[NESTED_STATISTICS] = nested.nbytes + _FLOAT32_BYTES  # the offset, which the file keeps in its JSON

@@ -121,8 +121,11 @@ def _worked_out(
     from transformers.integrations.accelerate import _get_device_map  # accelerate takes a while to import
 
     model = weights.meta_model(hf_config, dtype)
-    quantizer = None if quantization is None else HalfbyteQuantizer(quantization)
-    if quantizer is not None:
+    quantizer = None
+    if quantization is not None:
+        # By default a quantizer takes the files for packed ones.
+        is_packed = getattr(hf_config, "quantization_config", None) is not None
+        quantizer = HalfbyteQuantizer(quantization, pre_quantized=is_packed)
         quantizer.preprocess_model(
             model=model, dtype=dtype, device_map=name, checkpoint_files=list(map(str, files)), use_kernels=False
         )

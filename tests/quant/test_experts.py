@@ -278,6 +278,38 @@ def test_load_state_dict(form: str, source: Callable[[str], Path]) -> None:
         other.load_state_dict(broken)
 
 
+def test_load_state_dict_of_biases(source: Callable[[str], Path]) -> None:
+    """A bias is loaded, or found missing or misshapen, as any other parameter is, and the rest all the same."""
+    one, other = (experts_of(load(source("gpt_oss"), **FORMATS["nf4"]))[layer] for layer in (0, 1))
+    state, name = one.state_dict(), "down_proj_bias"
+    with pytest.raises(RuntimeError, match=f'Missing key.*"{name}"'):
+        other.load_state_dict({key: value for key, value in state.items() if key != name})
+    before = other.down_proj_bias.clone()
+    with pytest.raises(RuntimeError, match=rf"tensor {name} has shape \[4, 3\]; \[4, 128\] is needed"):
+        other.load_state_dict(state | {name: torch.ones(4, 3)})
+    assert torch.equal(other.down_proj_bias, before)
+    assert torch.equal(other.down_proj, one.down_proj)
+    held = other.down_proj_bias
+    other.load_state_dict(state)
+    assert other.down_proj_bias is held
+    assert torch.equal(held, one.down_proj_bias)
+
+
+@pytest.mark.parametrize("assign", [False, True])
+@torch.no_grad()
+def test_load_state_dict_on_meta(assign: bool, source: Callable[[str], Path]) -> None:
+    layer = experts_of(load(source("gpt_oss"), **FORMATS["nf4-dq"]))[0]
+    state = layer.state_dict()
+    arguments = (torch.randn(4, 128), torch.randint(0, 4, (4, 2)), torch.rand(4, 2))
+    expected = layer(*arguments)
+    layer.to("meta")
+    layer.down_proj_bias.requires_grad_(False)
+    layer.load_state_dict(state, assign=assign)
+    assert torch.equal(layer(*arguments), expected)
+    assert (layer.down_proj_bias.data_ptr() == state["down_proj_bias"].data_ptr()) == assign
+    assert (layer.gate_up_proj_bias.requires_grad, layer.down_proj_bias.requires_grad) == (True, False)
+
+
 def test_no_graph_break(source: Callable[[str], Path]) -> None:
     layer = experts_of(load(source("mixtral"), **FORMATS["nf4"]))[0]
     arguments = (torch.randn(4, 128), torch.randint(0, 4, (4, 2)), torch.rand(4, 2))

@@ -423,12 +423,12 @@ def test_a_weight_of_another_shape(tmp_path: Path) -> None:
         load(source, BitsAndBytesConfig(load_in_4bit=True))
 
 
-def test_a_packed_tensor_where_the_config_keeps_the_module(tmp_path: Path) -> None:
+def test_a_packed_tensor_where_the_model_keeps_float32(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     load(save_tiny("llama", tmp_path / "s"), BitsAndBytesConfig(**NF4_DQ)).save_pretrained(tmp_path / "o")
-    config = json.loads((tmp_path / "o" / "config.json").read_text())
-    config["quantization_config"]["llm_int8_skip_modules"] = ["up_proj", "lm_head"]
-    (tmp_path / "o" / "config.json").write_text(json.dumps(config))
-    with pytest.raises(CheckpointError, match=r"up_proj.weight is packed in the file.*llm_int8_skip_modules"):
+    monkeypatch.setattr(transformers.LlamaForCausalLM, "_keep_in_fp32_modules_strict", ["up_proj"])
+    with pytest.raises(
+        CheckpointError, match=r"up_proj.weight is packed in the file, but its module stays unquantized"
+    ):
         load(tmp_path / "o")
 
 

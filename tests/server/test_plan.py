@@ -14,6 +14,8 @@ from rich.console import Console
 
 from quant.config import BitsAndBytesConfig
 from quant.errors import CheckpointError, QuantConfigError
+from quant.experts import PackedExperts
+from quant.linear import PackedLinear
 from server.errors import ConfigError, DoesNotFitError, LoadError
 from server.memory import devices, ledger, plan, table
 from server.memory.activations import MOST_PARTS, activation_bytes
@@ -417,6 +419,23 @@ def test_device_maps_of_one_device_change_nothing(path: str, device_map: Any, qu
     if torch.cuda.is_available():
         pytest.skip("with an accelerator transformers uses it")
     assert planned(path, device_map=device_map, quantization=quantization) == planned(path, quantization=quantization)
+
+
+def test_a_map_is_worked_out_for_the_modules_that_will_be_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a file that is not packed yet, the experts too."""
+    seen = []
+
+    def worked_out(model: torch.nn.Module, *rest: object) -> dict[str, str]:
+        seen.append([module for module in model.modules() if isinstance(module, PackedLinear | PackedExperts)])
+        return {"": "cpu"}
+
+    monkeypatch.setattr("transformers.integrations.accelerate._get_device_map", worked_out)
+    planned(str(save_tiny("mixtral", tmp_path)), device_map="auto", quantization="nf4")
+    (packed,) = seen
+    assert [type(module) for module in packed].count(PackedExperts) == 2
+    assert len(packed) == 2 + 2 * 4
 
 
 @pytest.fixture
