@@ -8,7 +8,7 @@ weights a warp in n instructions decodes at most 4 W / n a clock. Nothing here s
 needs nvcc and nvdisasm, which CUDA's toolkit brings, and prints a Markdown table. What is counted is the way through
 the loop on which most is copied, loaded and multiplied, double quantization's loads among it, and otherwise the
 shortest: rows that are copied byte by byte and the end of a slice are left out. Kernels for Hopper have a loop
-for those who copy and one for those who multiply.
+for those who multiply, a stage a turn, and one for those who copy, two stages a turn.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ SOURCES: Final = (
 )
 CSRC: Final = Path(__file__).parents[1] / "csrc"
 PRODUCTS: Final = ("HMMA", "IMMA", "HGMMA")
-COPIES: Final = ("LDGSTS",)
+COPIES: Final = ("LDGSTS", "UBLKCP")
 WANTED: Final = (*PRODUCTS, *COPIES, "LDG.E.U8")
 LEFT_OUT: Final = ("STS.U8",)
 """Stores of single bytes: copies of rows that no wide one can be made of."""
@@ -89,6 +89,8 @@ def loops(code: Code) -> list[tuple[int, int]]:
     """The loop with most products, the shortest of those; and where products stand apart from copies, theirs."""
     ends = [(code.target(last), last) for last in range(len(code.instructions))]
     found = [(first, last) for first, last in ends if first is not None and first < last]
+    # Not waits that are tried again: they jump back from behind the loop, and no way through it leads to them.
+    found = [loop for loop in found if len(turn(code, *loop)) > 1]
 
     def count(loop: tuple[int, int], names: tuple[str, ...]) -> int:
         return sum(operation(text).startswith(names) for text in code.instructions[loop[0] : loop[1] + 1])

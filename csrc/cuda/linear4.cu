@@ -51,7 +51,7 @@ extern "C" hb_status hb_linear4(const hb_linear4_args* args) {
     using namespace hb;
     HB_REQUIRE(check(args));
     const hb_linear4_args& a = *args;
-    HB_REQUIRE(fail_unless(a.call.cuda_kernel != HB_CUDA_HOPPER || hopper_runs(), HB_NO_KERNEL));
+    if (a.call.cuda_kernel == HB_CUDA_HOPPER) HB_REQUIRE(check_hopper());
     if (a.M == 0 || a.N == 0) return HB_OK;
     HB_REQUIRE(check_workspace(a.call, workspace_bytes(a)));
     if (mma_takes(a) && reinterpret_cast<uintptr_t>(a.packed) % 16 == 0) {

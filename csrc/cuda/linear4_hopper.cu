@@ -9,7 +9,7 @@
 // A thread block has a producer warpgroup, which copies, and two consumers with 64 rows of W each and all of the tile's
 // rows of x. Between them is a ring of stages of 128 values of K; two barriers a stage say that it is full, or empty.
 //
-//     shared memory:  barriers | a ring of stages | 256 pairs of table entries, one copy per lane | totals
+//     shared memory:  a ring of stages | 256 pairs of table entries, one copy per lane | totals | barriers
 //     a stage:        x, two tiles of 64 values of K | packed codes, 64 bytes a row of W | scales, float32
 //
 // W is the left operand, decoded into registers: rows of W fill the 64 that a warpgroup wants whatever M is. A byte of
@@ -31,6 +31,8 @@
 //
 // Promises: a row's result does not depend on M, on the rows beside it, nor on how x is aligned; the same bits every
 // time. (Tiles of x have 8 to 128 rows; that the tensor core adds up alike in all of them is Hopper's promise.)
+#include <atomic>
+
 #include "linear4_hopper.h"
 #include "linear4_hopper_block.cuh"
 
@@ -141,8 +143,8 @@ void launch_panel(const hb_linear4_args& a, const T* x, int64_t M, T* out) {
            a.K, plan.tokens, rows, image);
     with_number<count_of(kTilesOfHopper)>(plan.cut.tile, [&](auto number) {
         constexpr MatmulTile tile = kTilesOfHopper[decltype(number)::value];
-        constexpr int blocks = tile.tokens <= 32 ? 2 : 1;  // beside each other
-        launch_tile<T, tile.tokens, tile.stages, blocks>(problem, a.blocksize < kTileValues, plan.cut.blocks(), stream);
+        launch_tile<T, tile.tokens, tile.stages, tile.beside>(problem, a.blocksize < kTileValues, plan.cut.blocks(),
+                                                              stream);
     });
     if (!plan.cut.apart) return;
     launch_behind(add_slices<T>, blocks_for_adding(M * a.N), kAddingThreads, 0, stream, problem.outputs,
@@ -159,8 +161,21 @@ void launch_panels(const hb_linear4_args& a) {
 
 }  // namespace
 
-bool hopper_runs() {
-    return can_launch(linear4_hopper<__half, 8, 64, 6, 2>, kThreads);
+// What a device can do stays as it is: it is asked once, not in every call.
+hb_status check_hopper() {
+    constexpr int devices = 64;  // others are asked each time
+    constexpr signed char unknown = 0, yes = 1, no = 2;
+    static std::atomic<signed char> answers[devices];
+    int device = 0;
+    HB_REQUIRE(status_of(cudaGetDevice(&device)));
+    std::atomic<signed char>* const answer = device < devices ? &answers[device] : nullptr;
+    const signed char known = answer == nullptr ? unknown : answer->load(std::memory_order_relaxed);
+    if (known != unknown) return fail_unless(known == yes, HB_NO_KERNEL);
+    const hb_status status = check_kernel(linear4_hopper<__half, 8, 64, 6, 2>, kThreads);
+    if (answer != nullptr && (status == HB_OK || status == HB_NO_KERNEL)) {
+        answer->store(status == HB_OK ? yes : no, std::memory_order_relaxed);
+    }
+    return status;
 }
 
 void launch_linear4_hopper(const hb_linear4_args& a) {

@@ -12,9 +12,9 @@ constexpr int kHopperRows = 128;            // of W, in a tile of any size
 constexpr int64_t kHopperPanelRows = 2048;  // of x, at a time; a multiple of every tile's
 
 constexpr MatmulTile kTilesOfHopper[] = {
-    {kHopperRows, 8, 1, kStageValues, 6},   {kHopperRows, 16, 1, kStageValues, 4},
-    {kHopperRows, 32, 1, kStageValues, 3},  {kHopperRows, 64, 1, kStageValues, 4},
-    {kHopperRows, 128, 1, kStageValues, 3},
+    {kHopperRows, 8, 1, kStageValues, 6, 2},   {kHopperRows, 16, 1, kStageValues, 4, 2},
+    {kHopperRows, 32, 1, kStageValues, 3, 2},  {kHopperRows, 64, 1, kStageValues, 4, 1},
+    {kHopperRows, 128, 1, kStageValues, 3, 1},
 };
 
 struct HopperPlan {
@@ -43,11 +43,12 @@ inline int64_t hopper_workspace_bytes(int64_t M, int64_t N, int64_t K) {
     return full > last ? full : last;
 }
 
-// Whether the device at hand has capability 9.0, and this library code for it.
-bool hopper_runs();
+// HB_OK where the device at hand has capability 9.0 and this library code for it, else HB_NO_KERNEL, or what is wrong
+// with the device.
+hb_status check_hopper();
 
-// Launches for a checked call that mma_takes where hopper_runs, with packed aligned to 16 bytes and a workspace of
-// hopper_workspace_bytes.
+// Launches for a checked call that mma_takes on a device that check_hopper accepts, with packed aligned to 16 bytes and
+// a workspace of hopper_workspace_bytes.
 void launch_linear4_hopper(const hb_linear4_args& a);
 
 }  // namespace hb

@@ -92,68 +92,95 @@ struct HopperBlock {
     // --- the producer
 
     struct Producer {
+        static constexpr int kGroup = 2;  // stages whose scales are read together
+
         const HopperBlock& block;
-        int own;  // thread of the warpgroup, and row of the tile
+        int own;                 // thread of the warpgroup, and row of the tile
+        const unsigned char* x;  // the tile's, in stage 0
         StageCopies<PlaceOfHopperCodes, kRows, kCodeRowBytes, kWarpgroup> codes;
         TileScales scales;
         unsigned row;  // where the row begins in the tile, or the last one that there is
-        StoredScale next[kScales];
+        StoredScale next[kGroup][kScales];
         Turn turn;
 
         __device__ Producer(const HopperBlock& of, int thread)
-            : block(of), own(thread), codes(of.p.codes, of.first_row), scales(of.p.scales, of.first_row * of.p.K) {
+            : block(of),
+              own(thread),
+              x(of.p.image + of.token_tile * ((of.p.K + kStageValues - 1) / kStageValues) * kXBytes),
+              codes(of.p.codes, of.first_row),
+              scales(of.p.scales, of.first_row * of.p.K) {
             const int64_t last = of.p.outputs.N - of.first_row - 1;
             row = static_cast<unsigned>((own < last ? own : last) * of.p.K);
         }
 
-        // Of columns that are not there, those of the last ones that are.
+        // Of the group that begins with this stage, while the one before it is in use: whoever waits for a load waits
+        // for all that are under way, so a group is waited for once, and then the next is read. Of columns that are not
+        // there, those of the last ones that are.
         __device__ void read_scales(int stage) {
 #pragma unroll
-            for (int i = 0; i < kScales; ++i) {
-                next[i] = scales.stored(row + columns_at<Scaled>(stage * kStageValues + i * Scaled, block.p.K));
+            for (int i = 0; i < kGroup * kScales; ++i) {
+                const unsigned columns = columns_at<Scaled>(stage * kStageValues + i * Scaled, block.p.K);
+                next[i / kScales][i % kScales] = scales.stored(row + columns);
             }
         }
 
-        __device__ void write_scales(int stage) const {
-            float* const to = block.scales_at(turn.slot) + own;
+        // Those of the group that were read last.
+        __device__ void take_scales(int stage, float (&now)[kGroup][kScales]) const {
 #pragma unroll
-            for (int i = 0; i < kScales; ++i) {
+            for (int i = 0; i < kGroup * kScales; ++i) {
                 const bool there = stage * kStageValues + i * Scaled < static_cast<int>(block.p.K);
-                to[i * kRows] = there ? scales.value(next[i], kDeviceDynamic.at) : 0.0f;
+                const float value = scales.value(next[i / kScales][i % kScales], kDeviceDynamic.at);
+                now[i / kScales][i % kScales] = there ? value : 0.0f;
             }
-            barrier_arrive(block.full(turn.slot));
         }
 
-        __device__ void fetch_codes(int stage) const {
-            codes.start(block.codes_at(turn.slot), stage);
-            barrier_arrive_after_copies(block.full(turn.slot));
+        __device__ void write_scales(int slot, const float (&now)[kScales]) const {
+            float* const to = block.scales_at(slot) + own;
+#pragma unroll
+            for (int i = 0; i < kScales; ++i) to[i * kRows] = now[i];
+            barrier_arrive(block.full(slot));
         }
 
-        __device__ void fetch_weights(int stage) {
-            fetch_codes(stage);
-            write_scales(stage);
-            read_scales(stage + 1);
+        __device__ void fetch_codes(int slot, int stage) const {
+            codes.start_aligned(block.codes_at(slot), stage);
+            barrier_arrive_after_copies(block.full(slot));
         }
 
         __device__ void fetch_x(int slot, int stage) const {
             if (own != 0) return;
-            const int64_t k_stages = (block.p.K + kStageValues - 1) / kStageValues;
             barrier_arrive_expecting(block.full(slot), kXBytes);
-            bulk_copy(block.x_at(slot), block.p.image + (block.token_tile * k_stages + stage) * kXBytes, kXBytes,
-                      block.full(slot));
+            bulk_copy(block.x_at(slot), x + static_cast<int64_t>(stage) * kXBytes, kXBytes, block.full(slot));
         }
 
         // Weights come first: they do not wait for the kernel in front, which makes the image of x.
-        __device__ void run(int begin, int end) {
+        __device__ void fill(int begin, int count) {
             read_scales(begin);
-            const int ahead = end - begin < Stages ? end - begin : Stages;
-            for (int i = 0; i < ahead; ++i, turn.pass()) fetch_weights(begin + i);
+            for (int slot = 0; slot < count; ++slot) fetch_codes(slot, begin + slot);
             predecessors_wait();
-            for (int i = 0; i < ahead; ++i) fetch_x(i, begin + i);
-            for (int stage = begin + ahead; stage < end; ++stage, turn.pass()) {
-                barrier_wait(block.empty(turn.slot), turn.parity ^ 1);
-                fetch_weights(stage);
-                fetch_x(turn.slot, stage);
+            for (int slot = 0; slot < count; ++slot) fetch_x(slot, begin + slot);
+        }
+
+        __device__ void refill(int stage) const {
+            barrier_wait(block.empty(turn.slot), turn.parity ^ 1);
+            fetch_x(turn.slot, stage);
+            fetch_codes(turn.slot, stage);
+        }
+
+        __device__ void run(int begin, int end) {
+            const int filled = end - begin < Stages ? end : begin + Stages;
+            fill(begin, filled - begin);
+            for (int first = begin; first < end; first += kGroup) {
+                float now[kGroup][kScales];
+                take_scales(first, now);
+                read_scales(first + kGroup);
+#pragma unroll
+                for (int i = 0; i < kGroup; ++i) {
+                    const int stage = first + i;
+                    if (stage >= end) break;
+                    if (stage >= filled) refill(stage);
+                    write_scales(turn.slot, now[i]);
+                    turn.pass();
+                }
             }
             copies_commit();
             copies_wait<0>();  // a thread does not end before its copies

@@ -11,18 +11,18 @@ namespace hb {
 constexpr int kStageValues = static_cast<int>(kSliceStep);  // of K, in one stage of the pipeline
 
 constexpr MatmulTile kTilesOf4Bits[] = {
-    {64, 8, 1, kStageValues, 4},
-    {64, 16, 1, kStageValues, 4},
-    {64, 32, 1, kStageValues, 4},
-    {128, 64, 1, kStageValues, 2},
+    {64, 8, 1, kStageValues, 4, 2},
+    {64, 16, 1, kStageValues, 4, 2},
+    {64, 32, 1, kStageValues, 4, 2},
+    {128, 64, 1, kStageValues, 2, 2},
 };
 // No more than 64 rows of W, where more would take more registers than there are: weights in blocks of 32 values have
 // twice as many scales, and experts pointers of their own.
 constexpr MatmulTile kSmallTilesOf4Bits[] = {
-    {64, 8, 1, kStageValues, 4},
-    {64, 16, 1, kStageValues, 4},
-    {64, 32, 1, kStageValues, 4},
-    {64, 64, 1, kStageValues, 3},
+    {64, 8, 1, kStageValues, 4, 2},
+    {64, 16, 1, kStageValues, 4, 2},
+    {64, 32, 1, kStageValues, 4, 2},
+    {64, 64, 1, kStageValues, 3, 1},
 };
 
 constexpr int64_t kMostColumns = int64_t{1} << 24;  // of W: kernels count the weights of 128 rows in 32 bits

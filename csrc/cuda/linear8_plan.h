@@ -11,13 +11,14 @@ namespace hb {
 constexpr int64_t kExactTerms = 1 << 17;  // products, of at most 127 * 128 each, whose sum an int32 holds
 
 constexpr MatmulTile kTilesOfInt8Weights[] = {
-    {64, 8, 1, 128, 4},
-    {64, 16, 1, 128, 4},
-    {64, 32, 1, 128, 4},
-    {128, 64, 1, 64, 4},
+    {64, 8, 1, 128, 4, 2},
+    {64, 16, 1, 128, 4, 2},
+    {64, 32, 1, 128, 4, 2},
+    {128, 64, 1, 64, 4, 2},
 };
 constexpr MatmulTile kTilesOfInt8[] = {
-    {64, 8, 1, 128, 4}, {64, 16, 1, 128, 4}, {64, 32, 1, 128, 4}, {128, 64, 1, 64, 4}, {128, 128, 2, 64, 4},
+    {64, 8, 1, 128, 4, 2},  {64, 16, 1, 128, 4, 2},  {64, 32, 1, 128, 4, 2},
+    {128, 64, 1, 64, 4, 2}, {128, 128, 2, 64, 4, 1},
 };
 
 constexpr int kFinishedTile = 2;  // of these, the one in which slices are added up and finished

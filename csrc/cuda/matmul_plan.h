@@ -17,7 +17,10 @@ struct MatmulTile {
     int token_warps;
     int stage_values;  // of K
     int stages;
+    int beside;  // thread blocks of it that a multiprocessor of an A100 or an H200 has room for, up to two
 };
+
+constexpr int kFewTokens = 32;  // in a tile that waits for weights rather than for tensor cores
 
 template <int Count>
 constexpr int count_of(const MatmulTile (&)[Count]) {
@@ -62,12 +65,22 @@ inline void take(const Slices& slices, MatmulPlan* plan) {
     plan->slices = slices.count;
 }
 
+// Whether so many tiles leave the device so idle that each of their slices gets a thread block, and goes to the
+// workspace and back as float32. For few rows of x that is less than the weights are: such tiles are cut where not all
+// that fit at once are there. Of a wide tile a slice takes about as long again as its products: 128 by 128 sums,
+// written and read, are 128 KiB, by reckoning 4 us of a multiprocessor's share of an H200's memory, and four stages of
+// K are 2.8 us of its tensor cores. So these are cut where more than half of the device would be idle.
+inline bool leave_room_for_slices(const MatmulTile& tile, int64_t tiles) {
+    const int64_t at_once = kMultiprocessors * tile.beside;
+    return tile.tokens <= kFewTokens ? tiles < at_once : 2 * tiles < at_once;
+}
+
 // For float32 sums, whose slices are chosen for tiles of `smallest_rows` rows of W whatever M is.
 template <int Count>
 MatmulPlan plan_float_sums(const MatmulTile (&tiles)[Count], int64_t smallest_rows, int64_t M, int64_t N, int64_t K) {
     MatmulPlan plan = plan_tiles(tiles, M, N);
     take(cut_for_few_rows(smallest_rows, N, K), &plan);
-    plan.apart = plan.slices > 1 && plan.tiles < kEnoughBlocks;
+    plan.apart = plan.slices > 1 && leave_room_for_slices(tiles[plan.tile], plan.tiles);
     return plan;
 }
 

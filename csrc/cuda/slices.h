@@ -11,8 +11,8 @@
 #include "checks.h"
 
 // The emulation has a smaller device, so that small outputs go both ways.
-#ifndef HB_ENOUGH_BLOCKS
-#define HB_ENOUGH_BLOCKS 264  // two for each multiprocessor of an H200
+#ifndef HB_MULTIPROCESSORS
+#define HB_MULTIPROCESSORS 132  // of an H200
 #endif
 
 namespace hb {
@@ -20,7 +20,8 @@ namespace hb {
 constexpr int64_t kChunkValues = 64;         // of K, decoded at once
 constexpr int64_t kSliceStep = 128;          // of K: slices are multiples of it, and it of every stage of a pipeline
 constexpr int64_t kFewestStepsInASlice = 4;  // below that, filling the pipeline is most of the work
-constexpr int64_t kEnoughBlocks = HB_ENOUGH_BLOCKS;
+constexpr int64_t kMultiprocessors = HB_MULTIPROCESSORS;
+constexpr int64_t kEnoughBlocks = 2 * kMultiprocessors;  // that a device is kept busy by
 constexpr int64_t kSmallestWeightRows = 64;  // of a tile on mma.sync: what slices of float32 sums are chosen for
 
 struct Slices {

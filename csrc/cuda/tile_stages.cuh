@@ -89,15 +89,24 @@ class StageCopies {
             start_by_bytes(to, source, stage);
             return;
         }
-#pragma unroll
-        for (int row = 0; row < Count; row += kRowsAtOnce, source += step_) {
-            if (is_mine(row)) copy_16_bytes(to + row * Bytes, source, row < rows_ && stage < stages_);
-        }
+        start_pieces(to, source, stage);
+    }
+
+    // The same of a matrix that is aligned.
+    __device__ void start_aligned(unsigned char* to, int stage) const {
+        start_pieces(to + target_, source_ + static_cast<int64_t>(stage) * Bytes, stage);
     }
 
   private:
     // Where threads are more than pieces, some have none.
     __device__ static bool is_mine(int row) { return Count % kRowsAtOnce == 0 || row + own_row() < Count; }
+
+    __device__ void start_pieces(unsigned char* to, const unsigned char* source, int stage) const {
+#pragma unroll
+        for (int row = 0; row < Count; row += kRowsAtOnce, source += step_) {
+            if (is_mine(row)) copy_16_bytes(to + row * Bytes, source, row < rows_ && stage < stages_);
+        }
+    }
 
     __device__ void start_by_bytes(unsigned char* to, const unsigned char* source, int stage) const {
         const int64_t left = from_.bytes - static_cast<int64_t>(stage) * Bytes - own_piece() * kPieceBytes;

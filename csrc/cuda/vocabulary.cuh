@@ -189,9 +189,8 @@ inline cudaStream_t stream_of(const hb_call& call) {
     return static_cast<cudaStream_t>(call.stream);
 }
 
-// What the launch just made came to; nothing is waited for.
-inline hb_status launched() {
-    switch (cudaGetLastError()) {
+inline hb_status status_of(cudaError_t error) {
+    switch (error) {
         case cudaSuccess:
             return HB_OK;
         case cudaErrorNoDevice:
@@ -204,6 +203,11 @@ inline hb_status launched() {
         default:
             return HB_LAUNCH_FAILED;
     }
+}
+
+// What the launch just made came to; nothing is waited for.
+inline hb_status launched() {
+    return status_of(cudaGetLastError());
 }
 
 // Calls run(T()) with the C++ type of a checked dtype.
@@ -226,14 +230,19 @@ void with_dtype(int64_t dtype, const Run& run) {
 
 namespace hb {
 
+// Asks for a kernel to be launched with so many bytes of shared memory, where that is more than any may have.
+template <typename... Parameters>
+void ask_for_shared_memory(void (*kernel)(Parameters...), int64_t bytes) {
+    constexpr int64_t without_asking = 48 << 10;
+    if (bytes <= without_asking) return;
+    cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes));
+}
+
 // Launches kernel(arguments...) on a stream; `launched` tells what came of it.
 template <typename... Parameters, typename... Arguments>
 void launch(void (*kernel)(Parameters...), unsigned blocks, int threads, int64_t shared_bytes, cudaStream_t stream,
             Arguments... arguments) {
-    constexpr int64_t without_asking = 48 << 10;
-    if (shared_bytes > without_asking) {
-        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes));
-    }
+    ask_for_shared_memory(kernel, shared_bytes);
     kernel<<<blocks, static_cast<unsigned>(threads), static_cast<size_t>(shared_bytes), stream>>>(
         static_cast<Parameters>(arguments)...);
 }

@@ -62,7 +62,7 @@ namespace hb {
 template <typename... Parameters, typename... Arguments>
 void launch_behind(void (*kernel)(Parameters...), unsigned blocks, int threads, int64_t shared_bytes,
                    cudaStream_t stream, Arguments... arguments) {
-    cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes));
+    ask_for_shared_memory(kernel, shared_bytes);
     cudaLaunchAttribute early = {};
     early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
     early.val.programmaticStreamSerializationAllowed = 1;
@@ -76,13 +76,16 @@ void launch_behind(void (*kernel)(Parameters...), unsigned blocks, int threads, 
     cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(arguments)...);
 }
 
-// Whether the device at hand runs a kernel in blocks of so many threads: not where its code is for fewer.
+// HB_OK where the device at hand runs a kernel in blocks of so many threads, HB_NO_KERNEL where its code is for fewer
+// or there is none; anything else is wrong with the device, not with the kernel.
 template <typename... Parameters>
-bool can_launch(void (*kernel)(Parameters...), int threads) {
+hb_status check_kernel(void (*kernel)(Parameters...), int threads) {
     cudaFuncAttributes attributes = {};
-    if (cudaFuncGetAttributes(&attributes, kernel) == cudaSuccess) return attributes.maxThreadsPerBlock >= threads;
-    cudaGetLastError();
-    return false;
+    const cudaError_t error = cudaFuncGetAttributes(&attributes, kernel);
+    if (error == cudaSuccess) return fail_unless(attributes.maxThreadsPerBlock >= threads, HB_NO_KERNEL);
+    cudaGetLastError();  // the next launch's status is its own
+    const hb_status status = status_of(error);
+    return status == HB_NO_DEVICE_CODE ? HB_NO_KERNEL : status;
 }
 
 // Both do nothing where the kernel was launched the ordinary way, and on older devices, which know no other.

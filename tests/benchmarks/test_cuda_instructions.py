@@ -61,6 +61,30 @@ def test_those_who_copy_and_those_who_multiply_have_loops_of_their_own() -> None
     assert [len(turn(code, *loop)) for loop in loops(code)] == [2, 3]
 
 
+def test_a_wait_that_is_tried_again_behind_a_loop_is_none() -> None:
+    listing = """
+.text._Zkernel:
+.L_x_0:
+        /*0000*/                   LDGSTS.E.BYPASS.128 [R19], [R16.64] ;
+        /*0010*/               @P0 BRA `(.L_x_0) ;
+.L_x_1:
+        /*0020*/                   IADD3 R2, R2, 0x1, RZ ;
+        /*0030*/                   IADD3 R3, R3, 0x1, RZ ;
+        /*0040*/                   IADD3 R4, R4, 0x1, RZ ;
+        /*0050*/              @!P1 BRA `(.L_x_3) ;
+.L_x_2:
+        /*0060*/                   LDGSTS.E.BYPASS.128 [R19], [R16.64] ;
+        /*0070*/                   UBLKCP.S.G [UR20], [UR14], UR13 ;
+        /*0080*/               @P0 BRA `(.L_x_1) ;
+        /*0090*/                   EXIT ;
+.L_x_3:
+        /*00a0*/               @P1 BRA `(.L_x_2) ;
+        /*00b0*/                   BRA `(.L_x_3) ;
+"""
+    (code,) = codes(listing)
+    assert loops(code) == [(2, 8)]
+
+
 def test_without_a_tool_it_says_which(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(cuda_instructions.shutil, "which", lambda tool: None)
     assert main(["--disassembler", "nowhere"]) == 1

@@ -279,6 +279,7 @@ struct Launch {
 std::mutex one_launch;
 bool failure = false;
 const void* callers_stream = nullptr;
+int device_at_hand = kHopperDevice;
 std::mt19937_64 random_numbers;
 std::shared_ptr<Launch> last_launch;
 Launch* running_launch = nullptr;
@@ -343,6 +344,10 @@ bool take_failure() {
     const bool failed = failure;
     failure = false;
     return failed;
+}
+
+int device() {
+    return device_at_hand;
 }
 
 void wait_for_predecessors() {
@@ -437,6 +442,11 @@ uint16_t to_bfloat(float value) {
 // The stream of the calls that follow.
 extern "C" HB_API void hb_emulation_stream(const void* stream) {
     hb::emulation::callers_stream = stream;
+}
+
+// The device of the calls that follow.
+extern "C" HB_API void hb_emulation_device(int number) {
+    hb::emulation::device_at_hand = number;
 }
 
 // The order of everything that follows; tests print it.

@@ -11,8 +11,6 @@ namespace emulation {
 
 namespace {
 
-bool is_hopper = true;
-
 constexpr int kColumns = 16;        // of a and of b, in one product
 constexpr int kGroupBarriers = 16;  // with number 0, which is the whole block's
 
@@ -116,10 +114,6 @@ void add_up(const Product& product, std::vector<float>& sums) {
 
 }  // namespace
 
-bool device_is_hopper() {
-    return is_hopper;
-}
-
 void wait_for_group(int number, int threads) {
     if (number < 1 || number >= kGroupBarriers || threads % kWarpSize != 0) fail("no barrier of a group");
     Group& group = hopper().groups[number];
@@ -221,8 +215,3 @@ void wait_for_products() {
 
 }  // namespace emulation
 }  // namespace hb
-
-// Whether the emulated device is of capability 9.0; it is at first.
-extern "C" __attribute__((visibility("default"))) void hb_emulation_hopper(bool yes) {
-    hb::emulation::is_hopper = yes;
-}

@@ -51,9 +51,9 @@ def test_only_the_kernels_that_a_device_runs_are_measured(
 ) -> None:
     kernels = native.Kernels(library, "emulation", "hopper")
     assert [each.cuda_kernel for each in cuda_contenders.with_each_kernel(kernels)] == ["mma", "hopper"]
-    library.hb_emulation_hopper(False)
+    library.hb_emulation_device(1)
     assert [each.cuda_kernel for each in cuda_contenders.with_each_kernel(kernels)] == ["mma"]
-    library.hb_emulation_hopper(True)
+    library.hb_emulation_device(0)
     assert "needs a GPU of compute capability 9.0" in capsys.readouterr().out
 
 

@@ -5,7 +5,7 @@ The kernel itself is in test_kernels.py."""
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -19,6 +19,7 @@ pytestmark = pytest.mark.timeout(600)  # the first of a session builds the libra
 OK = 0
 LAUNCH_FAILED = 14
 NO_FENCE, NO_COMMIT, NO_WAIT = 1, 2, 3
+HOPPER, NO_DEVICE = 0, -1
 
 
 def pointer(tensor: torch.Tensor) -> ctypes.c_void_p:
@@ -94,18 +95,33 @@ def test_a_launch_behind_another_waits_or_sees_nothing_of_it(library: ctypes.CDL
 
 
 @pytest.fixture
-def another_device(library: ctypes.CDLL) -> Iterator[None]:
-    library.hb_emulation_hopper(False)
-    yield
-    library.hb_emulation_hopper(True)
+def devices(library: ctypes.CDLL) -> Iterator[Callable[[int], None]]:
+    """Says which device is at hand from here on."""
+    yield library.hb_emulation_device
+    library.hb_emulation_device(HOPPER)
 
 
-@pytest.mark.usefixtures("another_device")
 def test_another_device_refuses_the_kernel_with_a_sentence(
-    library: ctypes.CDLL, device: str, generator: torch.Generator
+    library: ctypes.CDLL, device: str, devices: Callable[[int], None], generator: torch.Generator
 ) -> None:
+    """Each time anew, though what a device answers is kept; those of high numbers are asked again."""
     arguments = Weight4.random((8, 64), "nf4", 64, None, generator).to(device).arguments()
     x = torch.randn(1, 64, generator=generator).to(torch.bfloat16)
-    with pytest.raises(NativeError, match="needs a GPU of compute capability 9.0 .* accepted here is"):
-        native.Kernels(library, "emulation", "hopper").linear_4bit(x, *arguments)
-    native.Kernels(library, "emulation", "mma").linear_4bit(x, *arguments)
+    kernels = native.Kernels(library, "emulation", "hopper")
+    for number in (HOPPER, 1, 1, HOPPER, 63, 64, 1000, HOPPER):
+        devices(number)
+        if number == HOPPER:
+            kernels.linear_4bit(x, *arguments)
+            continue
+        with pytest.raises(NativeError, match=r"needs a GPU of compute capability 9.0 .* accepted here is"):
+            kernels.linear_4bit(x, *arguments)
+        native.Kernels(library, "emulation", "mma").linear_4bit(x, *arguments)
+
+
+def test_no_device_is_not_called_one_of_another_kind(
+    library: ctypes.CDLL, device: str, devices: Callable[[int], None], generator: torch.Generator
+) -> None:
+    arguments = Weight4.random((8, 64), "nf4", 64, None, generator).to(device).arguments()
+    devices(NO_DEVICE)
+    with pytest.raises(NativeError, match="No CUDA device can be used"):
+        native.Kernels(library, "emulation", "hopper").linear_4bit(torch.zeros(1, 64).to(torch.bfloat16), *arguments)

@@ -11,7 +11,13 @@ import pytest
 CSRC = Path(__file__).parents[2] / "csrc"
 SOURCES = sorted([*(CSRC / "cuda").iterdir(), CSRC / "library.cpp", CSRC / "checks.h"])
 WORDS = ("vocabulary.cuh", "vocabulary_hopper.cuh")
-OF_THE_RUNTIME = {"cudaFuncGetAttributes", "cudaFuncSetAttribute", "cudaGetLastError", "cudaLaunchKernelEx"}
+OF_THE_RUNTIME = {
+    "cudaFuncGetAttributes",
+    "cudaFuncSetAttribute",
+    "cudaGetDevice",
+    "cudaGetLastError",
+    "cudaLaunchKernelEx",
+}
 """What may be called: none of these allocates or waits."""
 ALLOCATING = (
     r"\bnew\b|\b(?:m|c|re|aligned_)alloc\b|std::(?:vector|string|map|function|make_\w+|unique_ptr|shared_ptr)\b"

@@ -41,6 +41,11 @@ enum cudaError_t {
     cudaErrorLaunchFailure,
 };
 
+inline cudaError_t cudaGetDevice(int* device) {
+    *device = hb::emulation::device();
+    return *device == hb::emulation::kNoDevice ? cudaErrorNoDevice : cudaSuccess;
+}
+
 inline cudaError_t cudaGetLastError() {
     return hb::emulation::take_failure() ? cudaErrorLaunchFailure : cudaSuccess;
 }

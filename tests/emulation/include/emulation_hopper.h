@@ -14,8 +14,8 @@ void launch_behind(void (*kernel)(Parameters...), unsigned blocks, int threads, 
 }
 
 template <typename... Parameters>
-bool can_launch(void (*)(Parameters...), int) {
-    return emulation::device_is_hopper();
+hb_status check_kernel(void (*)(Parameters...), int) {
+    return fail_unless(emulation::device() == emulation::kHopperDevice, HB_NO_KERNEL);
 }
 
 inline void predecessors_wait() {

@@ -33,6 +33,11 @@ constexpr unsigned kAllLanes = 0xffffffffu;
 constexpr int kMostThreads = 1024;
 constexpr int64_t kMostSharedBytes = 99 << 10;  // of sm_86, 89 and 120
 
+// The device at hand; hb_emulation_device says which, and may say that there is none.
+constexpr int kNoDevice = -1;
+constexpr int kHopperDevice = 0;  // of capability 9.0, as no other is
+int device();
+
 struct Dimension {
     unsigned x;
 };

@@ -17,9 +17,6 @@
 namespace hb {
 namespace emulation {
 
-// Whether the device is of capability 9.0; hb_emulation_hopper says so.
-bool device_is_hopper();
-
 void wait_for_group(int number, int threads);
 
 void begin_barrier(const void* barrier, int arrivals);
