@@ -18,13 +18,12 @@ from typing import Any, Final, NamedTuple
 import torch
 
 from quant import arguments, native
-from quant.errors import ShapeError
 
 _PLANS_KEPT: Final = 64
 
 
 def is_direct(x: torch.Tensor) -> bool:
-    """Whether this call may leave out torch's dispatcher: a plain CPU tensor, no gradients, no tracing."""
+    """Whether this call may leave out torch's dispatcher: a plain CPU tensor, no gradients, no tracing, no vmap."""
     return (
         type(x) is torch.Tensor
         and x.is_cpu
@@ -32,6 +31,7 @@ def is_direct(x: torch.Tensor) -> bool:
         and not torch.compiler.is_compiling()
         and torch._C._get_tracing_state() is None
         and torch._C._len_torch_dispatch_stack() == 0
+        and torch._C._functorch.peek_interpreter_stack() is None
     )
 
 
@@ -106,14 +106,13 @@ class Direct:
         self,
         entry: str,
         shape: tuple[int, int],
-        weight: torch.Tensor,
-        statistics: torch.Tensor,
+        held: Sequence[torch.Tensor | None],
         bias: torch.Tensor | None,
         **fields: Any,
     ) -> None:
         """`fields` fill the argument struct of `entry` as native.Kernels.call does; checked by whoever calls this.
 
-        `weight` and `statistics` are the tensors that the layer holds, whose replacement makes this call stale.
+        `held` are the tensors that the layer holds, `bias` behind them: what replaces one makes this call stale.
         """
         self._kernels = native.kernels("cpu")
         self._function = self._kernels.taking_bytes(entry)
@@ -127,20 +126,16 @@ class Direct:
         self._struct_bytes = ctypes.sizeof(template)
         self._fixed = bytes(template)[native.MATMUL_BEGIN.size : -native.MATMUL_END.size]
         self._tensors = tuple(value for value in fields.values() if isinstance(value, torch.Tensor))  # kept alive
-        self._weight, self._statistics, self._bias = weight, statistics, bias
-        self._addresses = (weight.data_ptr(), 0 if bias is None else bias.data_ptr())
+        self._held = tuple((one, 0 if one is None else one.data_ptr()) for one in (*held, bias))
         self._bias_dtype = None if bias is None else bias.dtype
         self._plans = _Plans()
 
-    def fits(self, weight: torch.Tensor, statistics: torch.Tensor, bias: torch.Tensor | None) -> bool:
-        """Whether these are the tensors that the call was made for, as they were: `data` may be assigned to them."""
-        return (
-            weight is self._weight
-            and statistics is self._statistics
-            and bias is self._bias
-            and self._addresses == (weight.data_ptr(), 0 if bias is None else bias.data_ptr())
-            and (bias is None or bias.dtype is self._bias_dtype)
-        )
+    def fits(self, held: Sequence[torch.Tensor | None], bias: torch.Tensor | None) -> bool:
+        """Whether these are the tensors that the call was made for, where they were: `data` may be assigned to them."""
+        for one, (known, address) in zip((*held, bias), self._held, strict=True):
+            if one is not known or (one is not None and one.data_ptr() != address):
+                return False
+        return bias is None or bias.dtype is self._bias_dtype
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """x [..., K] float32, float16 or bfloat16 -> [..., N]. Raises ShapeError."""
@@ -217,7 +212,7 @@ class DirectGroup:
 
 def direct_4bit(
     activations: str,
-    weight: torch.Tensor,
+    held: Sequence[torch.Tensor | None],
     packed: torch.Tensor,
     absmax: torch.Tensor,
     quant_type: str,
@@ -227,24 +222,27 @@ def direct_4bit(
     offset: torch.Tensor | None,
     nested_blocksize: int,
     bias: torch.Tensor | None,
-) -> Direct:
-    """ops.linear_4bit, or linear_4bit_int8, on this weight, `weight` as the layer holds it. Raises ShapeError."""
+) -> Direct | None:
+    """ops.linear_4bit, or linear_4bit_int8, on this weight, whose layer holds `held` and the bias. None where a tensor
+    is not as the C interface asks: a copy would not follow it. Raises ShapeError.
+    """
     arguments.check_format(quant_type, blocksize)
     count = arguments.element_count(shape)
     arguments.check_statistics(packed, absmax, blocksize, count, nested_absmax, offset, nested_blocksize)
     _check_bias(bias, shape, packed)
+    if not _are_ready(packed, absmax, nested_absmax, offset, bias):
+        return None
     return Direct(
         "hb_linear4" if activations == "float" else "hb_linear4_int8",
         shape,
-        weight,
-        absmax,
+        held,
         bias,
-        packed=native.ready(packed),
+        packed=packed,
         format=native.FORMAT_CODES[quant_type],
         blocksize=blocksize,
-        absmax=native.ready(absmax),
-        nested_absmax=native.ready_or_none(nested_absmax),
-        offset=native.ready_or_none(offset),
+        absmax=absmax,
+        nested_absmax=nested_absmax,
+        offset=offset,
         nested_blocksize=nested_blocksize,
     )
 
@@ -255,20 +253,21 @@ def direct_8bit(
     threshold: float,
     outliers: str,
     bias: torch.Tensor | None,
-) -> Direct:
-    """ops.linear_8bit on this weight. Raises ShapeError as it does."""
+) -> Direct | None:
+    """ops.linear_8bit on this weight, as direct_4bit; the layer holds CB, SCB and the bias. Raises ShapeError."""
     arguments.check_int8(CB, SCB)
     arguments.check_outliers(threshold, outliers)
     shape = (CB.shape[0], CB.shape[1])
     _check_bias(bias, shape, CB)
+    if not _are_ready(CB, SCB, bias):
+        return None
     return Direct(
         "hb_linear8",
         shape,
-        CB,
-        SCB,
+        (CB, SCB),
         bias,
-        codes=native.ready(CB),
-        absmax=native.ready(SCB),
+        codes=CB,
+        absmax=SCB,
         threshold=threshold,
         outlier_rule=native.OUTLIER_CODES[outliers],
     )
@@ -276,5 +275,7 @@ def direct_8bit(
 
 def _check_bias(bias: torch.Tensor | None, shape: tuple[int, int], weight: torch.Tensor) -> None:
     arguments.check_linear(torch.empty(0, shape[1], dtype=torch.float32, device=weight.device), shape, bias, weight)
-    if bias is not None and not bias.is_contiguous():
-        raise ShapeError(f"bias has strides {list(bias.stride())}; it must be contiguous")
+
+
+def _are_ready(*tensors: torch.Tensor | None) -> bool:
+    return all(tensor is None or native.ready(tensor) is tensor for tensor in tensors)

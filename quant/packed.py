@@ -8,7 +8,7 @@ modules are (linear.py, embedding.py), checkpoint tensors (state.py), what accel
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, ClassVar, Final, Self
 
 import torch
@@ -116,17 +116,21 @@ class PackedModule(Offloadable):
     def multiply(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         """x [..., columns] times the transposed weight, plus a bias: [..., rows] in x's dtype."""
 
-    def _direct_call(self, statistics: str, bias: torch.Tensor | None) -> Direct | None:
-        """The call with this module's pointers, or None where a tensor lies elsewhere. Fast: no module attributes."""
-        weight, values = self._parameters["weight"], self._buffers[statistics]
+    def _direct_call(self, statistics: Sequence[str], bias: torch.Tensor | None) -> Direct | None:
+        """The call with this module's pointers, or None where there is none or a tensor lies elsewhere; `statistics`
+        are the names of buffers, of which the first is never missing. Fast: no module attributes.
+        """
+        buffers = self._buffers
+        held = (self._parameters["weight"], *[buffers.get(name) for name in statistics])
         direct = self._direct
-        if weight is None or values is None:
+        if held[0] is None or held[1] is None:
             return None
-        if direct is None or not direct.fits(weight, values, bias):
-            tensors = (weight, bias, *self._buffers.values())
+        if direct is None or not direct.fits(held, bias):
+            self._direct = None
+            tensors = (held[0], bias, *buffers.values())
             if any(tensor is not None and not tensor.is_cpu for tensor in tensors):
                 return None
-            direct = self._direct = self._make_direct(bias)
+            direct = self._direct = self._make_direct(held, bias)
         return direct
 
     @abstractmethod
@@ -134,8 +138,8 @@ class PackedModule(Offloadable):
         """The call that gives this module's product with x, which is_direct(); None where there is none."""
 
     @abstractmethod
-    def _make_direct(self, bias: torch.Tensor | None) -> Direct | None:
-        """The call, all tensors being on a CPU; None where there is none."""
+    def _make_direct(self, held: Sequence[torch.Tensor | None], bias: torch.Tensor | None) -> Direct | None:
+        """The call, all tensors being on a CPU, `held` the weight and its statistics; None where there is none."""
 
     def __getstate__(self) -> dict[str, Any]:
         """For copies and pickles: pointers stay behind."""

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Final
+
 import torch
 from torch import nn
 
@@ -11,6 +14,8 @@ from quant.direct import Direct, direct_4bit, is_direct
 from quant.errors import CheckpointError
 from quant.packed import PackedModule
 from quant.state import NAMES_4BIT, Packed4bit, PackedWeight, SecondLevel, flat_codes
+
+_STATISTICS: Final = ("absmax", "nested_absmax", "nested_offset")
 
 
 class Weight4bit(PackedModule):
@@ -128,7 +133,7 @@ class Weight4bit(PackedModule):
     def _direct_now(self, bias: torch.Tensor | None) -> Direct | None:
         if self._direct_activations != self.activations:
             self._direct = None
-        return self._direct_call("absmax", bias)
+        return self._direct_call(_STATISTICS, bias)
 
     def multiply(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         given, compute_dtype = x.dtype, self.compute_dtype
@@ -152,7 +157,7 @@ class Weight4bit(PackedModule):
         )
         return out.to(given)
 
-    def _make_direct(self, bias: torch.Tensor | None) -> Direct | None:
+    def _make_direct(self, held: Sequence[torch.Tensor | None], bias: torch.Tensor | None) -> Direct | None:
         """None also for a file with a table of its own, which the kernel does not know."""
         if self.nested_quant_map is not None:
             return None
@@ -161,7 +166,7 @@ class Weight4bit(PackedModule):
         self._direct_activations = self.activations
         return direct_4bit(
             self.activations,
-            self.weight,
+            held,
             codes.detach(),
             absmax,
             self.quant_type,

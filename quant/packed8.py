@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
 import torch
@@ -93,7 +93,7 @@ class Weight8bit(PackedModule):
     def _direct_now(self, bias: torch.Tensor | None) -> Direct | None:
         if self._direct_options != (self.threshold, self.outliers):
             self._direct = None
-        return self._direct_call("SCB", bias)
+        return self._direct_call(("SCB",), bias)
 
     def multiply(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         if self.has_fp16_weight:
@@ -107,7 +107,7 @@ class Weight8bit(PackedModule):
                 return direct(x)
         return ops.linear_8bit(x, self.weight, self.SCB, self.threshold, self.outliers, bias)
 
-    def _make_direct(self, bias: torch.Tensor | None) -> Direct | None:
+    def _make_direct(self, held: Sequence[torch.Tensor | None], bias: torch.Tensor | None) -> Direct | None:
         self._direct_options = (self.threshold, self.outliers)
         return direct_8bit(self.weight, self.SCB, self.threshold, self.outliers, bias)
 

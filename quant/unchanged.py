@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import nn
 
+_dtype_of = operator.attrgetter("dtype")
+
 
 class Unchanged:
     """Modules with all below them: the same objects, tensors where they were, settings, and no hooks on any of them.
@@ -30,7 +32,9 @@ class Unchanged:
         ]
         self._members = list(chain.from_iterable(held.values() for held in self._held))
         self._parameters = [parameter for root in roots for parameter in root.parameters()]
-        self._addresses = [parameter.data_ptr() for parameter in self._parameters]
+        self._dtypes = [parameter.dtype for parameter in self._parameters]
+        self._tensors = [*self._parameters, *(buffer for root in roots for buffer in root.buffers())]
+        self._addresses = [tensor.data_ptr() for tensor in self._tensors]
         named = [(vars(module), name) for module in bare for name in getattr(module, "direct_options", ())]
         self._option_owners, self._option_names = [own for own, _ in named], [name for _, name in named]
         self._options = [own[name] for own, name in named]
@@ -41,6 +45,7 @@ class Unchanged:
         members = chain.from_iterable(map(dict.values, self._held))
         return (
             all(map(operator.is_, members, self._members))
-            and all(map(operator.eq, map(torch.Tensor.data_ptr, self._parameters), self._addresses))
+            and all(map(operator.eq, map(torch.Tensor.data_ptr, self._tensors), self._addresses))
+            and all(map(operator.is_, map(_dtype_of, self._parameters), self._dtypes))
             and all(map(operator.is_, map(dict.get, self._option_owners, self._option_names), self._options))
         )

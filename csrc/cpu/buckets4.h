@@ -68,7 +68,9 @@ struct Buckets {
 
     // `ranked` are values, or magnitudes for a format with a sign bit; those need half the table.
     HB_AVX512 __m512i operator()(__m512 ranked) const {
-        const __m512 sum = _mm512_fmadd_ps(ranked, _mm512_set1_ps(kBucketsPerUnit), _mm512_set1_ps(kBucketMagic));
+        // However the caller rounds: the bucket's number is a sum rounded to the nearest.
+        const __m512 sum = _mm512_fmadd_round_ps(ranked, _mm512_set1_ps(kBucketsPerUnit), _mm512_set1_ps(kBucketMagic),
+                                                 _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
         const __m512i bucket = _mm512_castps_si512(sum);
         const __m512 threshold = Ranks::kHasSignBit ? _mm512_permutexvar_ps(bucket, low_thresholds)
                                                     : _mm512_permutex2var_ps(low_thresholds, bucket, high_thresholds);

@@ -26,7 +26,6 @@
 #include <condition_variable>
 #include <deque>
 #include <mutex>
-#include <system_error>
 #include <thread>
 
 #include "float_mode.h"
@@ -350,15 +349,16 @@ class Pool {
         sigset_t every, before;
         sigfillset(&every);
         pthread_sigmask(SIG_BLOCK, &every, &before);
+        size_t working = workers_.size();
         try {
-            while (workers_.size() < wanted) {
+            for (; working < wanted; ++working) {
                 workers_.emplace_back();
                 Worker* const worker = &workers_.back();
                 std::thread([worker] { worker->work(); }).detach();
             }
-        } catch (const std::system_error&) {
-            workers_.pop_back();
-            wanted = workers_.size();
+        } catch (...) {  // no thread, or no memory for one
+            while (workers_.size() > working) workers_.pop_back();
+            wanted = working;
         }
         pthread_sigmask(SIG_SETMASK, &before, nullptr);
         return wanted;

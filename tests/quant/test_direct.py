@@ -47,6 +47,13 @@ def dispatched(layer: PackedLinear, x: torch.Tensor) -> torch.Tensor:
         return layer(x).detach()
 
 
+def misaligned(count: int) -> torch.Tensor:
+    """float32 values at an odd address, as a tensor in a mapped file may be."""
+    memory = bytearray(4 * count + 1)
+    values = torch.frombuffer(memory, dtype=torch.float32, count=count, offset=1)
+    return values.copy_(torch.randn(count))
+
+
 @pytest.fixture(autouse=True)
 def inference() -> object:
     with torch.no_grad():
@@ -158,6 +165,43 @@ def test_a_replaced_tensor_is_noticed(name: str) -> None:
     assert torch.equal(layer(x), dispatched(layer, x))
     layer.to("meta")
     assert layer(torch.empty(2, 130, device="meta")).is_meta
+
+
+@pytest.mark.parametrize("how", ["data", "set_", "another"])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_replaced_statistics_are_noticed(name: str, how: str) -> None:
+    """Each of them, also where only its memory is another."""
+    layer, x = make(name), torch.randn(2, 130)
+    statistics = ("absmax", "nested_absmax", "nested_offset", "SCB")
+    for statistic in [one for one in statistics if getattr(layer, one, None) is not None]:
+        before = layer(x)
+        held = getattr(layer, statistic)
+        other = held.flip(0) if held.dim() else held * 3 + 1
+        if how == "data":
+            held.data = other
+        elif how == "set_":
+            held.set_(other)
+        else:
+            setattr(layer, statistic, other)
+        after = layer(x)
+        assert torch.equal(after, dispatched(layer, x))
+        assert not torch.equal(after, before) or held.numel() == 1
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_tensor_that_the_kernel_cannot_read_as_it_is_goes_through_torch(name: str) -> None:
+    layer, x = make(name), torch.randn(2, 130)
+    layer.bias = nn.Parameter(torch.randn(140)[::2])
+    assert torch.equal(layer(x), dispatched(layer, x))
+    layer.bias = nn.Parameter(misaligned(70))
+    assert layer.bias.data_ptr() % 4
+    assert torch.equal(layer(x), dispatched(layer, x))
+
+
+def test_vmap_goes_through_torch() -> None:
+    x = torch.randn(3, 130)
+    assert is_direct(x)
+    torch.vmap(lambda row: row if not is_direct(row) else pytest.fail("a batched tensor has no address"))(x)
 
 
 def test_a_bias_read_as_another_dtype_is_noticed() -> None:

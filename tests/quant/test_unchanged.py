@@ -39,6 +39,8 @@ CHANGES: dict[str, Callable[[Root], Any]] = {
     "buffer": lambda root: setattr(linear(root), "nested_offset", torch.zeros(())),
     "no bias": lambda root: setattr(root.first, "bias", None),
     "data": replace_data,
+    "data of a buffer": lambda root: linear(root).absmax.set_(linear(root).absmax.clone()),
+    "dtype": lambda root: setattr(root.inner[0].weight, "data", root.inner[0].weight.data.view(torch.float16)),
     "activations": lambda root: setattr(root.first, "activations", "int8"),
     "compute_dtype": lambda root: setattr(linear(root), "compute_dtype", torch.float16),
     "hook": lambda root: linear(root).register_forward_hook(lambda *_: None),
