@@ -99,6 +99,9 @@ def test_service_and_podmonitor_find_the_pods() -> None:
     for labels in (DEPLOYMENT["spec"]["selector"]["matchLabels"], PODMONITOR["spec"]["selector"]["matchLabels"]):
         assert labels == LABELS
     assert service["selector"] == LABELS
+    assert LABELS[PODMONITOR["spec"]["jobLabel"]] == "halfbyte", "the job that the alerts speak of"
+    (together,) = POD["affinity"]["podAffinity"]["requiredDuringSchedulingIgnoredDuringExecution"]
+    assert together["labelSelector"]["matchLabels"] == LABELS
     assert {service["ports"][0]["targetPort"], endpoint["port"]} == {CONTAINER["ports"][0]["name"]}
 
 
