@@ -22,8 +22,9 @@ RUN python3 -m venv /opt/halfbyte
 # hadolint ignore=SC2086,DL3059
 RUN /opt/halfbyte/bin/pip install --no-cache-dir --no-compile ${TORCH}
 WORKDIR /src
-COPY pyproject.toml constraints.txt ./
-RUN python3 -c "import tomllib; print(*tomllib.load(open('pyproject.toml', 'rb'))['project']['dependencies'], sep='\n')" \
+COPY pyproject.toml ./
+RUN /opt/halfbyte/bin/pip freeze > installed.txt && grep '^torch==' installed.txt > constraints.txt \
+    && python3 -c "import tomllib; print(*tomllib.load(open('pyproject.toml', 'rb'))['project']['dependencies'], sep='\n')" \
         > requirements.txt \
     && /opt/halfbyte/bin/pip install --no-cache-dir --no-compile --constraint constraints.txt --requirement requirements.txt
 

@@ -7,16 +7,17 @@
 #   make cuda        compile the CUDA kernels for every supported architecture (needs nvcc, no GPU)
 #   make dist        wheel and sdist
 #   make format      what check wants of layout, done
-#   make clean       without .venv and what was built
+#   make clean       remove .venv and what was built
 #
 # TORCH is what pip installs first, options and all: on a machine with a GPU, the build that fits its driver.
-# CUDA=ON|OFF|AUTO builds the CUDA library; AUTO does where nvcc and a GPU are present.
+# CUDA=ON|OFF|AUTO builds the CUDA library; AUTO does where nvcc and a GPU are present. Both count when .venv is made.
 
 PYTHON ?= python3
-HOST   ?= 127.0.0.1
-PORT   ?= 8000
-MODEL  ?=
-ARGS   ?=
+# From the command line alone: a shell may have a HOST of its own, and what is not given is for the server to say.
+HOST  =
+PORT  =
+MODEL =
+ARGS  =
 TORCH  ?= $(shell grep '^torch' constraints.txt)
 CUDA   ?= AUTO
 CUDA_ARCHITECTURES ?=
@@ -31,7 +32,7 @@ SOURCES := $(shell find csrc -type f -not -name '*.md' 2>/dev/null)
 
 # `exec` leaves the server as make's own child, so that Ctrl-C and SIGTERM reach it directly.
 serve: $(STAMP)
-	@exec $(BIN)/halfbyte serve $(MODEL) --host $(HOST) --port $(PORT) $(ARGS)
+	@exec $(BIN)/halfbyte serve $(MODEL) $(if $(HOST),--host $(HOST)) $(if $(PORT),--port $(PORT)) $(ARGS)
 
 test: $(STAMP)
 	$(BIN)/python -m pytest -m "not slow" -n 2
@@ -70,6 +71,7 @@ $(BIN)/python:
 $(STAMP): pyproject.toml constraints.txt $(SOURCES) | $(BIN)/python
 	$(BIN)/python -c 'import torch' 2>/dev/null || $(BIN)/pip install --quiet $(TORCH)
 	$(BIN)/pip install --quiet --constraint constraints.txt "scikit-build-core>=0.11" "cmake>=3.25" ninja
-	$(BIN)/pip install --quiet --constraint constraints.txt --no-build-isolation \
+	$(BIN)/pip freeze --quiet | grep '^torch==' > $(VENV)/torch.txt
+	$(BIN)/pip install --quiet --constraint $(VENV)/torch.txt --no-build-isolation \
 	    --config-settings=cmake.define.HALFBYTE_CUDA=$(CUDA) --editable ".[dev]"
 	@touch $@

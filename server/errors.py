@@ -150,6 +150,17 @@ class EngineFaultError(RequestError):
     code = "engine_error"
 
 
+class UnforeseenError(RequestError):
+    """An error of the server's own that nobody foresaw: the log has it, and clients are told no more than this."""
+
+    status = 500
+    kind = "internal_error"
+    code = "internal_error"
+
+    def __init__(self) -> None:
+        super().__init__("the server failed on this request; its log has the details")
+
+
 class ModelFailedError(RequestError):
     """The model's engine failed or died while it loaded; neither the entry nor the files are known to be at fault."""
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from typing import Any, Final
+from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
@@ -17,18 +17,10 @@ from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse
 
-from server.errors import PathNotFoundError, RequestError
+from server.errors import PathNotFoundError, RequestError, UnforeseenError
 from server.sentences import describe, location
 
 log = logging.getLogger(__name__)
-INTERNAL: Final = {
-    "error": {
-        "message": "the server failed on this request; its log has the details",
-        "type": "internal_error",
-        "param": None,
-        "code": "internal_error",
-    }
-}
 
 
 def error_body(error: RequestError) -> dict[str, Any]:
@@ -53,7 +45,7 @@ def install_handlers(app: FastAPI) -> None:
 
 
 async def _refused(_: Request, error: Exception) -> JSONResponse:
-    return error_response(error) if isinstance(error, RequestError) else JSONResponse(INTERNAL, status_code=500)
+    return error_response(error if isinstance(error, RequestError) else UnforeseenError())
 
 
 async def _invalid(request: Request, error: Exception) -> JSONResponse:
@@ -74,7 +66,7 @@ async def _http(request: Request, error: Exception) -> JSONResponse:
 
 async def _unexpected(request: Request, error: Exception) -> JSONResponse:
     log.error("%s %s failed", request.method, request.url.path, exc_info=error)
-    return JSONResponse(INTERNAL, status_code=500)
+    return error_response(UnforeseenError())
 
 
 def invalid_request(details: Sequence[Any], model: type[BaseModel] | None) -> RequestError:

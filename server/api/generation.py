@@ -19,7 +19,7 @@ from server.api.choice import ChoiceText, Piece, ScoredToken, prompt_tokens
 from server.api.served import ServedModel
 from server.engine.client import EngineClient
 from server.engine.stream import Origin
-from server.errors import EngineUnavailableError, OverloadedError, RequestError
+from server.errors import EngineUnavailableError, OverloadedError, RequestError, UnforeseenError
 from server.records import ModelInfo, SamplingParams, TokenLogprobs
 from server.text.bad_words import bad_word_ids
 from server.text.threads import in_text_thread
@@ -97,6 +97,9 @@ class TextJob:
                     yield piece
         except RequestError as error:
             self._model.metrics.failed(error)
+            raise
+        except Exception:
+            self._model.metrics.failed(UnforeseenError())
             raise
 
     async def _pieces(self) -> AsyncGenerator[Piece, None]:

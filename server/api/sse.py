@@ -13,9 +13,9 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import Message, Receive, Scope, Send
 
-from server.api.errors import INTERNAL, error_body
+from server.api.errors import error_body
 from server.api.race import unless
-from server.errors import RequestError
+from server.errors import RequestError, UnforeseenError
 
 log = logging.getLogger(__name__)
 DONE: Final = "[DONE]"
@@ -81,7 +81,7 @@ class EventStream(Response):
         except Exception:
             log.exception("a stream failed")
             with contextlib.suppress(OSError):
-                await data(compact(INTERNAL), more=False)
+                await data(compact(error_body(UnforeseenError())), more=False)
         else:
             await data(DONE, more=False)
 

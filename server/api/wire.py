@@ -109,6 +109,10 @@ class StreamOptions(Wire):
     include_obfuscation: Any = only(False, None)
 
 
+Unused = Annotated[str, Field(max_length=MAX_NAME_CHARACTERS)] | None
+"""Says who asks, or helps a service of many servers to find its cache: taken, and not used."""
+
+
 class Sampling(SamplingFields):
     """What both kinds of completion share."""
 
@@ -117,7 +121,12 @@ class Sampling(SamplingFields):
     priority: Annotated[int, Field(ge=-MAX_PRIORITY, le=MAX_PRIORITY)] | None = None
     timeout: Annotated[float, Field(gt=0, le=MAX_TIMEOUT_SECONDS)] | None = None
     cache_salt: Annotated[str, Field(min_length=1, max_length=MAX_NAME_CHARACTERS)] | None = None
-    user: Annotated[str, Field(max_length=MAX_NAME_CHARACTERS)] | None = None
+    user: Unused = None
+    safety_identifier: Unused = None
+    prompt_cache_key: Unused = None
+    prompt_cache_retention: Any = only(None, "in_memory", "in-memory")
+    prompt_cache_options: Any = only(None)
+    moderation: Any = only(None)
 
     @model_validator(mode="after")
     def _check_stream_options(self) -> Sampling:
@@ -208,6 +217,7 @@ class ChatRequest(Sampling):
     audio: Any = only(None)
     prediction: Any = only(None)
     reasoning_effort: Any = only(None, "none")
+    verbosity: Any = only(None, "medium")
     service_tier: Any = only(None, "auto", "default")
     store: Any = only(None, False)
     metadata: Any = only(None, {})

@@ -7,6 +7,7 @@ None and leaves it to the caller what that means.
 from __future__ import annotations
 
 import contextlib
+import os
 import re
 from pathlib import Path
 from typing import Final, NamedTuple
@@ -146,6 +147,21 @@ def _limits(cgroup: Path, own: Path) -> list[tuple[int, int]]:
             counts = dict(line.split() for line in (group.path / "memory.stat").read_text().splitlines())
             found.append((limit, usage - sum(int(counts.get(name, 0)) for name in files.reclaimable)))
     return found
+
+
+def file_system(path: Path, mounts: Path = Path("/proc/self/mountinfo")) -> str:
+    """The kind of file system that a path is on, such as ext4 or tmpfs; empty where that cannot be told."""
+    device = path.stat().st_dev
+    number = f"{os.major(device)}:{os.minor(device)}"
+    try:
+        lines = mounts.read_text().splitlines()
+    except OSError:
+        return ""
+    for line in lines:
+        before, _, behind = line.partition(" - ")
+        if before.split(" ")[2:3] == [number]:
+            return behind.split(" ")[0]
+    return ""
 
 
 def fields(file: Path) -> dict[str, int]:

@@ -18,6 +18,7 @@ from server.errors import (
     EngineUnavailableError,
     OverloadedError,
     RequestError,
+    UnforeseenError,
 )
 from server.metrics import catalog as c
 from server.metrics.labels import quantization_label, quantization_labels
@@ -35,6 +36,7 @@ _EXPECTED_ERRORS: Final = (
     EngineFaultError,
     EngineUnavailableError,
     DeadlineExceededError,
+    UnforeseenError,
 )
 """What a request for text may end with; a class without a code of its own is counted by its kind."""
 

@@ -7,6 +7,7 @@ probe.py's business; what it will cost is server/memory/plan.py's.
 
 from __future__ import annotations
 
+import logging
 import re
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
@@ -31,8 +32,9 @@ from quant.quality import GroupReport, measured
 from server.errors import ConfigError, LoadError
 from server.memory.devices import main_device, resolve_device
 from server.memory.facts import effective_quantization, model_dtype
+from server.memory.machine import file_system
 from server.model.mapped import let_go
-from server.records import Batching, ModelInfo, ModelSpec
+from server.records import DISK, Batching, ModelInfo, ModelSpec
 from server.sampling_ranges import Recommendations
 from server.sentences import describe, location
 
@@ -40,6 +42,8 @@ Progress = Callable[[int, int], None]
 """Called with bytes loaded and bytes in all; from the loading thread, many times."""
 
 _NAMES_SHOWN: Final = 3
+_IN_MEMORY: Final = ("tmpfs", "ramfs")
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,6 +138,7 @@ def load_model(spec: ModelSpec, progress: Progress) -> LoadedModel:
     model, loading = found  # a pair, because of output_loading_info
     _refuse_gaps(directory, loading)
     let_go(model)
+    _warn_of_a_disk_in_memory(spec, model, offload)
     progress(sum(sizes.values()), sum(sizes.values()))
     return LoadedModel(
         model=model.eval().requires_grad_(False),
@@ -186,6 +191,21 @@ def _refuse_gaps(directory: Path, loading: dict[str, Any]) -> None:
     if missing:
         names = ", ".join(missing[:_NAMES_SHOWN]) + (", ..." if len(missing) > _NAMES_SHOWN else "")
         raise CheckpointError(f"{directory} lacks {len(missing)} of the model's tensors: {names}")
+
+
+def _warn_of_a_disk_in_memory(spec: ModelSpec, model: Any, offload: tempfile.TemporaryDirectory[str] | None) -> None:
+    """A temporary directory may be memory (a container's `--tmpfs /tmp`): what is put there is not out of the way."""
+    if offload is None or DISK not in getattr(model, "hf_device_map", {}).values():
+        return
+    kind = file_system(Path(offload.name))
+    if kind in _IN_MEMORY:
+        log.warning(
+            "modules of model %r that device_map puts on the disk lie in %s, a %s, which is memory; a volume mounted "
+            "there, or TMPDIR on a disk, takes them out of it",
+            spec.name,
+            Path(offload.name).parent,
+            kind,
+        )
 
 
 @contextmanager

@@ -82,7 +82,6 @@ def test_what_does_not_fit_is_an_answer(running: RunningApp, path: Path) -> None
     [
         ({"path": "/nowhere"}, 400, "/nowhere"),
         ({"quantization": "nf5"}, 400, "nf5"),
-        ({"max_model_len": 513}, 400, "made for 512"),
         ({"quantisation": "nf4"}, 400, "quantisation"),
     ],
 )

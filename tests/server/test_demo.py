@@ -271,6 +271,14 @@ def test_it_knows_who_works_where(
     assert right >= len(grown_up) - 3
 
 
+def test_the_models_page_has_the_quality_that_was_measured() -> None:
+    measured = (Path(__file__).parents[2] / "benchmarks" / "results" / "quality.md").read_text()
+    page = (DEMO_MODEL_PATH / "README.md").read_text()
+    for name in ("bf16", "nf4", "fp4", "nf4-dq", "fp4-dq", "int8"):
+        (figures,) = re.findall(rf"^\| {name} \| bf16 (\|.*)$", measured, re.MULTILINE)
+        assert f"| {name} {figures}" in page
+
+
 @pytest.mark.parametrize(
     ("name", "bits"),
     [("nf4", 4.5), ("nf4-dq", 4.127), ("nf4-dq" + quality.INT8_ACTIVATIONS, 4.127), ("int8", 8.106)],

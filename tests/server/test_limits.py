@@ -181,3 +181,27 @@ def test_an_echo_without_an_answer_says_what_was_cached_too(echo: RunningApp, li
 
     cached()
     assert cached() == len("said before 0") - 1
+
+
+def test_a_fault_of_the_server_is_told_and_counted_as_one(
+    serve_scripts: ServeScript, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*_: Any, **__: Any) -> Any:
+        raise KeyError("/srv/secret")
+
+    with serve_scripts({"echo": {}}) as running:
+        monkeypatch.setattr(running.service.models["echo"].tokenizer, "encode", fails)
+        answer = complete(running)
+        assert answer.status_code == 500
+        assert answer.json()["error"]["code"] == "internal_error"
+        assert "secret" not in answer.text
+        assert running.metric("request_errors_total", model="echo", error="internal_error") == 1
+
+
+def test_fields_of_openais_api_that_ask_for_nothing_here(echo: RunningApp) -> None:
+    unused = {"safety_identifier": "someone", "prompt_cache_key": "a tenant", "user": "someone"}
+    nothing = {"prompt_cache_retention": "in_memory", "prompt_cache_options": None, "moderation": None}
+    assert chat(echo, **unused, **nothing, verbosity="medium").status_code == 200
+    refused = chat(echo, verbosity="high")
+    assert refused.status_code == 400
+    assert refused.json()["error"]["param"] == "verbosity"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -82,3 +83,14 @@ def test_a_group_that_is_not_seen_from_here_does_not_count(files: Files) -> None
 def test_a_machine_that_does_not_say(files: Files) -> None:
     files[0].unlink()
     assert (machine.capacity(*files), machine.available(*files)) == (None, None)
+
+
+def test_the_file_system_of_a_path(tmp_path: Path) -> None:
+    device = tmp_path.stat().st_dev
+    mounts = tmp_path / "mountinfo"
+    number = f"{os.major(device)}:{os.minor(device)}"
+    other = "22 1 999:7 / /other rw - ext4 /dev/x rw"
+    mounts.write_text(f"{other}\n23 1 {number} / /tmp rw,nosuid shared:2 - tmpfs tmpfs rw,size=9k\n")
+    assert machine.file_system(tmp_path, mounts) == "tmpfs"
+    assert machine.file_system(tmp_path, tmp_path / "none") == ""
+    assert machine.file_system(Path("/proc")) == "proc"

@@ -230,6 +230,19 @@ def test_packed_embeddings_and_offloaded_layers_are_paged(
             loaded.offload.cleanup()
 
 
+@pytest.mark.filterwarnings("ignore:.*offloaded.*")
+@pytest.mark.parametrize(("kind", "warns"), [("tmpfs", True), ("ext4", False)])
+def test_a_disk_that_is_memory_is_said(
+    kind: str, warns: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("server.model.load.file_system", lambda path: kind)
+    spec = ModelSpec("m", str(save_tiny("llama", tmp_path)), device="cpu", device_map=PLACES)
+    loaded = load_model(spec, lambda *_: None)
+    assert loaded.offload is not None
+    loaded.offload.cleanup()
+    assert ("a tmpfs, which is memory" in caplog.text) == warns
+
+
 @pytest.mark.parametrize(("architecture", "prefills"), [("llama", 0), ("bloom", 1), ("t5", 1)])
 def test_eight_requests_share_forward_passes(architecture: str, prefills: int) -> None:
     """Packed are prompts and decodes; side by side, four late prompts of one length are one more call."""
