@@ -5,7 +5,7 @@ Not here: what a module of its own looks like (config.for_module says), swapping
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Final, Literal, cast
 
 from torch import nn
@@ -23,6 +23,8 @@ from quant.offload import is_offloaded
 from quant.stored import Stored
 
 Kind = Literal["4bit", "8bit"]
+_KEPT: Final = ("_keep_in_fp32_modules", "_keep_in_fp32_modules_strict")
+"""What transformers' models call their lists of what stays in float32: in float16 alone, and in bfloat16 too."""
 LAYERS: Final[Mapping[Kind, type[Linear4bit | Linear8bit]]] = {"4bit": Linear4bit, "8bit": Linear8bit}
 EMBEDDINGS: Final[Mapping[Kind, type[Embedding4bit | Embedding8bit]]] = {"4bit": Embedding4bit, "8bit": Embedding8bit}
 
@@ -93,13 +95,14 @@ def modules_packed_in(
     and those that `config` converts and the file holds as values, which stay so. Raises QuantConfigError as it does.
 
     Whoever packed the file matched its list of modules by other names or rules, or left out more than it says. Packed
-    is a layer or stack that is packed in the file, unless it is tied, kept in float32, or offloaded; or of which the
-    file holds nothing, which is found missing. As `config` says it stays where it knows better than the file: with
-    `llm_int8_has_fp16_weight` values are a layer's format, and with `llm_int8_enable_fp32_cpu_offload` it was offloaded
-    when the file was written, unless `llm_int8_skip_modules` names it as the file does.
+    is a layer or stack that is packed in the file, unless it is tied, offloaded, or on the list of what is kept in
+    float32 that bitsandbytes heeds too; or of which the file holds nothing, which is found missing. As `config` says
+    it stays where it knows better than the file: with `llm_int8_has_fp16_weight` values are a layer's format, and with
+    `llm_int8_enable_fp32_cpu_offload` it was offloaded when the file was written, unless `llm_int8_skip_modules` names
+    it as the file does.
     """
     kinds = modules_to_quantize(model, config, device_map)
-    experts, tied, is_kept_in_float32 = find_experts(model), _tied_modules(model), _kept_in_float32(model)
+    experts, tied, is_kept_in_float32 = find_experts(model), _tied_modules(model), _kept_in_float32(model, _KEPT[:1])
     lies_away = is_offloaded(device_map if config.llm_int8_enable_fp32_cpu_offload else None)
     groups = embedding_groups(model).values() if config.quantize_embeddings else ()
     parts = {name: members for members in groups for name in members}
@@ -170,9 +173,9 @@ def _has_main_weights(config: BitsAndBytesConfig) -> bool:
     return config.load_in_8bit and config.llm_int8_has_fp16_weight
 
 
-def _kept_in_float32(model: nn.Module) -> Callable[[str], bool]:
+def _kept_in_float32(model: nn.Module, lists_of_names: Sequence[str] = _KEPT) -> Callable[[str], bool]:
     """Whether transformers keeps a module in float32; its lists name modules, and weights of modules."""
-    lists = (getattr(model, name, None) for name in ("_keep_in_fp32_modules", "_keep_in_fp32_modules_strict"))
+    lists = (getattr(model, name, None) for name in lists_of_names)
     kept = [pattern for patterns in lists for pattern in patterns or ()]
     return lambda name: not (should_convert_module(name, kept) and should_convert_module(f"{name}.weight", kept))
 

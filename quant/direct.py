@@ -278,4 +278,4 @@ def _check_bias(bias: torch.Tensor | None, shape: tuple[int, int], weight: torch
 
 
 def _are_ready(*tensors: torch.Tensor | None) -> bool:
-    return all(tensor is None or native.ready(tensor) is tensor for tensor in tensors)
+    return all(tensor is None or native.is_ready(tensor) for tensor in tensors)

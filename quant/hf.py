@@ -119,6 +119,8 @@ class HalfbyteQuantizer(HfQuantizer):
             left_alone = [name for name in values if name not in experts]  # stacks have a warning of their own
         else:
             names = modules_to_quantize(model, config, device_map)
+            if self.pre_quantized:  # files that say nothing in time: stacks are there as others write them, unpacked
+                names = {name: kind for name, kind in names.items() if name not in experts}
         if left_alone:
             logger.warning(
                 "%d layers that the configuration would quantize are stored in floating point and stay so: %s",

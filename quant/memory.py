@@ -333,7 +333,7 @@ def _bytes_of_stack(projection: Projection, config: BitsAndBytesConfig) -> dict[
     """A stack of experts: so many matrices, each packed by itself."""
     shape = torch.Size((projection.rows, projection.columns))
     is_int8 = config.load_in_8bit
-    one = _bytes_of_8bit(shape, config, transposed=False) if is_int8 else _bytes_of_4bit(shape.numel(), config)
+    one = _bytes_of_codes(shape.numel(), shape[0]) if is_int8 else _bytes_of_4bit(shape.numel(), config)
     return {component: size * len(projection.file_names()) for component, size in one.items()}
 
 
@@ -341,8 +341,11 @@ def _bytes_of_8bit(shape: torch.Size, config: BitsAndBytesConfig, *, transposed:
     """One byte a weight and one float32 an output row; with fp16 main weights nothing is packed."""
     if config.llm_int8_has_fp16_weight:
         return {unquantized(torch.float16): shape.numel() * torch.float16.itemsize}
-    rows = shape[1] if transposed else shape[0]
-    return {PACKED_WEIGHTS: shape.numel(), ABSMAX: rows * _FLOAT32_BYTES}
+    return _bytes_of_codes(shape.numel(), shape[1] if transposed else shape[0])
+
+
+def _bytes_of_codes(count: int, rows: int) -> dict[str, int]:
+    return {PACKED_WEIGHTS: count, ABSMAX: rows * _FLOAT32_BYTES}
 
 
 def _storage_itemsize(storage: Any) -> int:

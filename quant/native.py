@@ -777,9 +777,12 @@ def _rows(x: torch.Tensor) -> int:
 
 def ready(tensor: torch.Tensor) -> torch.Tensor:
     """Contiguous and aligned to its element, as the C interface asks (a tensor mapped from a file may be neither)."""
-    if tensor.is_contiguous():
-        return tensor if tensor.data_ptr() % tensor.element_size() == 0 else tensor.clone()
-    return tensor.contiguous()
+    return tensor if is_ready(tensor) else tensor.clone(memory_format=torch.contiguous_format)
+
+
+def is_ready(tensor: torch.Tensor) -> bool:
+    """Whether it is."""
+    return tensor.is_contiguous() and tensor.data_ptr() % tensor.element_size() == 0
 
 
 def ready_or_none(tensor: torch.Tensor | None) -> torch.Tensor | None:

@@ -390,7 +390,7 @@ def _tensor(
         raise _refused(name, key, f"is {tensor.dtype}; accepted is {' or '.join(map(str, dtypes))}")
     if dimensions is not None and tensor.dim() != dimensions:
         raise _refused(name, key, f"has shape {list(tensor.shape)}; {dimensions} dimensions are needed")
-    return tensor.contiguous()
+    return tensor if tensor.is_meta else native.ready(tensor)
 
 
 def _vector(tensors: Mapping[str, torch.Tensor], name: str, key: str, dtype: torch.dtype, length: int) -> torch.Tensor:

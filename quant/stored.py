@@ -17,6 +17,7 @@ import transformers
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightRenaming, dot_natural_key, rename_source_key
 
+from quant.errors import CheckpointError
 from quant.experts import find_experts
 from quant.headers import TensorHeader
 from quant.state import NAMES_4BIT, NAMES_8BIT
@@ -39,6 +40,14 @@ class Stored:
         """Whether the file holds something of these modules, and none of them packed."""
         names = list(names)
         return any(name in self.values for name in names) and not any(name in self.packed for name in names)
+
+
+def _in_order(names: Iterable[str]) -> list[str]:
+    """As some of transformers' renamings expect them. Raises CheckpointError for a name with a number that is none."""
+    try:
+        return sorted(names, key=dot_natural_key)
+    except ValueError as error:
+        raise CheckpointError(f"the name of a tensor cannot be read: {error}") from error
 
 
 def stored_modules(model: transformers.PreTrainedModel, headers: Mapping[str, TensorHeader]) -> Stored:
@@ -64,7 +73,7 @@ def stored_modules(model: transformers.PreTrainedModel, headers: Mapping[str, Te
 
     packed: dict[str, str] = {}
     values: dict[str, str] = {}
-    for name in sorted(headers, key=dot_natural_key):  # the order in which some renamings expect them
+    for name in _in_order(headers):
         part = _PART.fullmatch(name)
         own = renamed(name if part is None else f"{part[1]}.weight")
         if own in stacks:

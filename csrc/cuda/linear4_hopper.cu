@@ -167,7 +167,11 @@ hb_status check_hopper() {
     constexpr signed char unknown = 0, yes = 1, no = 2;
     static std::atomic<signed char> answers[devices];
     int device = 0;
-    HB_REQUIRE(status_of(cudaGetDevice(&device)));
+    const cudaError_t found = cudaGetDevice(&device);
+    if (found != cudaSuccess) {
+        cudaGetLastError();  // the next launch's status is its own
+        return status_of(found);
+    }
     std::atomic<signed char>* const answer = device < devices ? &answers[device] : nullptr;
     const signed char known = answer == nullptr ? unknown : answer->load(std::memory_order_relaxed);
     if (known != unknown) return fail_unless(known == yes, HB_NO_KERNEL);

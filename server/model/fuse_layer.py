@@ -144,9 +144,7 @@ class _State:
         directs = [direct_of(part, hidden_states) for part in owned]
         self.directs = tuple(direct for direct in directs if direct is not None)
         norms: list[Any] = [module for name, module in layer.named_modules() if name.endswith("norm")]
-        are_norms_ready = all(
-            norm.weight.dtype is self.dtype and native.ready(norm.weight) is norm.weight for norm in norms
-        )
+        are_norms_ready = all(norm.weight.dtype is self.dtype and native.is_ready(norm.weight) for norm in norms)
         fits = parts["input_layernorm"].weight.shape == hidden_states.shape[2:]
         self.may_be_chained = are_norms_ready and fits and len(self.directs) == len(directs) and self.is_good()
 

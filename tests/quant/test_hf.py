@@ -425,7 +425,7 @@ def test_a_weight_of_another_shape(tmp_path: Path) -> None:
 
 def test_a_packed_tensor_where_the_model_keeps_float32(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     load(save_tiny("llama", tmp_path / "s"), BitsAndBytesConfig(**NF4_DQ)).save_pretrained(tmp_path / "o")
-    monkeypatch.setattr(transformers.LlamaForCausalLM, "_keep_in_fp32_modules_strict", ["up_proj"])
+    monkeypatch.setattr(transformers.LlamaForCausalLM, "_keep_in_fp32_modules", ["up_proj"])
     with pytest.raises(
         CheckpointError, match=r"up_proj.weight is packed in the file, but its module stays unquantized"
     ):

@@ -249,3 +249,20 @@ def test_what_transformers_keeps_in_float32_is_not_converted() -> None:
     }
     sizes = memory.predict_meta(model, config, torch.bfloat16)
     assert sizes["unquantized_float32"] == buffers + 4 * (2 * 192 * 128 + 128 * 192)
+
+
+def test_a_layer_that_others_pack_is_loaded_packed_though_a_stricter_list_keeps_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """bitsandbytes heeds the list for float16 alone, so files hold what the other one names."""
+    path = packed_but(["lm_head"], tmp_path, "llama", "nf4-dq", {})
+    monkeypatch.setattr(transformers.LlamaForCausalLM, "_keep_in_fp32_modules_strict", {"up_proj"})
+    assert "model.layers.1.mlp.up_proj" in packed_names(load(path))
+
+
+@pytest.mark.parametrize("name", ["layers.\u00b2.weight", f"layers.{'9' * 5000}.weight"])
+def test_a_number_in_a_name_that_is_none_is_refused(name: str, tmp_path: Path) -> None:
+    path = packed_but(["lm_head"], tmp_path, "llama", "nf4-dq", {})
+    save_file(load_file(path / FILE) | {name: torch.zeros(1)}, path / FILE, {"format": "pt"})
+    with pytest.raises(CheckpointError, match="the name of a tensor cannot be read"):
+        memory.predict_weights(path, BitsAndBytesConfig(**FORMATS["nf4-dq"]), torch.float32)
