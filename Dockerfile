@@ -23,7 +23,7 @@ RUN python3 -m venv /opt/halfbyte
 RUN /opt/halfbyte/bin/pip install --no-cache-dir --no-compile ${TORCH}
 WORKDIR /src
 COPY pyproject.toml ./
-RUN /opt/halfbyte/bin/pip freeze > installed.txt && grep '^torch==' installed.txt > constraints.txt \
+RUN /opt/halfbyte/bin/python -c 'import importlib.metadata as m; print("torch==" + m.version("torch"))' > constraints.txt \
     && python3 -c "import tomllib; print(*tomllib.load(open('pyproject.toml', 'rb'))['project']['dependencies'], sep='\n')" \
         > requirements.txt \
     && /opt/halfbyte/bin/pip install --no-cache-dir --no-compile --constraint constraints.txt --requirement requirements.txt

@@ -71,7 +71,7 @@ $(BIN)/python:
 $(STAMP): pyproject.toml constraints.txt $(SOURCES) | $(BIN)/python
 	$(BIN)/python -c 'import torch' 2>/dev/null || $(BIN)/pip install --quiet $(TORCH)
 	$(BIN)/pip install --quiet --constraint constraints.txt "scikit-build-core>=0.11" "cmake>=3.25" ninja
-	$(BIN)/pip freeze --quiet | grep '^torch==' > $(VENV)/torch.txt
+	$(BIN)/python -c 'import importlib.metadata as m; print("torch==" + m.version("torch"))' > $(VENV)/torch.txt
 	$(BIN)/pip install --quiet --constraint $(VENV)/torch.txt --no-build-isolation \
 	    --config-settings=cmake.define.HALFBYTE_CUDA=$(CUDA) --editable ".[dev]"
 	@touch $@

@@ -16,6 +16,7 @@
         ├── ModelRefusedError   a model to be loaded whose checkpoint can't be served          422
         ├── OverloadedError     the queue is full; carries Retry-After                         429
         ├── EngineFaultError    the engine failed in a step of this request                    500
+        ├── UnforeseenError     an error of the server's own                                   500
         ├── EngineUnavailableError   the model's engine is loading, starting again, or dead    503
         ├── DeadlineExceededError    the request's time was up before it was complete          504
         ├── ModelFailedError    a model to be loaded whose engine failed                       500

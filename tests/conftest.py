@@ -39,7 +39,7 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Halves:
 def pytest_runtest_setup(item: pytest.Item) -> None:
     """What computes steps back behind what looks at clocks, where they run beside each other."""
     if "PYTEST_XDIST_WORKER" in os.environ and item.nodeid.startswith(COMPUTING):
-        os.nice(COMPUTING_NICENESS - os.nice(0))
+        os.nice(max(0, COMPUTING_NICENESS - os.nice(0)))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

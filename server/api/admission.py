@@ -61,7 +61,7 @@ class Admission:
             raise OverloadedError(
                 f"the engine of model {self._model!r} has {owed} requests that it has not ended, given up by their "
                 f"clients most of them; {MOST_OWED * self._capacity} at most are sent to it",
-                retry_after=self.retry_after(count),
+                retry_after=_whole_seconds(self._mean_stay()),
             )
         self.open += count
         self.empty.clear()
@@ -84,5 +84,12 @@ class Admission:
         needed = self.open + count - self._capacity
         if not self._stays or not self.open:
             return 1
-        stay = sum(self._stays) / len(self._stays)
-        return max(1, min(LONGEST_RETRY_SECONDS, math.ceil(needed * stay / self.open)))
+        return _whole_seconds(needed * self._mean_stay() / self.open)
+
+    def _mean_stay(self) -> float:
+        """Seconds that the places were held which were freed last; 0 where none has been."""
+        return sum(self._stays) / max(1, len(self._stays))
+
+
+def _whole_seconds(seconds: float) -> int:
+    return max(1, min(LONGEST_RETRY_SECONDS, math.ceil(seconds)))

@@ -121,8 +121,8 @@ class TextJob:
 
     async def _prepare(self, info: ModelInfo) -> tuple[list[Prompt], tuple[tuple[int, ...], ...]]:
         """The prompts, and the bad words as token sequences."""
-        prompts = await self._encode(info)
-        return prompts, await in_text_thread(bad_word_ids, self._model.tokenizer, self._options.bad_words)
+        prompts, words = await self._encode(info), self._options.bad_words
+        return prompts, await in_text_thread(bad_word_ids, self._model.tokenizer, words) if words else ()
 
     @contextlib.contextmanager
     def _place(self) -> Iterator[tuple[EngineClient, ModelInfo]]:
@@ -285,6 +285,12 @@ def _check_ids(field: str, tokens: Sequence[int], info: ModelInfo) -> None:
 def _check_size(prompts: Sequence[Prompt], params: Sequence[SamplingParams], choices: int) -> None:
     """Every choice is a request of its own to the engine, with all token ids that its prompt and its fields have."""
     ids = sum(len(prompt.ids) + param.listed_tokens for prompt, param in zip(prompts, params, strict=True))
+    if ids > MAX_IDS:
+        raise RequestError(
+            f"the request's prompts and the token ids and words that it lists are {ids:,} token ids; accepted are "
+            f"{MAX_IDS:,}",
+            param="prompt",
+        )
     if choices * ids > MAX_IDS:
         raise RequestError(
             f"the request's prompts and the token ids and words that it lists are {ids:,} token ids for each of its "

@@ -42,7 +42,6 @@ from server.records import (
     ModelSpec,
     Planned,
     Record,
-    RoomGranted,
     RoomWanted,
     SamplingParams,
     Shortage,
@@ -337,12 +336,7 @@ class EngineClient:
                         stream.deliver(output)
 
     async def _ask(self, shortage: Shortage | None) -> None:
-        try:
-            answer = await self._claim.ask(shortage)
-        except Exception:
-            log.exception("no room could be made for model %r", self.spec.name)
-            answer = RoomGranted({}, more=False)  # the engine waits for an answer, whatever it is
-        self._send(answer)
+        self._send(await self._claim.ask(shortage))
 
     def _settle(self, result: Loaded | ServerError) -> None:
         future = self._load_result

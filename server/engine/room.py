@@ -11,11 +11,13 @@ the fleet's. This file knows no HTTP and starts no process.
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Awaitable, Callable, Mapping
 
 from server.memory.machine import anonymous_bytes
 from server.records import CPU, MemoryReport, Planned, RoomGranted, Shortage
 
+log = logging.getLogger(__name__)
 MakeRoom = Callable[[str, Shortage], Awaitable[bool]]
 """Called with the model that asks and what it lacks; says whether there is more room now."""
 
@@ -107,7 +109,11 @@ class Claim:
         await self.turn.wait()
         more = True
         if shortage is not None:
-            more = self._room.make_room is not None and await self._room.make_room(self.model, shortage)
+            try:
+                more = self._room.make_room is not None and await self._room.make_room(self.model, shortage)
+            except Exception:  # the engine waits for an answer, whatever went wrong
+                log.exception("no room could be made for model %r", self.model)
+                more = False
         return RoomGranted(self._room.promised_to_others(self), more)
 
     def planned(self, record: Planned) -> None:

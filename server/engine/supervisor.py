@@ -276,7 +276,7 @@ class Supervisor:
                 said = self.client
                 self._say_stuck(said)
             elif said is not None and not stuck:
-                moves, said = said is self.client and said.state == "ready", None  # else it is gone
+                moves, said = said is self.client and self.state == "ready", None  # else it is gone, or about to be
                 if moves:
                     log.info("the engine of model %r is no longer stuck", self.spec.name)
             seen = stuck

@@ -154,7 +154,7 @@ def file_system(path: Path, mounts: Path = Path("/proc/self/mountinfo")) -> str:
     device = path.stat().st_dev
     number = f"{os.major(device)}:{os.minor(device)}"
     try:
-        lines = mounts.read_text().splitlines()
+        lines = mounts.read_text(errors="replace").splitlines()
     except OSError:
         return ""
     for line in lines:

@@ -165,6 +165,22 @@ def test_a_shortage_is_answered_after_an_attempt_to_end_it() -> None:
     assert asked == [("m", shortage), ("m", shortage)]
 
 
+def test_where_making_room_fails_what_others_were_promised_is_still_said(caplog: pytest.LogCaptureFixture) -> None:
+    async def test() -> None:
+        async def make_room(model: str, lacking: Shortage) -> bool:
+            raise RuntimeError("an unload went wrong")
+
+        room = Room(make_room)
+        first, second = started(room, "first", "second")
+        first.promised = {"cuda:0": 7}
+        room.leave(first)
+        granted = await second.ask(Shortage("cuda:0", 5, 3))
+        assert (granted.promised, granted.more) == ({"cuda:0": {"first": 7}}, False)
+
+    run(test)
+    assert "no room could be made for model 'second'" in caplog.text
+
+
 def test_the_least_recently_used_go_first_and_no_more_than_needed() -> None:
     idle = [Idle("new", 9, 100), Idle("old", 1, 10), Idle("middle", 5, 60)]
 
