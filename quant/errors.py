@@ -8,6 +8,11 @@ QuantError
 └── NativeError           the compiled library is missing, the wrong version, or said no      (also a RuntimeError)
 """
 
+from collections.abc import Sequence
+from typing import Final
+
+_NAMES_SHOWN: Final = 3
+
 
 class QuantError(Exception):
     """The root: catch it to catch everything `quant` raises on purpose."""
@@ -31,3 +36,8 @@ class ShapeError(QuantError, ValueError):
 
 class NativeError(QuantError, RuntimeError):
     """The compiled library could not be loaded or refused a call."""
+
+
+def some(names: Sequence[str]) -> str:
+    """The first names of a list that a message may not have to hold as a whole."""
+    return ", ".join(names[:_NAMES_SHOWN]) + (", ..." if len(names) > _NAMES_SHOWN else "")

@@ -26,7 +26,7 @@ from transformers.quantizers.quantizers_utils import get_module_from_name
 from quant.config import BitsAndBytesConfig
 from quant.conversion import modules_packed_in, modules_to_quantize, pack_module
 from quant.embedding import PackedEmbedding, TiedToEmbedding, embedding_groups
-from quant.errors import CheckpointError, QuantConfigError, QuantError
+from quant.errors import CheckpointError, QuantConfigError, QuantError, some
 from quant.experts import PackedExperts, converter_parts, find_experts
 from quant.headers import ADAPTED, TensorHeader
 from quant.linear import PackedLinear
@@ -48,7 +48,6 @@ OFFLOAD_REFUSED: Final = (
     "`llm_int8_enable_fp32_cpu_offload=True` and pass a custom `device_map` to `from_pretrained`."
 )
 """The words that bitsandbytes users know and search for."""
-_NAMES_SHOWN: Final = 3
 
 
 def require_offload_allowed(config: BitsAndBytesConfig, device_map: object) -> None:
@@ -125,7 +124,7 @@ class HalfbyteQuantizer(HfQuantizer):
             logger.warning(
                 "%d layers that the configuration would quantize are stored in floating point and stay so: %s",
                 len(left_alone),
-                ", ".join(left_alone[:_NAMES_SHOWN]) + (", ..." if len(left_alone) > _NAMES_SHOWN else ""),
+                some(left_alone),
             )
         groups = embedding_groups(model) if config.quantize_embeddings else {}
         tied_to = {name: first for first, members in groups.items() for name in members[1:] if first in names}

@@ -111,6 +111,11 @@ def _cut(text: str, most: int) -> str:
     return text if len(text) <= most else f"{text[: most - 3]}..."
 
 
+def is_packed(config: transformers.PretrainedConfig) -> bool:
+    """Whether a checkpoint with this config says that it is quantized already."""
+    return getattr(config, "quantization_config", None) is not None
+
+
 def auto_class(config: transformers.PretrainedConfig) -> Any:
     """The transformers class that builds and loads the language model of a config: causal, or an encoder-decoder."""
     return transformers.AutoModelForSeq2SeqLM if config.is_encoder_decoder else transformers.AutoModelForCausalLM
@@ -191,10 +196,10 @@ def predict_tensors(
 ) -> Iterator[Portion]:
     """Every parameter and buffer of a model on the meta device, tied ones once, wherever `device_map` puts them."""
     headers = {plain_name(name): header for name, header in (headers or {}).items()}
-    is_packed = bool(headers) and getattr(model.config, "quantization_config", None) is not None
-    stored = stored_modules(model, headers) if is_packed else Stored({}, {})
+    file_decides = bool(headers) and is_packed(model.config)
+    stored = stored_modules(model, headers) if file_decides else Stored({}, {})
     kinds: Mapping[str, Kind] = {}
-    if config is not None and is_packed:
+    if config is not None and file_decides:
         kinds, _ = modules_packed_in(model, config, stored, device_map)
     elif config is not None:
         kinds = modules_to_quantize(model, config, device_map)

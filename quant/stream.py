@@ -25,7 +25,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.quantizers.quantizers_utils import get_module_from_name
 
 from quant.config import BitsAndBytesConfig, from_spec
-from quant.errors import CheckpointError, QuantConfigError
+from quant.errors import CheckpointError, QuantConfigError, some
 from quant.experts import PackedExperts
 from quant.headers import TensorHeader, checkpoint_files, read_checkpoint_headers
 from quant.hf import HalfbyteQuantizer
@@ -35,7 +35,6 @@ from quant.report import LayerReport, measure_layer, measure_stack
 
 logger = logging.getLogger(__name__)
 
-_NAMES_SHOWN: Final = 3
 _FLOATS: Final = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64}
 
 
@@ -140,7 +139,7 @@ class Source:
         ignored = self.model._keys_to_ignore_on_load_unexpected or ()
         unknown = [key for key in unknown if not any(re.search(entry, key) for entry in ignored)]
         if unknown:
-            logger.warning("%s: %d tensors are not the model's: %s", self.directory, len(unknown), _some(unknown))
+            logger.warning("%s: %d tensors are not the model's: %s", self.directory, len(unknown), some(unknown))
         # What saving has to undo, as transformers keeps it: only what was needed to read these very files.
         self.model._weight_conversions = [entry for entry in mapping if entry.was_used() and entry not in own]
         return {name: group for name, group in groups.items() if not self._is_never_saved(name)}
@@ -183,7 +182,7 @@ class Source:
             and not any(re.search(entry, name) for entry in optional)
         ]
         if missing:
-            raise CheckpointError(f"{self.directory} lacks {len(missing)} of the model's tensors: {_some(missing)}")
+            raise CheckpointError(f"{self.directory} lacks {len(missing)} of the model's tensors: {some(missing)}")
 
     def _piece(self, target: str, group: _Group, read: Callable[[TensorHeader], torch.Tensor]) -> Piece:
         headers = [(self.headers[key], pattern) for key, pattern in group.keys]
@@ -305,7 +304,3 @@ def _model_class(config: transformers.PretrainedConfig) -> Any:
     if type(config) not in mapping:
         raise CheckpointError(f"architecture {config.model_type!r} is not a model that transformers knows")
     return mapping[type(config)]
-
-
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:_NAMES_SHOWN]) + (", ..." if len(names) > _NAMES_SHOWN else "")

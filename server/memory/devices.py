@@ -124,8 +124,7 @@ def _worked_out(
     quantizer = None
     if quantization is not None:
         # By default a quantizer takes the files for packed ones.
-        is_packed = getattr(hf_config, "quantization_config", None) is not None
-        quantizer = HalfbyteQuantizer(quantization, pre_quantized=is_packed)
+        quantizer = HalfbyteQuantizer(quantization, pre_quantized=weights.is_packed(hf_config))
         quantizer.preprocess_model(
             model=model, dtype=dtype, device_map=name, checkpoint_files=list(map(str, files)), use_kernels=False
         )

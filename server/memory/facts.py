@@ -83,7 +83,7 @@ def read_facts(spec: ModelSpec) -> Facts:
         widths=widths,
         headers=headers,
         checkpoint_bytes=sum(file.stat().st_size for file in files),
-        prequantized=getattr(hf_config, "quantization_config", None) is not None,
+        prequantized=weights.is_packed(hf_config),
     )
 
 

@@ -25,7 +25,7 @@ from transformers.utils import logging as transformers_logging
 
 import quant  # noqa: F401  importing it makes transformers load bitsandbytes' formats with our layers
 from quant.config import EXTENSIONS, BitsAndBytesConfig
-from quant.errors import CheckpointError, QuantError
+from quant.errors import CheckpointError, QuantError, some
 from quant.headers import ADAPTED, read_checkpoint_headers
 from quant.memory import auto_class, read_config
 from quant.quality import GroupReport, measured
@@ -41,7 +41,6 @@ from server.sentences import describe, location
 Progress = Callable[[int, int], None]
 """Called with bytes loaded and bytes in all; from the loading thread, many times."""
 
-_NAMES_SHOWN: Final = 3
 _IN_MEMORY: Final = ("tmpfs", "ramfs")
 log = logging.getLogger(__name__)
 
@@ -189,8 +188,7 @@ def _refuse_gaps(directory: Path, loading: dict[str, Any]) -> None:
     """Weights that the architecture has and the files have not would be random numbers."""
     missing = sorted(loading["missing_keys"])
     if missing:
-        names = ", ".join(missing[:_NAMES_SHOWN]) + (", ..." if len(missing) > _NAMES_SHOWN else "")
-        raise CheckpointError(f"{directory} lacks {len(missing)} of the model's tensors: {names}")
+        raise CheckpointError(f"{directory} lacks {len(missing)} of the model's tensors: {some(missing)}")
 
 
 def _warn_of_a_disk_in_memory(spec: ModelSpec, model: Any, offload: tempfile.TemporaryDirectory[str] | None) -> None:

@@ -110,7 +110,7 @@ def test_an_abort_ends_once_and_frees_its_blocks() -> None:
     ("failure", "sentence"),
     [
         (StepError("the device ran out of memory"), "the device ran out of memory"),
-        (RuntimeError("/root/kernel said no\nwith a second line"), "(RuntimeError); the engine's log has the details"),
+        (RuntimeError("/srv/kernel said no\nwith a second line"), "(RuntimeError); the engine's log has the details"),
     ],
     ids=["step error", "anything else"],
 )
