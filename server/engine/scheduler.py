@@ -83,9 +83,9 @@ class Scheduler:
         self.prefix_caching = prefix_caching
         """Whether blocks are shared and found again; to be changed before the first request only."""
         self.speculative_tokens = speculative_tokens
+        """How many tokens are guessed at most, per sequence and step; to be changed before the first request only."""
         self.fixed_rows = FIXED_ROWS
         """Of the runner, by which guesses are weighed."""
-        """How many tokens are guessed at most, per sequence and step; to be changed before the first request only."""
         self.switch_length: int | None = None
         """The runner's; to be changed before the first request only."""
         self.running: list[Sequence] = []

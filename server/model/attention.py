@@ -163,6 +163,8 @@ class PagedBatch:
     """In packed order, together all rows."""
     wanted: Sequence[int] | None = None
     """Rows with logits that somebody looks at, ascending, of each segment the last ones; None: all may have."""
+    is_sealed: bool = False
+    """Whether fused layers are known to be what they were when they were last called with as many rows."""
     calls: int = 0
     _tables: dict[torch.device, Tables] = field(default_factory=dict)
     _direct: DirectAttention | None = None

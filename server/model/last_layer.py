@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from server.model.batch import Batch, Chunk
+from server.model.batch import Batch
 from server.model.fuse_layer import FusedLayer
-from server.model.proof import DRAW, Proof
+from server.model.proof import Proof
 
 if TYPE_CHECKING:
     from server.model.runner import PagedRunner
@@ -22,8 +22,7 @@ if TYPE_CHECKING:
 
 def find_last_layer(runner: PagedRunner, proof: Proof) -> FusedLayer | None:
     """Tells the model's last layer that it is the last, where it is fused and that is proven; the layer."""
-    prompts = enumerate(proof.prompts)
-    batch = Batch(tuple(Chunk(f"probe-{which}", prompt, 0, proof.table(which), DRAW) for which, prompt in prompts))
+    batch = proof.batch
     called: list[FusedLayer] = []
     hooks = [
         module.register_forward_pre_hook(lambda layer, _: called.append(layer))

@@ -51,6 +51,7 @@ from server.model.proof import (
     relative,
 )
 from server.model.runner import PagedRunner, input_device
+from server.model.shortcut import find_shortcut
 from server.model.single_runner import SingleRunner
 from server.model.steady import UnsteadyError
 from server.records import KV_BLOCK_TOKENS, ModelSpec, SamplingParams
@@ -90,11 +91,14 @@ def choose_runner(
 
 
 def warm_up(runner: ModelRunner) -> None:
-    """One small step that draws: what is set up at a first use (threads, kernels, the sampler) is set up now."""
+    """One small step that draws: what is set up at a first use (threads, kernels, the sampler) is set up now. From then
+    on the model is the runner's alone: nobody changes any of its modules."""
     draw = Draw(SamplingParams(max_tokens=1, top_p=0.9), seed=0, index=0)
     beginning = runner.decoder_prompt
     runner.step(Batch((Chunk("warm-up", (0, *beginning), 0, (0,), draw, encoder_tokens=1 if beginning else 0),)))
     runner.release("warm-up")
+    if isinstance(runner, PagedRunner):
+        runner.seal()
 
 
 def choose_cache_runner(
@@ -138,6 +142,7 @@ def _paged_runner(
     if difference > allowed_difference(model, spec.kv_cache_dtype):
         raise NotPagedError(f"gives other logits in packed batches (relative difference {difference:.2g})")
     find_last_layer(runner, proof)
+    find_shortcut(runner, proof)
     if spec.cuda_graphs and runner.device.type == "cuda" and can_be_recorded(model, runner):
         record_steps(runner, proof, CudaRecorder(runner.device))
     return runner

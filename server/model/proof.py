@@ -85,6 +85,11 @@ class Proof:
         _refuse_unless_causal(model, prompts[-1])
         return cls(prompts, _own_logits(model, prompts), block_tokens)
 
+    @property
+    def batch(self) -> Batch:
+        """The prompts as a whole, side by side."""
+        return Batch(tuple(Chunk(f"probe-{i}", each, 0, self.table(i), DRAW) for i, each in enumerate(self.prompts)))
+
     def table(self, which: int) -> range:
         """The blocks of a prompt: each has as many as the longest needs."""
         needed = -(-max(map(len, self.prompts)) // self.block_tokens)

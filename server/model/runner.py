@@ -32,6 +32,8 @@ from server.records import SCORED_ROWS, Batching
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from server.model.shortcut import Shortcut
+
 
 class PagedRunner:
     """A model whose every layer calls server.model.attention, set to it, and its cache."""
@@ -65,6 +67,9 @@ class PagedRunner:
         self._rows = StepBuffer(3 * max_batch_tokens, self.device)  # token ids, positions, slots
         self._tables = StepBuffer(max_sequences * self._most_blocks, self.device)
         self._recorded: _Recorded | None = None
+        self.shortcut: Shortcut | None = None
+        """The model's parts alone, where they have been proven to be all of it."""
+        self._is_sealed = False
 
     def step(self, batch: Batch) -> StepResult:
         """One forward call for the whole batch, or a few where long prompts are scored.
@@ -80,6 +85,11 @@ class PagedRunner:
 
     def release(self, request_id: str) -> None:
         """Nothing to forget: what a sequence left is in its blocks, and the scheduler knows who may read them."""
+
+    def seal(self) -> None:
+        """From now on nobody changes the model's modules. In a step it is not asked again whether they still are what
+        addresses were taken from, which takes as long as ten small kernels."""
+        self._is_sealed = True
 
     @property
     def kv_tensors(self) -> list[torch.Tensor]:
@@ -161,6 +171,9 @@ class PagedRunner:
         self, ids: torch.Tensor, positions: torch.Tensor, context: Context, wanted: torch.Tensor | None = None
     ) -> torch.Tensor:
         """The model on packed rows; logits of all of them, or of `wanted` ones."""
+        shortcut = self.shortcut
+        if shortcut is not None and wanted is not None and isinstance(context, PagedBatch) and shortcut.is_good():
+            return shortcut(ids[None], positions[None], context, wanted)
         arguments: dict[str, Any] = {CONTEXT_ARGUMENT: context}
         if wanted is not None and self._keeps_logits:
             arguments["logits_to_keep"] = wanted
@@ -212,7 +225,7 @@ class PagedRunner:
             Segment(end - len(chunk.tokens), len(chunk.tokens), chunk.start, row)
             for end, chunk, row in zip(ends, batch.chunks, blocks, strict=True)
         ]
-        return PagedBatch(self.cache, slots, segments, wanted)
+        return PagedBatch(self.cache, slots, segments, wanted, is_sealed=self._is_sealed)
 
 
 def _look_for_no_padding(model: PreTrainedModel) -> None:
