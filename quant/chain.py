@@ -60,6 +60,8 @@ class Chain:
         self.steps: list[native.Step] = []
         self._kept: list[torch.Tensor | Direct] = []
         self._buffers: int = 0 if goes_on_from is None else goes_on_from._buffers
+        self._places: list[tuple[int, int]] = []
+        """Its buffers' numbers and addresses."""
         self._workspace_bytes = 0
 
     def rms_norm(self, x: torch.Tensor | None, weight: torch.Tensor, eps: float) -> tuple[Any, torch.Tensor]:
@@ -147,7 +149,13 @@ class Chain:
         self._buffers += 1  # the first is the workspace
         size = math.prod(shape) * self.dtype.itemsize
         room = -(-size // self.rows) * _doubling(self.rows)
-        return self._keep(BUFFERS.tensor(self._buffers, room)[:size].view(self.dtype).view(shape))
+        buffer = BUFFERS.tensor(self._buffers, room)
+        self._places.append((self._buffers, buffer.data_ptr()))
+        return self._keep(buffer[:size].view(self.dtype).view(shape))
+
+    def has_current_buffers(self) -> bool:
+        """Whether it computes where chains do that are made now; they were replaced where one has needed more."""
+        return all(BUFFERS.tensor(index, 0).data_ptr() == address for index, address in self._places)
 
     def _keep(self, tensor: torch.Tensor) -> torch.Tensor:
         self._kept.append(tensor)

@@ -163,6 +163,8 @@ class PagedBatch:
     """In packed order, together all rows."""
     wanted: Sequence[int] | None = None
     """Rows with logits that somebody looks at, ascending, of each segment the last ones; None: all may have."""
+    tables: Tables | None = None
+    """Of the segments, where the slots are; made where none are given."""
     is_sealed: bool = False
     """Whether fused layers are known to be what they were when they were last called with as many rows."""
     calls: int = 0
@@ -280,6 +282,8 @@ class PagedBatch:
         return self._direct
 
     def _own_tables(self, device: torch.device) -> Tables:
+        if self.tables is not None and self.slots.device == device:
+            return self.tables
         if device not in self._tables:
             self._tables[device] = Tables.of(self.segments, device)
         return self._tables[device]

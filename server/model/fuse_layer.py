@@ -166,7 +166,7 @@ def _chain_for(layer: nn.Module, hidden_states: torch.Tensor, key: _Key) -> Laye
     if not state.may_be_chained:
         return None
     chain = state.chains.get(key)
-    if chain is None:
+    if chain is None or not chain.has_current_buffers():
         chain = state.chains[key] = LayerChain(layer, state.directs, hidden_states.shape[1], state.dtype)
     return chain
 

@@ -17,7 +17,7 @@ from __future__ import annotations
 import ctypes
 import operator
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch import nn
@@ -30,6 +30,8 @@ from server.model.attention import PagedBatch
 from server.model.paged_cache import Stores
 
 Angles = tuple[torch.Tensor, torch.Tensor]
+_LINE: Final = 64
+"""Bytes of a cache line."""
 
 
 class FirstHalf:
@@ -64,9 +66,12 @@ class FirstHalf:
         write.scales = None if scales is None else scales.data_ptr()
         return write.keys, write.values, write.scales
 
-    def point(self, source: int, cos: int, sin: int, slots: int) -> None:
-        """To the rows, and to what a step brings for each of them, by address."""
+    def place(self, source: int) -> None:
+        """From where rows come, by address."""
         self._norm.x = source
+
+    def point(self, cos: int, sin: int, slots: int) -> None:
+        """To what a step brings for each row, by address."""
         self._rotary.cos, self._rotary.sin, self._write.slots = cos, sin, slots
 
 
@@ -87,11 +92,12 @@ class SecondHalf:
         self._last_sum, self.out = chain.add(hidden, product)
         chain.ready()
 
-    def place(self, source: int, out: int) -> None:
-        """From where to where rows go, by address: what the layer was given, and what it gives."""
-        self._first_sum.a, self._last_sum.out = source, out
+    def place(self, source: int) -> None:
+        """From where the rows come that the layer was given, by address."""
+        self._first_sum.a = source
 
     def place_out(self, out: int) -> None:
+        """To where rows go."""
         self._last_sum.out = out
 
 
@@ -108,10 +114,16 @@ class LayerChain:
         self.stores: Stores | None = None
         self.addresses: tuple[int, int, int | None] = (0, 0, None)
         """Of the layer's keys, values and scales in the cache."""
+        self.pointed: object = None
+        """What its structs were last pointed to."""
 
     @property
     def out(self) -> torch.Tensor:
         return self.second.out
+
+    def has_current_buffers(self) -> bool:
+        """Whether chains that are made now hand on their rows where this one does."""
+        return self.first.calls.has_current_buffers() and self.second.calls.has_current_buffers()
 
     def hold(self, stores: Stores) -> None:
         """The layer's part of the cache from now on. Raises ShapeError where it does not fit."""
@@ -142,7 +154,8 @@ class Ending:
         out = torch.empty_like(hidden)
         args = part.direct_arguments(query, stores, self._half.attended, *self._options)
         self._run.set_step(0, self._half.attention, args)
-        self._half.place(hidden.data_ptr(), out.data_ptr())
+        self._half.place(hidden.data_ptr())
+        self._half.place_out(out.data_ptr())
         self._run()
         return out
 
@@ -158,6 +171,8 @@ class LayerRun:
         self._attention: list[Any] = []
         """Each layer's struct, and under the same index the first layer that has all of it but the cache in common."""
         self._alike: list[int] = []
+        self._pointed: list[object] = []
+        """What the last step brought."""
 
     def __call__(self, hidden_states: torch.Tensor, angles: Angles, context: PagedBatch) -> torch.Tensor:
         """[1, rows, hidden] -> what the last layer gives. Raises ShapeError where cache or angles do not fit."""
@@ -193,28 +208,50 @@ class LayerRun:
         stores = context.next_stores(len(self.chains))
         if not all(map(operator.is_, stores, [chain.stores for chain in self.chains])) or not self._attention:
             self._hold(stores)
-        step = cos.data_ptr(), sin.data_ptr(), context.slots.data_ptr()
-        shared = self._shared(stores, context)
-        source, between = hidden_states.data_ptr(), self._between.data_ptr()
-        for chain, args, first in zip(self.chains, self._attention, self._alike, strict=True):
-            chain.first.point(source, *step)
-            chain.second.place(source, between)
-            ctypes.memmove(ctypes.byref(args), ctypes.byref(shared[first]), ctypes.sizeof(args))
-            args.keys, args.values, args.scales = chain.addresses
-            source = between
+        shared, places = self._shared(stores, angles, context)
+        slots = context.slots.data_ptr()
+        brought = [*places, slots, *map(bytes, shared.values())]
+        # In most steps it is where it was in the one before. Another run may have pointed the chains elsewhere since.
+        if brought != self._pointed or not all(chain.pointed is self._pointed for chain in self.chains):
+            self._pointed = brought
+            self._point(*places, slots, shared)
+        source = hidden_states.data_ptr()
+        self.chains[0].first.place(source)
+        self.chains[0].second.place(source)
         return stores
 
-    def _shared(self, stores: Sequence[Stores], context: PagedBatch) -> dict[int, Any]:
-        """A step's structs of the layers that others are like; all in one workspace, which fits the largest."""
+    def _point(self, cos: int, sin: int, slots: int, shared: dict[int, Any]) -> None:
+        """All layers' structs to what a step brings, but where its rows come from."""
+        between = self._between.data_ptr()
+        for chain, args, first in zip(self.chains, self._attention, self._alike, strict=True):
+            chain.first.place(between)
+            chain.first.point(cos, sin, slots)
+            chain.second.place(between)
+            chain.second.place_out(between)
+            ctypes.memmove(ctypes.byref(args), ctypes.byref(shared[first]), ctypes.sizeof(args))
+            args.keys, args.values, args.scales = chain.addresses
+            chain.pointed = self._pointed
+
+    def _shared(
+        self, stores: Sequence[Stores], angles: Angles, context: PagedBatch
+    ) -> tuple[dict[int, Any], tuple[int, int]]:
+        """A step's structs of the layers that others are like, and where its cosines and sines are: in one workspace,
+        behind what the largest call needs of it.
+        """
         shared = {}
         for first in set(self._alike):
             chain = self.chains[first]
             query, attended = chain.first.query, chain.second.attended
             shared[first] = context.direct_arguments(query, stores[first], attended, *chain.options)
-        workspace = WORKSPACE.at_least(max(args.call.workspace_bytes for args in shared.values()))
+        needed = -(-max(args.call.workspace_bytes for args in shared.values()) // _LINE) * _LINE
+        cos, sin = (x.nbytes for x in angles)
+        workspace = WORKSPACE.at_least(needed + cos + sin)
         for args in shared.values():
             args.call.workspace = workspace
-        return shared
+        places = workspace + needed, workspace + needed + cos
+        for place, x in zip(places, angles, strict=True):
+            ctypes.memmove(place, x.data_ptr(), x.nbytes)
+        return shared, places
 
     def _check(self, cos: torch.Tensor, sin: torch.Tensor, slots: torch.Tensor) -> None:
         rows = self.chains[0].rows
@@ -229,7 +266,7 @@ class LayerRun:
     def _hold(self, stores: Sequence[Stores]) -> None:
         """These parts of the cache from now on, one for each layer."""
         alike: dict[tuple[object, ...], int] = {}
-        self._alike, self._attention = [], []
+        self._alike, self._attention, self._pointed = [], [], []
         for i, (chain, own) in enumerate(zip(self.chains, stores, strict=True)):
             chain.hold(own)
             shapes = (own.keys.shape, own.values.shape, own.keys.dtype)

@@ -65,7 +65,8 @@ class PagedRunner:
         self._most_blocks = -(-max_model_len // cache.block_tokens)
         self._most_single = min(max_sequences, max_batch_tokens)
         self._rows = StepBuffer(3 * max_batch_tokens, self.device)  # token ids, positions, slots
-        self._tables = StepBuffer(max_sequences * self._most_blocks, self.device)
+        # Tables of blocks, behind them where each sequence's rows begin and end and at which position.
+        self._tables = StepBuffer(max_sequences * (self._most_blocks + 2) + 1, self.device)
         self._recorded: _Recorded | None = None
         self.shortcut: Shortcut | None = None
         """The model's parts alone, where they have been proven to be all of it."""
@@ -201,9 +202,12 @@ class PagedRunner:
         starts = np.array([chunk.start for chunk in chunks])
         ends = np.cumsum(counts)
         total, more = int(ends[-1]), rows - int(ends[-1])
-        tables = self._tables.on_host(len(chunks) + more, size.width)
+        sequences = len(chunks) + more
+        tables, offsets, first = self._tables.parts_on_host(*_table_sizes(sequences, size.width))
+        tables = tables.reshape(sequences, size.width)
         for index, chunk in enumerate(chunks):
             tables[index, : len(chunk.blocks)] = chunk.blocks
+        offsets[0], offsets[1 : len(chunks) + 1], first[: len(chunks)] = 0, ends, starts
         ids, positions, slots = self._rows.on_host(3, rows)
         ids[:total] = [token for chunk in chunks for token in chunk.tokens]
         positions[:total] = np.arange(total) + np.repeat(starts - (ends - counts), counts)
@@ -214,18 +218,21 @@ class PagedRunner:
                 filled[total:] = filled[total - 1]
             tables[len(chunks) :] = tables[len(chunks) - 1]
         self._rows.send(3 * rows)
-        self._tables.send(tables.size)
+        self._tables.send(sum(_table_sizes(sequences, size.width)))
         found: list[int] = ends.tolist()
         return found
 
     def _context(self, batch: Batch, ends: list[int], slots: torch.Tensor, width: int, wanted: list[int]) -> PagedBatch:
         """The attention's context of a batch that has been sent with tables of this width."""
-        blocks = self._tables.on_device(len(batch.chunks), width).unbind()
+        sequences = len(batch.chunks)
+        flat, offsets, starts = self._tables.parts_on_device(*_table_sizes(sequences, width))
+        blocks = flat.view(sequences, width)
         segments = [
             Segment(end - len(chunk.tokens), len(chunk.tokens), chunk.start, row)
-            for end, chunk, row in zip(ends, batch.chunks, blocks, strict=True)
+            for end, chunk, row in zip(ends, batch.chunks, blocks.unbind(), strict=True)
         ]
-        return PagedBatch(self.cache, slots, segments, wanted, is_sealed=self._is_sealed)
+        tables = Tables(blocks, offsets, starts)
+        return PagedBatch(self.cache, slots, segments, wanted, tables, is_sealed=self._is_sealed)
 
 
 def _look_for_no_padding(model: PreTrainedModel) -> None:
@@ -239,6 +246,11 @@ def _look_for_no_padding(model: PreTrainedModel) -> None:
 def _wanted_rows(batch: Batch, ends: list[int]) -> list[int]:
     """Rows whose logits are wanted; they are the last ones of each chunk, which end there."""
     return [row for end, chunk in zip(ends, batch.chunks, strict=True) for row in range(end - chunk.wanted, end)]
+
+
+def _table_sizes(sequences: int, width: int) -> tuple[int, int, int]:
+    """Of the parts that are sent of so many sequences' tables: blocks, offsets, starts."""
+    return sequences * width, sequences + 1, sequences
 
 
 def _fixed_rows(cache: PagedCache) -> int | None:
@@ -286,6 +298,13 @@ class StepBuffer:
 
     def on_device(self, *shape: int) -> torch.Tensor:
         return self.device[: math.prod(shape)].view(shape)
+
+    def parts_on_host(self, *sizes: int) -> list[npt.NDArray[np.int64]]:
+        """The same of several pieces, one behind the other."""
+        return np.split(self.on_host(sum(sizes)), np.cumsum(sizes)[:-1])
+
+    def parts_on_device(self, *sizes: int) -> tuple[torch.Tensor, ...]:
+        return torch.split(self.on_device(sum(sizes)), list(sizes))
 
     def send(self, size: int) -> None:
         """Copies the first `size` numbers to the device."""

@@ -20,6 +20,7 @@ from server.model.attention import ATTENTION_NAME, register
 from server.model.batch import Batch, Chunk
 from server.model.fuse import fuse
 from server.model.fuse_layer import FusedLayer
+from server.model.layer_run import LayerRun
 from server.model.runner import PagedRunner
 from tests.server.test_fuse_attention import DRAW, all_logits, runner_of
 from tests.tiny_models import VOCABULARY, tiny_model
@@ -232,6 +233,48 @@ def test_who_looks_between_two_layers_sees_what_is_there(runs: list[tuple[int, i
     hook.remove()
     step(runner)
     assert runs[-1] == (2, 3)
+
+
+def test_structs_are_pointed_anew_only_where_something_moved(
+    runs: list[tuple[int, int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A sequence that grows within its blocks finds all in its place; so does nobody after another run of the layers,
+    or beside more sequences, or with wider tables."""
+    pointed: list[int] = []
+    original = LayerRun._point
+
+    def point(self: LayerRun, *given: Any) -> None:
+        pointed.append(len(self.chains))
+        original(self, *given)
+
+    monkeypatch.setattr(LayerRun, "_point", point)
+    model = packed("llama", CONFIGS["nf4-dq"])
+    runner, other = runner_of(model), runner_of(packed("llama", CONFIGS["nf4-dq"]))
+    second = fused_layers(model)[1]
+
+    def decode(start: int, *blocks: int) -> None:
+        batch = Batch((Chunk("a", (5 + start,), start, blocks, DRAW), Chunk("b", (7,), start, (9,), DRAW)))
+        assert torch.equal(runner.logits(batch), other.logits(batch))
+        for one, another in zip(runner.kv_tensors, other.kv_tensors, strict=True):
+            assert torch.equal(one, another)
+
+    for start in range(4):
+        decode(start, 1)
+    pointed.clear()
+    decode(4, 1)
+    decode(5, 1)
+    assert not pointed
+    decode(6, 1, 2)
+    assert pointed == [2, 2], "wider tables, in both runners"
+    hook = second.register_forward_hook(lambda *_: None)
+    decode(7, 1, 2)
+    hook.remove()
+    pointed.clear()
+    decode(8, 1, 2)
+    assert pointed == [2], "the second layer had been run by itself"
+    pointed.clear()
+    decode(9, 1, 2)
+    assert not pointed
 
 
 def test_a_model_that_changes_its_ways_between_layers_is_stopped(runs: list[tuple[int, int]]) -> None:
