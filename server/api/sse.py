@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
 import logging
+import time
 from collections.abc import AsyncGenerator, Coroutine
 from typing import Any, Final, TypeVar
 
+import msgspec
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import Message, Receive, Scope, Send
@@ -18,7 +19,7 @@ from server.api.race import unless
 from server.errors import RequestError, UnforeseenError
 
 log = logging.getLogger(__name__)
-DONE: Final = "[DONE]"
+DONE: Final = b"[DONE]"
 SEND_SECONDS: Final = 60.0
 """How long a client may read nothing before it counts as gone; the number is nginx's."""
 _Result = TypeVar("_Result")
@@ -48,6 +49,8 @@ class EventStream(Response):
         self._events = events
         self._source = source
         """What `events` reads from: closed too, because `events` can't do it when it was never started."""
+        self._sending_since: float | None = None
+        """When the message went out that is still on its way, by time.monotonic."""
         self.status_code = 200
         self.background = None
         self.body = b""
@@ -57,35 +60,46 @@ class EventStream(Response):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
             with contextlib.suppress(ClientGoneError):
-                await unless(_disconnected(receive), self._write(send), ClientGoneError)
+                await unless(self._abandoned(receive), self._write(send), ClientGoneError)
         finally:
             await self._events.aclose()
             await self._source.aclose()
 
+    async def _abandoned(self, receive: Receive) -> None:
+        """Ends when the client has left, or has not read what has been on its way for SEND_SECONDS.
+
+        One timer for all messages: of each, it would be an eighth of what sending it takes.
+        """
+        left = SEND_SECONDS
+        while left > 0:
+            try:
+                async with asyncio.timeout(left):
+                    await _disconnected(receive)
+                    return
+            except TimeoutError:
+                since = self._sending_since
+                left = SEND_SECONDS if since is None else since + SEND_SECONDS - time.monotonic()
+
     async def _write(self, send: Send) -> None:
         async def deliver(message: Message) -> None:
-            async with asyncio.timeout(SEND_SECONDS):
-                await send(message)
+            self._sending_since = time.monotonic()
+            await send(message)
+            self._sending_since = None
 
-        async def data(text: str, *, more: bool = True) -> None:
-            await deliver({"type": "http.response.body", "body": f"data: {text}\n\n".encode(), "more_body": more})
+        async def data(content: bytes, *, more: bool = True) -> None:
+            await deliver({"type": "http.response.body", "body": b"data: " + content + b"\n\n", "more_body": more})
 
         try:
             await deliver({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
             async for event in self._events:
-                await data(compact(event))
+                await data(msgspec.json.encode(event))
         except RequestError as error:
-            await data(compact(error_body(error)), more=False)
-        except OSError:  # TimeoutError is one
-            return  # the connection broke while writing, or nobody reads at its other end
+            await data(msgspec.json.encode(error_body(error)), more=False)
+        except OSError:
+            return  # the connection broke while writing
         except Exception:
             log.exception("a stream failed")
             with contextlib.suppress(OSError):
-                await data(compact(error_body(UnforeseenError())), more=False)
+                await data(msgspec.json.encode(error_body(UnforeseenError())), more=False)
         else:
             await data(DONE, more=False)
-
-
-def compact(value: object) -> str:
-    """JSON on one line, non-ASCII characters as they are."""
-    return json.dumps(value, ensure_ascii=False, separators=(",", ":"))

@@ -328,12 +328,15 @@ class EngineClient:
             case StepReport(outputs=outputs):
                 self._moved = time.monotonic()
                 self._metrics.step(record)
+                generated = 0
                 for output in outputs:
                     if output.finish_reason is not None:
                         self._owed.discard(output.request_id)
                     stream = self._requests.get(output.request_id)
                     if stream is not None:  # else it was aborted a moment ago
                         stream.deliver(output)
+                        generated += len(output.token_ids)
+                self._metrics.generated(generated)
 
     async def _ask(self, shortage: Shortage | None) -> None:
         self._send(await self._claim.ask(shortage))

@@ -53,7 +53,10 @@ class OutputStream:
         self._last_token = 0.0
         self._reason: FinishReason | None = None
         self._closed = False
-        self._deadline = deadline
+        self._late: DeadlineExceededError | None = None
+        self._alarm: asyncio.TimerHandle | None = None
+        if deadline is not None:
+            self._alarm = asyncio.get_running_loop().call_at(deadline + LATE_SECONDS, self._time_is_up)
 
     def __aiter__(self) -> OutputStream:
         return self
@@ -80,21 +83,19 @@ class OutputStream:
         """Not for longer than the deadline and what an engine may take to say that it has come: a stuck one doesn't,
         and who reads slowly holds the place of another.
         """
-        if self._deadline is None:
-            return await self._outputs.get()
-        last = self._deadline + LATE_SECONDS
-        if not self._outputs.empty() and time.monotonic() >= last:
-            raise self._too_late(f"not all of its {self.tokens} tokens have been read")
-        try:
-            async with asyncio.timeout_at(last):
-                return await self._outputs.get()
-        except TimeoutError:
-            words = f"with {self.tokens} tokens generated, and the engine has not answered since"
-            raise self._too_late(words) from None
-
-    def _too_late(self, words: str) -> DeadlineExceededError:
+        output = await self._outputs.get() if self._late is None else self._late
+        if self._late is None:
+            return output
         self.close("timeout")
-        return DeadlineExceededError(f"the request's time was up {LATE_SECONDS:.3g} seconds ago, {words}")
+        raise self._late
+
+    def _time_is_up(self) -> None:
+        """One timer for all outputs: of each, it would cost more than what is done with it."""
+        words = f"with {self.tokens} tokens generated, and the engine has not answered since"
+        if not self._outputs.empty():
+            words = f"not all of its {self.tokens} tokens have been read"
+        self._late = DeadlineExceededError(f"the request's time was up {LATE_SECONDS:.3g} seconds ago, {words}")
+        self._outputs.put_nowait(self._late)  # wakes who waits
 
     def deliver(self, output: SequenceOutput | ServerError) -> None:
         """Called by the client as outputs arrive; times are taken here, however late the consumer is."""
@@ -107,7 +108,6 @@ class OutputStream:
                 self._metrics.next_tokens(now - self._last_token, count)
             self._last_token = now
             self.tokens += count
-            self._metrics.generated(count)
         self._outputs.put_nowait(output)
 
     def close(self, reason: FinishReason | None = None) -> None:
@@ -118,6 +118,8 @@ class OutputStream:
         if self._closed:
             return
         self._closed = True
+        if self._alarm is not None:
+            self._alarm.cancel()
         self._forget(self.request_id, self._reason is None)
         self._count(reason or self._reason or "abort")
 

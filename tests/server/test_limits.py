@@ -74,6 +74,37 @@ def test_a_stream_that_cannot_even_begin_ends(monkeypatch: pytest.MonkeyPatch) -
     asyncio.run(test(leaves))
 
 
+def test_only_a_message_that_nobody_takes_ends_a_stream(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not a stream that lasts longer; and the time is the message's own, whenever it was sent."""
+    monkeypatch.setattr(sse, "SEND_SECONDS", 0.3)
+    sent: list[bytes] = []
+
+    async def events() -> AsyncGenerator[dict[str, Any], None]:
+        for number in range(20):
+            await asyncio.sleep(0.05)
+            yield {"number": number}
+
+    async def send(message: Any) -> None:
+        sent.append(message.get("body", b""))
+        if len(sent) == 15:  # of the start and 20 events
+            await asyncio.Event().wait()
+
+    async def receive() -> Any:
+        await asyncio.Event().wait()
+
+    async def test() -> float:
+        stalled = asyncio.create_task(EventStream(events(), _nothing())({"type": "http"}, receive, send))
+        while len(sent) < 15:
+            await asyncio.sleep(0.005)
+        since = asyncio.get_running_loop().time()
+        await asyncio.wait_for(stalled, 5)
+        return asyncio.get_running_loop().time() - since
+
+    assert 0.25 < asyncio.run(test()) < 2
+    assert sent[1] == b'data: {"number":0}\n\n'
+    assert len(sent) == 15
+
+
 class SlowTokenizer(Tokenizer):
     """Reads nothing before `go` is set."""
 
