@@ -17,6 +17,7 @@ from torch import nn
 
 from quant import rows
 from quant.config import BitsAndBytesConfig
+from quant.direct import is_direct
 from quant.errors import QuantConfigError, ShapeError
 from quant.packed import PackedModule
 from quant.packed4 import Weight4bit
@@ -101,7 +102,8 @@ class Embedding4bit(Weight4bit, PackedEmbedding):
 
     def _rows(self, ids: torch.Tensor) -> torch.Tensor:
         codes, absmax, nested_absmax, offset = self.operands()
-        found: torch.Tensor = rows.embedding_4bit(
+        look_up = rows.look_up_4bit if is_direct(ids) else rows.embedding_4bit
+        found: torch.Tensor = look_up(
             ids,
             codes,
             absmax,

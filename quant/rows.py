@@ -11,7 +11,8 @@ from typing import Any
 
 import torch
 
-from quant import arguments, ops
+from quant import arguments, native, ops
+from quant.direct import is_direct
 from quant.errors import ShapeError
 
 
@@ -34,10 +35,39 @@ def embedding_4bit(
     packed: uint8 [ceil(rows columns / 2)]; absmax: float32 [B], or uint8 [B] with nested_absmax and offset. Raises
     ShapeError; IndexError for an id beyond the table (on a GPU that is a device assertion).
     """
+    return look_up_4bit(
+        ids, packed, absmax, quant_type, blocksize, rows, columns, nested_absmax, offset, nested_blocksize, dtype
+    )
+
+
+def look_up_4bit(
+    ids: torch.Tensor,
+    packed: torch.Tensor,
+    absmax: torch.Tensor,
+    quant_type: str,
+    blocksize: int,
+    rows: int,
+    columns: int,
+    nested_absmax: torch.Tensor | None,
+    offset: torch.Tensor | None,
+    nested_blocksize: int,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    """embedding_4bit past torch's dispatcher, for calls that are direct (quant/direct.py)."""
     arguments.check_format(quant_type, blocksize)
     arguments.check_value_dtype(dtype)
     arguments.check_statistics(packed, absmax, blocksize, rows * columns, nested_absmax, offset, nested_blocksize)
     flat = _checked(ids, rows, packed)
+    kernels: Any = native.kernels("cpu") if is_direct(flat) and packed.is_cpu else ops
+    in_row = columns // blocksize
+    if columns % blocksize == 0 and (nested_absmax is None or nested_blocksize % in_row == 0):  # a group has whole rows
+        own = absmax.view(rows, in_row).index_select(0, flat).view(-1)
+        if nested_absmax is not None:
+            groups = nested_absmax.index_select(0, flat // (nested_blocksize // in_row))
+            own = kernels.dequantize_absmax(own, groups, offset, in_row)
+        codes = packed.view(rows, columns // 2).index_select(0, flat).view(-1)
+        whole: torch.Tensor = kernels.dequantize_4bit(codes, own, quant_type, blocksize, [*ids.shape, columns], dtype)
+        return whole
     begin = flat * columns
     first = begin // blocksize
     # As many blocks for every row as the unluckiest one crosses; what a row does not need is its last block again.
@@ -48,7 +78,7 @@ def embedding_4bit(
     if nested_absmax is not None and offset is not None:
         # Each code beside its own group's absmax: the kernel has the table where the codes are.
         groups = nested_absmax[blocks // nested_blocksize]
-        own = ops.dequantize_absmax(own.view(-1), groups.view(-1), offset, 1)
+        own = kernels.dequantize_absmax(own.view(-1), groups.view(-1), offset, 1)
     if columns % blocksize == 0:
         codes = packed.view(rows, columns // 2)[flat]
     else:
@@ -56,7 +86,7 @@ def embedding_4bit(
         places = blocks[:, :, None] * half + torch.arange(half, device=flat.device)
         codes = packed[places.clamp_(max=packed.numel() - 1)]  # the table's last block may be short
     shape = [flat.numel(), crossed * blocksize]
-    values = ops.dequantize_4bit(codes.view(-1), own.view(-1), quant_type, blocksize, shape, dtype)
+    values: torch.Tensor = kernels.dequantize_4bit(codes.view(-1), own.view(-1), quant_type, blocksize, shape, dtype)
     if shape[1] != columns:
         place = (begin - first * blocksize)[:, None] + torch.arange(columns, device=flat.device)
         values = values.gather(1, place)
@@ -81,9 +111,9 @@ def _checked(ids: torch.Tensor, rows: int, weight: torch.Tensor) -> torch.Tensor
     if flat.device.type != "cpu":  # where asking would wait for the device, and an index below zero counts from the end
         torch._assert_async(((flat >= 0) & (flat < rows)).all(), f"an id is not in the table of {rows} rows")
     elif flat.numel():
-        low, high = torch.aminmax(flat)
+        low, high = map(int, torch.aminmax(flat))
         if low < 0 or high >= rows:
-            raise IndexError(f"id {int(low if low < 0 else high)} is not in the table; accepted are 0 to {rows - 1}")
+            raise IndexError(f"id {low if low < 0 else high} is not in the table; accepted are 0 to {rows - 1}")
     return flat
 
 

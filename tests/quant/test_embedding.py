@@ -94,7 +94,7 @@ def tables(model: nn.Module) -> list[PackedEmbedding]:
 @pytest.mark.parametrize("nested", [None, 256, 3])
 @pytest.mark.parametrize("blocksize", [32, 64, 4096])
 @pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("shape", [*SHAPES, (70, 128)])
 def test_four_bit_rows_are_those_of_the_table(
     shape: tuple[int, int], quant_type: str, blocksize: int, nested: int | None, dtype: torch.dtype
 ) -> None:
@@ -109,6 +109,12 @@ def test_four_bit_rows_are_those_of_the_table(
     assert same_bits(result, weight.dense(dtype)[ids])
     assert same_bits(rows.embedding_4bit(ids.int(), *arguments), result)
     assert rows.embedding_4bit(ids[:0], *arguments).shape == (0, 5, shape[1])
+    with torch.inference_mode():
+        assert same_bits(rows.look_up_4bit(ids, *arguments), result)
+        assert rows.look_up_4bit(ids[:0], *arguments).shape == (0, 5, shape[1])
+        for outside in (-1, shape[0]):
+            with pytest.raises(IndexError, match=f"id {outside} is not in the table"):
+                rows.look_up_4bit(torch.tensor([0, outside]), *arguments)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
