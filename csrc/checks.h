@@ -392,6 +392,15 @@ inline hb_status check(const hb_rms_norm_args* a) {
     return check_tensor(a->out, count, bytes);
 }
 
+inline hb_status check(const hb_argmax_args* a) {
+    HB_REQUIRE(check_call(a == nullptr ? nullptr : &a->call, sizeof *a));
+    HB_REQUIRE(check_dtype(a->dtype));
+    int64_t count = 0;
+    HB_REQUIRE(check_shape(a->M, a->K, &count));
+    HB_REQUIRE(check_tensor(a->x, count, dtype_bytes(a->dtype)));
+    return check_tensor(a->out, a->M, sizeof *a->out);
+}
+
 // What the entries share that make n values of twice n.
 template <typename Args>
 hb_status check_pair(const Args* a, const void* Args::* first, const void* Args::* second) {

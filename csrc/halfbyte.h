@@ -383,6 +383,18 @@ typedef struct hb_rms_norm_args {
 } hb_rms_norm_args;
 HB_API hb_status hb_rms_norm(const hb_rms_norm_args* args);
 
+/* The first of the greatest values of each row, or -1 where that is not finite or a value is NaN, and for an empty row.
+ * In libhalfbyte_cpu.so alone. */
+typedef struct hb_argmax_args {
+    hb_call call;
+    const void* x; /* [M, K] */
+    int64_t dtype; /* of x */
+    int64_t M;     /* rows */
+    int64_t K;     /* values of a row */
+    int64_t* out;  /* out [M] */
+} hb_argmax_args;
+HB_API hb_status hb_argmax(const hb_argmax_args* args);
+
 /* The product in a gated linear unit: out = silu(gate) * up, with silu(g) = g / (1 + e^-g) computed in
  * float32 and rounded to the dtype before the product is. */
 typedef struct hb_swiglu_args {

@@ -291,6 +291,13 @@ def check_rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> None:
         raise ShapeError(f"eps is {eps}; accepted are 0 and any positive number.")
 
 
+def check_argmax(x: torch.Tensor) -> None:
+    """Rows of values."""
+    check_values("x", x)
+    if x.dim() == 0:
+        raise ShapeError("x has no dimensions; it must be [..., K].")
+
+
 def check_swiglu(gate: torch.Tensor, up: torch.Tensor) -> None:
     """The two halves of a gated linear unit."""
     check_values("gate", gate)

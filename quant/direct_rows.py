@@ -36,6 +36,21 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     return out
 
 
+def argmax(x: torch.Tensor) -> torch.Tensor:
+    """ops.argmax with the same result. Raises ShapeError."""
+    code = native.DTYPE_CODES.get(x.dtype)
+    if code is None or x.dim() == 0:
+        arguments.check_argmax(x)
+    x = native.ready(x)
+    out = x.new_empty(x.shape[:-1], dtype=torch.int64)
+    entry, template = _entry("hb_argmax")
+    args = type(template).from_buffer_copy(template)
+    args.x, args.dtype, args.M, args.K, args.out = x.data_ptr(), code, out.numel(), x.shape[-1], out.data_ptr()
+    args.call.threads = native.thread_count()
+    entry(args)
+    return out
+
+
 def swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
     """ops.swiglu with the same bits. Raises ShapeError."""
     code = native.DTYPE_CODES.get(gate.dtype)

@@ -115,6 +115,7 @@ STRUCTS: Final = {
         " block_tokens *tables S max_blocks *offsets *starts %scale window %softcap *sinks sinks_dtype *out",
     ),
     "hb_rms_norm": _struct("RmsNorm", "*x dtype M K *weight %eps *out"),
+    "hb_argmax": _struct("Argmax", "*x dtype M K *out"),
     "hb_swiglu": _struct("Swiglu", "*gate *up dtype n *out"),
     "hb_rotary": _struct("Rotary", "*query *key dtype T H G D *cos *sin"),
     "hb_add": _struct("Add", "*a *b dtype n *out"),
@@ -136,7 +137,7 @@ ENTRIES_WITH_WORKSPACE: Final = (
     "hb_linear8_experts",
     "hb_paged_attention",
 )
-CPU_ONLY: Final = frozenset({"hb_linear4_int8"})
+CPU_ONLY: Final = frozenset({"hb_linear4_int8", "hb_argmax"})
 """Entries that libhalfbyte_cuda.so does not have; nor has it groups and hb_run."""
 STEP_CODES: Final = {
     "hb_linear4": 0,
@@ -707,6 +708,12 @@ class Kernels:
             eps=eps,
             out=out,
         )
+        return out
+
+    def argmax(self, x: torch.Tensor) -> torch.Tensor:
+        x = ready(x)
+        out = torch.empty(x.shape[:-1], dtype=torch.int64, device=x.device)
+        self.call("hb_argmax", x.device, x=x, dtype=DTYPE_CODES[x.dtype], M=_rows(x), K=x.shape[-1], out=out)
         return out
 
     def swiglu(self, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:

@@ -21,7 +21,7 @@ from quant.errors import ShapeError
 
 REFERENCE_ONLY: Final[dict[str, frozenset[str]]] = {
     "cpu": frozenset(),
-    "cuda": frozenset({"linear_4bit_int8"}),
+    "cuda": frozenset({"linear_4bit_int8", "argmax"}),
 }
 """The device types with compiled kernels, and the operators that have none there and run the reference."""
 
@@ -244,6 +244,13 @@ check_rms_norm = arguments.check_rms_norm
 
 def empty_rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     return x.new_empty(x.shape)
+
+
+check_argmax = arguments.check_argmax
+
+
+def empty_argmax(x: torch.Tensor) -> torch.Tensor:
+    return x.new_empty(x.shape[:-1], dtype=torch.int64)
 
 
 check_swiglu = arguments.check_swiglu

@@ -40,6 +40,7 @@ _SCHEMAS: Final = (
     "paged_attention(Tensor query, Tensor keys, Tensor values, Tensor tables, Tensor offsets, Tensor starts,"
     " float scale, int window, float softcap, Tensor? sinks, Tensor? scales) -> Tensor",
     "rms_norm(Tensor x, Tensor weight, float eps) -> Tensor",
+    "argmax(Tensor x) -> Tensor",
     "swiglu(Tensor gate, Tensor up) -> Tensor",
     "rotary(Tensor query, Tensor key, Tensor cos, Tensor sin) -> (Tensor, Tensor)",
     "cache_write(Tensor key, Tensor value, Tensor(a!) keys, Tensor(b!) values, Tensor slots, Tensor(c!)? scales) -> ()",
@@ -306,6 +307,15 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     ShapeError.
     """
     return cast(torch.Tensor, torch.ops.halfbyte.rms_norm(x, weight, eps))
+
+
+def argmax(x: torch.Tensor) -> torch.Tensor:
+    """The place of the greatest value over the last dimension, the first of equals.
+
+    x: [..., K] float32 / float16 / bfloat16. Returns int64 [...]: -1 where the greatest value is not finite or a value
+    is NaN, and for K = 0. No gradients. Raises ShapeError.
+    """
+    return cast(torch.Tensor, torch.ops.halfbyte.argmax(x))
 
 
 def swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:

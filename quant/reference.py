@@ -362,6 +362,14 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     return (weight * values.to(x.dtype)).contiguous()
 
 
+def argmax(x: torch.Tensor) -> torch.Tensor:
+    """torch's own, whose greatest value is NaN where there is one."""
+    if not x.shape[-1]:
+        return torch.full(x.shape[:-1], -1, device=x.device)
+    greatest, places = x.max(dim=-1)
+    return torch.where(torch.isfinite(greatest), places, -1)
+
+
 def swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
     """silu, rounded, times up."""
     values = gate.float()

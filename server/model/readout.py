@@ -20,6 +20,7 @@ from server.model.sampler import FAULTS, NONE_LEFT, NOT_FINITE, sample
 from server.model.transfer import on_device
 
 
+@torch.inference_mode()
 def read_logits(chunks: Sequence[Chunk], logits: torch.Tensor, result: StepResult) -> None:
     """Adds to `result` what these chunks' rows say; a row that is not finite becomes that request's error.
 

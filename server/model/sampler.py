@@ -16,6 +16,8 @@ from typing import Final
 
 import torch
 
+from quant import direct_rows, formats
+from quant.direct import is_direct
 from server.model.batch import Draw
 from server.model.edits import edit
 from server.model.filters import filters, leave_out
@@ -52,13 +54,21 @@ def sample(logits: torch.Tensor, draws: Sequence[Draw]) -> torch.Tensor:
     """
     if not draws:
         return logits.new_empty(0, dtype=torch.int64)
-    greatest, tokens = logits.max(dim=-1)
+    tokens = _greatest(logits)
     special = [row for row, draw in enumerate(draws) if draw.params.temperature > 0 or draw.history is not None]
     if special:
         rows = on_device(special, logits.device)
         chosen = _choose(logits.index_select(0, rows).float(), [draws[row] for row in special])
-        tokens = tokens.index_copy(0, rows, chosen)
-    return torch.where(torch.isfinite(greatest), tokens, NOT_FINITE)
+        tokens = torch.where(tokens == NOT_FINITE, tokens, tokens.index_copy(0, rows, chosen))
+    return tokens
+
+
+def _greatest(logits: torch.Tensor) -> torch.Tensor:
+    """The place of each row's largest logit, the first of equals; NOT_FINITE where that is not a finite number."""
+    if is_direct(logits) and logits.dtype in formats.VALUE_DTYPES:
+        return direct_rows.argmax(logits)  # which says -1 too
+    greatest, places = logits.max(dim=-1)
+    return torch.where(torch.isfinite(greatest), places, NOT_FINITE)
 
 
 def _choose(scores: torch.Tensor, draws: Sequence[Draw]) -> torch.Tensor:

@@ -455,6 +455,16 @@ void fuzz_rms_norm(Input& input) {
     judge(hb_rms_norm(&args), tensors);
 }
 
+void fuzz_argmax(Input& input) {
+    Tensors tensors(input);
+    auto args = start<hb_argmax_args>(input);
+    args.dtype = input.option(3), args.M = input.size(), args.K = input.size();
+    const __int128 count = args.M < 0 ? -1 : static_cast<__int128>(args.M) * args.K;
+    args.x = tensors.in<void>(count, element_bytes(args.dtype));
+    args.out = tensors.out<int64_t>(args.M, sizeof *args.out);
+    judge(hb_argmax(&args), tensors);
+}
+
 void fuzz_swiglu(Input& input) {
     Tensors tensors(input);
     auto args = start<hb_swiglu_args>(input);
@@ -534,26 +544,13 @@ void fuzz_table(Input& input) {
 
 extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
     static constexpr void (*kEntries[])(Input&) = {
-        fuzz_quantize4,
-        fuzz_encode4,
-        fuzz_search4,
-        fuzz_dequantize4,
-        fuzz_quantize_absmax,
-        fuzz_dequantize_absmax,
-        fuzz_linear4,
-        fuzz_quantize8,
-        fuzz_dequantize8,
-        fuzz_linear8,
-        fuzz_table,
-        fuzz_paged_attention,
-        fuzz_rms_norm,
-        fuzz_swiglu,
-        fuzz_rotary,
-        fuzz_linear4_int8,
-        fuzz_add,
-        fuzz_cache_write,
-        fuzz_linear4_experts,
-        fuzz_linear8_experts,
+        fuzz_quantize4,   fuzz_encode4,         fuzz_search4,
+        fuzz_dequantize4, fuzz_quantize_absmax, fuzz_dequantize_absmax,
+        fuzz_linear4,     fuzz_quantize8,       fuzz_dequantize8,
+        fuzz_linear8,     fuzz_table,           fuzz_paged_attention,
+        fuzz_rms_norm,    fuzz_argmax,          fuzz_swiglu,
+        fuzz_rotary,      fuzz_linear4_int8,    fuzz_add,
+        fuzz_cache_write, fuzz_linear4_experts, fuzz_linear8_experts,
     };
     Input input(data, size);
     kEntries[input.any<uint8_t>() % (sizeof kEntries / sizeof kEntries[0])](input);

@@ -23,6 +23,7 @@ struct Valid {
     alignas(64) int64_t offsets[3] = {0, 2, 3};
     alignas(64) int64_t starts[2] = {2, 0};
     alignas(64) int64_t ends[3] = {1, 1, 3};
+    alignas(64) int64_t places[4] = {};
 
     template <typename Args>
     Args with_workspace() {
@@ -102,6 +103,11 @@ struct Valid {
     hb_rms_norm_args rms_norm() {
         auto a = args_with<hb_rms_norm_args>();
         a.x = x, a.M = 3, a.K = 21, a.weight = absmax, a.eps = 1e-6, a.out = out;
+        return a;
+    }
+    hb_argmax_args argmax() {
+        auto a = args_with<hb_argmax_args>();
+        a.x = x, a.M = 3, a.K = 21, a.out = places;
         return a;
     }
     hb_swiglu_args swiglu() {
@@ -192,6 +198,7 @@ TEST(every_entry_refuses_a_bad_call) {
     REFUSED_CALLS(linear8_experts);
     REFUSED_CALLS(paged_attention);
     REFUSED_CALLS(rms_norm);
+    REFUSED_CALLS(argmax);
     REFUSED_CALLS(swiglu);
     REFUSED_CALLS(rotary);
     REFUSED_CALLS(add);
@@ -288,6 +295,8 @@ TEST(null_pointers_are_refused) {
     REFUSED(rms_norm, a.x = nullptr, HB_NULL_POINTER);
     REFUSED(rms_norm, a.weight = nullptr, HB_NULL_POINTER);
     REFUSED(rms_norm, a.out = nullptr, HB_NULL_POINTER);
+    REFUSED(argmax, a.x = nullptr, HB_NULL_POINTER);
+    REFUSED(argmax, a.out = nullptr, HB_NULL_POINTER);
     REFUSED(swiglu, a.gate = nullptr, HB_NULL_POINTER);
     REFUSED(swiglu, a.up = nullptr, HB_NULL_POINTER);
     REFUSED(swiglu, a.out = nullptr, HB_NULL_POINTER);
@@ -354,6 +363,9 @@ TEST(misaligned_pointers_are_refused) {
     REFUSED(rms_norm, a.x = shifted(a.x, 2), HB_MISALIGNED);
     REFUSED(rms_norm, (a.dtype = HB_FLOAT16, a.weight = shifted(a.weight)), HB_MISALIGNED);
     REFUSED(rms_norm, a.out = shifted(a.out), HB_MISALIGNED);
+    REFUSED(argmax, a.x = shifted(a.x, 2), HB_MISALIGNED);
+    REFUSED(argmax, (a.dtype = HB_FLOAT16, a.x = shifted(a.x)), HB_MISALIGNED);
+    REFUSED(argmax, a.out = shifted(a.out, 4), HB_MISALIGNED);
     REFUSED(swiglu, a.gate = shifted(a.gate, 2), HB_MISALIGNED);
     REFUSED(swiglu, (a.dtype = HB_BFLOAT16, a.up = shifted(a.up)), HB_MISALIGNED);
     REFUSED(swiglu, a.out = shifted(a.out, 3), HB_MISALIGNED);
@@ -432,6 +444,7 @@ TEST(options_of_attention_are_refused) {
     REFUSED(rms_norm, a.dtype = 3, HB_BAD_DTYPE);
     REFUSED(rms_norm, a.eps = -1e-6, HB_BAD_OPTION);
     REFUSED(rms_norm, a.eps = std::numeric_limits<double>::quiet_NaN(), HB_BAD_OPTION);
+    REFUSED(argmax, a.dtype = 3, HB_BAD_DTYPE);
     REFUSED(swiglu, a.dtype = -1, HB_BAD_DTYPE);
     REFUSED(rotary, a.dtype = 3, HB_BAD_DTYPE);
     REFUSED(add, a.dtype = 3, HB_BAD_DTYPE);
@@ -586,6 +599,9 @@ TEST(negative_and_huge_sizes_are_refused) {
         auto rms_norm = valid.rms_norm();
         rms_norm.K = size;
         EXPECT(hb_rms_norm(&rms_norm) == HB_BAD_SHAPE, "K %lld", static_cast<long long>(size));
+        auto argmax = valid.argmax();
+        argmax.M = size;
+        EXPECT(hb_argmax(&argmax) == HB_BAD_SHAPE, "M %lld", static_cast<long long>(size));
         auto swiglu = valid.swiglu();
         swiglu.n = size;
         EXPECT(hb_swiglu(&swiglu) == HB_BAD_SHAPE, "n %lld", static_cast<long long>(size));
@@ -713,6 +729,8 @@ TEST(sizes_together_overflow_nothing) {
     try_sizes(hb_dequantize8, args_with<Dequantize8>(7), {&Dequantize8::N, &Dequantize8::K});
     using Norm = hb_rms_norm_args;
     try_sizes(hb_rms_norm, args_with<Norm>(7), {&Norm::M, &Norm::K});
+    using Argmax = hb_argmax_args;
+    try_sizes(hb_argmax, args_with<Argmax>(7), {&Argmax::M, &Argmax::K});
     using Swiglu = hb_swiglu_args;
     try_sizes(hb_swiglu, args_with<Swiglu>(7), {&Swiglu::n});
     using Add = hb_add_args;
@@ -805,6 +823,9 @@ TEST(empty_tensors_need_no_pointers) {
     auto rms_norm = args_with<hb_rms_norm_args>();
     rms_norm.M = 7;
     EXPECT(hb_rms_norm(&rms_norm) == HB_OK, "K = 0");
+    auto argmax = args_with<hb_argmax_args>();
+    argmax.K = 7;
+    EXPECT(hb_argmax(&argmax) == HB_OK, "M = 0");
     auto swiglu = args_with<hb_swiglu_args>();
     EXPECT(hb_swiglu(&swiglu) == HB_OK, "n = 0");
     auto attention = args_with<hb_paged_attention_args>();

@@ -34,6 +34,52 @@ TEST(rms_norm_follows_its_definition) {
     }
 }
 
+TEST(argmax_is_the_first_of_the_greatest) {
+    const int64_t shapes[][2] = {{1, 1}, {3, 16}, {2, 33}, {5, 511}, {1, 513}, {7, 1025}, {70, 1030}};
+    for (const auto& [M, K] : shapes) {
+        std::vector<float> x = normal_values(M * K);
+        for (int i = 0; i < 3; ++i) x[static_cast<size_t>(any_of({0, M * K - 1, M * K / 2}))] = 5;  // equals, somewhere
+        std::vector<int64_t> out = poisoned<int64_t>(M);
+        auto args = args_with<hb_argmax_args>(any_of({1, 3}));
+        args.x = x.data(), args.M = M, args.K = K, args.out = out.data();
+        EXPECT(hb_argmax(&args) == HB_OK, "%d x %d", (int)M, (int)K);
+        for (int64_t row = 0; row < M; ++row) {
+            const auto begin = x.begin() + row * K;
+            const int64_t want = std::max_element(begin, begin + K) - begin;
+            EXPECT(out[static_cast<size_t>(row)] == want, "row %d of %d x %d", (int)row, (int)M, (int)K);
+        }
+    }
+}
+
+TEST(argmax_of_rows_without_one) {
+    const float infinity = std::numeric_limits<float>::infinity(), nan = std::nanf("");
+    const struct {
+        float x[3];
+        int64_t place;
+    } rows[] = {
+        {{0, infinity, 1}, -1},
+        {{-infinity, -infinity, -infinity}, -1},
+        {{-infinity, -3, -infinity}, 1},
+        {{0, nan, 1}, -1},
+        {{0, 2, -nan}, -1},
+        {{-1, -0.0f, 0}, 1},
+        {{0, -0.0f, -1}, 0},
+        {{-2, -1, -1}, 1},
+        {{std::numeric_limits<float>::denorm_min(), 0, 0}, 0},
+    };
+    for (const auto& row : rows) {
+        int64_t out = 7;
+        auto args = args_with<hb_argmax_args>();
+        args.x = row.x, args.M = 1, args.K = 3, args.out = &out;
+        EXPECT(hb_argmax(&args) == HB_OK && out == row.place, "%g, %g, %g: %d, not %d", row.x[0], row.x[1], row.x[2],
+               (int)out, (int)row.place);
+    }
+    int64_t empty[2] = {7, 7};
+    auto args = args_with<hb_argmax_args>();
+    args.M = 2, args.out = empty;
+    EXPECT(hb_argmax(&args) == HB_OK && empty[0] == -1 && empty[1] == -1, "rows of nothing");
+}
+
 TEST(swiglu_follows_its_definition) {
     for (const int64_t n : {1, 15, 511, 513, 70000}) {
         std::vector<float> gate = normal_values(n, 20.0f);

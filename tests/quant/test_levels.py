@@ -156,7 +156,7 @@ SMALL = """
 for dtype in formats.VALUE_DTYPES:
     for rows, size in ((1, 2), (3, 34), (5, 1030)):
         x, other = (torch.randn(rows, size, generator=generator).to(dtype) for _ in range(2))
-        update(ops.rms_norm(x, other[0], 1e-6), ops.swiglu(x * 4, other))
+        update(ops.rms_norm(x, other[0], 1e-6), ops.swiglu(x * 4, other), ops.argmax(x))
         query, key = (torch.randn(rows, heads, size, generator=generator).to(dtype) for heads in (3, 1))
         update(*ops.rotary(query, key, x, other))
         for store in formats.STORE_DTYPES:

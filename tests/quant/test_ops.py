@@ -54,6 +54,7 @@ def sample_arguments(name: str, generator: torch.Generator, dtype: torch.dtype =
         "paged_attention": [*paged.arguments(), 0.5, 3, 20.0, sinks, None],
         "paged_attention_int8": [*paged8.arguments(), 0.5, 3, 20.0, sinks, paged8.scales],
         "rms_norm": [x, torch.randn(33, generator=generator).to(dtype), 1e-6],
+        "argmax": [x],
         "swiglu": [x, x * 2],
         "rotary": [
             torch.randn(shape, generator=generator).to(dtype) for shape in [(3, 4, 6), (3, 2, 6), (3, 6), (3, 6)]
@@ -353,6 +354,8 @@ REFUSALS: list[tuple[str, int, Callable[[Any], Any], str]] = [
     ("rms_norm", 1, lambda w: w.half(), "weight has dtype torch.float16; it must be torch.float32"),
     ("rms_norm", 1, lambda w: w[1:], r"weight has shape \[32\]; it must be \[33\]"),
     ("rms_norm", 2, lambda _: -1.0, "eps is -1.0"),
+    ("argmax", 0, lambda x: x.double(), "x has dtype torch.float64"),
+    ("argmax", 0, lambda x: x[0, 0, 0], "x has no dimensions"),
     ("swiglu", 0, lambda g: g.int(), "gate has dtype torch.int32"),
     ("swiglu", 1, lambda u: u[1:], r"they must be alike"),
     ("swiglu", 1, lambda u: u.half(), r"up is torch.float16 \[2, 3, 33\]; they must be alike"),

@@ -103,6 +103,33 @@ def test_rms_norm_is_llamas(shape: tuple[int, ...], dtype: torch.dtype, generato
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", SHAPES)
+def test_argmax_is_torchs(shape: tuple[int, ...], dtype: torch.dtype, generator: torch.Generator) -> None:
+    """Of few values, so that equals are many; and of all bits that there are."""
+    few = torch.randint(-3, 3, shape, generator=generator).to(dtype)
+    hostile = operands.hostile_values(shape, dtype, generator)
+    values = torch.randn(shape, generator=generator).to(dtype)
+    for x in (few, -few.abs(), values, hostile, values * torch.where(values > 2, torch.nan, 1)):
+        found = ops.argmax(x)
+        assert torch.equal(found, reference.argmax(x)), x
+        if shape[-1]:
+            greatest, places = x.max(dim=-1)
+            assert torch.equal(found, torch.where(greatest.isfinite(), places, -1))
+        with torch.no_grad():
+            assert torch.equal(direct_rows.argmax(x), found)
+            assert torch.equal(direct_rows.argmax(torch.stack([x, x], dim=-1)[..., 0]), found)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_argmax_knows_every_number_of_16_bits(dtype: torch.dtype) -> None:
+    """Beside a number that is just smaller, as great or just greater."""
+    bits = torch.arange(1 << 16).to(torch.int16).view(dtype)
+    for other in (bits, bits.roll(1), bits.roll(-1), -bits):
+        x = torch.stack([other, bits], dim=1)
+        assert torch.equal(ops.argmax(x), reference.argmax(x))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES)
 def test_swiglu_is_torchs(shape: tuple[int, ...], dtype: torch.dtype, generator: torch.Generator) -> None:
     gate, up = ((torch.randn(shape, generator=generator) * size).to(dtype) for size in (6, 1))
     found = ops.swiglu(gate, up)
