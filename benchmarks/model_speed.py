@@ -92,7 +92,7 @@ import quant
 from quant.config import from_spec
 from server.memory import allocator
 from server.model.batch import Batch, Chunk, Draw
-from server.model.probe import choose_runner
+from server.model.probe import choose_runner, warm_up
 from server.records import ModelSpec, SamplingParams
 config = from_spec(options["quantization"], compute_dtype=torch.bfloat16)
 if options["head"] is not None:
@@ -103,6 +103,7 @@ allocator.keep_much()  # as an engine does
 spec = ModelSpec("m", path, max_batch_tokens=1024, batch_invariant=options.get("batch_invariant", False))
 quant.set_batch_invariant(spec.batch_invariant)
 runner = choose_runner(model, spec, blocks=1024, max_model_len=1024)
+warm_up(runner)
 greedy = lambda index: Draw(SamplingParams(max_tokens=1024, temperature=0.0), seed=0, index=index)
 blocks = lambda which: list(range(64 * which, 64 * which + 64))
 

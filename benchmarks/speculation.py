@@ -32,7 +32,7 @@ from server.engine.blocks import BlockPool
 from server.engine.loop import EngineLoop
 from server.engine.scheduler import Scheduler
 from server.model.batch import Runner
-from server.model.probe import choose_runner
+from server.model.probe import choose_runner, warm_up
 from server.records import Generate, ModelSpec, SamplingParams, Shutdown, StepReport, ToEngine
 
 BLOCKS: Final = 512
@@ -143,6 +143,7 @@ def main() -> None:
         )
         spec = ModelSpec("m", str(checkpoint), max_batch_tokens=STEP_TOKENS)
         runner = choose_runner(model, spec, blocks=BLOCKS, max_model_len=LENGTH)
+        warm_up(runner)
         results = measure(runner, arguments.rounds)
     print(table(results))
     if not arguments.dry:

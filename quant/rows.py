@@ -53,7 +53,7 @@ def look_up_4bit(
     nested_blocksize: int,
     dtype: torch.dtype,
 ) -> torch.Tensor:
-    """embedding_4bit past torch's dispatcher, for calls that are direct (quant/direct.py)."""
+    """What embedding_4bit does. A direct call (quant/direct.py) comes here itself, past torch's dispatcher."""
     arguments.check_format(quant_type, blocksize)
     arguments.check_value_dtype(dtype)
     arguments.check_statistics(packed, absmax, blocksize, rows * columns, nested_absmax, offset, nested_blocksize)

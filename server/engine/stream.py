@@ -46,14 +46,15 @@ class OutputStream:
         self.tokens = 0
         self._forget = forget
         self._metrics = metrics
-        self._outputs: asyncio.Queue[SequenceOutput | ServerError] = asyncio.Queue()
+        self._outputs: asyncio.Queue[SequenceOutput | ServerError | None] = asyncio.Queue()
+        """None wakes who waits when the time is up."""
         self._prompt_tokens = prompt_tokens
         self._origin = origin or Origin()
         self._first_token: float | None = None
         self._last_token = 0.0
         self._reason: FinishReason | None = None
         self._closed = False
-        self._late: DeadlineExceededError | None = None
+        self._is_late = False
         self._alarm: asyncio.TimerHandle | None = None
         if deadline is not None:
             self._alarm = asyncio.get_running_loop().call_at(deadline + LATE_SECONDS, self._time_is_up)
@@ -83,19 +84,20 @@ class OutputStream:
         """Not for longer than the deadline and what an engine may take to say that it has come: a stuck one doesn't,
         and who reads slowly holds the place of another.
         """
-        output = await self._outputs.get() if self._late is None else self._late
-        if self._late is None:
+        output = None if self._outputs.empty() and self._is_late else await self._outputs.get()
+        if output is not None and not self._is_late:
             return output
         self.close("timeout")
-        raise self._late
+        words = f"not all of its {self.tokens} tokens have been read"
+        if output is None and self._outputs.empty():
+            words = f"with {self.tokens} tokens generated, and the engine has not answered since"
+        raise DeadlineExceededError(f"the request's time was up {LATE_SECONDS:.3g} seconds ago, {words}")
 
     def _time_is_up(self) -> None:
         """One timer for all outputs: of each, it would cost more than what is done with it."""
-        words = f"with {self.tokens} tokens generated, and the engine has not answered since"
-        if not self._outputs.empty():
-            words = f"not all of its {self.tokens} tokens have been read"
-        self._late = DeadlineExceededError(f"the request's time was up {LATE_SECONDS:.3g} seconds ago, {words}")
-        self._outputs.put_nowait(self._late)  # wakes who waits
+        self._is_late = True
+        if self._outputs.empty():
+            self._outputs.put_nowait(None)
 
     def deliver(self, output: SequenceOutput | ServerError) -> None:
         """Called by the client as outputs arrive; times are taken here, however late the consumer is."""

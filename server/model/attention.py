@@ -166,7 +166,7 @@ class PagedBatch:
     tables: Tables | None = None
     """Of the segments, where the slots are; made where none are given."""
     is_sealed: bool = False
-    """Whether fused layers are known to be what they were when they were last called with as many rows."""
+    """Whether nobody changes a layer any more, nor what is done between two of them."""
     calls: int = 0
     _tables: dict[torch.device, Tables] = field(default_factory=dict)
     _direct: DirectAttention | None = None

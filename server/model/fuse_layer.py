@@ -100,6 +100,8 @@ class _Group(LayerRun):
     def __init__(self, layers: list[FusedLayer], chains: list[LayerChain]) -> None:
         super().__init__(chains)
         self.layers = layers
+        self.is_sealed = False
+        """Whether it was found good while nobody changes any layer: then it stays so."""
         self._last: _State = layers[-1].__dict__["_state"]
         self._unchanged = Unchanged(*layers, are_roots_called=False)
         self._own = [vars(layer) for layer in layers]
@@ -181,8 +183,11 @@ def _group_from(layer: FusedLayer, hidden_states: torch.Tensor, context: PagedBa
     key = _key_of(hidden_states.shape[1])
     state: _State | None = layer.__dict__.get("_state")
     known = None if state is None or state.dtype is not hidden_states.dtype else state.groups.pop(key, None)
-    is_good = known is not None and (context.is_sealed or known.is_good())
-    group = known if is_good else _gathered(layer, hidden_states, key, known)
+    if known is not None and (known.is_sealed or known.is_good()):
+        group: _Group | None = known
+        known.is_sealed = context.is_sealed
+    else:
+        group = _gathered(layer, hidden_states, key, known)
     if group is not None:
         _keep_last(layer.__dict__["_state"].groups, key, group)
     return group

@@ -19,6 +19,7 @@ import numpy.typing as npt
 import torch
 
 from quant import native
+from server.memory.workspace import ROWS_PER_TOKEN, most_tables, table_sizes
 from server.model.attention import CONTEXT_ARGUMENT, Context, PagedBatch, Segment, Tables
 from server.model.batch import FIXED_ROWS, FIXED_ROWS_ON_TILES, Batch, Chunk, StepError, StepResult
 from server.model.graphs import Graphs, Recorder, SingleRows, Size
@@ -64,9 +65,8 @@ class PagedRunner:
         self._steadied: AbstractContextManager[object] = Steady() if batch_invariant else nullcontext()
         self._most_blocks = -(-max_model_len // cache.block_tokens)
         self._most_single = min(max_sequences, max_batch_tokens)
-        self._rows = StepBuffer(3 * max_batch_tokens, self.device)  # token ids, positions, slots
-        # Tables of blocks, behind them where each sequence's rows begin and end and at which position.
-        self._tables = StepBuffer(max_sequences * (self._most_blocks + 2) + 1, self.device)
+        self._rows = StepBuffer(ROWS_PER_TOKEN * max_batch_tokens, self.device)  # token ids, positions, slots
+        self._tables = StepBuffer(most_tables(max_sequences, self._most_blocks), self.device)
         self._recorded: _Recorded | None = None
         self.shortcut: Shortcut | None = None
         """The model's parts alone, where they have been proven to be all of it."""
@@ -88,7 +88,7 @@ class PagedRunner:
         """Nothing to forget: what a sequence left is in its blocks, and the scheduler knows who may read them."""
 
     def seal(self) -> None:
-        """From now on nobody changes the model's modules. In a step it is not asked again whether they still are what
+        """From now on nobody changes the model's modules. It is not asked in every step whether they still are what
         addresses were taken from, which takes as long as ten small kernels."""
         self._is_sealed = True
 
@@ -203,7 +203,7 @@ class PagedRunner:
         ends = np.cumsum(counts)
         total, more = int(ends[-1]), rows - int(ends[-1])
         sequences = len(chunks) + more
-        tables, offsets, first = self._tables.parts_on_host(*_table_sizes(sequences, size.width))
+        tables, offsets, first = self._tables.parts_on_host(*table_sizes(sequences, size.width))
         tables = tables.reshape(sequences, size.width)
         for index, chunk in enumerate(chunks):
             tables[index, : len(chunk.blocks)] = chunk.blocks
@@ -218,14 +218,14 @@ class PagedRunner:
                 filled[total:] = filled[total - 1]
             tables[len(chunks) :] = tables[len(chunks) - 1]
         self._rows.send(3 * rows)
-        self._tables.send(sum(_table_sizes(sequences, size.width)))
+        self._tables.send(sum(table_sizes(sequences, size.width)))
         found: list[int] = ends.tolist()
         return found
 
     def _context(self, batch: Batch, ends: list[int], slots: torch.Tensor, width: int, wanted: list[int]) -> PagedBatch:
         """The attention's context of a batch that has been sent with tables of this width."""
         sequences = len(batch.chunks)
-        flat, offsets, starts = self._tables.parts_on_device(*_table_sizes(sequences, width))
+        flat, offsets, starts = self._tables.parts_on_device(*table_sizes(sequences, width))
         blocks = flat.view(sequences, width)
         segments = [
             Segment(end - len(chunk.tokens), len(chunk.tokens), chunk.start, row)
@@ -246,11 +246,6 @@ def _look_for_no_padding(model: PreTrainedModel) -> None:
 def _wanted_rows(batch: Batch, ends: list[int]) -> list[int]:
     """Rows whose logits are wanted; they are the last ones of each chunk, which end there."""
     return [row for end, chunk in zip(ends, batch.chunks, strict=True) for row in range(end - chunk.wanted, end)]
-
-
-def _table_sizes(sequences: int, width: int) -> tuple[int, int, int]:
-    """Of the parts that are sent of so many sequences' tables: blocks, offsets, starts."""
-    return sequences * width, sequences + 1, sequences
 
 
 def _fixed_rows(cache: PagedCache) -> int | None:

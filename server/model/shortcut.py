@@ -14,6 +14,7 @@ together (fuse_layer.py).
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from itertools import chain
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
@@ -32,6 +33,8 @@ if TYPE_CHECKING:
 
 _SEED: Final = 23
 
+log = logging.getLogger(__name__)
+
 
 class Shortcut:
     """The parts of a model, and what is around them: modules that do nothing but call others."""
@@ -40,7 +43,8 @@ class Shortcut:
         """`parts` in the order of their calls; `around` from within to the model itself."""
         self._embedding, self._rotary, *self._layers, self._norm, self._head = parts
         self._not_to_be_seen = [*around, self._norm]
-        owners = [module for module in around[-1].modules() if not set(parts).isdisjoint(module.children())]
+        kept = {*parts, *around}
+        owners = [module for module in around[-1].modules() if not kept.isdisjoint(module.children())]
         self._held = [(owner, list(owner._modules.values())) for owner in owners]
 
     def is_good(self) -> bool:
@@ -76,6 +80,15 @@ class Shortcut:
 
 def find_shortcut(runner: PagedRunner, proof: Proof) -> Shortcut | None:
     """Lets a runner take its model by its parts alone, where that is proven; what it takes."""
+    try:
+        runner.shortcut = _proven(runner, proof)
+    except Exception as error:  # whatever it is, the model can be called as it is
+        log.info("what was raised while a shortcut was looked for", exc_info=error)
+        runner.shortcut = None
+    return runner.shortcut
+
+
+def _proven(runner: PagedRunner, proof: Proof) -> Shortcut | None:
     calls: list[_Call] = []
 
     def watch(*call: Any) -> Any:
@@ -91,12 +104,11 @@ def find_shortcut(runner: PagedRunner, proof: Proof) -> Shortcut | None:
         for hook in hooks:
             hook.remove()
     found = _found_in(calls)
-    if found is not None:
-        expected = runner.logits(proof.batch).clone()
-        runner.shortcut = found
-        if not torch.equal(runner.logits(proof.batch), expected):
-            runner.shortcut = None
-    return runner.shortcut
+    if found is None:
+        return None
+    expected = runner.logits(proof.batch).clone()
+    runner.shortcut = found
+    return found if torch.equal(runner.logits(proof.batch), expected) else None
 
 
 class _Call(NamedTuple):
@@ -130,7 +142,8 @@ def _found_in(calls: Sequence[_Call]) -> Shortcut | None:
     """The shortcut of a model whose modules were called like this, in the order in which the calls ended."""
     layers = [call for call in calls if isinstance(call.module, FusedLayer)]
     parts, behind = calls[: len(layers) + 3], calls[len(layers) + 3 :]
-    if not layers or parts[2:-1] != layers or len(behind) < 2:
+    is_in_a_row = [id(call.module) for call in parts[2:-1]] == [id(call.module) for call in layers]
+    if not layers or not is_in_a_row or len(behind) < 2:
         return None
     embedding, rotary, *_, norm = parts
     *within, head, model = behind
@@ -154,7 +167,7 @@ def _is_straight(
         CONTEXT_ARGUMENT: context,
     }
     wanted = torch.tensor(context.wanted)
-    (rows,) = head.positional
+    rows = head.positional[0] if head.positional else None
     turned = (*rotary.positional, *rotary.named.values())
     return (
         embedding.got(ids)
@@ -163,6 +176,7 @@ def _is_straight(
         and turned[1] is positions
         and all(each.got(one.output, **given) for one, each in zip((embedding, *layers), layers, strict=False))
         and norm.got(layers[-1].output)
+        and isinstance(rows, torch.Tensor)
         and head.got(rows)
         and torch.equal(rows.view(torch.uint8), norm.output.index_select(1, wanted).view(torch.uint8))
         and model.output.logits is head.output

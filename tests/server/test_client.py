@@ -298,6 +298,40 @@ def test_a_deadline_holds_for_who_reads_slowly(monkeypatch: pytest.MonkeyPatch) 
     assert closed == [("r", True)]
 
 
+def test_a_stream_that_ends_in_time_leaves_no_timer() -> None:
+    async def test() -> None:
+        loop = asyncio.get_running_loop()
+        metrics = ModelMetrics(Metrics(), "m")
+        with OutputStream("r", 3, metrics, lambda *_: None, deadline=time.monotonic() + 100) as stream:
+            stream.deliver(SequenceOutput("r", (1,), finish_reason="length"))
+            assert [output.token_ids async for output in stream] == [(1,)]
+            assert stream._alarm is not None
+            assert stream._alarm.when() > loop.time() + 99
+        assert stream._alarm.cancelled()
+
+    asyncio.run(test())
+
+
+def test_who_reads_late_is_told_whether_the_engine_went_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    """At the time of reading, not at that of the deadline; and once."""
+    monkeypatch.setattr("server.engine.stream.LATE_SECONDS", 0.05)
+
+    async def test(later: int, sentence: str) -> None:
+        stream = OutputStream("r", 3, ModelMetrics(Metrics(), "m"), lambda *_: None, deadline=time.monotonic())
+        stream.deliver(SequenceOutput("r", (7,)))
+        await anext(stream)
+        await asyncio.sleep(0.2)
+        for token in range(later):
+            stream.deliver(SequenceOutput("r", (token,)))
+        with pytest.raises(DeadlineExceededError, match=sentence):
+            await anext(stream)
+        with pytest.raises(StopAsyncIteration):
+            await anext(stream)
+
+    asyncio.run(test(0, "with 1 tokens generated, and the engine has not answered since"))
+    asyncio.run(test(2, "not all of its 3 tokens have been read"))
+
+
 def test_a_deadline_holds_though_the_engine_hangs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("server.engine.stream.LATE_SECONDS", 0.1)
     monkeypatch.setattr("server.engine.client.SHUTDOWN_SECONDS", 0.2)

@@ -15,6 +15,7 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 import quant
 from quant import BitsAndBytesConfig, Linear4bit, Linear8bit
 from quant.chain import Chain, Run
+from quant.direct import WORKSPACE
 from server.model import fuse_layer, probe
 from server.model.attention import ATTENTION_NAME, register
 from server.model.batch import Batch, Chunk
@@ -275,6 +276,47 @@ def test_structs_are_pointed_anew_only_where_something_moved(
     pointed.clear()
     decode(9, 1, 2)
     assert not pointed
+
+
+def test_layers_whose_chains_are_of_different_times_run_together_again(runs: list[tuple[int, int]]) -> None:
+    """A step with more rows than any before replaces the buffers that rows are handed on in."""
+    model = packed("llama", CONFIGS["nf4-dq"])
+    runner = runner_of(model)
+    expected = step(runner)
+    second = fused_layers(model)[1]
+    hook = second.register_forward_hook(lambda *_: None)
+    assert torch.equal(step(runner), expected), "a chain for the second layer alone, which it keeps"
+    hook.remove()
+    runner.logits(Batch((Chunk("b", tuple(range(60)), 0, (2, 3, 4, 5), DRAW),)))
+    for layer in fused_layers(model)[:1]:
+        vars(layer).pop("_state")
+    runs.clear()
+    assert torch.equal(step(runner), expected)
+    assert torch.equal(step(runner), expected)
+    assert runs[-1] == (2, 3)
+
+
+def test_a_workspace_that_moved_is_pointed_to(runs: list[tuple[int, int]]) -> None:
+    runner = runner_of(packed("llama", CONFIGS["nf4-dq"]))
+    expected = step(runner)
+    for size in (1 << 20, 1 << 24):
+        WORKSPACE.at_least(size)
+        filler = torch.full((size,), 255, dtype=torch.uint8)
+        assert torch.equal(step(runner), expected)
+        assert filler.sum() == 255 * size
+    assert runs
+
+
+def test_what_wider_tables_left_is_not_read() -> None:
+    """The runner's buffer keeps the blocks, offsets and starts of steps before."""
+    runner = runner_of(packed("llama", CONFIGS["nf4-dq"]))
+    runner.logits(Batch((Chunk("a", (5, 77, 9), 0, (1,), DRAW), Chunk("b", (8, 3), 0, (2,), DRAW))))
+    both = Batch((Chunk("a", (6,), 3, (1,), DRAW), Chunk("b", (7,), 2, (2,), DRAW)))
+    expected = runner.logits(both).clone()
+    runner.logits(Batch((Chunk("c", tuple(range(60)), 0, (9, 10, 11, 12), DRAW), Chunk("d", (1,), 0, (13,), DRAW))))
+    assert torch.equal(runner.logits(both), expected)
+    wide = Batch((Chunk("a", (6,), 3, (1,), DRAW), Chunk("c", (61,), 60, (9, 10, 11, 12), DRAW)))
+    assert torch.equal(runner.logits(wide)[0], expected[0])
 
 
 def test_a_model_that_changes_its_ways_between_layers_is_stopped(runs: list[tuple[int, int]]) -> None:

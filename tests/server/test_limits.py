@@ -82,7 +82,7 @@ def test_only_a_message_that_nobody_takes_ends_a_stream(monkeypatch: pytest.Monk
     async def events() -> AsyncGenerator[dict[str, Any], None]:
         for number in range(20):
             await asyncio.sleep(0.05)
-            yield {"number": number}
+            yield {"number": number, "text": 'a "é"\n\x01', "logprob": -0.125}
 
     async def send(message: Any) -> None:
         sent.append(message.get("body", b""))
@@ -101,7 +101,7 @@ def test_only_a_message_that_nobody_takes_ends_a_stream(monkeypatch: pytest.Monk
         return asyncio.get_running_loop().time() - since
 
     assert 0.25 < asyncio.run(test()) < 2
-    assert sent[1] == b'data: {"number":0}\n\n'
+    assert sent[1] == 'data: {"number":0,"text":"a \\"é\\"\\n\\u0001","logprob":-0.125}\n\n'.encode()
     assert len(sent) == 15
 
 

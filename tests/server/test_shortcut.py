@@ -12,14 +12,16 @@ from torch import nn
 
 from quant import BitsAndBytesConfig
 from quant.unchanged import Unchanged
+from server.memory.workspace import workspace_bytes
 from server.model import fuse_layer, probe
 from server.model.batch import Batch, Chunk, Score
 from server.model.probe import warm_up
 from server.model.proof import Proof
 from server.model.runner import PagedRunner
 from server.model.shortcut import Shortcut, find_shortcut
+from server.records import ModelSpec
 from tests.server.test_fuse_attention import DRAW, runner_of
-from tests.server.test_fuse_layer import CONFIGS, packed
+from tests.server.test_fuse_layer import CONFIGS, packed, runs  # noqa: F401
 from tests.server.test_last_layer import LONG, steps
 from tests.tiny_models import tiny_model
 
@@ -200,6 +202,16 @@ def around_layers(model: Any, detour: Callable[..., torch.Tensor], monkeypatch: 
     model.model.layers = Layers(model.model.layers)
 
 
+def before_norm(model: Any, detour: Callable[..., torch.Tensor], monkeypatch: pytest.MonkeyPatch) -> None:
+    class Layers(nn.ModuleList):
+        def __getitem__(self, which: Any) -> Any:
+            if isinstance(which, slice):
+                return [lambda x, **named: detour(self[1](self[0](x, **named), **named))]
+            return super().__getitem__(which)
+
+    model.model.layers = Layers(model.model.layers)
+
+
 def behind_norm(model: Any, detour: Callable[..., torch.Tensor], monkeypatch: pytest.MonkeyPatch) -> None:
     original = type(model.model).forward
 
@@ -223,7 +235,9 @@ def behind_head(model: Any, detour: Callable[..., torch.Tensor], monkeypatch: py
 
 
 @pytest.mark.parametrize("detour", [more, mostly_nothing], ids=lambda x: x.__name__)
-@pytest.mark.parametrize("where", [around_embedding, around_layers, behind_norm, behind_head], ids=lambda x: x.__name__)
+@pytest.mark.parametrize(
+    "where", [around_embedding, around_layers, before_norm, behind_norm, behind_head], ids=lambda x: x.__name__
+)
 def test_a_model_that_does_more_is_called_itself(
     where: Callable[..., None], detour: Callable[..., torch.Tensor], monkeypatch: pytest.MonkeyPatch, taken: list[int]
 ) -> None:
@@ -244,6 +258,16 @@ def test_a_model_whose_parts_alone_give_other_bits_is_called_itself(monkeypatch:
     runner.shortcut = None
     assert find_shortcut(runner, proof) is None
     assert runner.shortcut is None
+
+
+def test_a_model_whose_parts_cannot_be_called_alone_is_called_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    def call(*_: Any) -> torch.Tensor:
+        raise TypeError("unexpected")
+
+    monkeypatch.setattr(Shortcut, "__call__", call)
+    runner = runner_of(packed("llama", CONFIGS["nf4-dq"]))
+    assert runner.shortcut is None
+    assert all(logits.isfinite().all() for logits in all_logits(runner))
 
 
 def test_a_runner_that_is_sealed_asks_no_more(monkeypatch: pytest.MonkeyPatch, taken: list[int]) -> None:
@@ -267,3 +291,62 @@ def test_a_runner_that_is_sealed_asks_no_more(monkeypatch: pytest.MonkeyPatch, t
     assert all(map(torch.equal, all_logits(runner), expected))
     assert not asked
     assert len(taken) == len(steps())
+
+
+@pytest.mark.parametrize("has_shortcut", [True, False])
+def test_a_sealed_runner_computes_all_layers_in_one_run(
+    has_shortcut: bool,
+    runs: list[tuple[int, int]],  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """For every number of rows: also those of the steps in which it was learnt who follows whom, and was watched."""
+    monkeypatch.setattr(probe, "find_last_layer", lambda *_: None)
+    model = packed("llama", CONFIGS["nf4-dq"])
+    if not has_shortcut:
+        behind_head(model, more, monkeypatch)
+    runner = runner_of(model)
+    assert (runner.shortcut is not None) == has_shortcut
+    warm_up(runner)
+    for _ in range(2):
+        runs.clear()
+        for rows in range(1, 17):
+            runner.logits(Batch((Chunk("a", LONG[:rows], 0, (1,), DRAW),)))
+        assert runs == [(2, rows) for rows in range(1, 17)]
+
+
+@pytest.mark.parametrize("how", ["by name", "two arguments", "a function"])
+def test_a_model_that_calls_its_parts_otherwise_is_served(how: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model: Any = packed("llama", CONFIGS["nf4-dq"])
+
+    class Head(nn.Linear):
+        def forward(self, x: torch.Tensor, *_: Any) -> torch.Tensor:
+            return super().forward(x)
+
+    def forward(self: Any, logits_to_keep: Any = 0, **named: Any) -> Any:
+        output = self.model(**named)
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        x = output.last_hidden_state[:, kept]
+        if how == "by name":
+            output.logits = self.lm_head(x=x)
+        elif how == "two arguments":
+            output.logits = self.lm_head(x, 1)
+        else:
+            output.logits = nn.functional.linear(x, self.lm_head.weight)
+        return output
+
+    model.lm_head.__class__ = Head
+    monkeypatch.setattr(type(model), "forward", forward)
+    runner = runner_of(model)
+    assert runner.shortcut is None
+    assert all(logits.isfinite().all() for logits in all_logits(runner))
+
+
+def test_one_sequence_of_few_tokens_is_proven_and_served() -> None:
+    """Its tables are smaller than those of the proof, which has two."""
+    spec = ModelSpec("m", "", max_batch_tokens=64, max_sequences=1)
+    for length in (16, 32, 48, 64):
+        runner = probe.choose_runner(tiny_model("llama"), spec, blocks=8, max_model_len=length)
+        assert isinstance(runner, PagedRunner)
+        assert runner.logits(Batch((Chunk("a", LONG[:9], 0, (1,), DRAW),))).isfinite().all()
+        buffers = sum(tensor.nbytes for tensor in {id(tensor): tensor for tensor in runner.buffers}.values())
+        assert buffers == workspace_bytes(64, 1, length)
