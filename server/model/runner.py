@@ -12,6 +12,7 @@ import inspect
 import math
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from itertools import accumulate
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -296,7 +297,8 @@ class StepBuffer:
 
     def parts_on_host(self, *sizes: int) -> list[npt.NDArray[np.int64]]:
         """The same of several pieces, one behind the other."""
-        return np.split(self.on_host(sum(sizes)), np.cumsum(sizes)[:-1])
+        whole, ends = self.on_host(sum(sizes)), accumulate(sizes)
+        return [whole[end - size : end] for size, end in zip(sizes, ends, strict=True)]
 
     def parts_on_device(self, *sizes: int) -> tuple[torch.Tensor, ...]:
         return torch.split(self.on_device(sum(sizes)), list(sizes))

@@ -58,7 +58,7 @@ class Shortcut:
     def __call__(
         self, ids: torch.Tensor, positions: torch.Tensor, context: PagedBatch, wanted: torch.Tensor
     ) -> torch.Tensor:
-        """ids and positions [1, T], wanted int64 [W] -> these rows' logits [W, vocabulary]."""
+        """ids and positions [1, T], wanted int64 [W], ascending -> these rows' logits [W, vocabulary]."""
         x = self._embedding(ids)
         given = {
             "attention_mask": None,
@@ -74,7 +74,8 @@ class Shortcut:
             if ahead and ahead == self._layers[place : place + len(ahead)]:
                 context.computed = ()  # they would hand on what they are given, and nobody looks at them
                 place += len(ahead)
-        logits: torch.Tensor = self._head(self._norm(x.index_select(1, wanted)))
+        rows = x if len(wanted) == x.shape[1] else x.index_select(1, wanted)
+        logits: torch.Tensor = self._head(self._norm(rows))
         return logits[0]
 
 
