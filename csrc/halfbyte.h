@@ -384,7 +384,7 @@ typedef struct hb_rms_norm_args {
 HB_API hb_status hb_rms_norm(const hb_rms_norm_args* args);
 
 /* The first of the greatest values of each row, or -1 where that is not finite or a value is NaN, and for an empty row.
- * In libhalfbyte_cpu.so alone. */
+ * CPU only. */
 typedef struct hb_argmax_args {
     hb_call call;
     const void* x; /* [M, K] */

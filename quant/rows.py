@@ -60,7 +60,9 @@ def look_up_4bit(
     flat = _checked(ids, rows, packed)
     kernels: Any = native.kernels("cpu") if is_direct(flat) and packed.is_cpu else ops
     in_row = columns // blocksize
-    if columns % blocksize == 0 and (nested_absmax is None or nested_blocksize % in_row == 0):  # a group has whole rows
+    if (
+        columns and columns % blocksize == 0 and (nested_absmax is None or nested_blocksize % in_row == 0)
+    ):  # a group has whole rows
         own = absmax.view(rows, in_row).index_select(0, flat).view(-1)
         if nested_absmax is not None:
             groups = nested_absmax.index_select(0, flat // (nested_blocksize // in_row))

@@ -10,7 +10,8 @@ _INDEX_BYTES: Final = 8
 ROWS_PER_TOKEN: Final = 3
 """Numbers of a token: its id, its position, its cache slot."""
 PROOF_SEQUENCES: Final = 2
-"""Sequences side by side in the steps that a model is proven with (server/model/proof.py), however few are served."""
+PROOF_TOKENS: Final = 14
+"""Of the largest step that a model is proven with (server/model/proof.py), however few are served."""
 
 
 def table_sizes(sequences: int, width: int) -> tuple[int, int, int]:
@@ -18,6 +19,11 @@ def table_sizes(sequences: int, width: int) -> tuple[int, int, int]:
     one's end, at which position each begins.
     """
     return sequences * width, sequences + 1, sequences
+
+
+def most_rows(max_batch_tokens: int) -> int:
+    """Numbers of the largest step's tokens."""
+    return ROWS_PER_TOKEN * max(max_batch_tokens, PROOF_TOKENS)
 
 
 def most_tables(max_sequences: int, most_blocks: int) -> int:
@@ -28,4 +34,4 @@ def most_tables(max_sequences: int, most_blocks: int) -> int:
 def workspace_bytes(max_batch_tokens: int, max_sequences: int, max_model_len: int) -> int:
     """All of it, in int64."""
     tables = most_tables(max_sequences, -(-max_model_len // KV_BLOCK_TOKENS))
-    return _INDEX_BYTES * (ROWS_PER_TOKEN * max_batch_tokens + tables)
+    return _INDEX_BYTES * (most_rows(max_batch_tokens) + tables)

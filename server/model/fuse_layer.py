@@ -183,11 +183,10 @@ def _group_from(layer: FusedLayer, hidden_states: torch.Tensor, context: PagedBa
     key = _key_of(hidden_states.shape[1])
     state: _State | None = layer.__dict__.get("_state")
     known = None if state is None or state.dtype is not hidden_states.dtype else state.groups.pop(key, None)
-    if known is not None and (known.is_sealed or known.is_good()):
-        group: _Group | None = known
-        known.is_sealed = context.is_sealed
-    else:
-        group = _gathered(layer, hidden_states, key, known)
+    is_good = known is not None and ((known.is_sealed and context.is_sealed) or known.is_good())
+    group = known if is_good else _gathered(layer, hidden_states, key, known)
+    if group is not None and group is known:
+        group.is_sealed = context.is_sealed
     if group is not None:
         _keep_last(layer.__dict__["_state"].groups, key, group)
     return group

@@ -20,7 +20,7 @@ import numpy.typing as npt
 import torch
 
 from quant import native
-from server.memory.workspace import ROWS_PER_TOKEN, most_tables, table_sizes
+from server.memory.workspace import ROWS_PER_TOKEN, most_rows, most_tables, table_sizes
 from server.model.attention import CONTEXT_ARGUMENT, Context, PagedBatch, Segment, Tables
 from server.model.batch import FIXED_ROWS, FIXED_ROWS_ON_TILES, Batch, Chunk, StepError, StepResult
 from server.model.graphs import Graphs, Recorder, SingleRows, Size
@@ -66,7 +66,7 @@ class PagedRunner:
         self._steadied: AbstractContextManager[object] = Steady() if batch_invariant else nullcontext()
         self._most_blocks = -(-max_model_len // cache.block_tokens)
         self._most_single = min(max_sequences, max_batch_tokens)
-        self._rows = StepBuffer(ROWS_PER_TOKEN * max_batch_tokens, self.device)  # token ids, positions, slots
+        self._rows = StepBuffer(most_rows(max_batch_tokens), self.device)  # token ids, positions, slots
         self._tables = StepBuffer(most_tables(max_sequences, self._most_blocks), self.device)
         self._recorded: _Recorded | None = None
         self.shortcut: Shortcut | None = None
@@ -133,7 +133,7 @@ class PagedRunner:
 
     def _call(self, offsets: torch.Tensor, size: Size) -> torch.Tensor:
         """The logits of as many single rows as the buffers have."""
-        ids, positions, slots = self._rows.on_device(3, size.rows)
+        ids, positions, slots = self._rows.on_device(ROWS_PER_TOKEN, size.rows)
         tables = Tables(self._tables.on_device(size.rows, size.width), offsets[: size.rows + 1], positions)
         return self._forward(ids, positions, SingleRows(self.cache, slots, tables))
 
@@ -160,7 +160,7 @@ class PagedRunner:
             if size is not None:
                 return self._replayed(self._recorded, batch, size)
         ends = self._send(batch, Size(widest, batch.tokens))
-        ids, positions, slots = self._rows.on_device(3, batch.tokens)
+        ids, positions, slots = self._rows.on_device(ROWS_PER_TOKEN, batch.tokens)
         kept = _wanted_rows(batch, ends)
         # One row at least: an empty product would ask every layer's kernel about a case nobody needs.
         wanted = on_device(kept or [0], self.device)
@@ -209,7 +209,7 @@ class PagedRunner:
         for index, chunk in enumerate(chunks):
             tables[index, : len(chunk.blocks)] = chunk.blocks
         offsets[0], offsets[1 : len(chunks) + 1], first[: len(chunks)] = 0, ends, starts
-        ids, positions, slots = self._rows.on_host(3, rows)
+        ids, positions, slots = self._rows.on_host(ROWS_PER_TOKEN, rows)
         ids[:total] = [token for chunk in chunks for token in chunk.tokens]
         positions[:total] = np.arange(total) + np.repeat(starts - (ends - counts), counts)
         own = tables[np.repeat(np.arange(len(chunks)), counts), positions[:total] // block_tokens]
@@ -218,7 +218,7 @@ class PagedRunner:
             for filled in (ids, positions, slots):
                 filled[total:] = filled[total - 1]
             tables[len(chunks) :] = tables[len(chunks) - 1]
-        self._rows.send(3 * rows)
+        self._rows.send(ROWS_PER_TOKEN * rows)
         self._tables.send(sum(table_sizes(sequences, size.width)))
         found: list[int] = ends.tolist()
         return found

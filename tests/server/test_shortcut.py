@@ -12,9 +12,10 @@ from torch import nn
 
 from quant import BitsAndBytesConfig
 from quant.unchanged import Unchanged
-from server.memory.workspace import workspace_bytes
+from server.memory.workspace import PROOF_SEQUENCES, PROOF_TOKENS, workspace_bytes
 from server.model import fuse_layer, probe
 from server.model.batch import Batch, Chunk, Score
+from server.model.fuse_layer import _Group
 from server.model.probe import warm_up
 from server.model.proof import Proof
 from server.model.runner import PagedRunner
@@ -314,6 +315,35 @@ def test_a_sealed_runner_computes_all_layers_in_one_run(
         assert runs == [(2, rows) for rows in range(1, 17)]
 
 
+def test_what_one_runner_knows_another_asks() -> None:
+    """A runner that is sealed speaks for itself."""
+    model: Any = packed("llama", CONFIGS["nf4-dq"])
+    runner = runner_of(model)
+    warm_up(runner)
+    batch = Batch((Chunk("a", LONG[:9], 0, (1,), DRAW),))
+    before = [runner.logits(batch).clone() for _ in range(3)]
+    down = model.model.layers[1].mlp.down_proj
+    down.quantize(torch.randn(down.matrix_shape).bfloat16() * 0.3)
+    other = PagedRunner(model, runner.cache, max_batch_tokens=64, max_sequences=4, max_model_len=64)
+    assert not torch.equal(other.logits(batch), before[0])
+
+
+def test_layers_before_one_that_has_no_chain_are_not_asked_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor do they take the one behind them for a follower that is missing."""
+    config = CONFIGS["nf4-dq"]
+    model: Any = packed("llama", config)
+    other: Any = tiny_model("llama").to(torch.bfloat16)
+    model.model.layers[1].mlp.down_proj = other.model.layers[1].mlp.down_proj
+    runner = runner_of(model)
+    warm_up(runner)
+    expected = [all_logits(runner) for _ in range(3)][-1]
+    asked: list[tuple[nn.Module, ...]] = []
+    original = _Group.is_good
+    monkeypatch.setattr(_Group, "is_good", lambda self: asked.append(tuple(self.layers)) or original(self))
+    assert all(map(torch.equal, all_logits(runner), expected))
+    assert not asked
+
+
 @pytest.mark.parametrize("how", ["by name", "two arguments", "a function"])
 def test_a_model_that_calls_its_parts_otherwise_is_served(how: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model: Any = packed("llama", CONFIGS["nf4-dq"])
@@ -341,12 +371,16 @@ def test_a_model_that_calls_its_parts_otherwise_is_served(how: str, monkeypatch:
     assert all(logits.isfinite().all() for logits in all_logits(runner))
 
 
-def test_one_sequence_of_few_tokens_is_proven_and_served() -> None:
-    """Its tables are smaller than those of the proof, which has two."""
-    spec = ModelSpec("m", "", max_batch_tokens=64, max_sequences=1)
+@pytest.mark.parametrize("tokens", [1, 8, 13, 64])
+def test_one_sequence_in_small_steps_is_proven_and_served(tokens: int) -> None:
+    """Its tables and steps are smaller than those of the proof, which has two sequences."""
+    spec = ModelSpec("m", "", max_batch_tokens=tokens, max_sequences=1)
     for length in (16, 32, 48, 64):
-        runner = probe.choose_runner(tiny_model("llama"), spec, blocks=8, max_model_len=length)
+        model = tiny_model("llama")
+        proof = Proof.of(model, blocks=8, block_tokens=16, max_model_len=length)
+        assert (len(proof.batch.chunks), proof.batch.tokens) == (PROOF_SEQUENCES, PROOF_TOKENS)
+        runner = probe.choose_runner(model, spec, blocks=8, max_model_len=length)
         assert isinstance(runner, PagedRunner)
-        assert runner.logits(Batch((Chunk("a", LONG[:9], 0, (1,), DRAW),))).isfinite().all()
+        assert runner.logits(Batch((Chunk("a", LONG[:1], 0, (1,), DRAW),))).isfinite().all()
         buffers = sum(tensor.nbytes for tensor in {id(tensor): tensor for tensor in runner.buffers}.values())
-        assert buffers == workspace_bytes(64, 1, length)
+        assert buffers == workspace_bytes(tokens, 1, length)
