@@ -280,22 +280,20 @@ def check_stores(keys: torch.Tensor, values: torch.Tensor, scales: torch.Tensor 
     check_same_device("scales", scales, "keys", keys)
 
 
-def check_rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> None:
-    """Rows to normalise and their weight."""
+def check_rows(x: torch.Tensor) -> None:
+    """Rows of values, x [..., K]."""
     check_values("x", x)
     if x.dim() == 0:
         raise ShapeError("x has no dimensions; it must be [..., K].")
+
+
+def check_rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> None:
+    """Rows to normalise and their weight."""
+    check_rows(x)
     check_vector("weight", weight, x.dtype, x.shape[-1], "as x's last size")
     check_same_device("weight", weight, "x", x)
     if not 0 <= eps < math.inf:
         raise ShapeError(f"eps is {eps}; accepted are 0 and any positive number.")
-
-
-def check_argmax(x: torch.Tensor) -> None:
-    """Rows of values."""
-    check_values("x", x)
-    if x.dim() == 0:
-        raise ShapeError("x has no dimensions; it must be [..., K].")
 
 
 def check_swiglu(gate: torch.Tensor, up: torch.Tensor) -> None:

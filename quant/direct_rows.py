@@ -40,7 +40,7 @@ def argmax(x: torch.Tensor) -> torch.Tensor:
     """ops.argmax with the same result. Raises ShapeError."""
     code = native.DTYPE_CODES.get(x.dtype)
     if code is None or x.dim() == 0:
-        arguments.check_argmax(x)
+        arguments.check_rows(x)
     x = native.ready(x)
     out = x.new_empty(x.shape[:-1], dtype=torch.int64)
     entry, template = _entry("hb_argmax")

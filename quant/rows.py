@@ -16,8 +16,7 @@ from quant.direct import is_direct
 from quant.errors import ShapeError
 
 
-@torch.library.custom_op("halfbyte::embedding_4bit", mutates_args=())
-def embedding_4bit(
+def look_up_4bit(
     ids: torch.Tensor,
     packed: torch.Tensor,
     absmax: torch.Tensor,
@@ -33,36 +32,17 @@ def embedding_4bit(
     """ids int [...] -> values [..., columns] in `dtype`, bit for bit those of the dequantized table [rows, columns].
 
     packed: uint8 [ceil(rows columns / 2)]; absmax: float32 [B], or uint8 [B] with nested_absmax and offset. Raises
-    ShapeError; IndexError for an id beyond the table (on a GPU that is a device assertion).
+    ShapeError; IndexError for an id beyond the table (on a GPU that is a device assertion). Called by itself where the
+    call is direct (quant/direct.py), as the operator embedding_4bit elsewhere.
     """
-    return look_up_4bit(
-        ids, packed, absmax, quant_type, blocksize, rows, columns, nested_absmax, offset, nested_blocksize, dtype
-    )
-
-
-def look_up_4bit(
-    ids: torch.Tensor,
-    packed: torch.Tensor,
-    absmax: torch.Tensor,
-    quant_type: str,
-    blocksize: int,
-    rows: int,
-    columns: int,
-    nested_absmax: torch.Tensor | None,
-    offset: torch.Tensor | None,
-    nested_blocksize: int,
-    dtype: torch.dtype,
-) -> torch.Tensor:
-    """What embedding_4bit does. A direct call (quant/direct.py) comes here itself, past torch's dispatcher."""
     arguments.check_format(quant_type, blocksize)
     arguments.check_value_dtype(dtype)
     arguments.check_statistics(packed, absmax, blocksize, rows * columns, nested_absmax, offset, nested_blocksize)
     flat = _checked(ids, rows, packed)
     kernels: Any = native.kernels("cpu") if is_direct(flat) and packed.is_cpu else ops
     in_row = columns // blocksize
-    if (
-        columns and columns % blocksize == 0 and (nested_absmax is None or nested_blocksize % in_row == 0)
-    ):  # a group has whole rows
+    are_blocks_whole = columns > 0 and columns % blocksize == 0
+    if are_blocks_whole and (nested_absmax is None or nested_blocksize % in_row == 0):  # a group has whole rows
         own = absmax.view(rows, in_row).index_select(0, flat).view(-1)
         if nested_absmax is not None:
             groups = nested_absmax.index_select(0, flat // (nested_blocksize // in_row))
@@ -93,6 +73,9 @@ def look_up_4bit(
         place = (begin - first * blocksize)[:, None] + torch.arange(columns, device=flat.device)
         values = values.gather(1, place)
     return values.view(*ids.shape, columns)
+
+
+embedding_4bit = torch.library.custom_op("halfbyte::embedding_4bit", look_up_4bit, mutates_args=())
 
 
 @torch.library.custom_op("halfbyte::embedding_8bit", mutates_args=())

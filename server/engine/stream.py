@@ -84,7 +84,7 @@ class OutputStream:
         """Not for longer than the deadline and what an engine may take to say that it has come: a stuck one doesn't,
         and who reads slowly holds the place of another.
         """
-        output = None if self._outputs.empty() and self._is_late else await self._outputs.get()
+        output = await self._outputs.get()
         if output is not None and not self._is_late:
             return output
         self.close("timeout")

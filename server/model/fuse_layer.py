@@ -185,9 +185,8 @@ def _group_from(layer: FusedLayer, hidden_states: torch.Tensor, context: PagedBa
     known = None if state is None or state.dtype is not hidden_states.dtype else state.groups.pop(key, None)
     is_good = known is not None and ((known.is_sealed and context.is_sealed) or known.is_good())
     group = known if is_good else _gathered(layer, hidden_states, key, known)
-    if group is not None and group is known:
-        group.is_sealed = context.is_sealed
     if group is not None:
+        group.is_sealed = context.is_sealed and group is known
         _keep_last(layer.__dict__["_state"].groups, key, group)
     return group
 

@@ -8,6 +8,7 @@ when it is worth leaving something out (fuse_layer.py).
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -24,23 +25,15 @@ def find_last_layer(runner: PagedRunner, proof: Proof) -> FusedLayer | None:
     """Tells the model's last layer that it is the last, where it is fused and that is proven; the layer."""
     batch = proof.batch
     called: list[FusedLayer] = []
-    hooks = [
-        module.register_forward_pre_hook(lambda layer, _: called.append(layer))
-        for module in runner.model.modules()
-        if isinstance(module, FusedLayer)
-    ]
-    try:
+    with ExitStack() as hooks:
+        for module in runner.model.modules():
+            if isinstance(module, FusedLayer):
+                hooks.enter_context(module.register_forward_pre_hook(lambda layer, _: called.append(layer)))
         expected = runner.logits(batch).clone()
-    finally:
-        for hook in hooks:
-            hook.remove()
     if not called:
         return None
-    hook = called[-1].register_forward_hook(lambda *call: _without_unwanted(call[-1], batch))
-    try:
+    with called[-1].register_forward_hook(lambda *call: _without_unwanted(call[-1], batch)):
         found = runner.logits(batch)
-    finally:
-        hook.remove()
     if not torch.equal(found, expected):
         return None
     vars(called[-1])["_is_last"] = True

@@ -204,7 +204,8 @@ class PagedRunner:
         ends = np.cumsum(counts)
         total, more = int(ends[-1]), rows - int(ends[-1])
         sequences = len(chunks) + more
-        tables, offsets, first = self._tables.parts_on_host(*table_sizes(sequences, size.width))
+        sizes = table_sizes(sequences, size.width)
+        tables, offsets, first = self._tables.parts_on_host(*sizes)
         tables = tables.reshape(sequences, size.width)
         for index, chunk in enumerate(chunks):
             tables[index, : len(chunk.blocks)] = chunk.blocks
@@ -219,7 +220,7 @@ class PagedRunner:
                 filled[total:] = filled[total - 1]
             tables[len(chunks) :] = tables[len(chunks) - 1]
         self._rows.send(ROWS_PER_TOKEN * rows)
-        self._tables.send(sum(table_sizes(sequences, size.width)))
+        self._tables.send(sum(sizes))
         found: list[int] = ends.tolist()
         return found
 

@@ -16,7 +16,7 @@ from typing import Final
 
 import torch
 
-from quant import direct_rows, formats
+from quant import direct_rows, formats, reference
 from quant.direct import is_direct
 from server.model.batch import Draw
 from server.model.edits import edit
@@ -64,11 +64,11 @@ def sample(logits: torch.Tensor, draws: Sequence[Draw]) -> torch.Tensor:
 
 
 def _greatest(logits: torch.Tensor) -> torch.Tensor:
-    """The place of each row's largest logit, the first of equals; NOT_FINITE where that is not a finite number."""
+    """The place of each row's largest logit, the first of equals; NOT_FINITE, which argmax says too, where that is
+    not a finite number."""
     if is_direct(logits) and logits.dtype in formats.VALUE_DTYPES:
-        return direct_rows.argmax(logits)  # which says -1 too
-    greatest, places = logits.max(dim=-1)
-    return torch.where(torch.isfinite(greatest), places, NOT_FINITE)
+        return direct_rows.argmax(logits)
+    return reference.argmax(logits)
 
 
 def _choose(scores: torch.Tensor, draws: Sequence[Draw]) -> torch.Tensor:

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from itertools import chain
+from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 import torch
@@ -60,12 +60,7 @@ class Shortcut:
     ) -> torch.Tensor:
         """ids and positions [1, T], wanted int64 [W], ascending -> these rows' logits [W, vocabulary]."""
         x = self._embedding(ids)
-        given = {
-            "attention_mask": None,
-            "position_embeddings": self._rotary(x, positions),
-            "position_ids": positions,
-            CONTEXT_ARGUMENT: context,
-        }
+        given = _named(self._rotary(x, positions), positions, context)
         place = 0
         while place < len(self._layers):
             x = self._layers[place](x, **given)
@@ -77,6 +72,16 @@ class Shortcut:
         rows = x if len(wanted) == x.shape[1] else x.index_select(1, wanted)
         logits: torch.Tensor = self._head(self._norm(rows))
         return logits[0]
+
+
+def _named(angles: Any, positions: torch.Tensor, context: PagedBatch) -> dict[str, Any]:
+    """What each layer is given by name."""
+    return {
+        "attention_mask": None,
+        "position_embeddings": angles,
+        "position_ids": positions,
+        CONTEXT_ARGUMENT: context,
+    }
 
 
 def find_shortcut(runner: PagedRunner, proof: Proof) -> Shortcut | None:
@@ -98,12 +103,10 @@ def _proven(runner: PagedRunner, proof: Proof) -> Shortcut | None:
             calls[-1] = calls[-1]._replace(output=_any_bits(calls[-1].output))
         return calls[-1].output
 
-    hooks = [module.register_forward_hook(watch, with_kwargs=True) for module in _outside_layers(runner.model)]
-    try:
+    with ExitStack() as hooks:
+        for module in _outside_layers(runner.model):
+            hooks.enter_context(module.register_forward_hook(watch, with_kwargs=True))
         runner.logits(proof.batch)
-    finally:
-        for hook in hooks:
-            hook.remove()
     found = _found_in(calls)
     if found is None:
         return None
@@ -134,8 +137,8 @@ def _any_bits(x: torch.Tensor) -> torch.Tensor:
 
 def _outside_layers(model: nn.Module) -> list[nn.Module]:
     """All modules but those within fused layers."""
-    inside = {part for layer in model.modules() if isinstance(layer, FusedLayer) for part in layer.children()}
-    inside.update(chain.from_iterable(part.modules() for part in tuple(inside)))
+    layers = [module for module in model.modules() if isinstance(module, FusedLayer)]
+    inside = {part for layer in layers for part in layer.modules() if part is not layer}
     return [module for module in model.modules() if module not in inside]
 
 
@@ -161,12 +164,7 @@ def _is_straight(
 ) -> bool:
     """Whether each was given what the one before it gave, and the model gave what the head did."""
     ids, positions, context = (model.named[name] for name in ("input_ids", "position_ids", CONTEXT_ARGUMENT))
-    given = {
-        "attention_mask": None,
-        "position_embeddings": rotary.output,
-        "position_ids": positions,
-        CONTEXT_ARGUMENT: context,
-    }
+    given = _named(rotary.output, positions, context)
     wanted = torch.tensor(context.wanted)
     rows = head.positional[0] if head.positional else None
     turned = (*rotary.positional, *rotary.named.values())
