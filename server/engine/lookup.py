@@ -63,6 +63,8 @@ class Lookup:
 
     def learn(self, drawn: Sequence[int]) -> None:
         """Compares the last guess with the tokens that were drawn, as far as one can tell."""
+        if not self._guess:
+            return
         for guess, token in zip(self._guess, drawn, strict=False):
             self.rate += ((guess == token) - self.rate) / _MEMORY
             if guess != token:

@@ -147,8 +147,9 @@ class EngineLoop:
         passes = 0
         queued: list[float] = []
         if batch is not None:
-            arrivals = (self._arrived.pop(chunk.request_id, None) for chunk in batch.chunks)
-            queued = [started - arrival for arrival in arrivals if arrival is not None]
+            if self._arrived:
+                arrivals = (self._arrived.pop(chunk.request_id, None) for chunk in batch.chunks)
+                queued = [started - arrival for arrival in arrivals if arrival is not None]
             computed, passes = self._compute(batch)
             for output in computed:
                 if output.finish_reason is not None:

@@ -176,6 +176,7 @@ class Scheduler:
     def apply(self, batch: Batch, result: StepResult) -> list[SequenceOutput]:
         """Takes in what a step computed: sequences grow by their new token, and those that are done end."""
         outputs: list[SequenceOutput] = []
+        has_logprobs = bool(result.logprobs or result.prompt_logprobs)
         for chunk in batch.chunks:
             sequence = self._sequences[chunk.request_id]
             if chunk.request_id in result.errors:
@@ -184,7 +185,8 @@ class Scheduler:
                 continue
             sequence.scored += chunk.scored
             if chunk.draw is not None:
-                outputs.append(_with_logprobs(self._append(sequence, chunk, result.tokens[chunk.request_id]), result))
+                output = self._append(sequence, chunk, result.tokens[chunk.request_id])
+                outputs.append(_with_logprobs(output, result) if has_logprobs else output)
                 continue
             sequence.computed = chunk.end
             self._name_blocks(sequence)
@@ -198,11 +200,12 @@ class Scheduler:
 
     def _grow(self, sequence: Sequence) -> bool:
         """Sees to it that the sequence's blocks hold all its tokens; False where it was itself thrown out for that."""
-        if not sequence.blocks:
-            return False  # thrown out a moment ago, for an older one
-        needed = self.pool.blocks_for(len(sequence.tokens)) - len(sequence.blocks)
-        if needed <= 0:
+        held, length = len(sequence.blocks), len(sequence.tokens)
+        if held * self.pool.block_tokens >= length:
             return True
+        if not held:
+            return False  # thrown out a moment ago, for an older one
+        needed = self.pool.blocks_for(length) - held
         while needed > self.pool.free:
             victim = self.running[-1]
             self._preempt(victim)
@@ -318,7 +321,8 @@ class Scheduler:
         """The sequence grows by what was drawn, up to where it ends; what its blocks hold beyond that is forgotten."""
         tokens, reason = sequence.up_to_its_end(drawn)
         sequence.lookup.learn(tokens)
-        self.accepted_tokens += sum(1 for guess, token in zip(chunk.draft, tokens, strict=False) if guess == token)
+        if chunk.drafted:
+            self.accepted_tokens += sum(1 for guess, token in zip(chunk.draft, tokens, strict=False) if guess == token)
         sequence.tokens += tokens
         if sequence.history is not None:
             for token in tokens:
@@ -332,11 +336,16 @@ class Scheduler:
             sequence.names = self._names.start(sequence.request.cache_salt, switched=True)
             self._wait_again(sequence)
             return sequence.output(tokens)
+        if chunk.drafted:  # else the blocks are those of its tokens
+            self._give_back_spare(sequence)
+        return sequence.output(tokens)
+
+    def _give_back_spare(self, sequence: Sequence) -> None:
+        """The blocks that were taken for guesses, where they did not come true."""
         spare = sequence.blocks[self.pool.blocks_for(len(sequence.tokens)) :]
         if spare:
             del sequence.blocks[-len(spare) :]
             self.pool.give_back(spare)
-        return sequence.output(tokens)
 
     def _end(
         self,

@@ -67,7 +67,7 @@ class Sequence:
             blocks=self.blocks[:],
             draw=draw,
             encoder_tokens=self.request.encoder_tokens,
-            score=self._score(end),
+            score=None if self.request.sampling.prompt_logprobs is None else self._score(end),
             drafted=len(draft),
             switched=self.switched,
         )
@@ -83,6 +83,8 @@ class Sequence:
     def up_to_its_end(self, drawn: Tokens) -> tuple[Tokens, FinishReason | None]:
         """As many of the drawn tokens as it takes, and why it ends with the last of them, if it does."""
         rest = self.request.sampling.max_tokens - self.generated
+        if len(drawn) < rest and self.stop_ids.isdisjoint(drawn):
+            return drawn, None
         for place, token in enumerate(drawn, start=1):
             if token in self.stop_ids:
                 return drawn[:place], "stop"
@@ -105,7 +107,7 @@ class Sequence:
             finish_reason=reason,
             error=error,
             refused=refused,
-            cached_tokens=(self.reused or 0) if tokens and self.generated == 1 else 0,
+            cached_tokens=self.reused if self.reused and tokens and self.generated == 1 else 0,
         )
 
     def too_late(self, now: float) -> str:

@@ -23,10 +23,11 @@ This file chooses no batches and owns no queue; runner.py fills the context.
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from itertools import groupby
-from typing import Any, Final, Protocol
+from typing import Any, Final, Protocol, overload
 
 import torch
 from transformers import AttentionInterface
@@ -124,6 +125,29 @@ class Segment:
         return 0 if window is None else max(0, self.start - window + 1)
 
 
+class Segments(Sequence[Segment]):
+    """A batch's segments, made when somebody first asks: kernels take tables, which a runner has without them."""
+
+    def __init__(self, make: Callable[[], list[Segment]]) -> None:
+        self._make = make
+
+    @cached_property
+    def _made(self) -> list[Segment]:
+        return self._make()
+
+    @overload
+    def __getitem__(self, index: int) -> Segment: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> list[Segment]: ...
+
+    def __getitem__(self, index: int | slice) -> Segment | list[Segment]:
+        return self._made[index]
+
+    def __len__(self) -> int:
+        return len(self._made)
+
+
 @dataclass(frozen=True, slots=True)
 class Tables:
     """A batch's sequences as the kernel takes them, int64."""
@@ -159,7 +183,7 @@ class PagedBatch:
     cache: PagedCache
     slots: torch.Tensor
     """Where each row's key and value go, int64 [T]: block * block_tokens + place."""
-    segments: list[Segment]
+    segments: Sequence[Segment]
     """In packed order, together all rows."""
     wanted: Sequence[int] | None = None
     """Rows with logits that somebody looks at, ascending, of each segment the last ones; None: all may have."""

@@ -127,7 +127,7 @@ class Chunk(msgspec.Struct, frozen=True):
     @property
     def wanted(self) -> int:
         """Rows whose logits are wanted; they are the last of the chunk."""
-        return self.scored + self.draws
+        return self.draws if self.score is None else self.scored + self.draws
 
     @property
     def end(self) -> int:
@@ -159,6 +159,8 @@ class Batch(msgspec.Struct, frozen=True):
 
         A chunk that has more is cut; its pieces follow each other, so each finds those before it in the cache.
         """
+        if all(chunk.score is None for chunk in self.chunks):
+            return [self]
         passes: list[list[Chunk]] = [[]]
         room = scored_rows
         for chunk in self.chunks:

@@ -9,7 +9,7 @@ in one transfer.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from itertools import accumulate, islice
+from itertools import accumulate
 from typing import NamedTuple
 
 import torch
@@ -26,6 +26,10 @@ def read_logits(chunks: Sequence[Chunk], logits: torch.Tensor, result: StepResul
 
     logits: [wanted rows, vocabulary], those of each chunk behind those of the one before it.
     """
+    if all(_only_draws(chunk) for chunk in chunks):  # most steps; of many sequences, this is half as long
+        drawn = sample(logits, [chunk.draw for chunk in chunks if chunk.draw is not None])
+        _keep_tokens(chunks, _bring(drawn, None)[0], result)
+        return
     ends = list(accumulate(chunk.wanted for chunk in chunks))
     drawing = [(end, chunk) for end, chunk in zip(ends, chunks, strict=True) if chunk.draw is not None]
     rows = [row for end, chunk in drawing for row in range(end - chunk.draws, end)]
@@ -36,6 +40,11 @@ def read_logits(chunks: Sequence[Chunk], logits: torch.Tensor, result: StepResul
     _keep_logprobs(asked, found, result)
     for request_id in result.errors:
         result.tokens.pop(request_id, None)
+
+
+def _only_draws(chunk: Chunk) -> bool:
+    """Whether all that is wanted of it is one token."""
+    return chunk.draw is not None and not chunk.drafted and chunk.score is None and chunk.draw.params.logprobs is None
 
 
 class _Asked(NamedTuple):
@@ -86,10 +95,17 @@ def _bring(tokens: torch.Tensor, logprobs: torch.Tensor | None) -> tuple[list[in
 
 
 def _keep_tokens(chunks: Sequence[Chunk], tokens: Sequence[int], result: StepResult) -> None:
-    left = iter(tokens)
+    """tokens: for each chunk, all of which draw, one for each row that does."""
+    end = 0
     for chunk in chunks:
-        kept = chunk.kept(list(islice(left, chunk.draws)))
-        fault = next((place for place, token in enumerate(kept) if token in FAULTS), None)
+        start, end = end, end + 1 + chunk.drafted
+        kept = tokens[start:end]
+        if chunk.drafted:
+            kept = chunk.kept(kept)
+        if min(kept) >= 0:  # a token; faults are negative
+            result.tokens[chunk.request_id] = kept
+            continue
+        fault = next(place for place, token in enumerate(kept) if token in FAULTS)
         if fault == 0:
             result.errors[chunk.request_id] = FAULTS[kept[0]]
             if kept[0] == NONE_LEFT:

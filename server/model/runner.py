@@ -21,7 +21,7 @@ import torch
 
 from quant import native
 from server.memory.workspace import ROWS_PER_TOKEN, most_rows, most_tables, table_sizes
-from server.model.attention import CONTEXT_ARGUMENT, Context, PagedBatch, Segment, Tables
+from server.model.attention import CONTEXT_ARGUMENT, Context, PagedBatch, Segment, Segments, Tables
 from server.model.batch import FIXED_ROWS, FIXED_ROWS_ON_TILES, Batch, Chunk, StepError, StepResult
 from server.model.graphs import Graphs, Recorder, SingleRows, Size
 from server.model.paged_cache import PagedCache
@@ -154,18 +154,18 @@ class PagedRunner:
     @torch.inference_mode()
     def logits(self, batch: Batch) -> torch.Tensor:
         """[wanted rows, vocabulary] in the model's dtype, in the order of the batch; until the next call."""
-        widest = max(len(chunk.blocks) for chunk in batch.chunks)
-        if self._recorded is not None and batch.tokens == len(batch.chunks):
-            size = self._recorded.graphs.fitting(batch.tokens, widest)
+        rows, widest = batch.tokens, max(len(chunk.blocks) for chunk in batch.chunks)
+        if self._recorded is not None and rows == len(batch.chunks):
+            size = self._recorded.graphs.fitting(rows, widest)
             if size is not None:
                 return self._replayed(self._recorded, batch, size)
-        ends = self._send(batch, Size(widest, batch.tokens))
-        ids, positions, slots = self._rows.on_device(ROWS_PER_TOKEN, batch.tokens)
+        ends = self._send(batch, Size(widest, rows))
+        ids, positions, slots = self._rows.on_device(ROWS_PER_TOKEN, rows)
         kept = _wanted_rows(batch, ends)
         # One row at least: an empty product would ask every layer's kernel about a case nobody needs.
         wanted = on_device(kept or [0], self.device)
         switched = (chunk.switched for chunk in batch.chunks for _ in chunk.tokens)
-        with self._steadied, self._rope.told(switched, (1, batch.tokens), self.device):
+        with self._steadied, self._rope.told(switched, (1, rows), self.device):
             logits = self._forward(ids, positions, self._context(batch, ends, slots, widest, kept), wanted)
         return logits[: len(kept)]
 
@@ -229,12 +229,15 @@ class PagedRunner:
         sequences = len(batch.chunks)
         flat, offsets, starts = self._tables.parts_on_device(*table_sizes(sequences, width))
         blocks = flat.view(sequences, width)
-        segments = [
-            Segment(end - len(chunk.tokens), len(chunk.tokens), chunk.start, row)
-            for end, chunk, row in zip(ends, batch.chunks, blocks.unbind(), strict=True)
-        ]
+
+        def segments() -> list[Segment]:
+            return [
+                Segment(end - len(chunk.tokens), len(chunk.tokens), chunk.start, row)
+                for end, chunk, row in zip(ends, batch.chunks, blocks.unbind(), strict=True)
+            ]
+
         tables = Tables(blocks, offsets, starts)
-        return PagedBatch(self.cache, slots, segments, wanted, tables, is_sealed=self._is_sealed)
+        return PagedBatch(self.cache, slots, Segments(segments), wanted, tables, is_sealed=self._is_sealed)
 
 
 def _look_for_no_padding(model: PreTrainedModel) -> None:
@@ -247,6 +250,8 @@ def _look_for_no_padding(model: PreTrainedModel) -> None:
 
 def _wanted_rows(batch: Batch, ends: list[int]) -> list[int]:
     """Rows whose logits are wanted; they are the last ones of each chunk, which end there."""
+    if ends[-1] == len(ends):  # each has one
+        return [row for row, chunk in enumerate(batch.chunks) if chunk.draw is not None or chunk.score is not None]
     return [row for end, chunk in zip(ends, batch.chunks, strict=True) for row in range(end - chunk.wanted, end)]
 
 

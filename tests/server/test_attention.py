@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from quant import ops
-from server.model.attention import Call, PagedBatch, Segment, attention
+from server.model.attention import Call, PagedBatch, Segment, Segments, Tables, attention
 from server.model.paged_cache import LayerShape, PagedCache
 
 BLOCK = 4
@@ -156,6 +156,27 @@ def test_the_kernel_answers_where_it_can(dtype: torch.dtype, calls: int, monkeyp
         assert batch.attend(Call(query, key, value, 0.3, None, None, None)).shape == (3, 4, 8)
     assert len(tables) == calls * len(layers)
     assert all(table is tables[0] for table in tables)
+
+
+def test_a_kernel_with_tables_asks_for_no_segments() -> None:
+    """They take as long to make as the kernel's own part of a step, where sequences are many; torch's attention asks
+    for them, once."""
+    made = []
+
+    def make() -> list[Segment]:
+        made.append([Segment(0, 2, 0, torch.tensor([3, -1])), Segment(2, 1, 0, torch.tensor([9, 1]))])
+        return made[-1]
+
+    tables = Tables(torch.tensor([[3, -1], [9, 1]]), torch.tensor([0, 2, 3]), torch.zeros(2, dtype=torch.int64))
+    found = []
+    for dtype, times in ((torch.float32, 0), (torch.float64, 1)):
+        torch.manual_seed(5)
+        query, key, value = (torch.randn(heads, 3, 8).to(dtype) for heads in (4, 2, 2))
+        cache = PagedCache([LayerShape(2, 8, 8, dtype, torch.device("cpu"))] * 2, BLOCKS, BLOCK)
+        batch = PagedBatch(cache, torch.tensor([12, 13, 36]), Segments(make), tables=tables)
+        found += [batch.attend(Call(query, key, value, 0.3, None, None, None)).double() for _ in range(2)]
+        assert len(made) == times
+    torch.testing.assert_close(found[0], found[3], rtol=1e-5, atol=2e-5)
 
 
 def test_a_row_is_the_same_whatever_its_neighbours_hold() -> None:

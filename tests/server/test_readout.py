@@ -94,6 +94,30 @@ def test_one_bad_row_is_its_request_s_error(row: int) -> None:
     assert result.refused == set()
 
 
+@given(data=st.data(), rows=st.integers(1, 9), seed=st.integers(0, 2**16))
+def test_rows_that_only_draw_give_the_same_alone_and_beside_one_of_which_more_is_wanted(
+    data: st.DataObject, rows: int, seed: int
+) -> None:
+    logits = torch.randn(rows + 1, 50, generator=torch.Generator().manual_seed(seed))
+    chunks = []
+    for row in range(rows):
+        kind = data.draw(st.sampled_from(["greedy", "drawn", "not finite", "none left"]))
+        params = SamplingParams(max_tokens=9, temperature=0.0 if kind == "greedy" else 1.0)
+        if kind == "not finite":
+            logits[row, 7] = torch.nan
+        if kind == "none left":
+            params = SamplingParams(max_tokens=9, allowed_token_ids=(3,), bad_words=((3,),))
+        draw = Draw(params, seed + row, 0, History.needed(params, [1]))
+        chunks.append(Chunk(str(row), [1], 10, [0], draw))
+    alone, beside = StepResult(), StepResult()
+    read_logits(chunks, logits[:rows], alone)
+    read_logits([*chunks, chunk("more", 1, 0, draw=True)], logits, beside)
+    del beside.tokens["more"]
+    assert (alone.tokens, alone.errors, alone.refused) == (beside.tokens, beside.errors, beside.refused)
+    assert alone.tokens.keys() | alone.errors.keys() == {str(row) for row in range(rows)}
+    assert not alone.tokens.keys() & alone.errors.keys()
+
+
 edits = st.fixed_dictionaries(
     {},
     optional={
