@@ -336,7 +336,7 @@ class Scheduler:
             sequence.names = self._names.start(sequence.request.cache_salt, switched=True)
             self._wait_again(sequence)
             return sequence.output(tokens)
-        if chunk.drafted:  # else the blocks are those of its tokens
+        if chunk.drafted:  # else none were taken beyond its tokens
             self._give_back_spare(sequence)
         return sequence.output(tokens)
 

@@ -67,7 +67,7 @@ class Sequence:
             blocks=self.blocks[:],
             draw=draw,
             encoder_tokens=self.request.encoder_tokens,
-            score=None if self.request.sampling.prompt_logprobs is None else self._score(end),
+            score=self._score(end),
             drafted=len(draft),
             switched=self.switched,
         )
@@ -83,14 +83,11 @@ class Sequence:
     def up_to_its_end(self, drawn: Tokens) -> tuple[Tokens, FinishReason | None]:
         """As many of the drawn tokens as it takes, and why it ends with the last of them, if it does."""
         rest = self.request.sampling.max_tokens - self.generated
-        if len(drawn) < rest and self.stop_ids.isdisjoint(drawn):
-            return drawn, None
-        for place, token in enumerate(drawn, start=1):
-            if token in self.stop_ids:
-                return drawn[:place], "stop"
-            if place == rest:
-                return drawn[:place], "length"
-        return drawn, None
+        kept = drawn[:rest]
+        if self.stop_ids.isdisjoint(kept):
+            return kept, "length" if len(kept) == rest else None
+        place = next(place for place, token in enumerate(kept, start=1) if token in self.stop_ids)
+        return kept[:place], "stop"
 
     def output(
         self,

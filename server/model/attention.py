@@ -23,7 +23,7 @@ This file chooses no batches and owns no queue; runner.py fills the context.
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import groupby
@@ -126,7 +126,9 @@ class Segment:
 
 
 class Segments(Sequence[Segment]):
-    """A batch's segments, made when somebody first asks: kernels take tables, which a runner has without them."""
+    """A batch's segments, made when somebody first asks: on a CPU, steps that decode go by tables, which a runner has
+    without them.
+    """
 
     def __init__(self, make: Callable[[], list[Segment]]) -> None:
         self._make = make
@@ -146,6 +148,9 @@ class Segments(Sequence[Segment]):
 
     def __len__(self) -> int:
         return len(self._made)
+
+    def __iter__(self) -> Iterator[Segment]:
+        return iter(self._made)
 
 
 @dataclass(frozen=True, slots=True)

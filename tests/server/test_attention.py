@@ -159,8 +159,7 @@ def test_the_kernel_answers_where_it_can(dtype: torch.dtype, calls: int, monkeyp
 
 
 def test_a_kernel_with_tables_asks_for_no_segments() -> None:
-    """They take as long to make as the kernel's own part of a step, where sequences are many; torch's attention asks
-    for them, once."""
+    """Torch's attention asks for them, once for all layers."""
     made = []
 
     def make() -> list[Segment]:

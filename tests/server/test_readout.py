@@ -99,9 +99,10 @@ def test_rows_that_only_draw_give_the_same_alone_and_beside_one_of_which_more_is
     data: st.DataObject, rows: int, seed: int
 ) -> None:
     logits = torch.randn(rows + 1, 50, generator=torch.Generator().manual_seed(seed))
-    chunks = []
+    chunks, kinds = [], []
     for row in range(rows):
         kind = data.draw(st.sampled_from(["greedy", "drawn", "not finite", "none left"]))
+        kinds.append(kind)
         params = SamplingParams(max_tokens=9, temperature=0.0 if kind == "greedy" else 1.0)
         if kind == "not finite":
             logits[row, 7] = torch.nan
@@ -114,8 +115,10 @@ def test_rows_that_only_draw_give_the_same_alone_and_beside_one_of_which_more_is
     read_logits([*chunks, chunk("more", 1, 0, draw=True)], logits, beside)
     del beside.tokens["more"]
     assert (alone.tokens, alone.errors, alone.refused) == (beside.tokens, beside.errors, beside.refused)
-    assert alone.tokens.keys() | alone.errors.keys() == {str(row) for row in range(rows)}
-    assert not alone.tokens.keys() & alone.errors.keys()
+    assert alone.errors.keys() == {str(row) for row, kind in enumerate(kinds) if kind in ("not finite", "none left")}
+    assert alone.refused == {str(row) for row, kind in enumerate(kinds) if kind == "none left"}
+    assert alone.tokens.keys() == {str(row) for row in range(rows)} - alone.errors.keys()
+    assert all(0 <= token < 50 for (token,) in alone.tokens.values())
 
 
 edits = st.fixed_dictionaries(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from functools import cache
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ from server.memory.kv import kv_bytes_per_token
 from server.memory.ledger import measure
 from server.memory.plan import make_plan
 from server.model import probe
+from server.model.attention import Segment
 from server.model.batch import Batch, Chunk, Draw, StepError
 from server.model.cache_runner import MOST_PADDED, SMALL_CALL, CacheRunner, groups
 from server.model.encoder_decoder import EncoderDecoderRunner
@@ -261,6 +263,22 @@ def test_eight_requests_share_forward_passes(architecture: str, prefills: int) -
     assert passes == sum(report.forward_passes for report in engine.reports) == 20 + prefills
     assert max(report.decode_tokens for report in engine.reports) == 12
     assert len(engine.ends) == 12
+
+
+def test_steps_that_only_decode_make_no_segments_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their tables are enough; of many sequences, segments would be a tenth of what the engine takes of a step."""
+    runner = runner_for("llama")
+    made: list[int] = []
+
+    def counted(*parts: Any) -> Segment:
+        made.append(parts[0])
+        return Segment(*parts)
+
+    monkeypatch.setattr("server.model.runner.Segment", counted)
+    engine = Engine(runner)
+    engine.serve([generate(f"r{i}", prompt_of(5), 20) for i in range(8)])
+    assert sum(report.decode_tokens > 0 for report in engine.reports) == 19
+    assert len(made) in (0, 8)  # those of the prompts, if any
 
 
 def test_a_seed_gives_the_same_tokens_in_any_company() -> None:
