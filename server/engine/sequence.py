@@ -83,11 +83,11 @@ class Sequence:
     def up_to_its_end(self, drawn: Tokens) -> tuple[Tokens, FinishReason | None]:
         """As many of the drawn tokens as it takes, and why it ends with the last of them, if it does."""
         rest = self.request.sampling.max_tokens - self.generated
+        if len(drawn) < rest and self.stop_ids.isdisjoint(drawn):
+            return drawn, None
         kept = drawn[:rest]
-        if self.stop_ids.isdisjoint(kept):
-            return kept, "length" if len(kept) == rest else None
-        place = next(place for place, token in enumerate(kept, start=1) if token in self.stop_ids)
-        return kept[:place], "stop"
+        place = next((place for place, token in enumerate(kept, start=1) if token in self.stop_ids), None)
+        return (kept, "length") if place is None else (kept[:place], "stop")
 
     def output(
         self,
