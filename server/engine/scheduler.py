@@ -200,12 +200,11 @@ class Scheduler:
 
     def _grow(self, sequence: Sequence) -> bool:
         """Sees to it that the sequence's blocks hold all its tokens; False where it was itself thrown out for that."""
-        held, length = len(sequence.blocks), len(sequence.tokens)
-        if held * self.pool.block_tokens >= length:
-            return True
-        if not held:
+        if not sequence.blocks:
             return False  # thrown out a moment ago, for an older one
-        needed = self.pool.blocks_for(length) - held
+        needed = self.pool.blocks_for(len(sequence.tokens)) - len(sequence.blocks)
+        if needed <= 0:
+            return True
         while needed > self.pool.free:
             victim = self.running[-1]
             self._preempt(victim)

@@ -251,7 +251,7 @@ def _look_for_no_padding(model: PreTrainedModel) -> None:
 def _wanted_rows(batch: Batch, ends: list[int]) -> list[int]:
     """Rows whose logits are wanted; they are the last ones of each chunk, which end there."""
     if ends[-1] == len(ends):  # each has one
-        return [row for row, chunk in enumerate(batch.chunks) if chunk.draw is not None or chunk.score is not None]
+        return [row for row, chunk in enumerate(batch.chunks) if chunk.wanted]
     return [row for end, chunk in zip(ends, batch.chunks, strict=True) for row in range(end - chunk.wanted, end)]
 
 
